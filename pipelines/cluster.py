@@ -1,0 +1,96 @@
+"""Starting or joining Ray, and how much of it a job takes: the one place that sizes CPUs.
+
+Ray waits for ever when a job asks for more than there is, and a trainer, its workers and data tasks on two
+logical CPUs starve each other. A cluster that we start ourselves therefore has logical CPUs to spare (threads
+are set from the real ones), and a cluster that we join is checked first.
+"""
+
+import os
+import secrets
+from dataclasses import dataclass
+
+from litevae.errors import UserError
+from pipelines.config import Ray as RayConfig
+
+SPARE_CPUS = 2  # the training controller, and one data task beside the workers
+
+# Set before `import ray`, in the driver and through it in every process of a cluster that we start.
+_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # the default, 2 s, delays every checkpoint's report by as much
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # or each line of a worker is printed twice
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": "600",  # by default ranks that disagree wait for ever
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths mean the same in workers
+    "RAY_DEDUP_LOGS": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one worker gets."""
+
+    workers: int
+    gpu: bool
+    threads: int
+
+    @property
+    def resources(self) -> dict[str, float]:
+        return {"CPU": 1.0, "GPU": 1.0} if self.gpu else {"CPU": 1.0}
+
+
+def in_ray_job() -> bool:
+    """Whether this process was started by `ray job submit`: its working directory is a throw-away copy."""
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+
+
+def output_path(field: str, path: str) -> str:
+    """An absolute output path. Inside a submitted job a relative one is refused: it would vanish with the copy."""
+    if not path:
+        raise UserError(f"{field}: give a path, e.g. {field}=/data/{field}")
+    if in_ray_job() and not os.path.isabs(path):
+        raise UserError(
+            f"{field}={path} is relative; a submitted job runs in a temporary copy of its working directory, so what it "
+            f"writes there is lost. Give an absolute path on storage that all nodes share."
+        )
+    return os.path.abspath(path)
+
+
+def start(config: RayConfig) -> Share:
+    """Join the cluster of $RAY_ADDRESS or of the submitted job, else start one on this machine.
+
+    Raises:
+        UserError: the cluster can't hold the workers asked for.
+    """
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    joining = in_ray_job() or "RAY_ADDRESS" in os.environ
+    if not joining and "RAY_AUTH_MODE" not in os.environ:
+        # A token of this process alone: nothing is written to disk, and no neighbour can submit work.
+        os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
+
+    import ray
+
+    if not ray.is_initialized():
+        if joining:
+            ray.init(logging_level="ERROR", log_to_driver=True)
+        else:
+            ray.init(
+                num_cpus=max(os.cpu_count() or 1, config.workers + config.decode_tasks) + SPARE_CPUS,
+                include_dashboard=True,  # without it Ray Train's controller logs an error a second
+                dashboard_host="127.0.0.1",
+                logging_level="ERROR",
+                log_to_driver=True,
+            )
+    total = ray.cluster_resources()
+    cpus, gpus = int(total.get("CPU", 0)), int(total.get("GPU", 0))
+    gpu = config.gpu == "yes" or (config.gpu == "auto" and gpus > 0)
+    if gpu and gpus < config.workers:
+        raise UserError(f"ray.workers={config.workers} with a GPU each, but the cluster has {gpus}; lower it or set ray.gpu=no")
+    if cpus < config.workers + SPARE_CPUS:
+        raise UserError(
+            f"ray.workers={config.workers} needs {config.workers + SPARE_CPUS} logical CPUs ({SPARE_CPUS} for the controller and "
+            f"data), but the cluster has {cpus}; lower ray.workers or start Ray with --num-cpus={config.workers + SPARE_CPUS}"
+        )
+    return Share(config.workers, gpu, config.cpus_per_worker or max(1, (os.cpu_count() or 1) // config.workers))

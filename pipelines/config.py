@@ -1,0 +1,427 @@
+"""Typed configs of every job, their YAML presets and command line.
+
+A job is configured by its defaults, then a preset (`--config NAME_OR_FILE`), then overrides (`a.b=value`).
+Everything is validated before Ray starts; a wrong key or value is refused with the field's name and what
+it allows. Counts of training are in images, not steps, so that they do not change with the batch size.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticUndefined
+
+from litevae.errors import UserError
+
+PRESETS = Path(__file__).resolve().parent.parent / "jobs" / "configs"
+
+Positive = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+Weight = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True, protected_namespaces=())
+
+
+class Source(Section):
+    """Where images come from."""
+
+    uri: str = Field("", description="a folder tree of images (label = folder), or Parquet file(s) with image bytes")
+    image_column: str = Field("image", description="Parquet: column with the encoded image (bytes, or a struct with `bytes`)")
+    id_column: str = Field("id", description="Parquet: column with a stable id; where absent, file name and row number")
+    columns: list[str] = Field([], description="Parquet: further columns to carry into a latent cache, e.g. [label, caption]")
+
+
+class Ray(Section):
+    """How much of the machine or cluster a job takes."""
+
+    workers: Positive = Field(1, description="training or encoding processes; one GPU each where there are GPUs")
+    gpu: Literal["auto", "yes", "no"] = Field("auto", description="one GPU a worker; auto: where the cluster has them")
+    cpus_per_worker: Count = Field(0, description="CPUs (and torch threads) a worker; 0: share the machine's evenly")
+    decode_tasks: Positive = Field(1, description="encode, evaluate: image-decoding tasks at a time, one CPU each")
+
+
+class Tracking(Section):
+    """MLflow."""
+
+    enabled: bool = Field(True, description="false: metrics go to the run's metrics.jsonl only")
+    uri: str = Field("", description="tracking server; empty: $MLFLOW_TRACKING_URI, else sqlite in <root>/mlflow.db")
+    experiment: str = Field("litevae", description="MLflow experiment")
+
+
+class Job(Section):
+    """What every job has."""
+
+    root: str = Field("runs", description="folder for runs and the default MLflow database")
+    ray: Ray = Ray()
+    tracking: Tracking = Tracking()
+
+
+# --- train_vae ------------------------------------------------------------------------------------------------
+
+
+class Decoder(Section):
+    channels: tuple[Positive, ...] = Field((128, 256, 512, 512), description="width per level, finest first; 4 levels: f = 8")
+    layers: Positive = Field(2, description="ResBlocks a level, less one (SD-VAE counts so: 2 means 3)")
+    norm: Literal["group", "smc"] = Field("group", description="group: as SD-VAE; smc: self-modulated convolution (Eq. 3)")
+
+    @model_validator(mode="after")
+    def _levels(self) -> "Decoder":
+        if len(self.channels) != 4:
+            raise ValueError(f"has {len(self.channels)} widths; f = 8 takes exactly 4")
+        return self
+
+
+class VAE(Section):
+    encoder: Literal["S", "B", "M", "L"] = Field("B", description="encoder size (paper, Tables 23 and 24)")
+    latent_channels: Positive = Field(4, description="n_z: 4 or 12 in the paper")
+    wavelet: str = Field("haar", description="any wavelet that ptwt knows; haar takes the fast path")
+    downsample: Literal["conv", "pool"] = Field("conv", description="levels 1 and 2 to f = 8: learned 3x3 conv (matches L's count) or average pooling")
+    decoder: Decoder = Decoder()
+    init: str = Field("", description="model folder to start from (its architecture must be this one); empty: random")
+
+
+class Term(Section):
+    weight: Weight = Field(0.0, description="0 costs nothing")
+    start: Count = Field(0, description="images seen before the term counts")
+
+
+class Lpips(Term):
+    net: Literal["vgg", "alex", "squeeze"] = Field("vgg", description="backbone")
+    weights: str = Field("", description="backbone's torchvision checkpoint; empty: torch hub's cache folder; with neither the term is off, and says so")
+
+
+class Features(Term):
+    weights: str = Field("", description="a SqueezeNet 1.1 (Caffe) feature file: its feature distance, under its own name")
+
+
+class Adversarial(Term):
+    adaptive: bool = Field(False, description="Rombach's gradient ratio (Eq. 2) times the weight; the paper found constant better (Table 8)")
+    kind: Literal["unet"] = Field("unet", description="discriminator")
+    channels: Positive = Field(64, description="the discriminator's first width (the paper leaves it open; 64 as Schonfeld 2020)")
+    lr: Annotated[float, Field(gt=0)] = Field(1e-4, description="the discriminator's learning rate")
+
+
+class Losses(Section):
+    """Means over elements in fp32, so the same weights serve every resolution."""
+
+    l1: Term = Term(weight=1.0)
+    l2: Term = Term()
+    lpips: Lpips = Lpips(weight=1.0)
+    features: Features = Features()
+    kl: Term = Field(Term(weight=2.1e-8), description="Rombach's 1e-6 on sums, as a mean over latents at n_z = 4")
+    wavelet: Term = Field(Term(weight=1.0), description="Charbonnier on H, V, D of one Haar level; weight from open-litevae")
+    gaussian: Term = Field(Term(weight=0.5), description="L1 of x - blur(x), 5x5, sigma 1; weight from open-litevae")
+    adversarial: Adversarial = Field(
+        Adversarial(weight=0.1, start=800_000), description="hinge GAN; the paper leaves weight and start open: ours"
+    )
+
+
+class Stage(Section):
+    resolution: Annotated[int, Field(ge=8, multiple_of=8)] = Field(256, description="pixels")
+    images: Positive = Field(description="images to train on in this stage")
+    batch_size: Positive = Field(16, description="images a step, over all workers")
+
+
+class TrainData(Section):
+    train: Source = Source()
+    val: Source = Field(Source(), description="uri empty: no validation")
+    resize: Literal["shorter", "none"] = Field("shorter", description="shorter side to the resolution before the crop; none: crop the original pixels")
+    crop: Literal["random", "center"] = Field("random", description="training crop; validation is always centred")
+    flip: bool = Field(True, description="mirror half of the training images")
+    loaders: Count = Field(2, description="decoding processes a worker; 0: in the training process")
+    max_bad: Fraction = Field(0.01, description="share of unreadable images that is skipped; above it training stops")
+
+
+class Optimizer(Section):
+    lr: Annotated[float, Field(gt=0)] = Field(1e-4, description="learning rate (paper, Appendix F)")
+    betas: tuple[Fraction, Fraction] = Field((0.5, 0.9), description="Adam's betas (paper, Appendix F)")
+    weight_decay: Weight = Field(0.0, description="decoupled; 0: Adam")
+    schedule: Literal["constant", "cosine"] = Field("constant", description="after the warm-up; cosine falls to 0 at the last image")
+    warmup: Count = Field(0, description="images of linear warm-up")
+    clip: Weight = Field(0.0, description="gradient norm limit; 0: none")
+    accumulate: Positive = Field(1, description="micro-batches a step")
+
+
+class Loop(Section):
+    """Precision, averages, and what happens every so many images."""
+
+    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 autocast on GPUs and CPUs that have it in hardware")
+    compile: bool = Field(False, description="torch.compile the networks")
+    ema: Fraction = Field(0.0, description="decay of the averaged weights per step; 0: no average")
+    val_every: Count = Field(100_000, description="images between validations with a picture; 0: only at the end")
+    checkpoint_every: Positive = Field(100_000, description="images between checkpoints")
+    keep: Positive = Field(2, description="checkpoints kept")
+    log_every: Positive = Field(50, description="steps between logged metrics")
+    max_restarts: Count = Field(3, description="worker failures survived")
+
+
+class TrainVAE(Job):
+    """Train a LiteVAE autoencoder."""
+
+    name: str = Field("vae", description="run name; the same name again resumes", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    seed: Count = Field(0, description="seed of weights, data order, crops and noise")
+    data: TrainData = TrainData()
+    model: VAE = VAE()
+    loss: Losses = Losses()
+    optim: Optimizer = Optimizer()
+    stages: list[Stage] = Field(
+        [Stage(resolution=128, images=1_600_000, batch_size=16), Stage(resolution=256, images=800_000, batch_size=16)],
+        min_length=1,
+        description="128-tuned of Table 5: 100k steps at 128 px, 50k at 256 px, batch 16",
+    )
+    loop: Loop = Loop()
+    val_images: Positive = Field(256, description="validation images (the first ones of the source)")
+
+
+# --- encode_dataset -------------------------------------------------------------------------------------------
+
+
+class Transform(Section):
+    resolution: Annotated[int, Field(ge=8, multiple_of=8)] = Field(256, description="pixels")
+    resize: Literal["shorter", "none"] = Field("shorter", description="shorter side to the resolution before the crop; none: crop the original pixels")
+
+
+class Encode(Job):
+    """Encode images into a latent cache."""
+
+    source: Source = Source()
+    model: str = Field("", description="model folder")
+    out: str = Field("", description="cache folder; the same folder again resumes")
+    transform: Transform = Transform()
+    rows_per_shard: Positive = Field(512, description="images a shard: the unit of work, of retry and of resume")
+    batch_size: Positive = Field(32, description="images a forward pass")
+    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="as in train_vae; moments are stored as fp16")
+    error_budget: Fraction = Field(0.01, description="share of images that may be quarantined before the job stops")
+
+
+# --- train_ldm ------------------------------------------------------------------------------------------------
+
+
+class TrainLDM(Job):
+    """Train a latent diffusion model on a latent cache."""
+
+    name: str = Field("ldm", description="run name; the same name again resumes", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    seed: Count = Field(0, description="seed of weights, data order and noise")
+    cache: str = Field("", description="latent cache folder")
+    vae: str = Field("", description="model folder for pictures; empty: the one named in the cache's manifest")
+    unet: Literal["ldm-8", "small", "tiny"] = Field("ldm-8", description="ldm-8: Rombach's Table 14 (257.7 M); small: 16 M; tiny: 2 M")
+    draw: Literal["sample", "mean"] = Field("sample", description="latents drawn anew from the moments each epoch, or their mean")
+    images: Positive = Field(48_000_000, description="images to train on (Rombach's LDM-8: 500k steps of 96)")
+    batch_size: Positive = Field(96, description="images a step, over all workers")
+    optim: Optimizer = Optimizer(lr=9.6e-5, betas=(0.9, 0.999), weight_decay=0.01)
+    loop: Loop = Loop(ema=0.9999)
+    sample_images: Count = Field(16, description="images in the picture at each validation")
+    sample_steps: Positive = Field(50, description="DDIM steps of that picture")
+
+
+# --- sample, evaluate -----------------------------------------------------------------------------------------
+
+
+class Sample(Job):
+    """Sample images from a latent diffusion model."""
+
+    model: str = Field("", description="LDM folder (runs/<name>/model)")
+    out: str = Field("samples", description="folder for PNGs and grid.png")
+    images: Positive = Field(16, description="images to draw")
+    steps: Positive = Field(50, description="DDIM steps")
+    eta: Fraction = Field(0.0, description="DDIM's eta; 0: deterministic")
+    seed: Count = Field(0, description="image i depends on (seed, i) only, whatever the batch size")
+    batch_size: Positive = Field(16, description="images a forward pass")
+    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="as in train_vae")
+
+
+class Evaluate(Job):
+    """Measure an autoencoder's reconstructions."""
+
+    model: str = Field("", description="model folder")
+    source: Source = Source()
+    transform: Transform = Transform()
+    images: Count = Field(0, description="the first so many images; 0: all")
+    batch_size: Positive = Field(16, description="images a forward pass")
+    precision: Literal["auto", "fp32", "bf16"] = Field("fp32", description="as in train_vae")
+    out: str = Field("evaluation", description="folder for metrics.json and reconstructions.png")
+    pictures: Count = Field(8, description="rows of reconstructions.png")
+
+
+# --- reading ----------------------------------------------------------------------------------------------------
+
+ConfigT = TypeVar("ConfigT", bound=BaseModel)
+
+
+def load(cls: type[ConfigT], preset: str | None = None, overrides: list[str] | None = None) -> ConfigT:
+    """Defaults, then preset (a name under jobs/configs/<job>/ or a YAML file), then `a.b=value` overrides."""
+    values: dict[str, Any] = {}
+    if preset:
+        values = _read_yaml(_find_preset(cls, preset))
+    for override in overrides or []:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise UserError(f"override {override!r} is not of the form key=value (try --help)")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise UserError(f"{key}: {text!r} is not valid YAML ({error})") from None
+        _assign(values, key, "" if value is None and text == "" else value)
+    return validate(cls, values)
+
+
+def validate(cls: type[ConfigT], values: dict[str, Any]) -> ConfigT:
+    """The config, or a UserError naming every wrong field. What is not given keeps the job's default, also
+    where a section is given in part."""
+    try:
+        return cls.model_validate(_merge(cls().model_dump(mode="json"), values))
+    except ValidationError as error:
+        raise UserError("\n".join(_explain(cls, dict(problem)) for problem in error.errors())) from None
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    return base | {
+        key: _merge(base[key], value) if isinstance(value, dict) and isinstance(base.get(key), dict) else value
+        for key, value in over.items()
+    }
+
+
+def preset_folder(cls: type[BaseModel]) -> Path:
+    return PRESETS / {"TrainVAE": "train_vae", "TrainLDM": "train_ldm", "Encode": "encode_dataset"}.get(
+        cls.__name__, cls.__name__.lower()
+    )
+
+
+def dump(config: BaseModel) -> str:
+    """The resolved config as YAML."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def main(cls: type[ConfigT], run: Callable[[ConfigT], object], argv: list[str] | None = None) -> int:
+    """Parse the command line, run, and turn a UserError into one message and exit code 2."""
+    arguments = sys.argv[1:] if argv is None else argv
+    try:
+        if "--help" in arguments or "-h" in arguments:
+            print(usage(cls))
+            return 0
+        preset, overrides, show = None, [], False
+        rest = iter(arguments)
+        for argument in rest:
+            if argument == "--config":
+                preset = next(rest, None)
+                if preset is None:
+                    raise UserError("--config wants a preset's name or a YAML file")
+            elif argument.startswith("--config="):
+                preset = argument.partition("=")[2]
+            elif argument == "--print-config":
+                show = True
+            elif argument.startswith("-"):
+                raise UserError(f"unknown option {argument}; options are --config, --print-config, --help; fields are set as key=value")
+            else:
+                overrides.append(argument)
+        config = load(cls, preset, overrides)
+        if show:
+            print(dump(config), end="")
+            return 0
+        run(config)
+        return 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to resume", file=sys.stderr)
+        return 130
+
+
+def usage(cls: type[BaseModel]) -> str:
+    job = preset_folder(cls).name
+    presets = ", ".join(sorted(path.stem for path in preset_folder(cls).glob("*.yaml"))) or "none"
+    lines = [
+        (cls.__doc__ or "").strip(),
+        "",
+        f"usage: python jobs/{job}.py [--config PRESET_OR_FILE.yaml] [--print-config] [key=value ...]",
+        f"presets: {presets}",
+        "",
+    ]
+    for name, kind, default, text in _fields(cls):
+        lines.append(f"  {name} = {default}    ({kind})")
+        if text:
+            lines.append(f"      {text}")
+    return "\n".join(lines)
+
+
+def _fields(cls: type[BaseModel], prefix: str = "", instance: BaseModel | None = None) -> Iterator[tuple[str, str, str, str]]:
+    for name, field in cls.model_fields.items():
+        default = getattr(instance, name) if instance is not None else field.default
+        if isinstance(default, BaseModel):
+            if field.description:
+                yield f"{prefix}{name}", "section", "...", field.description
+            yield from _fields(type(default), f"{prefix}{name}.", default)
+            continue
+        shown = "required" if default is PydanticUndefined else yaml.safe_dump(
+            _plain(default), default_flow_style=True, width=10**6).strip().removesuffix("...").strip()
+        yield f"{prefix}{name}", _kind(field.annotation, field.metadata), shown, field.description or ""
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json")
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _kind(annotation: Any, metadata: list[Any]) -> str:
+    if choices := [a for a in get_args(annotation) if isinstance(a, str)]:
+        return " | ".join(choices)
+    kind = getattr(annotation, "__name__", None) or str(annotation).replace("typing.", "")
+    if "[" in str(annotation):
+        kind = str(annotation).replace("pipelines.config.", "").split("[")[0] + " of values"
+    limits = [f"{sign} {value}" for item in metadata for sign, attribute in
+              ((">=", "ge"), (">", "gt"), ("<=", "le"), ("multiple of", "multiple_of"))
+              if (value := getattr(item, attribute, None)) is not None]
+    return " ".join([kind, *limits])
+
+
+def _find_preset(cls: type[BaseModel], name: str) -> Path:
+    named = preset_folder(cls) / f"{name}.yaml"
+    if named.is_file():
+        return named
+    if Path(name).is_file():
+        return Path(name)
+    have = ", ".join(sorted(path.stem for path in preset_folder(cls).glob("*.yaml"))) or "none"
+    raise UserError(f"--config {name}: neither a preset ({have}) nor a file")
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid YAML: {error}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected `key: value` lines at the top, found a {type(values).__name__}")
+    return values
+
+
+def _assign(values: dict[str, Any], key: str, value: Any) -> None:
+    *parents, last = key.split(".")
+    for depth, parent in enumerate(parents):
+        values = values.setdefault(parent, {})
+        if not isinstance(values, dict):
+            raise UserError(f"{key}: {'.'.join(parents[: depth + 1])} is a value, not a section")
+    values[last] = value
+
+
+def _explain(cls: type[BaseModel], problem: dict[str, Any]) -> str:
+    path = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        import difflib
+
+        known = [name for name, *_ in _fields(cls)]
+        close = difflib.get_close_matches(path, known, n=1, cutoff=0.4)
+        return f"unknown config key {path!r}" + (f"; did you mean {close[0]!r}?" if close else "") + " (--help lists all)"
+    message = problem["msg"][0].lower() + problem["msg"][1:]
+    return f"{path or 'config'}: {message}" + ("" if problem["type"] in ("missing", "value_error") else f" (got {problem['input']!r})")
