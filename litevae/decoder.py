@@ -1,0 +1,46 @@
+"""The SD-VAE decoder, with GroupNorm as published or with self-modulated convolutions (paper, Section 4.2)."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from litevae.layers import Attention, Norm, ResBlock, group_norm
+
+
+class Decoder(nn.Module):
+    """Latent (N, n_z, h, w) -> image (N, C, 8h, 8w), unbounded, trained towards [-1, 1].
+
+    conv -> ResBlock, attention, ResBlock -> per level `layers` + 1 ResBlocks and (but for the last) nearest x2 with a
+    conv -> norm, SiLU, conv. `channels` are the widths, finest first. With norm="smc" the ResBlocks are self-modulated.
+    """
+
+    def __init__(
+        self,
+        latent_channels: int,
+        channels: tuple[int, ...] = (128, 256, 512, 512),
+        layers: int = 2,
+        norm: Norm = "group",
+        out_channels: int = 3,
+    ):
+        super().__init__()
+        width = channels[-1]
+        self.conv_in = nn.Conv2d(latent_channels, width, 3, padding=1)
+        self.mid = nn.Sequential(ResBlock(width, width, norm), Attention(width), ResBlock(width, width, norm))
+        self.up = nn.ModuleList()
+        for level, out in enumerate(reversed(channels)):
+            blocks: list[nn.Module] = []
+            for _ in range(layers + 1):
+                blocks.append(ResBlock(width, out, norm))
+                width = out
+            if level < len(channels) - 1:
+                blocks.append(
+                    nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(width, width, 3, padding=1))
+                )
+            self.up.append(nn.Sequential(*blocks))
+        self.norm_out = group_norm(width)
+        self.conv_out = nn.Conv2d(width, out_channels, 3, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        x = self.mid(self.conv_in(z))
+        for level in self.up:
+            x = level(x)
+        return self.conv_out(F.silu(self.norm_out(x)))

@@ -1,0 +1,105 @@
+"""Building blocks of the encoder and decoder: ResBlock, self-modulated convolution, attention."""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Norm = Literal["group", "smc", "none"]
+
+
+class SMC(nn.Module):
+    """Self-modulated convolution (paper, Eq. 3): weights scaled per input map by a learned s, then demodulated to unit
+    norm per output map, with one learned gain. Nothing depends on the data, so there is one weight per step, in fp32."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 3):
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2)
+        self.scales = nn.Parameter(torch.ones(in_channels))
+        self.gain = nn.Parameter(torch.ones(1))
+
+    def weight(self) -> Tensor:
+        with torch.autocast(self.conv.weight.device.type, enabled=False):
+            w = self.conv.weight.float() * self.scales.float().view(1, -1, 1, 1)
+            return w * torch.rsqrt(w.square().sum(dim=(1, 2, 3), keepdim=True) + 1e-8) * self.gain.float()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(
+            x, self.weight().to(self.conv.weight.dtype), self.conv.bias, padding=self.conv.padding
+        )
+
+    @torch.no_grad()
+    def bake(self) -> nn.Conv2d:
+        """A plain convolution with equal output."""
+        plain = nn.utils.skip_init(
+            nn.Conv2d,
+            self.conv.in_channels,
+            self.conv.out_channels,
+            self.conv.kernel_size,
+            padding=self.conv.padding,
+            device=self.conv.weight.device,
+            dtype=self.conv.weight.dtype,
+        )
+        plain.weight.copy_(self.weight())
+        plain.bias.copy_(self.conv.bias)
+        return plain.train(self.training)
+
+
+def group_norm(channels: int, eps: float = 1e-6) -> nn.GroupNorm:
+    """32 groups as in SD-VAE, fewer where 32 does not divide the width (16, 48, 160 ... in the small encoders)."""
+    return nn.GroupNorm(math.gcd(32, channels), channels, eps=eps)
+
+
+class ResBlock(nn.Module):
+    """(norm) -> SiLU -> conv3x3, twice, plus the input, through a 1x1 conv where the width changes (Appendix G).
+
+    norm="smc": no normalisation, both convolutions self-modulated; norm="none": what bake() makes of it.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, norm: Norm = "group"):
+        super().__init__()
+        conv: Callable[[int, int], nn.Module] = (
+            SMC if norm == "smc" else partial(nn.Conv2d, kernel_size=3, padding=1)
+        )
+        self.norm1 = group_norm(in_channels) if norm == "group" else nn.Identity()
+        self.conv1 = conv(in_channels, out_channels)
+        self.norm2 = group_norm(out_channels) if norm == "group" else nn.Identity()
+        self.conv2 = conv(out_channels, out_channels)
+        self.skip = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return self.skip(x) + h
+
+
+class Attention(nn.Module):
+    """Single-head self-attention over positions, with a residual (SD-VAE's mid block)."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.norm = group_norm(channels)
+        self.to_q = nn.Linear(channels, channels)
+        self.to_k = nn.Linear(channels, channels)
+        self.to_v = nn.Linear(channels, channels)
+        self.to_out = nn.Linear(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, c, h, w = x.shape
+        tokens = self.norm(x).flatten(2).transpose(1, 2)
+        q, k, v = (project(tokens).unsqueeze(1) for project in (self.to_q, self.to_k, self.to_v))
+        out = F.scaled_dot_product_attention(q, k, v).squeeze(1)
+        return x + self.to_out(out).transpose(1, 2).reshape(n, c, h, w)
+
+
+def bake(module: nn.Module) -> None:
+    """Replaces every SMC below `module` by a plain convolution of equal output, in place."""
+    for name, child in module.named_children():
+        if isinstance(child, SMC):
+            setattr(module, name, child.bake())
+        else:
+            bake(child)
