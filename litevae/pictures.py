@@ -1,0 +1,91 @@
+"""Pictures for people: grids of images, and reconstructions beside what they came from."""
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from litevae.images import to_uint8
+
+_GAP = 2  # white pixels between images
+_LABEL = 16  # height of the line of labels
+_CELL = 128  # smaller images are enlarged by a whole number, nearest neighbour, to at least this side
+ERROR_SCALE = 4
+
+
+def grid(images: np.ndarray, columns: int) -> np.ndarray:
+    """Images uint8 (N, H, W, 3), row by row, on white -> uint8 (height, width, 3)."""
+    count, height, width, _ = images.shape
+    columns = min(columns, count)
+    rows = -(-count // columns)
+    sheet = np.full((rows * (height + _GAP) + _GAP, columns * (width + _GAP) + _GAP, 3), 255, np.uint8)
+    for number, image in enumerate(images):
+        top, left = (
+            _GAP + place * (side + _GAP) for place, side in zip(divmod(number, columns), (height, width), strict=True)
+        )
+        sheet[top : top + height, left : left + width] = image
+    return sheet
+
+
+def latents_as_rgb(latents: Tensor) -> tuple[np.ndarray, str]:
+    """Latents (N, C, h, w) -> uint8 (N, h, w, 3), and what its colours are.
+
+    From 4 channels on, red, green and blue are the first three principal components over all positions of all these
+    latents; up to 3, the channels themselves. Black and white are the 1st and 99th percentile of each.
+    """
+    latents = latents.detach().double().cpu()
+    channels = latents.shape[1]
+    points = latents.movedim(1, -1)
+    points = points - points.mean(dim=(0, 1, 2))
+    if channels > 3:
+        flat = points.reshape(-1, channels)
+        axes = torch.linalg.eigh(flat.T @ flat).eigenvectors.flip(1)[:, :3]
+        largest = axes.abs().argmax(dim=0, keepdim=True)
+        points = points @ (axes * axes.gather(0, largest).sign())  # an eigenvector's sign is arbitrary
+    low, high = (torch.quantile(_thinned(points.reshape(-1, points.shape[-1])), q, dim=0) for q in (0.01, 0.99))
+    colours = ((points - low) / (high - low).clamp(min=1e-9)).clamp(0, 1)
+    rgb = torch.full((*points.shape[:3], 3), 0.5, dtype=torch.float64)
+    rgb[..., : colours.shape[-1]] = colours
+    if channels == 1:
+        rgb[:] = colours
+    return (rgb * 255).round().to(torch.uint8).numpy(), "latent, PCA 1-3" if channels > 3 else "latent channels"
+
+
+def reconstruction_picture(x: Tensor, reconstruction: Tensor, latents: Tensor) -> np.ndarray:
+    """A row per image: input | reconstruction | latent as RGB | error, labelled -> uint8 (height, width, 3).
+
+    The error is |input - reconstruction| in levels of 0..255, times 4.
+
+    Args:
+        x, reconstruction: (N, 3, H, W) in [-1, 1].
+        latents: (N, C, h, w); see `latents_as_rgb`.
+    """
+    before, after = to_uint8(x), to_uint8(reconstruction)
+    error = np.abs(before.astype(np.int16) - after.astype(np.int16)) * ERROR_SCALE
+    colours, colours_are = latents_as_rgb(latents)
+    size = (before.shape[2], before.shape[1])
+    colours = np.stack([_resized(image, size) for image in colours])
+    columns = {
+        "input": before,
+        "reconstruction": after,
+        colours_are: colours,
+        f"error x{ERROR_SCALE}": error.clip(0, 255).astype(np.uint8),
+    }
+    scale = max(1, -(-_CELL // min(size)))
+    cells = np.stack(list(columns.values()), axis=1).reshape(-1, *before.shape[1:])
+    sheet = grid(cells.repeat(scale, axis=1).repeat(scale, axis=2), len(columns))
+    header = Image.new("RGB", (sheet.shape[1], _LABEL), "white")
+    draw = ImageDraw.Draw(header)
+    for number, label in enumerate(columns):
+        left = _GAP + number * (size[0] * scale + _GAP)
+        draw.text((left + 2, _LABEL // 2), label, fill="black", anchor="lm", font=ImageFont.load_default(11))
+    return np.concatenate([np.asarray(header), sheet])
+
+
+def _resized(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.NEAREST))
+
+
+def _thinned(points: Tensor, limit: int = 1_000_000) -> Tensor:
+    """At most `limit` rows, evenly spaced: torch.quantile takes 16 million values."""
+    return points[:: -(-len(points) // limit)]
