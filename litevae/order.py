@@ -9,6 +9,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from litevae.storage import Recent
+
 
 class EpochOrder:
     """Position -> row.
@@ -26,7 +28,9 @@ class EpochOrder:
         self._rows = int(self.groups.sum())
         if not self._rows:
             raise ValueError("an order of no rows")
-        self._epoch = self._window = -1  # what is laid out now
+        # Two of each, for threads that read across an edge.
+        self._layouts = Recent(self._shuffle_groups, limit=2)
+        self._windows = Recent(self._shuffle_rows, limit=2)
 
     def __len__(self) -> int:
         """Rows an epoch."""
@@ -38,28 +42,27 @@ class EpochOrder:
     def index(self, position: int) -> int:
         """The row at a position, counted from the first epoch's start."""
         epoch, offset = divmod(position, self._rows)
-        if epoch != self._epoch:
-            self._shuffle_groups(epoch)
-        window = int(np.searchsorted(self._window_rows, offset, side="right")) - 1
-        if window != self._window:
-            self._shuffle_rows(window)
-        return int(self._window_order[offset - self._window_rows[window]])
+        starts = self._layouts(epoch)[2]
+        window = int(np.searchsorted(starts, offset, side="right")) - 1
+        return int(self._windows((epoch, window))[offset - starts[window]])
 
-    def _shuffle_groups(self, epoch: int) -> None:
-        self._order = _permutation(len(self.groups), self.seed, epoch)
-        sizes = self.groups[self._order]
-        before = np.cumsum(sizes) - sizes  # rows before each group
-        self._edges = np.unique(np.searchsorted(before, np.arange(0, self._rows, self.window)))
-        self._edges = self._edges[self._edges < len(sizes)]
-        self._window_rows = before[self._edges]
-        self._epoch, self._window = epoch, -1
+    def _shuffle_groups(self, epoch: int) -> tuple[tuple[np.ndarray, np.ndarray, np.ndarray], int]:
+        """The order of groups; the places there where windows begin; the rows before each window."""
+        order = _permutation(len(self.groups), self.seed, epoch)
+        sizes = self.groups[order]
+        before = np.cumsum(sizes) - sizes
+        edges = np.unique(np.searchsorted(before, np.arange(0, self._rows, self.window)))
+        edges = edges[edges < len(sizes)]
+        return (order, edges, before[edges]), 1
 
-    def _shuffle_rows(self, window: int) -> None:
-        end = self._edges[window + 1] if window + 1 < len(self._edges) else len(self._order)
-        groups = self._order[self._edges[window] : end]
-        rows = np.concatenate([np.arange(self._starts[g], self._starts[g] + self.groups[g]) for g in groups])
-        self._window_order = rows[_permutation(len(rows), self.seed, self._epoch, window)]
-        self._window = window
+    def _shuffle_rows(self, key: tuple[int, int]) -> tuple[np.ndarray, int]:
+        """The rows of a window, in order."""
+        epoch, window = key
+        order, edges, _ = self._layouts(epoch)
+        groups = order[edges[window] : edges[window + 1] if window + 1 < len(edges) else None]
+        sizes = self.groups[groups]
+        rows = np.repeat(self._starts[groups] - (np.cumsum(sizes) - sizes), sizes) + np.arange(sizes.sum())
+        return rows[_permutation(len(rows), self.seed, epoch, window)], 1
 
 
 def _permutation(size: int, *key: int) -> np.ndarray:

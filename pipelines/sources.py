@@ -7,7 +7,6 @@ import glob
 import hashlib
 import os
 from abc import ABC, abstractmethod
-from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +17,7 @@ import pyarrow.parquet as pq
 
 from litevae.errors import UserError
 from litevae.images import ImageError
+from litevae.storage import Recent
 from pipelines.config import Source as SourceConfig
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".jfif", ".png", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff", ".jp2", ".ppm")
@@ -208,27 +208,21 @@ class ParquetSource(Source):
         self._file_starts = self._starts[[places.index((number, 0)) for number in self._places[:, 0]]]
         self.window = WINDOW_GROUPS * int(self.groups.max())
         self.digest = _digest([*listing, repr((self._image, self._id))])
-        self._cache: OrderedDict[int, pa.Table] = OrderedDict()
+        self._tables = Recent(self._read_group, limit=self.window + int(self.groups.max()))
 
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_cache": OrderedDict()}
+    def _read_group(self, group: int) -> tuple[pa.Table, int]:
+        number, position = self._places[group]
+        try:
+            with pq.ParquetFile(self._files[number]) as file:
+                table = file.read_row_group(position, columns=self._columns)
+        except (OSError, pa.ArrowException) as error:
+            raise UserError(f"{self._files[number]}: row group {position} can't be read: {error}") from error
+        return table.select(self._columns).combine_chunks(), table.num_rows
 
     def _row(self, unit: int) -> tuple[pa.Table, int]:
         """The row group of a unit, and its row there. Held are as many rows as a window can span."""
         group = int(np.searchsorted(self._starts, unit, side="right")) - 1
-        if group not in self._cache:
-            number, position = self._places[group]
-            try:
-                with pq.ParquetFile(self._files[number]) as file:
-                    table = file.read_row_group(position, columns=self._columns)
-            except (OSError, pa.ArrowException) as error:
-                raise UserError(f"{self._files[number]}: row group {position} can't be read: {error}") from error
-            self._cache[group] = table.select(self._columns).combine_chunks()
-            limit = self.window + int(self.groups.max())
-            while sum(held.num_rows for held in self._cache.values()) > limit:
-                self._cache.popitem(last=False)
-        self._cache.move_to_end(group)
-        return self._cache[group], unit - int(self._starts[group])
+        return self._tables(group), unit - int(self._starts[group])
 
     def id(self, unit: int) -> str:
         group = int(np.searchsorted(self._starts, unit, side="right")) - 1

@@ -3,6 +3,7 @@
 import copy
 import os
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pyarrow as pa
@@ -197,3 +198,11 @@ def test_missing_id_is_refused(tmp_path):
     with pytest.raises(UserError, match="row 1 has no value in 'id'"):
         source.id(1)
     assert np.array_equal(source.groups, [2])
+
+
+def test_threads_share_a_source_and_an_order(tmp_path, table):
+    source = source_of(write(table, tmp_path / "data"))
+    order = EpochOrder(source.groups, 0, source.window)
+    expected = [f"key-{EpochOrder(source.groups, 0, source.window).index(i)}" for i in range(500)]
+    with ThreadPoolExecutor(8) as threads:
+        assert list(threads.map(lambda i: source.read(order.index(i)).id, range(500))) == expected
