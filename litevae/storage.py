@@ -46,9 +46,10 @@ def put_new(path: str, data: bytes) -> bool:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.link(temporary, path)
-    except FileExistsError:
-        return False
+        try:
+            os.link(temporary, path)
+        except FileExistsError:
+            return False
     except OSError as error:
         hint = "; the file system must have hard links" if error.errno in _NO_LINKS else ""
         raise UserError(f"{path} can't be written: {error.strerror}{hint}") from error

@@ -1,0 +1,321 @@
+"""The latent cache: what is written, by whom it can be read, what a reader refuses, and that draws are reproducible."""
+
+import copy
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+
+from litevae import cache, storage
+from litevae.cache import LatentCache
+from litevae.errors import UserError
+from litevae.order import EpochOrder
+
+SHAPE = (6, 4, 5)  # n_z = 3
+CARRIED = pa.schema([("label", pa.int64()), ("caption", pa.string())])
+SIZES = (300, 0, 150)  # shard 1: nothing but quarantine
+BAD = ["lost", "broken"]
+
+
+def plan_of(units=452, **changes):
+    return {
+        "model": {"path": "/models/a", "fingerprint": "f" * 64},
+        "transform": {"resolution": 32},
+        "source": {"uri": "/photos", "digest": "d" * 64, "units": units},
+        "shards": len(SIZES),
+    } | changes
+
+
+def random_moments(count, seed=0):
+    generator = np.random.default_rng(seed)
+    mean = generator.normal([[[3.0]], [[-1.0]], [[0.0]]], 2.0, (count, 3, 4, 5))
+    logvar = generator.normal(-1.0, 1.0, (count, 3, 4, 5))
+    return np.concatenate([mean, logvar], axis=1).astype(np.float16)
+
+
+def rows_of(start, count):
+    numbers = list(range(start, start + count))
+    columns = {
+        "id": [f"img-{n}" for n in numbers],
+        "height": [480] * count,
+        "width": numbers,
+        "crop_top": [0] * count,
+        "crop_left": [7] * count,
+        "flip": [False] * count,
+        "label": [n if n % 2 else None for n in numbers],
+        "caption": [f"ünïcode {n}" for n in numbers],
+    }
+    return pa.table(columns, schema=cache.row_schema(CARRIED))
+
+
+def quarantine_of(ids):
+    rows = [{"id": i, "source": "/photos", "stage": "decode", "error": "corrupt", "message": "cut"} for i in ids]
+    return pa.Table.from_pylist(rows, schema=cache.QUARANTINE)
+
+
+def write(folder, finish=True):
+    """A cache of 450 rows and 2 quarantined images; its moments."""
+    folder = str(folder)
+    cache.write_plan(folder, plan_of())
+    moments = random_moments(450)
+    start = 0
+    for shard, size in enumerate(SIZES):
+        part = moments[start : start + size]
+        cache.commit_shard(folder, shard, rows_of(start, size), part, quarantine_of([] if size else BAD))
+        start += size
+    if finish:
+        cache.write_manifest(folder, plan_of(), {"job": "test"})
+    return moments
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cache")
+    return folder, write(folder)
+
+
+def test_rows_come_back(made):
+    folder, moments = made
+    latents = LatentCache(folder)
+    assert len(latents) == 450
+    assert latents.shape == SHAPE
+    assert latents.groups.tolist() == [128, 128, 44, 128, 22]
+    indices = np.random.default_rng(0).permutation(450)[:99]
+    found = latents.moments(indices)
+    assert found.dtype == torch.float16
+    np.testing.assert_array_equal(found.numpy(), moments[indices])
+    expected = {"id": "img-301", "height": 480, "width": 301, "crop_top": 0, "crop_left": 7, "flip": False}
+    assert latents.row(301) == expected | {"label": 301, "caption": "ünïcode 301"}
+    assert latents.row(300)["label"] is None
+    with pytest.raises(IndexError):
+        latents.moments([450])
+    order = EpochOrder(latents.groups, seed=0, window=latents.window)
+    assert sorted(order.index(i) for i in range(450)) == list(range(450))
+
+
+def test_statistics_are_those_of_drawn_latents(made):
+    folder, moments = made
+    latents = LatentCache(folder)
+    distribution = DiagonalGaussianDistribution(torch.from_numpy(moments).double())
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(40, *distribution.mean.shape, generator=generator)
+    draws = distribution.mean + distribution.std * noise
+    torch.testing.assert_close(latents.mean, draws.mean((0, 1, 3, 4)).float(), atol=0.01, rtol=0)
+    torch.testing.assert_close(latents.std, draws.std((0, 1, 3, 4)).float(), atol=0.01, rtol=0)
+    # exactly: over the whole cache at once, not shard by shard
+    mean, logvar = np.split(moments.astype(np.float64), 2, axis=1)
+    np.testing.assert_allclose(latents.manifest["latents"]["mean"], mean.mean((0, 2, 3)), rtol=1e-12)
+    variance = mean.var((0, 2, 3)) + np.exp(logvar).mean((0, 2, 3))
+    np.testing.assert_allclose(latents.manifest["latents"]["std"], np.sqrt(variance), rtol=1e-12)
+    z = torch.cat([latents.latents(range(450), epoch=e, seed=0) for e in range(20)])
+    torch.testing.assert_close(z.mean((0, 2, 3)), torch.zeros(3), atol=0.01, rtol=0)
+    torch.testing.assert_close(z.std((0, 2, 3)), torch.ones(3), atol=0.01, rtol=0)
+
+
+def test_draws_depend_on_seed_epoch_and_id_only(made, tmp_path):
+    folder, moments = made
+    latents = LatentCache(folder)
+    z = latents.latents([5, 200, 449], epoch=1, seed=7)
+    assert z.shape == (3, 3, 4, 5)
+    assert z.dtype == torch.float32
+    assert torch.equal(z[1:2], LatentCache(folder).latents([200], epoch=1, seed=7))
+    assert torch.equal(latents.latents([200, 200], epoch=[1, 2], seed=7)[0], z[1])
+    others = [latents.latents([200], epoch=e, seed=s)[0] for e, s in ((2, 7), (1, 8), (7, 1))]
+    assert all(not torch.equal(a, b) for n, a in enumerate([z[1], *others]) for b in others[n:])
+    # The same image in a cache cut up otherwise: same id, same draw.
+    part = plan_of(10, shards=1)
+    cache.write_plan(str(tmp_path), part)
+    cache.commit_shard(str(tmp_path), 0, rows_of(195, 10), moments[195:205], quarantine_of([]))
+    cache.write_manifest(str(tmp_path), part, {})
+    raw = LatentCache(tmp_path).latents([5], epoch=1, seed=7, normalize=False)
+    torch.testing.assert_close(raw, latents.denormalize(z[1:2]), atol=1e-5, rtol=1e-5)
+
+
+def test_draws_are_of_the_posterior(made):
+    folder, moments = made
+    latents = LatentCache(folder)
+    reference = DiagonalGaussianDistribution(torch.from_numpy(moments[:2]).float())
+    draws = torch.stack([latents.latents([0, 1], epoch=e, seed=0, normalize=False) for e in range(800)])
+    noise = (draws - reference.mean) / reference.std
+    assert noise.mean().abs() < 0.02
+    assert (noise.std() - 1).abs() < 0.02
+    mean = latents.latents([0, 1], epoch=0, seed=0, draw="mean", normalize=False)
+    assert torch.equal(mean, reference.mode())
+    torch.testing.assert_close(latents.denormalize(latents.normalize(mean)), mean, atol=1e-6, rtol=1e-6)
+
+
+def test_manifest(made):
+    folder, _ = made
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["format"] == "litevae-latents"
+    assert manifest["model"] == {"path": "/models/a", "fingerprint": "f" * 64}
+    assert manifest["run"] == {"job": "test"}
+    counts = {"input": 452, "encoded": 450, "quarantined": 2, "reasons": {"corrupt": 2}}
+    assert manifest["counts"] == counts
+    assert manifest["latents"]["shape"] == list(SHAPE)
+    for shard in manifest["shards"]:
+        for record in filter(None, [shard if shard["rows"] else None, shard.get("quarantine")]):
+            data = (folder / record["file"]).read_bytes()
+            assert (len(data), hashlib.sha256(data).hexdigest()) == (record["bytes"], record["sha256"])
+    lost = pq.read_table(folder / manifest["shards"][1]["quarantine"]["file"])
+    assert lost["id"].to_pylist() == BAD
+    assert lost["error"].to_pylist() == ["corrupt", "corrupt"]
+
+
+def test_same_content_same_bytes_and_digest(made, tmp_path):
+    folder, _ = made
+    write(tmp_path)
+    a, b = (json.loads((path / "manifest.json").read_text()) for path in (folder, tmp_path))
+    assert a["digest"] == b["digest"]
+    assert [shard.get("sha256") for shard in a["shards"]] == [shard.get("sha256") for shard in b["shards"]]
+
+
+def test_read_without_this_library(made):
+    """Plain pyarrow and pandas, in a process that can't import the project."""
+    folder, moments = made
+    script = f"""
+import glob, json, sys, numpy as np, pyarrow.parquet as pq
+sys.modules["litevae"] = None
+manifest = json.load(open({str(folder)!r} + "/manifest.json"))
+first = {str(folder)!r} + "/" + manifest["shards"][0]["file"]
+table = pq.read_table(first, page_checksum_verification=True)
+assert table.column_names == "id moments height width crop_top crop_left flip label caption".split()
+field = table.schema.field("moments")
+shape = json.loads(field.metadata[b"shape"])
+assert shape == manifest["latents"]["shape"] and field.metadata[b"dtype"] == b"float16"
+values = np.stack([np.frombuffer(row, "<f2").reshape(shape) for row in table["moments"].to_pylist()])
+print(values.astype(np.float64).sum(), table["caption"][3])
+frame = table.to_pandas()
+assert (np.frombuffer(frame["moments"][17], "<f2").reshape(shape) == values[17]).all()
+assert pq.ParquetFile(first).metadata.row_group(0).num_rows == {cache.ROW_GROUP}
+"""
+    result = subprocess.run([sys.executable, "-I", "-c", script], capture_output=True, text=True, cwd="/")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == [str(moments[:300].astype(np.float64).sum()), "ünïcode", "3"]
+
+
+def test_the_first_commit_counts(tmp_path):
+    folder = str(tmp_path)
+    commits, barrier = [], threading.Barrier(8)
+
+    def attempt():
+        barrier.wait()
+        commits.append(cache.commit_shard(folder, 0, rows_of(0, 3), random_moments(3), quarantine_of([])))
+
+    threads = [threading.Thread(target=attempt) for _ in range(8)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    assert len({commit["file"] for commit in commits}) == 1
+    assert len(os.listdir(tmp_path / "shards")) == 8  # seven that nobody reads
+    assert cache.committed(folder) == [0]
+    assert (tmp_path / commits[0]["file"]).stat().st_size == commits[0]["bytes"]
+
+
+def test_put_new_is_all_or_nothing(tmp_path):
+    path = str(tmp_path / "a" / "file")
+    assert storage.put_new(path, b"one")
+    assert not storage.put_new(path, b"two")
+    assert storage.read(path) == b"one"
+    assert os.listdir(tmp_path / "a") == ["file"]
+    (tmp_path / "not-a-folder").touch()
+    with pytest.raises(UserError, match="can't be written"):
+        storage.put_new(str(tmp_path / "not-a-folder" / "file"), b"")
+
+
+def test_another_plan_is_refused(tmp_path):
+    cache.write_plan(str(tmp_path), plan_of())
+    cache.write_plan(str(tmp_path), plan_of())
+    moved = plan_of(model={"path": "/elsewhere", "fingerprint": "f" * 64})
+    cache.write_plan(str(tmp_path), moved)  # the same model in another place
+    with pytest.raises(UserError) as error:
+        cache.write_plan(
+            str(tmp_path), plan_of(model={"path": "", "fingerprint": "e" * 64}, transform={"resolution": 64})
+        )
+    assert f'model.fingerprint: "{"f" * 64}" in the cache, "{"e" * 64}" now' in str(error.value)
+    assert "transform.resolution: 32 in the cache, 64 now" in str(error.value)
+    assert str(error.value).count("\n") == 2
+
+
+def test_unfinished_or_wrong_caches_are_refused(tmp_path, made):
+    with pytest.raises(UserError, match="does not exist"):
+        LatentCache(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="not a latent cache"):
+        LatentCache(tmp_path)
+    write(tmp_path, finish=False)
+    with pytest.raises(UserError, match="unfinished: 3 of 3 shards"):
+        LatentCache(tmp_path)
+    manifest = json.loads((made[0] / "manifest.json").read_text())
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest | {"version": 99}))
+    with pytest.raises(UserError, match="format version 99; this library reads 1"):
+        LatentCache(tmp_path)
+    (tmp_path / "manifest.json").write_text("{")
+    with pytest.raises(UserError, match="is damaged"):
+        LatentCache(tmp_path)
+
+
+def test_damaged_shards_are_refused(tmp_path):
+    write(tmp_path)
+    shard = tmp_path / LatentCache(tmp_path).manifest["shards"][2]["file"]
+    data = shard.read_bytes()
+
+    shard.write_bytes(data[:-1])
+    with pytest.raises(UserError, match=f"has {len(data) - 1} bytes; the manifest says {len(data)}"):
+        LatentCache(tmp_path)
+    shard.unlink()
+    with pytest.raises(UserError, match="is missing"):
+        LatentCache(tmp_path)
+
+    flipped = bytearray(data)
+    flipped[len(data) // 3] ^= 1  # one bit of a latent
+    shard.write_bytes(flipped)
+    latents = LatentCache(tmp_path)
+    assert latents.moments([0]).shape == (1, *SHAPE)  # other shards stay readable
+    with pytest.raises(UserError, match="its sha256 is not the manifest's"):
+        latents.moments([300])
+    with pytest.raises(UserError, match="is damaged"):  # the page checksum, without the shard's
+        LatentCache(tmp_path, verify=False).moments(range(300, 450))
+
+
+def test_everything_quarantined_is_no_cache(tmp_path):
+    plan = plan_of(2, shards=1)
+    cache.commit_shard(str(tmp_path), 0, rows_of(0, 0), random_moments(0), quarantine_of(BAD))
+    with pytest.raises(UserError, match="none of 2 images could be encoded"):
+        cache.write_manifest(str(tmp_path), plan, {})
+
+
+def test_lost_rows_are_no_cache(tmp_path):
+    cache.commit_shard(str(tmp_path), 0, rows_of(0, 3), random_moments(3), quarantine_of([]))
+    with pytest.raises(RuntimeError, match="3 rows"):
+        cache.write_manifest(str(tmp_path), plan_of(4, shards=1), {})
+
+
+def test_what_fp16_can_not_hold():
+    moments = np.zeros((4, 6, 2, 2), dtype=np.float32)
+    moments[1, 2, 0, 0] = np.nan
+    moments[2, 5, 1, 1] = -70000
+    moments[3, 0, 0, 0] = 65504
+    assert cache.unusable(moments) == [None, "not_finite", "out_of_range", None]
+    moments[1, 2, 0, 0] = np.inf
+    assert cache.unusable(moments)[1] == "not_finite"
+    assert cache.unusable(moments[:0]) == []
+
+
+def test_reserved_columns_are_refused():
+    with pytest.raises(UserError, match="'width' can't be carried"):
+        cache.row_schema(pa.schema([("width", pa.int32())]))
+
+
+def test_a_copy_in_another_process_reads_the_same(made):
+    latents = LatentCache(made[0])
+    latents.moments([3])
+    again = copy.deepcopy(latents)  # as pickle would
+    assert torch.equal(again.moments([3, 449]), latents.moments([3, 449]))
