@@ -1,0 +1,254 @@
+"""Every job, as `python jobs/X.py` and through `ray job submit` to a real cluster on loopback: the same config, the
+same exit code, the same result."""
+
+import contextlib
+import json
+import os
+import secrets
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import skimage.data
+from PIL import Image
+
+REPO = Path(__file__).resolve().parents[2]
+JOBS = ["train_vae", "encode_dataset", "train_ldm", "sample", "evaluate"]
+
+
+@dataclass
+class Result:
+    code: int
+    output: str
+
+
+def run(*words: str) -> Result:
+    """`python jobs/X.py ...` in the repository."""
+    done = subprocess.run(
+        [sys.executable, *words], cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300
+    )
+    return Result(done.returncode, done.stdout)
+
+
+class Cluster:
+    """`ray start --head` with ports, a token and a folder of its own; ended by its pid."""
+
+    def __init__(self) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="ray", dir="/tmp"))  # short: Unix sockets lie in it
+        self.token = secrets.token_hex(32)
+        self.environment = os.environ | {
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": self.token,
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",  # a job's `python` is the head's
+        }
+        ports = free_ports(8)
+        self.address = f"http://127.0.0.1:{ports[0]}"
+        options = {
+            "--dashboard-port": ports[0],
+            "--port": ports[1],
+            "--dashboard-agent-listen-port": ports[2],
+            "--dashboard-agent-grpc-port": ports[3],
+            "--runtime-env-agent-port": ports[4],
+            "--metrics-export-port": ports[5],
+            "--node-manager-port": ports[6],
+            "--object-manager-port": ports[7],
+            "--min-worker-port": 0,  # any that is free
+            "--max-worker-port": 0,
+            "--node-ip-address": "127.0.0.1",
+            "--dashboard-host": "127.0.0.1",
+            "--num-cpus": 4,  # logical: a worker, the controller and data
+            "--object-store-memory": 300 * 2**20,
+            "--temp-dir": self.folder,
+        }
+        with open(self.folder / "head.log", "wb") as log:
+            self.head = subprocess.Popen(
+                [self._ray, "start", "--head", "--block", "--disable-usage-stats"]
+                + [str(word) for pair in options.items() for word in pair],
+                env=self.environment,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+
+    @property
+    def _ray(self) -> str:
+        return str(Path(sys.executable).with_name("ray"))
+
+    def wait(self) -> None:
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline:
+            assert self.head.poll() is None, (self.folder / "head.log").read_text()
+            with contextlib.suppress(OSError):
+                self.get("/api/jobs/")
+                return
+            time.sleep(0.3)
+        raise AssertionError("Ray did not come up:\n" + (self.folder / "head.log").read_text())
+
+    def get(self, path: str) -> dict:
+        request = urllib.request.Request(self.address + path, headers={"Authorization": f"Bearer {self.token}"})
+        with urllib.request.urlopen(request, timeout=10) as answer:
+            return json.load(answer)
+
+    def submit(self, *words: str) -> Result:
+        """`ray job submit ... -- python jobs/X.py ...`; the exit code is the job's own."""
+        name = f"test-{secrets.token_hex(4)}"
+        command = [self._ray, "job", "submit", "--address", self.address, "--working-dir", ".", "--submission-id", name]
+        done = subprocess.run(
+            [*command, "--", "python", *words],
+            cwd=REPO, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300,
+        )  # fmt: skip
+        result = self.result(name)
+        assert done.returncode == (1 if result.code else 0), done.stdout
+        assert result.output.strip().splitlines()[-1] in done.stdout
+        return result
+
+    def submit_without_waiting(self, *words: str) -> str:
+        """What `ray job submit --no-wait` does, without starting a Python for it."""
+        from ray.job_submission import JobSubmissionClient
+
+        client = JobSubmissionClient(self.address, headers={"Authorization": f"Bearer {self.token}"})
+        return client.submit_job(entrypoint=shlex.join(["python", *words]), runtime_env={"working_dir": str(REPO)})
+
+    def result(self, name: str) -> Result:
+        deadline = time.monotonic() + 300
+        while (job := self.get(f"/api/jobs/{name}"))["status"] not in ("SUCCEEDED", "FAILED"):
+            assert time.monotonic() < deadline, job
+            time.sleep(0.3)
+        return Result(job["driver_exit_code"], self.get(f"/api/jobs/{name}/logs")["logs"])
+
+    def stop(self) -> None:
+        self.head.terminate()
+        try:
+            self.head.wait(60)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.head.pid, signal.SIGKILL)
+            self.head.wait()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        probes = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
+        return [probe.getsockname()[1] for probe in probes]
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    cluster = Cluster()
+    try:
+        cluster.wait()
+        yield cluster
+    finally:
+        cluster.stop()
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("photos")
+    for name in ("astronaut", "chelsea", "coffee", "rocket"):
+        (folder / name).mkdir()
+        image = Image.fromarray(getattr(skimage.data, name)())
+        for part in range(3):
+            image.crop((64 * part, 64, 64 * part + 96, 160)).save(folder / name / f"{part}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from litevae.autoencoder import LiteVAE
+
+    folder = tmp_path_factory.mktemp("model")
+    LiteVAE.from_preset("S", block_out_channels=(32, 32, 32, 32), layers_per_block=1).save_pretrained(folder)
+    return folder
+
+
+def test_every_job_has_the_same_config_both_ways(cluster: Cluster) -> None:
+    settings = ["ray.workers=1", "root=/data/runs", "tracking.uri=http://host:5000"]
+    good = [[f"jobs/{job}.py", "--print-config", *settings] for job in JOBS]
+    submitted = [cluster.submit_without_waiting(*words) for words in good]
+    for words, here, name in zip(good, [run(*words) for words in good], submitted, strict=True):
+        there = cluster.result(name)
+        assert (here.code, there.code) == (0, 0), f"{words}\n{here.output}\n{there.output}"
+        assert "root: /data/runs\n" in here.output
+        assert here.output in there.output
+
+
+def test_bad_input_both_ways(cluster: Cluster) -> None:
+    words = ["jobs/train_vae.py", "tracking.enabld=false"]
+    for result in (run(*words), cluster.submit(*words)):
+        assert result.code == 2, result.output
+        assert one_error(result).startswith("error: unknown config key 'tracking.enabld'; did you mean")
+
+
+def one_error(result: Result) -> str:
+    assert "Traceback" not in result.output
+    (line,) = [line for line in result.output.splitlines() if line.startswith("error: ")]
+    return line
+
+
+def test_a_cache_is_the_same_both_ways(cluster: Cluster, photos: Path, model: Path, tmp_path: Path) -> None:
+    def words(out: str) -> list[str]:
+        return [
+            "jobs/encode_dataset.py", f"source.uri={photos}", f"model={model}", f"out={out}", f"root={tmp_path}/runs",
+            "transform.resolution=64", "rows_per_shard=5", "batch_size=4", "ray.cpus_per_worker=1",
+        ]  # fmt: skip
+
+    here, there = run(*words(f"{tmp_path}/here")), cluster.submit(*words(f"{tmp_path}/there"))
+    assert (here.code, there.code) == (0, 0), here.output + there.output
+    shards = [sorted(path.read_bytes() for path in (tmp_path / way / "shards").iterdir()) for way in ("here", "there")]
+    assert len(shards[0]) == 3
+    assert shards[0] == shards[1]
+
+    lost = cluster.submit(*words("cache"))
+    assert lost.code == 2, lost.output
+    assert "out=cache is relative" in one_error(lost)
+
+    for copy in cluster.folder.glob("session_2*/runtime_resources/working_dir_files/_ray_pkg_*/"):
+        assert (copy / "jobs" / "encode_dataset.py").is_file()
+        stays_here = {".venv", ".git", "runs", "demo", "__pycache__", ".mypy_cache", ".pytest_cache", ".ruff_cache"}
+        assert not stays_here & {path.name for path in copy.iterdir()}
+        assert sum(path.stat().st_size for path in copy.rglob("*")) < 20 * 2**20  # Ray's limit is 100 MiB
+
+
+@pytest.mark.slow
+def test_the_whole_pipeline_submitted(cluster: Cluster, photos: Path, tmp_path: Path) -> None:
+    common = [f"root={tmp_path / 'runs'}", "ray.cpus_per_worker=1"]
+    small = ["loop.checkpoint_every=8", "loop.val_every=8", "loop.log_every=1", "loop.precision=fp32"]
+    vae, ldm, cache = tmp_path / "runs/vae/model", tmp_path / "runs/ldm/model", tmp_path / "cache"
+    steps = [
+        [
+            "jobs/train_vae.py", *common, *small, f"data.train.uri={photos}", f"data.val.uri={photos}", "val_images=4",
+            "data.loaders=0", "model.encoder=S", "model.decoder.channels=[32,32,32,32]", "model.decoder.layers=1",
+            "stages=[{resolution: 64, images: 16, batch_size: 4}]", "loss.lpips.weight=0",
+        ],
+        [
+            "jobs/encode_dataset.py", *common, f"source.uri={photos}", f"model={vae}", f"out={cache}",
+            "transform.resolution=64", "rows_per_shard=6", "batch_size=4",
+        ],
+        [
+            "jobs/train_ldm.py", *common, *small, f"cache={cache}", f"vae={vae}", "unet=tiny", "images=16",
+            "batch_size=4", "sample_images=2", "sample_steps=2",
+        ],
+        ["jobs/sample.py", *common, f"model={ldm}", f"out={tmp_path / 'samples'}", "images=2", "steps=2"],
+        [
+            "jobs/evaluate.py", *common, f"model={vae}", f"source.uri={photos}", f"out={tmp_path / 'evaluation'}",
+            "transform.resolution=64", "pictures=2",
+        ],
+    ]  # fmt: skip
+    for words in steps:
+        result = cluster.submit(*words)
+        assert result.code == 0, result.output
+    assert (cache / "manifest.json").is_file()
+    assert {path.name for path in (tmp_path / "samples").glob("*.png")} == {"000000.png", "000001.png", "grid.png"}
+    assert json.loads((tmp_path / "evaluation" / "metrics.json").read_text())
+    assert (tmp_path / "runs" / "mlflow.db").is_file()
