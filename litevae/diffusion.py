@@ -167,13 +167,9 @@ def sample_latents(
     (seed of the job, number of the image) - so that its batch does not matter.
 
     Raises:
-        UserError: `steps` does not divide the schedule's steps: DDIM's steps are equal.
+        UserError: see `check_steps`.
     """
-    total = scheduler.config.num_train_timesteps
-    if steps < 1 or total % steps:
-        fitting = [n for n in range(1, total + 1) if total % n == 0]
-        near = [*[n for n in fitting if n < steps][-1:], *[n for n in fitting if n > steps][:1]]
-        raise UserError(f"steps={steps} does not divide the schedule's {total}; take {' or '.join(map(str, near))}")
+    check_steps(scheduler, steps)
     device = next(unet.parameters()).device
     generators = [np.random.default_rng(seed) for seed in seeds]
 
@@ -187,6 +183,18 @@ def sample_latents(
         predicted = unet(x, t).sample.float()
         x = scheduler.step(predicted, t, x, eta=eta, variance_noise=noise() if eta else None).prev_sample
     return x
+
+
+def check_steps(scheduler: DDIMScheduler, steps: int) -> None:
+    """
+    Raises:
+        UserError: `steps` does not divide the schedule's: DDIM's steps are equal, and diffusers rounds silently.
+    """
+    total = scheduler.config.num_train_timesteps
+    if steps < 1 or total % steps:
+        fitting = [n for n in range(1, total + 1) if total % n == 0]
+        near = [*[n for n in fitting if n < steps][-1:], *[n for n in fitting if n > steps][:1]]
+        raise UserError(f"steps={steps} does not divide the schedule's {total}; take {' or '.join(map(str, near))}")
 
 
 # --- the folder -----------------------------------------------------------------------------------------------

@@ -1,0 +1,294 @@
+"""How well an autoencoder reconstructs a source of images, beside bicubic down- and upsampling by its factor of 8.
+
+CPU tasks read and transform images, actors with the model measure them in batches, and the driver adds up one value
+per image, exactly.
+"""
+
+import json
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from litevae import metrics
+from litevae.autoencoder import count_parameters, fingerprint, load_autoencoder
+from litevae.errors import UserError
+from litevae.images import ImageError, ImageTransform, to_tensor
+from litevae.perceptual import SqueezeNetFeatures, WeightsMissing, load_lpips
+from litevae.pictures import reconstruction_picture
+from litevae.precision import autocast
+from pipelines import cluster, config, outputs, tracking
+from pipelines.actors import pool, spread
+from pipelines.sources import Source, open_source
+
+SMALLEST = 32  # pixels; SSIM's window takes 11, perceptual backbones halve four times
+
+METRICS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"psnr": metrics.psnr, "ssim": metrics.ssim}
+
+
+class Bad(NamedTuple):
+    """An image that was left out."""
+
+    id: str
+    reason: str
+    message: str
+
+
+class Read(NamedTuple):
+    """A batch: uint8 (n, H, W, 3) of the images that can be read, the others, and how many to show in the picture."""
+
+    pixels: np.ndarray
+    bad: list[Bad]
+    pictures: int
+
+
+@dataclass
+class Measured:
+    """Of a batch or of many: values of "reconstruction/<metric>" and "bicubic/<metric>", and what else came of it."""
+
+    images: int = 0
+    encode_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    means: dict[str, metrics.Mean] = field(default_factory=dict)
+    bad: list[Bad] = field(default_factory=list)
+    pictures: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)  # input, reconstruction, latent
+
+    def merge(self, other: "Measured") -> None:
+        self.images += other.images
+        self.encode_seconds += other.encode_seconds
+        self.decode_seconds += other.decode_seconds
+        for name, mean in other.means.items():
+            self.means.setdefault(name, metrics.Mean()).merge(mean)
+        self.bad += other.bad
+        self.pictures += other.pictures
+
+    def values(self, which: str) -> dict[str, float]:
+        return {name.partition("/")[2]: mean.value() for name, mean in self.means.items() if name.startswith(which)}
+
+
+def evaluate(cfg: config.Evaluate) -> dict[str, Any]:
+    """Measure, print a table, and leave metrics.json and reconstructions.png in `cfg.out`. Returns metrics.json.
+
+    Raises:
+        UserError: bad config, model or source; no image could be read.
+    """
+    out = cluster.output_path("out", cfg.out)
+    if not cfg.model:
+        raise UserError("model is empty; give a model folder: model=runs/vae/model")
+    if cfg.transform.resolution < SMALLEST:
+        raise UserError(f"transform.resolution={cfg.transform.resolution}: images are measured from {SMALLEST} px on")
+    model = load_autoencoder(cfg.model)
+    source = open_source(cfg.source)
+    if cfg.images > source.units:
+        raise UserError(f"images={cfg.images}, but {cfg.source.uri} has {source.units}; 0 takes all")
+    cfg = cfg.model_copy(update={"model": os.path.abspath(cfg.model), "images": cfg.images or source.units})
+    transform = ImageTransform(cfg.transform.resolution, cfg.transform.resize)
+    perceptual, remarks = _perceptual(cfg)
+
+    share = cluster.start(cfg.ray)
+    os.makedirs(out, exist_ok=True)
+    name = os.path.basename(out)
+    run = tracking.start_run(cfg.tracking, cfg.root, "evaluate", name, cfg.model_dump(mode="json"), out, resume=False)
+    tracker = tracking.Tracker(run)
+    status: tracking.Status = "FAILED"
+    try:
+        tracker.dataset(os.path.basename(source.uri), source.digest, source.uri, context="evaluation")
+        actors = pool(Evaluator, share, cfg, share, [*perceptual])
+        started, total = time.monotonic(), Measured()
+        for batch in _with_progress(_measure(cfg, source, transform, actors), cfg.images):
+            total.merge(batch)
+        seconds = time.monotonic() - started
+        if not total.images:
+            raise UserError(f"{cfg.source.uri}: none of {len(total.bad)} images could be read: {_named(total.bad)}")
+        summary: dict[str, Any] = {
+            "model": cfg.model,
+            "fingerprint": fingerprint(cfg.model),
+            "parameters": {"encoder": count_parameters(model.encoder), "decoder": count_parameters(model.decoder)},
+            "source": {"uri": source.uri, "digest": source.digest},
+            "transform": transform.identity,
+            "images": total.images,
+            "unreadable": [bad._asdict() for bad in total.bad],
+            "reconstruction": total.values("reconstruction"),
+            "bicubic": total.values("bicubic"),
+            "protocols": {"reconstruction": "decoded posterior mean", **metrics.PROTOCOLS},
+            "images_per_s": {
+                "encoder": total.images / total.encode_seconds,
+                "decoder": total.images / total.decode_seconds,
+                "evaluation": total.images / seconds,
+            },
+            "remarks": remarks,
+            "run": tracking.link(run),
+        }
+        for which in ("reconstruction", "bicubic"):
+            tracker.metrics({f"eval/{which}/{metric}": value for metric, value in summary[which].items()}, step=0)
+        if total.pictures:
+            picture = reconstruction_picture(*(torch.cat(part) for part in zip(*total.pictures, strict=True)))
+            outputs.write(os.path.join(out, "reconstructions.png"), outputs.png(picture))
+            tracker.image("reconstructions", picture, step=0)
+        outputs.write(os.path.join(out, "metrics.json"), json.dumps(summary, indent=2).encode() + b"\n")
+        tracker.artifact(os.path.join(out, "metrics.json"))
+        status = "FINISHED"
+    finally:
+        tracker.close(status)
+    print(report(summary, out))
+    return summary
+
+
+def report(summary: dict[str, Any], out: str) -> str:
+    """The summary for a person."""
+    quality = [["", "reconstruction", "bicubic by 8"]]
+    for metric, value in summary["reconstruction"].items():
+        quality.append(
+            [
+                {"psnr": "PSNR (dB)", "ssim": "SSIM"}.get(metric, metric),
+                f"{value:.4f}",
+                f"{summary['bicubic'][metric]:.4f}",
+            ]
+        )
+    speed = summary["images_per_s"]
+    model = [["", "encoder", "decoder"]]
+    model.append(["parameters", *(f"{summary['parameters'][part]:,}" for part in model[0][1:])])
+    model.append(["images/s, one worker", *(f"{speed[part]:.1f}" for part in model[0][1:])])
+    lines = [
+        f"{summary['images']} images at {summary['transform']['resolution']} px of {summary['source']['uri']}, "
+        f"{speed['evaluation']:.1f} a second with reading and measuring",
+        "",
+        outputs.table(quality),
+        "",
+        outputs.table(model),
+        "",
+    ]
+    if bad := [Bad(**entry) for entry in summary["unreadable"]]:
+        lines.append(f"{len(bad)} unreadable left out: {_named(bad)}")
+    lines += summary["remarks"]
+    lines += [f"metrics   {out}/metrics.json", f"pictures  {out}/reconstructions.png", f"run       {summary['run']}"]
+    return "\n".join(lines)
+
+
+def _perceptual(cfg: config.Evaluate) -> tuple[dict[str, torch.nn.Module], list[str]]:
+    """The perceptual metrics that there are weights for, and a line about one that is missing."""
+    found: list[Any] = []
+    remarks = []
+    try:
+        found.append(load_lpips(cfg.lpips, cfg.lpips_weights))
+    except WeightsMissing as error:
+        remarks.append(f"no LPIPS: {error}")
+    if cfg.squeezenet:
+        found.append(SqueezeNetFeatures(cfg.squeezenet))
+    return {module.name: module for module in found}, remarks
+
+
+# --- reading ----------------------------------------------------------------------------------------------------
+
+
+def _measure(cfg: config.Evaluate, source: Source, transform: ImageTransform, actors: list[Any]) -> Iterator[Measured]:
+    import ray
+
+    shared = ray.put(source)
+    read = ray.remote(_read).options(num_cpus=1)
+    shown = range(0, cfg.images, -(-cfg.images // cfg.pictures))
+
+    def measure(actor: Any, batches: list[range]) -> Any:
+        pictures = [sum(unit in shown for unit in batch) for batch in batches]
+        return actor.measure.remote(read.remote(shared, transform, batches, pictures))
+
+    ahead = 1 + -(-cfg.ray.decode_tasks // len(actors))  # one is measured while the others are read
+    return spread(actors, measure, _chunks(cfg.images, cfg.batch_size, transform.resolution, len(actors)), ahead)
+
+
+def _chunks(images: int, batch_size: int, resolution: int, workers: int) -> list[list[range]]:
+    """What a task reads: batches next to each other, as a Parquet row group is read as a whole; at most 64 MB of
+    pixels, and at least four chunks a worker. The batches are the same whatever the number of workers."""
+    batches = [range(images)[start : start + batch_size] for start in range(0, images, batch_size)]
+    count = max(1, min(64 * 2**20 // (batch_size * resolution**2 * 3), len(batches) // (4 * workers)))
+    return [batches[start : start + count] for start in range(0, len(batches), count)]
+
+
+def _read(source: Source, transform: ImageTransform, batches: list[range], pictures: list[int]) -> list[Read]:
+    return [_read_batch(source, transform, *each) for each in zip(batches, pictures, strict=True)]
+
+
+def _read_batch(source: Source, transform: ImageTransform, units: range, pictures: int) -> Read:
+    pixels, bad = [], []
+    for unit in units:
+        try:
+            pixels.append(transform(source.data(unit)).pixels)
+        except ImageError as error:
+            bad.append(Bad(source.id(unit), error.reason, str(error)))
+    size = transform.resolution
+    return Read(np.stack(pixels) if pixels else np.empty((0, size, size, 3), np.uint8), bad, pictures)
+
+
+def _with_progress(parts: Iterable[Measured], images: int) -> Iterator[Measured]:
+    from tqdm import tqdm
+
+    with tqdm(total=images, unit=" images", desc="evaluate", disable=None) as bar:  # None: only on a terminal
+        for part in parts:
+            bar.update(part.images + len(part.bad))
+            yield part
+
+
+def _named(bad: list[Bad], limit: int = 5) -> str:
+    names = [f"{entry.id} ({entry.reason})" for entry in bad[:limit]]
+    return ", ".join(names) + (f" and {len(bad) - limit} more" if len(bad) > limit else "")
+
+
+# --- measuring --------------------------------------------------------------------------------------------------
+
+
+class Evaluator:
+    """A worker: the model and the metrics on one device."""
+
+    def __init__(self, cfg: config.Evaluate, share: cluster.Share, perceptual: list[str]):
+        torch.set_num_threads(share.threads)
+        self.device = torch.device("cuda" if share.gpu else "cpu")
+        self.model, self.precision = load_autoencoder(cfg.model).to(self.device), cfg.precision
+        extra, remarks = _perceptual(cfg)
+        if [*extra] != perceptual:
+            raise UserError(f"the driver has weights of {perceptual}, this node of {[*extra]}. {' '.join(remarks)}")
+        self.metrics = METRICS | {name: module.to(self.device) for name, module in extra.items()}
+        side = cfg.transform.resolution
+        self._reconstruct(torch.zeros(1, 3, side, side, device=self.device))  # what is slow the first time only
+
+    def measure(self, batches: list[Read]) -> Measured:
+        total = Measured()
+        for batch in batches:
+            total.merge(self._measure(batch))
+        return total
+
+    @torch.no_grad()
+    def _measure(self, batch: Read) -> Measured:
+        if not len(batch.pixels):
+            return Measured(bad=batch.bad)
+        x = to_tensor(batch.pixels).to(self.device)
+        reconstruction, latent, encode_seconds, decode_seconds = self._reconstruct(x)
+        result = Measured(len(x), encode_seconds, decode_seconds, bad=batch.bad)
+        for which, y in (("reconstruction", reconstruction), ("bicubic", metrics.bicubic_baseline(x))):
+            for name, metric in self.metrics.items():
+                result.means[f"{which}/{name}"] = mean = metrics.Mean()
+                mean.add(metric(x, y).cpu())
+        if batch.pictures:
+            x, reconstruction, latent = (part[: batch.pictures].cpu() for part in (x, reconstruction, latent))
+            result.pictures.append((x, reconstruction, latent))
+        return result
+
+    @torch.no_grad()
+    def _reconstruct(self, x: Tensor) -> tuple[Tensor, Tensor, float, float]:
+        """Decoded posterior mean, the mean, and the seconds of encoder and decoder."""
+        with autocast(self.device, self.precision):
+            start = self._now()
+            latent = self.model.encode(x, return_dict=False)[0].mode()
+            middle = self._now()
+            reconstruction = self.model.decode(latent, return_dict=False)[0]
+            end = self._now()
+        return reconstruction.float().clamp(-1, 1), latent.float(), middle - start, end - middle
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()

@@ -1,0 +1,84 @@
+"""A pool of actors: order, how far ahead it goes, errors, and workers that die."""
+
+import os
+import signal
+from dataclasses import replace
+
+import pytest
+
+from litevae.errors import UserError
+from pipelines import cluster
+from pipelines.actors import pool, spread
+from pipelines.config import Ray
+
+
+@pytest.fixture(scope="module")
+def share():
+    return cluster.start(Ray(workers=2))
+
+
+@pytest.fixture(scope="module")
+def worker():
+    """A local class: Ray ships it by value, as workers can't import tests."""
+
+    class Worker:
+        def __init__(self, fit: bool):
+            if not fit:
+                raise UserError("no such model\nlook elsewhere")
+
+        def square(self, number: int) -> int:
+            import time
+
+            if number == 3:
+                time.sleep(0.5)  # so that later ones finish earlier
+            return number**2
+
+        def die_once(self, number: int, folder: str) -> int:
+            marker = os.path.join(folder, f"died-{number}")
+            if number in (2, 5) and not os.path.exists(marker):
+                open(marker, "w").close()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return number
+
+        def fail(self, number: int) -> int:
+            if number == 4:
+                raise UserError("four is too many")
+            return number
+
+    return Worker
+
+
+@pytest.fixture(scope="module")
+def actors(share, worker):
+    return pool(worker, share, True)
+
+
+def test_results_come_in_order_and_items_are_taken_as_needed(actors):
+    taken, seen = [], []
+
+    def items():
+        for number in range(12):
+            taken.append(number)
+            yield number
+
+    for result in spread(actors, lambda actor, n: actor.square.remote(n), items(), ahead=2):
+        seen.append(result)
+        if len(seen) == 1:
+            assert len(taken) <= 2 * 2 + 1  # two a worker, and one in place of the first result
+    assert seen == [n**2 for n in range(12)]
+    assert list(spread(actors, lambda actor, n: actor.square.remote(n), [])) == []
+
+
+def test_a_users_mistake_comes_back_as_one(actors, share, worker):
+    with pytest.raises(UserError) as error:
+        list(spread(actors, lambda actor, n: actor.fail.remote(n), range(8)))
+    assert str(error.value) == "four is too many"
+    with pytest.raises(UserError) as error:
+        pool(worker, replace(share, workers=1), False)
+    assert str(error.value) == "on a worker: no such model\nlook elsewhere"
+
+
+def test_a_killed_worker_is_replaced_and_its_work_done_again(actors, tmp_path):
+    folder = str(tmp_path)
+    assert list(spread(actors, lambda actor, n: actor.die_once.remote(n, folder), range(8))) == list(range(8))
+    assert sorted(os.listdir(folder)) == ["died-2", "died-5"]
