@@ -6,8 +6,9 @@ per image, exactly.
 
 import json
 import os
+import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -25,6 +26,7 @@ from litevae.precision import autocast
 from pipelines import cluster, config, outputs, tracking
 from pipelines.actors import pool, spread
 from pipelines.sources import Source, open_source
+from pipelines.training import Progress
 
 SMALLEST = 32  # pixels; SSIM's window takes 11, perceptual backbones halve four times
 
@@ -100,8 +102,11 @@ def evaluate(cfg: config.Evaluate) -> dict[str, Any]:
         tracker.dataset(os.path.basename(source.uri), source.digest, source.uri, context="evaluation")
         actors = pool(Evaluator, share, cfg, share, [*perceptual])
         started, total = time.monotonic(), Measured()
-        for batch in _with_progress(_measure(cfg, source, transform, actors), cfg.images):
-            total.merge(batch)
+        progress = Progress("evaluate", cfg.images, 0, sys.stderr.isatty())
+        for part in _measure(cfg, source, transform, actors):
+            total.merge(part)
+            progress.update(total.images + len(total.bad))
+        progress.close()
         seconds = time.monotonic() - started
         if not total.images:
             raise UserError(f"{cfg.source.uri}: none of {len(total.bad)} images could be read: {_named(total.bad)}")
@@ -222,15 +227,6 @@ def _read_batch(source: Source, transform: ImageTransform, units: range, picture
             bad.append(Bad(source.id(unit), error.reason, str(error)))
     size = transform.resolution
     return Read(np.stack(pixels) if pixels else np.empty((0, size, size, 3), np.uint8), bad, pictures)
-
-
-def _with_progress(parts: Iterable[Measured], images: int) -> Iterator[Measured]:
-    from tqdm import tqdm
-
-    with tqdm(total=images, unit=" images", desc="evaluate", disable=None) as bar:  # None: only on a terminal
-        for part in parts:
-            bar.update(part.images + len(part.bad))
-            yield part
 
 
 def _named(bad: list[Bad], limit: int = 5) -> str:

@@ -7,6 +7,7 @@ changes the order of sums within a convolution, and with it single pixels by a l
 
 import json
 import os
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -22,6 +23,7 @@ from litevae.pictures import grid
 from litevae.precision import autocast
 from pipelines import cluster, config, outputs, tracking
 from pipelines.actors import pool, spread
+from pipelines.training import Progress
 
 GRID = 64  # the first so many images, in rows of 8
 
@@ -80,16 +82,14 @@ def sample(cfg: config.Sample) -> dict[str, Any]:
 
 def _draw(cfg: config.Sample, actors: list[Any]) -> Iterator[tuple[int, bytes]]:
     """(number, PNG), in order."""
-    from tqdm import tqdm
-
     batches = [range(start, start + cfg.batch_size) for start in range(0, cfg.images, cfg.batch_size)]
     drawn = spread(actors, lambda actor, batch: actor.draw.remote(batch), batches)
-    with tqdm(total=cfg.images, unit=" images", desc="sample", disable=None) as bar:  # None: only on a terminal
-        for batch, images in zip(batches, drawn, strict=True):
-            for number, image in zip(batch, images, strict=True):
-                if number < cfg.images:  # the last batch is full too
-                    yield number, image
-                    bar.update()
+    progress = Progress("sample", cfg.images, 0, sys.stderr.isatty())
+    for batch, images in zip(batches, drawn, strict=True):
+        wanted = range(batch.start, min(batch.stop, cfg.images))  # the last batch is a full one too
+        yield from zip(wanted, images, strict=False)
+        progress.update(wanted.stop)
+    progress.close()
 
 
 class Sampler:
