@@ -11,6 +11,7 @@ from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.autoencoders.vae import AutoencoderMixin, DecoderOutput, DiagonalGaussianDistribution
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.models.modeling_utils import ModelMixin
+from safetensors import SafetensorError
 from torch import Tensor
 
 from litevae.decoder import Decoder
@@ -59,16 +60,14 @@ class LiteVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
             if value not in known:
                 raise UserError(f"LiteVAE: {name}={value!r} is not one of {', '.join(known)}")
         if len(block_out_channels) != 4:
-            raise UserError(
-                f"LiteVAE: block_out_channels has {len(block_out_channels)} widths; f = 8 takes exactly 4"
-            )
+            raise UserError(f"LiteVAE: block_out_channels has {len(block_out_channels)} widths; f = 8 takes exactly 4")
         self.encoder = Encoder(latent_channels, SIZES[size], wavelet, downsample, in_channels)  # type: ignore[arg-type]
         self.decoder = Decoder(
             latent_channels,
             tuple(block_out_channels),
             layers_per_block,
-            decoder_norm,
-            in_channels,  # type: ignore[arg-type]
+            decoder_norm,  # type: ignore[arg-type]
+            in_channels,
         )
         self.use_slicing = False
 
@@ -77,9 +76,7 @@ class LiteVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         """A randomly initialised model with the paper's encoder of this size and SD-VAE's decoder."""
         return cls(size=size, latent_channels=latent_channels, **config)
 
-    def encode(
-        self, x: Tensor, return_dict: bool = True
-    ) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
+    def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
         """Image (N, C, H, W) in [-1, 1], H and W multiples of 8 -> posterior over (N, n_z, H/8, W/8)."""
         moments = torch.cat([self.encoder(part) for part in self._slices(x)])
         posterior = DiagonalGaussianDistribution(moments)
@@ -93,22 +90,17 @@ class LiteVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
     def forward(
-        self, x: Tensor, noise: Tensor | None = None, sample_posterior: bool = True
+        self, x: Tensor, sample_posterior: bool = True, generator: torch.Generator | None = None
     ) -> tuple[Tensor, DiagonalGaussianDistribution]:
         """Reconstruction and posterior in one call, as a training step needs it (DDP sees only `forward`).
 
         Args:
             x: image in [-1, 1].
-            noise: the posterior's standard normal draw, shaped as the latent; None: drawn here.
             sample_posterior: False decodes the mean.
+            generator: of the posterior's draw.
         """
         posterior = self.encode(x).latent_dist  # type: ignore[union-attr]
-        if not sample_posterior:
-            z = posterior.mode()
-        elif noise is None:
-            z = posterior.sample()
-        else:
-            z = posterior.mean + posterior.std * noise
+        z = posterior.sample(generator) if sample_posterior else posterior.mode()
         return self.decode(z).sample, posterior  # type: ignore[union-attr]
 
     def bake(self) -> "LiteVAE":
@@ -130,20 +122,14 @@ def load_autoencoder(folder: str | Path) -> LiteVAE:
     """
     config = model_config(folder)
     if config.get("_class_name") != "LiteVAE":
-        raise UserError(
-            f"{folder} holds a {config.get('_class_name', 'model without a class name')}, not a LiteVAE"
-        )
+        raise UserError(f"{folder} holds a {config.get('_class_name', 'model without a class name')}, not a LiteVAE")
     try:
         # strict: a missing or renamed tensor must not become a random one
         model, report = LiteVAE.from_pretrained(folder, output_loading_info=True, use_safetensors=True)
-    except UserError:
-        raise
-    except Exception as error:  # diffusers and safetensors raise many kinds here, all for a damaged folder
-        raise UserError(f"{folder}: the weights can't be loaded: {error}") from error
+    except (OSError, RuntimeError, TypeError, SafetensorError) as error:
+        raise UserError(f"{folder} is damaged, its model can't be loaded: {error}") from error
     if wrong := [key for keys in report.values() for key in keys]:
-        raise UserError(
-            f"{folder}: the weights do not fit config.json; e.g. {wrong[0]} ({len(wrong)} tensors)"
-        )
+        raise UserError(f"{folder}: the weights do not fit config.json; e.g. {wrong[0]} ({len(wrong)} tensors)")
     return model.eval()
 
 
@@ -167,9 +153,7 @@ def model_config(folder: str | Path) -> dict[str, Any]:
 
 def fingerprint(folder: str | Path) -> str:
     """sha256 over a model folder's config (without diffusers' own bookkeeping) and weights."""
-    config = {
-        key: value for key, value in model_config(folder).items() if key == "_class_name" or key[0] != "_"
-    }
+    config = {key: value for key, value in model_config(folder).items() if key == "_class_name" or key[0] != "_"}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
     with open(Path(folder) / WEIGHTS, "rb") as file:
         while block := file.read(1 << 20):

@@ -3,7 +3,11 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from litevae.layers import Attention, Norm, ResBlock, group_norm
+from litevae.layers import Attention, Norm, ResBlock, carrier, group_norm
+
+# SD-VAE's finest level has 128 channels in 32 groups. A narrower decoder keeps groups of 4: with one channel a group,
+# the last normalisation would take each channel's mean away, and with it the image's brightness.
+GROUP_WIDTH = 4
 
 
 class Decoder(nn.Module):
@@ -23,21 +27,23 @@ class Decoder(nn.Module):
     ):
         super().__init__()
         width = channels[-1]
-        self.conv_in = nn.Conv2d(latent_channels, width, 3, padding=1)
-        self.mid = nn.Sequential(ResBlock(width, width, norm), Attention(width), ResBlock(width, width, norm))
+        self.conv_in = carrier(latent_channels, width, 3)
+        self.mid = nn.Sequential(
+            ResBlock(width, width, norm, GROUP_WIDTH),
+            Attention(width, GROUP_WIDTH),
+            ResBlock(width, width, norm, GROUP_WIDTH),
+        )
         self.up = nn.ModuleList()
         for level, out in enumerate(reversed(channels)):
             blocks: list[nn.Module] = []
             for _ in range(layers + 1):
-                blocks.append(ResBlock(width, out, norm))
+                blocks.append(ResBlock(width, out, norm, GROUP_WIDTH))
                 width = out
             if level < len(channels) - 1:
-                blocks.append(
-                    nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(width, width, 3, padding=1))
-                )
+                blocks.append(nn.Sequential(nn.Upsample(scale_factor=2), carrier(width, width, 3)))
             self.up.append(nn.Sequential(*blocks))
-        self.norm_out = group_norm(width)
-        self.conv_out = nn.Conv2d(width, out_channels, 3, padding=1)
+        self.norm_out = group_norm(width, GROUP_WIDTH)
+        self.conv_out = carrier(width, out_channels, 3)
 
     def forward(self, z: Tensor) -> Tensor:
         x = self.mid(self.conv_in(z))

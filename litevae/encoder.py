@@ -1,4 +1,4 @@
-"""The LiteVAE encoder: wavelet bands -> one feature extractor a level -> aggregation to moments (paper, Section 4.1)."""
+"""The LiteVAE encoder: wavelet bands -> a feature extractor per level -> aggregation to moments (Section 4.1)."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from litevae.layers import ResBlock
+from litevae.layers import ResBlock, carrier
 from litevae.wavelet import LEVELS, check_wavelet, wavelet_pyramid
 
 
@@ -32,11 +32,9 @@ class FlatUNet(nn.Module):
     """ADM's UNet without down- or upsampling (Appendix G): the width follows channels * mults down and up again, with
     skips by concatenation. (N, in, H, W) -> (N, out, H, W)."""
 
-    def __init__(
-        self, in_channels: int, out_channels: int, channels: int, mults: tuple[int, ...], blocks: int = 2
-    ):
+    def __init__(self, in_channels: int, out_channels: int, channels: int, mults: tuple[int, ...], blocks: int = 2):
         super().__init__()
-        self.conv_in = nn.Conv2d(in_channels, channels, 3, padding=1)
+        self.conv_in = carrier(in_channels, channels, 3)
         widths, width = [], channels
         self.down = nn.ModuleList()
         for mult in mults:
@@ -50,7 +48,7 @@ class FlatUNet(nn.Module):
             for _ in range(blocks):
                 self.up.append(ResBlock(width + widths.pop(), channels * mult))
                 width = channels * mult
-        self.conv_out = nn.Conv2d(width, out_channels, 3, padding=1)
+        self.conv_out = carrier(width, out_channels, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
@@ -87,14 +85,11 @@ class Encoder(nn.Module):
             FlatUNet(bands, bands, size.extractor_channels, size.extractor_mults) for _ in range(LEVELS)
         )
         self.downsamplers = nn.ModuleList(
-            nn.Conv2d(bands, bands, 3, stride=stride, padding=1)
-            if downsample == "conv"
-            else nn.AvgPool2d(stride)
-            for stride in (4, 2)
+            carrier(bands, bands, 3, stride) if downsample == "conv" else nn.AvgPool2d(stride) for stride in (4, 2)
         )
-        self.aggregator = FlatUNet(
-            LEVELS * bands, 2 * latent_channels, size.aggregator_channels, size.aggregator_mults
-        )
+        self.aggregator = FlatUNet(LEVELS * bands, 2 * latent_channels, size.aggregator_channels, size.aggregator_mults)
+        # Starts with a posterior of std e^-3: at 1, noise drowns the mean until training has found that out.
+        nn.init.constant_(self.aggregator.conv_out.get_parameter("bias")[latent_channels:], -6.0)
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):

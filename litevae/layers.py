@@ -14,7 +14,7 @@ Norm = Literal["group", "smc", "none"]
 
 class SMC(nn.Module):
     """Self-modulated convolution (paper, Eq. 3): weights scaled per input map by a learned s, then demodulated to unit
-    norm per output map, with one learned gain. Nothing depends on the data, so there is one weight per step, in fp32."""
+    norm per output map, with one learned gain. Nothing depends on the data: one weight serves the batch. In fp32."""
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 3):
         super().__init__()
@@ -28,9 +28,7 @@ class SMC(nn.Module):
             return w * torch.rsqrt(w.square().sum(dim=(1, 2, 3), keepdim=True) + 1e-8) * self.gain.float()
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.conv2d(
-            x, self.weight().to(self.conv.weight.dtype), self.conv.bias, padding=self.conv.padding
-        )
+        return F.conv2d(x, self.weight().to(self.conv.weight.dtype), self.conv.bias, padding=self.conv.padding)
 
     @torch.no_grad()
     def bake(self) -> nn.Conv2d:
@@ -49,27 +47,41 @@ class SMC(nn.Module):
         return plain.train(self.training)
 
 
-def group_norm(channels: int, eps: float = 1e-6) -> nn.GroupNorm:
-    """32 groups as in SD-VAE, fewer where 32 does not divide the width (16, 48, 160 ... in the small encoders)."""
-    return nn.GroupNorm(math.gcd(32, channels), channels, eps=eps)
+def carrier(in_channels: int, out_channels: int, kernel_size: int, stride: int = 1) -> nn.Conv2d:
+    """A convolution outside the residual branches, on the path that carries the signal. It starts out keeping the
+    variance; PyTorch's default shrinks it threefold, and there are a dozen in a row between image and image."""
+    conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2)
+    nn.init.normal_(conv.weight, std=(in_channels * kernel_size**2) ** -0.5)
+    nn.init.zeros_(conv.get_parameter("bias"))
+    return conv
+
+
+def group_norm(channels: int, width: int = 1, eps: float = 1e-6) -> nn.GroupNorm:
+    """32 groups as in SD-VAE and ADM, fewer where a group would be narrower than `width` or uneven."""
+    return nn.GroupNorm(math.gcd(32, max(1, channels // width)), channels, eps=eps)
 
 
 class ResBlock(nn.Module):
     """(norm) -> SiLU -> conv3x3, twice, plus the input, through a 1x1 conv where the width changes (Appendix G).
 
     norm="smc": no normalisation, both convolutions self-modulated; norm="none": what bake() makes of it.
+    `group_width` is the least width of a normalisation group.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, norm: Norm = "group"):
+    def __init__(self, in_channels: int, out_channels: int, norm: Norm = "group", group_width: int = 1):
         super().__init__()
-        conv: Callable[[int, int], nn.Module] = (
+        conv: Callable[[int, int], SMC | nn.Conv2d] = (
             SMC if norm == "smc" else partial(nn.Conv2d, kernel_size=3, padding=1)
         )
-        self.norm1 = group_norm(in_channels) if norm == "group" else nn.Identity()
+        self.norm1 = group_norm(in_channels, group_width) if norm == "group" else nn.Identity()
         self.conv1 = conv(in_channels, out_channels)
-        self.norm2 = group_norm(out_channels) if norm == "group" else nn.Identity()
+        self.norm2 = group_norm(out_channels, group_width) if norm == "group" else nn.Identity()
         self.conv2 = conv(out_channels, out_channels)
-        self.skip = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
+        self.skip = nn.Identity() if in_channels == out_channels else carrier(in_channels, out_channels, 1)
+        # As in ADM, a block adds nothing at the start. (A demodulated weight has no size of its own; its gain has.)
+        start = (self.conv2.gain, self.conv2.conv.bias) if isinstance(self.conv2, SMC) else self.conv2.parameters()
+        for parameter in start:
+            nn.init.zeros_(parameter)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
@@ -80,9 +92,9 @@ class ResBlock(nn.Module):
 class Attention(nn.Module):
     """Single-head self-attention over positions, with a residual (SD-VAE's mid block)."""
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, group_width: int = 1):
         super().__init__()
-        self.norm = group_norm(channels)
+        self.norm = group_norm(channels, group_width)
         self.to_q = nn.Linear(channels, channels)
         self.to_k = nn.Linear(channels, channels)
         self.to_v = nn.Linear(channels, channels)

@@ -51,9 +51,7 @@ def dwt(x: Tensor, wavelet: str = "haar") -> Tensor:
             f"would transform at its coarsest level; use a larger image or a shorter wavelet"
         )
     low, details = ptwt.wavedec2(x, bank, level=1, mode="periodic")
-    return torch.cat(
-        [band[..., start : start + height, start : start + width] for band in (low, *details)], dim=1
-    )
+    return torch.cat([band[..., start : start + height, start : start + width] for band in (low, *details)], dim=1)
 
 
 def idwt(bands: Tensor, wavelet: str = "haar") -> Tensor:
@@ -110,9 +108,7 @@ def _bank(name: str):
     import pywt
 
     if name not in pywt.wavelist(kind="discrete"):
-        raise UserError(
-            f"unknown wavelet {name!r}; `haar`, or one of {', '.join(pywt.wavelist(kind='discrete'))}"
-        )
+        raise UserError(f"unknown wavelet {name!r}; `haar`, or one of {', '.join(pywt.wavelist(kind='discrete'))}")
     return pywt.Wavelet(name)
 
 

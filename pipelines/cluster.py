@@ -39,6 +39,11 @@ class Share:
     def resources(self) -> dict[str, float]:
         return {"CPU": 1.0, "GPU": 1.0} if self.gpu else {"CPU": 1.0}
 
+    @property
+    def text(self) -> str:
+        where = "a GPU each" if self.gpu else f"{self.threads} CPU thread{'s' if self.threads > 1 else ''} each"
+        return f"{self.workers} worker{'s' if self.workers > 1 else ''}, {where}"
+
 
 def in_ray_job() -> bool:
     """Whether this process was started by `ray job submit`: its working directory is a throw-away copy."""
@@ -51,8 +56,8 @@ def output_path(field: str, path: str) -> str:
         raise UserError(f"{field}: give a path, e.g. {field}=/data/{field}")
     if in_ray_job() and not os.path.isabs(path):
         raise UserError(
-            f"{field}={path} is relative; a submitted job runs in a temporary copy of its working directory, so what it "
-            f"writes there is lost. Give an absolute path on storage that all nodes share."
+            f"{field}={path} is relative; a submitted job runs in a temporary copy of its working directory, so what "
+            f"it writes there is lost. Give an absolute path on storage that all nodes share."
         )
     return os.path.abspath(path)
 
@@ -87,10 +92,13 @@ def start(config: RayConfig) -> Share:
     cpus, gpus = int(total.get("CPU", 0)), int(total.get("GPU", 0))
     gpu = config.gpu == "yes" or (config.gpu == "auto" and gpus > 0)
     if gpu and gpus < config.workers:
-        raise UserError(f"ray.workers={config.workers} with a GPU each, but the cluster has {gpus}; lower it or set ray.gpu=no")
-    if cpus < config.workers + SPARE_CPUS:
         raise UserError(
-            f"ray.workers={config.workers} needs {config.workers + SPARE_CPUS} logical CPUs ({SPARE_CPUS} for the controller and "
-            f"data), but the cluster has {cpus}; lower ray.workers or start Ray with --num-cpus={config.workers + SPARE_CPUS}"
+            f"ray.workers={config.workers} with a GPU each, but the cluster has {gpus}; lower it or set ray.gpu=no"
+        )
+    needed = config.workers + SPARE_CPUS
+    if cpus < needed:
+        raise UserError(
+            f"ray.workers={config.workers} needs {needed} logical CPUs ({SPARE_CPUS} for the controller and data), but "
+            f"the cluster has {cpus}; lower ray.workers, or start Ray with --num-cpus={needed}"
         )
     return Share(config.workers, gpu, config.cpus_per_worker or max(1, (os.cpu_count() or 1) // config.workers))

@@ -32,9 +32,13 @@ class Source(Section):
     """Where images come from."""
 
     uri: str = Field("", description="a folder tree of images (label = folder), or Parquet file(s) with image bytes")
-    image_column: str = Field("image", description="Parquet: column with the encoded image (bytes, or a struct with `bytes`)")
+    image_column: str = Field(
+        "image", description="Parquet: column with the encoded image (bytes, or a struct with `bytes`)"
+    )
     id_column: str = Field("id", description="Parquet: column with a stable id; where absent, file name and row number")
-    columns: list[str] = Field([], description="Parquet: further columns to carry into a latent cache, e.g. [label, caption]")
+    columns: list[str] = Field(
+        [], description="Parquet: further columns to carry into a latent cache, e.g. [label, caption]"
+    )
 
 
 class Ray(Section):
@@ -66,9 +70,13 @@ class Job(Section):
 
 
 class Decoder(Section):
-    channels: tuple[Positive, ...] = Field((128, 256, 512, 512), description="width per level, finest first; 4 levels: f = 8")
+    channels: tuple[Positive, ...] = Field(
+        (128, 256, 512, 512), description="width per level, finest first; 4 levels: f = 8"
+    )
     layers: Positive = Field(2, description="ResBlocks a level, less one (SD-VAE counts so: 2 means 3)")
-    norm: Literal["group", "smc"] = Field("group", description="group: as SD-VAE; smc: self-modulated convolution (Eq. 3)")
+    norm: Literal["group", "smc"] = Field(
+        "group", description="group: as SD-VAE; smc: self-modulated convolution (Eq. 3)"
+    )
 
     @model_validator(mode="after")
     def _levels(self) -> "Decoder":
@@ -81,7 +89,9 @@ class VAE(Section):
     encoder: Literal["S", "B", "M", "L"] = Field("B", description="encoder size (paper, Tables 23 and 24)")
     latent_channels: Positive = Field(4, description="n_z: 4 or 12 in the paper")
     wavelet: str = Field("haar", description="any wavelet that ptwt knows; haar takes the fast path")
-    downsample: Literal["conv", "pool"] = Field("conv", description="levels 1 and 2 to f = 8: learned 3x3 conv (matches L's count) or average pooling")
+    downsample: Literal["conv", "pool"] = Field(
+        "conv", description="levels 1 and 2 to f = 8: learned 3x3 conv (matches L's count) or average pooling"
+    )
     decoder: Decoder = Decoder()
     init: str = Field("", description="model folder to start from (its architecture must be this one); empty: random")
 
@@ -93,17 +103,27 @@ class Term(Section):
 
 class Lpips(Term):
     net: Literal["vgg", "alex", "squeeze"] = Field("vgg", description="backbone")
-    weights: str = Field("", description="backbone's torchvision checkpoint; empty: torch hub's cache folder; with neither the term is off, and says so")
+    weights: str = Field(
+        "",
+        description="backbone's torchvision checkpoint; empty: torch hub's cache; where there is none, the term is off",
+    )
 
 
 class Features(Term):
-    weights: str = Field("", description="a SqueezeNet 1.1 (Caffe) feature file: its feature distance, under its own name")
+    weights: str = Field(
+        "", description="a SqueezeNet 1.1 (Caffe) feature file: its feature distance, under its own name"
+    )
 
 
 class Adversarial(Term):
-    adaptive: bool = Field(False, description="Rombach's gradient ratio (Eq. 2) times the weight; the paper found constant better (Table 8)")
+    adaptive: bool = Field(
+        False,
+        description="Rombach's gradient ratio (Eq. 2) times the weight; the paper found constant better (Table 8)",
+    )
     kind: Literal["unet"] = Field("unet", description="discriminator")
-    channels: Positive = Field(64, description="the discriminator's first width (the paper leaves it open; 64 as Schonfeld 2020)")
+    channels: Positive = Field(
+        64, description="the discriminator's first width (the paper leaves it open; 64 as Schonfeld 2020)"
+    )
     lr: Annotated[float, Field(gt=0)] = Field(1e-4, description="the discriminator's learning rate")
 
 
@@ -115,7 +135,9 @@ class Losses(Section):
     lpips: Lpips = Lpips(weight=1.0)
     features: Features = Features()
     kl: Term = Field(Term(weight=2.1e-8), description="Rombach's 1e-6 on sums, as a mean over latents at n_z = 4")
-    wavelet: Term = Field(Term(weight=1.0), description="Charbonnier on H, V, D of one Haar level; weight from open-litevae")
+    wavelet: Term = Field(
+        Term(weight=1.0), description="Charbonnier on H, V, D of one Haar level; weight from open-litevae"
+    )
     gaussian: Term = Field(Term(weight=0.5), description="L1 of x - blur(x), 5x5, sigma 1; weight from open-litevae")
     adversarial: Adversarial = Field(
         Adversarial(weight=0.1, start=800_000), description="hinge GAN; the paper leaves weight and start open: ours"
@@ -131,10 +153,12 @@ class Stage(Section):
 class TrainData(Section):
     train: Source = Source()
     val: Source = Field(Source(), description="uri empty: no validation")
-    resize: Literal["shorter", "none"] = Field("shorter", description="shorter side to the resolution before the crop; none: crop the original pixels")
+    resize: Literal["shorter", "none"] = Field(
+        "shorter", description="shorter side to the resolution before the crop; none: crop the original pixels"
+    )
     crop: Literal["random", "center"] = Field("random", description="training crop; validation is always centred")
     flip: bool = Field(True, description="mirror half of the training images")
-    loaders: Count = Field(2, description="decoding processes a worker; 0: in the training process")
+    loaders: Count = Field(2, description="decoding threads a worker; 0: between the steps")
     max_bad: Fraction = Field(0.01, description="share of unreadable images that is skipped; above it training stops")
 
 
@@ -142,7 +166,9 @@ class Optimizer(Section):
     lr: Annotated[float, Field(gt=0)] = Field(1e-4, description="learning rate (paper, Appendix F)")
     betas: tuple[Fraction, Fraction] = Field((0.5, 0.9), description="Adam's betas (paper, Appendix F)")
     weight_decay: Weight = Field(0.0, description="decoupled; 0: Adam")
-    schedule: Literal["constant", "cosine"] = Field("constant", description="after the warm-up; cosine falls to 0 at the last image")
+    schedule: Literal["constant", "cosine"] = Field(
+        "constant", description="after the warm-up; cosine falls to 0 at the last image"
+    )
     warmup: Count = Field(0, description="images of linear warm-up")
     clip: Weight = Field(0.0, description="gradient norm limit; 0: none")
     accumulate: Positive = Field(1, description="micro-batches a step")
@@ -151,7 +177,9 @@ class Optimizer(Section):
 class Loop(Section):
     """Precision, averages, and what happens every so many images."""
 
-    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 autocast on GPUs and CPUs that have it in hardware")
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="auto: bf16 autocast on GPUs and CPUs that have it in hardware"
+    )
     compile: bool = Field(False, description="torch.compile the networks")
     ema: Fraction = Field(0.0, description="decay of the averaged weights per step; 0: no average")
     val_every: Count = Field(100_000, description="images between validations with a picture; 0: only at the end")
@@ -164,7 +192,9 @@ class Loop(Section):
 class TrainVAE(Job):
     """Train a LiteVAE autoencoder."""
 
-    name: str = Field("vae", description="run name; the same name again resumes", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(
+        "vae", description="run name; the same name again resumes", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+    )
     seed: Count = Field(0, description="seed of weights, data order, crops and noise")
     data: TrainData = TrainData()
     model: VAE = VAE()
@@ -184,7 +214,9 @@ class TrainVAE(Job):
 
 class Transform(Section):
     resolution: Annotated[int, Field(ge=8, multiple_of=8)] = Field(256, description="pixels")
-    resize: Literal["shorter", "none"] = Field("shorter", description="shorter side to the resolution before the crop; none: crop the original pixels")
+    resize: Literal["shorter", "none"] = Field(
+        "shorter", description="shorter side to the resolution before the crop; none: crop the original pixels"
+    )
 
 
 class Encode(Job):
@@ -196,7 +228,9 @@ class Encode(Job):
     transform: Transform = Transform()
     rows_per_shard: Positive = Field(512, description="images a shard: the unit of work, of retry and of resume")
     batch_size: Positive = Field(32, description="images a forward pass")
-    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="as in train_vae; moments are stored as fp16")
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="as in train_vae; moments are stored as fp16"
+    )
     error_budget: Fraction = Field(0.01, description="share of images that may be quarantined before the job stops")
 
 
@@ -206,12 +240,18 @@ class Encode(Job):
 class TrainLDM(Job):
     """Train a latent diffusion model on a latent cache."""
 
-    name: str = Field("ldm", description="run name; the same name again resumes", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(
+        "ldm", description="run name; the same name again resumes", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+    )
     seed: Count = Field(0, description="seed of weights, data order and noise")
     cache: str = Field("", description="latent cache folder")
     vae: str = Field("", description="model folder for pictures; empty: the one named in the cache's manifest")
-    unet: Literal["ldm-8", "small", "tiny"] = Field("ldm-8", description="ldm-8: Rombach's Table 14 (257.7 M); small: 16 M; tiny: 2 M")
-    draw: Literal["sample", "mean"] = Field("sample", description="latents drawn anew from the moments each epoch, or their mean")
+    unet: Literal["ldm-8", "small", "tiny"] = Field(
+        "ldm-8", description="ldm-8: Rombach's Table 14 (257.7 M); small: 16 M; tiny: 2 M"
+    )
+    draw: Literal["sample", "mean"] = Field(
+        "sample", description="latents drawn anew from the moments each epoch, or their mean"
+    )
     images: Positive = Field(48_000_000, description="images to train on (Rombach's LDM-8: 500k steps of 96)")
     batch_size: Positive = Field(96, description="images a step, over all workers")
     optim: Optimizer = Optimizer(lr=9.6e-5, betas=(0.9, 0.999), weight_decay=0.01)
@@ -232,7 +272,7 @@ class Sample(Job):
     steps: Positive = Field(50, description="DDIM steps")
     eta: Fraction = Field(0.0, description="DDIM's eta; 0: deterministic")
     seed: Count = Field(0, description="image i depends on (seed, i) only, whatever the batch size")
-    batch_size: Positive = Field(16, description="images a forward pass")
+    batch_size: Positive = Field(16, description="images a forward pass; each is a full one, the last too")
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="as in train_vae")
 
 
@@ -245,8 +285,11 @@ class Evaluate(Job):
     images: Count = Field(0, description="the first so many images; 0: all")
     batch_size: Positive = Field(16, description="images a forward pass")
     precision: Literal["auto", "fp32", "bf16"] = Field("fp32", description="as in train_vae")
+    lpips: Literal["vgg", "alex", "squeeze"] = Field("vgg", description="LPIPS' backbone")
+    lpips_weights: str = Field("", description="as loss.lpips.weights of train_vae; with none LPIPS is left out")
+    squeezenet: str = Field("", description="as loss.features.weights of train_vae; empty: that distance is left out")
     out: str = Field("evaluation", description="folder for metrics.json and reconstructions.png")
-    pictures: Count = Field(8, description="rows of reconstructions.png")
+    pictures: Positive = Field(8, description="rows of reconstructions.png, evenly spaced over the images")
 
 
 # --- reading ----------------------------------------------------------------------------------------------------
@@ -317,7 +360,9 @@ def main(cls: type[ConfigT], run: Callable[[ConfigT], object], argv: list[str] |
             elif argument == "--print-config":
                 show = True
             elif argument.startswith("-"):
-                raise UserError(f"unknown option {argument}; options are --config, --print-config, --help; fields are set as key=value")
+                raise UserError(
+                    f"unknown option {argument}; there are --config, --print-config and --help; fields are key=value"
+                )
             else:
                 overrides.append(argument)
         config = load(cls, preset, overrides)
@@ -351,7 +396,9 @@ def usage(cls: type[BaseModel]) -> str:
     return "\n".join(lines)
 
 
-def _fields(cls: type[BaseModel], prefix: str = "", instance: BaseModel | None = None) -> Iterator[tuple[str, str, str, str]]:
+def _fields(
+    cls: type[BaseModel], prefix: str = "", instance: BaseModel | None = None
+) -> Iterator[tuple[str, str, str, str]]:
     for name, field in cls.model_fields.items():
         default = getattr(instance, name) if instance is not None else field.default
         if isinstance(default, BaseModel):
@@ -359,8 +406,14 @@ def _fields(cls: type[BaseModel], prefix: str = "", instance: BaseModel | None =
                 yield f"{prefix}{name}", "section", "...", field.description
             yield from _fields(type(default), f"{prefix}{name}.", default)
             continue
-        shown = "required" if default is PydanticUndefined else yaml.safe_dump(
-            _plain(default), default_flow_style=True, width=10**6).strip().removesuffix("...").strip()
+        shown = (
+            "required"
+            if default is PydanticUndefined
+            else yaml.safe_dump(_plain(default), default_flow_style=True, width=10**6)
+            .strip()
+            .removesuffix("...")
+            .strip()
+        )
         yield f"{prefix}{name}", _kind(field.annotation, field.metadata), shown, field.description or ""
 
 
@@ -378,9 +431,12 @@ def _kind(annotation: Any, metadata: list[Any]) -> str:
     kind = getattr(annotation, "__name__", None) or str(annotation).replace("typing.", "")
     if "[" in str(annotation):
         kind = str(annotation).replace("pipelines.config.", "").split("[")[0] + " of values"
-    limits = [f"{sign} {value}" for item in metadata for sign, attribute in
-              ((">=", "ge"), (">", "gt"), ("<=", "le"), ("multiple of", "multiple_of"))
-              if (value := getattr(item, attribute, None)) is not None]
+    limits = [
+        f"{sign} {value}"
+        for item in metadata
+        for sign, attribute in ((">=", "ge"), (">", "gt"), ("<=", "le"), ("multiple of", "multiple_of"))
+        if (value := getattr(item, attribute, None)) is not None
+    ]
     return " ".join([kind, *limits])
 
 
@@ -422,6 +478,10 @@ def _explain(cls: type[BaseModel], problem: dict[str, Any]) -> str:
 
         known = [name for name, *_ in _fields(cls)]
         close = difflib.get_close_matches(path, known, n=1, cutoff=0.4)
-        return f"unknown config key {path!r}" + (f"; did you mean {close[0]!r}?" if close else "") + " (--help lists all)"
+        return (
+            f"unknown config key {path!r}" + (f"; did you mean {close[0]!r}?" if close else "") + " (--help lists all)"
+        )
     message = problem["msg"][0].lower() + problem["msg"][1:]
-    return f"{path or 'config'}: {message}" + ("" if problem["type"] in ("missing", "value_error") else f" (got {problem['input']!r})")
+    return f"{path or 'config'}: {message}" + (
+        "" if problem["type"] in ("missing", "value_error") else f" (got {problem['input']!r})"
+    )

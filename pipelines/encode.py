@@ -155,6 +155,8 @@ def _encode(
             _check_budget(reasons, config, out, total)
             progress.update(done, quarantined=sum(reasons.values()))
     except ray.exceptions.RayError as error:
+        if isinstance(error, ray.exceptions.RayTaskError):
+            raise  # an exception in our own code, with its traceback
         cause = str(error).strip().splitlines()[-1]
         raise UserError(
             f"encoding stopped, {done:,} of {total:,} images are done; run again to go on: {cause}"

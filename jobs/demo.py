@@ -1,0 +1,10 @@
+"""Photos in; a trained LiteVAE, a latent cache, a diffusion model, pictures and numbers out.
+
+python jobs/demo.py root=demo
+"""
+
+from pipelines.config import main
+from pipelines.demo import Demo, demo
+
+if __name__ == "__main__":
+    raise SystemExit(main(Demo, demo))

@@ -1,0 +1,129 @@
+"""The whole pipeline in minutes, on the photos that scikit-image ships: `make demo`.
+
+Tiles are cut from the photos around held-out squares (a face, a cat, a cup ...), which become the validation images, so
+no pixel of what is judged was trained on. Then every job runs with its `demo` preset, as a user would run it.
+"""
+
+import json
+import shlex
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from litevae.errors import UserError
+from pipelines import cluster
+from pipelines.config import ConfigT, Encode, Evaluate, Job, Sample, TrainLDM, TrainVAE, load
+
+# photo -> held-out squares: left, top, side, in pixels
+HELD_OUT: dict[str, list[tuple[int, int, int]]] = {
+    "astronaut.png": [(145, 5, 165), (370, 5, 130)],
+    "chelsea.png": [(125, 20, 210)],
+    "coffee.png": [(160, 0, 260)],
+    "rocket.jpg": [(255, 110, 140)],
+    "motorcycle_left.png": [(330, 150, 200)],
+    "camera.png": [(150, 50, 180)],
+    "coins.png": [(170, 100, 120)],
+    "retina.jpg": [(60, 500, 300)],
+    "ihc.png": [(240, 330, 170)],
+    "hubble_deep_field.jpg": [(600, 400, 200)],
+    "grass.png": [],
+    "gravel.png": [],
+    "brick.png": [],
+    "moon.png": [],
+}
+TILES = 2000
+TILE = 96  # pixels; crops of 64 are trained on
+
+
+class Demo(Job):
+    """Photos in, a trained autoencoder, a latent cache, a diffusion model, pictures and numbers out."""
+
+    root: str = "demo"
+
+
+def demo(config: Demo) -> dict[str, Any]:
+    """Run everything below `config.root`; run again, it goes on where it stopped."""
+    started = time.monotonic()
+    root = Path(cluster.output_path("root", config.root))
+    photos = cut_photos(root / "photos")
+    share = cluster.start(config.ray)
+    gpu = "-gpu" if share.gpu else ""
+    common = [f"root={root}", f"ray.gpu={config.ray.gpu}", f"tracking.enabled={str(config.tracking.enabled).lower()}"]
+    train, held_out = photos / "train", photos / "val"
+    vae, cache, ldm = root / "vae" / "model", root / "cache", root / "ldm" / "model"
+
+    from pipelines.encode import encode_dataset
+    from pipelines.evaluate import evaluate
+    from pipelines.sample import sample
+    from pipelines.train_ldm import train_ldm
+    from pipelines.train_vae import train_vae
+
+    def run(cls: type[ConfigT], job: str, call: Callable[[ConfigT], dict[str, Any]], *overrides: str) -> dict[str, Any]:
+        words = [*overrides, *common]
+        print(f"\n$ python jobs/{job}.py --config demo{gpu} {shlex.join(words)}", flush=True)
+        return call(load(cls, f"demo{gpu}", words))
+
+    data = [f"data.train.uri={train}", f"data.val.uri={held_out}"]
+    trained = run(TrainVAE, "train_vae", train_vae, *data)
+    encoded = run(Encode, "encode_dataset", encode_dataset, f"source.uri={train}", f"model={vae}", f"out={cache}")
+    diffused = run(TrainLDM, "train_ldm", train_ldm, f"cache={cache}")
+    sampled = run(Sample, "sample", sample, f"model={ldm}", f"out={root / 'samples'}")
+    judged = run(Evaluate, "evaluate", evaluate, f"model={vae}", f"source.uri={held_out}", f"out={root / 'evaluation'}")
+    return {"trained": trained, "encoded": encoded, "diffused": diffused, "sampled": sampled, "judged": judged,
+            "seconds": time.monotonic() - started}  # fmt: skip
+
+
+def cut_photos(folder: Path) -> Path:
+    """train/<photo>/ and val/<photo>/ below `folder`, as PNG; the same files on every machine.
+
+    Raises:
+        UserError: scikit-image is not installed.
+    """
+    done = folder / "cut.json"
+    if done.is_file():
+        return folder
+    from PIL import Image
+
+    shipped = _shipped_photos()
+    draw = np.random.default_rng(0)
+    for name, held_out in HELD_OUT.items():
+        with Image.open(shipped / name) as image:
+            photo = image.convert("RGB")
+        stem = name.partition(".")[0]
+        for split in ("train", "val"):
+            (folder / split / stem).mkdir(parents=True, exist_ok=True)
+        for n, (left, top, side) in enumerate(held_out):
+            photo.crop((left, top, left + side, top + side)).save(folder / "val" / stem / f"{n}.png")
+        if not held_out:
+            (folder / "val" / stem).rmdir()
+        for n in range(TILES // len(HELD_OUT)):
+            box = _free_square(draw, photo.size, held_out)
+            tile = photo.resize((TILE, TILE), Image.Resampling.BICUBIC, box=box)
+            tile.save(folder / "train" / stem / f"{n:04d}.png", compress_level=1)
+    partly = done.with_suffix(".tmp")
+    partly.write_text(json.dumps({"tiles": TILES // len(HELD_OUT) * len(HELD_OUT), "tile": TILE}))
+    partly.replace(done)
+    return folder
+
+
+def _shipped_photos() -> Path:
+    from importlib.util import find_spec
+
+    package = find_spec("skimage")
+    if package is None or package.origin is None:
+        raise UserError("the demo's photos come with scikit-image: pip install scikit-image")
+    return Path(package.origin).parent / "data"
+
+
+def _free_square(
+    draw: np.random.Generator, size: tuple[int, int], held_out: list[tuple[int, int, int]]
+) -> tuple[int, int, int, int]:
+    """A random square that touches no held-out one; small ones are as likely as large ones."""
+    while True:
+        side = int(np.exp(draw.uniform(np.log(0.75 * TILE), np.log(min(size)))))
+        left, top = (int(draw.integers(0, length - side + 1)) for length in size)
+        if all(left + side <= x or x + s <= left or top + side <= y or y + s <= top for x, y, s in held_out):
+            return left, top, left + side, top + side

@@ -1,0 +1,366 @@
+"""What the trainers share: Ray Train's run, the stream of batches, the loop's clock, progress.
+
+Everything random in training comes from (seed, position in the data, rank): crops, posterior draws, timesteps. So the
+number of images seen is all the state that a resumed run needs besides weights and optimizers, and it goes on bit for
+bit.
+"""
+
+import logging
+import os
+import shutil
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from litevae.errors import UserError
+from pipelines import checkpoint, tracking
+from pipelines.cluster import Share
+from pipelines.config import Loop, Optimizer, TrainLDM, TrainVAE
+
+P = TypeVar("P")
+T = TypeVar("T")
+
+
+def fit(
+    worker: Callable[[dict[str, Any]], dict[str, Any]],
+    setup: dict[str, Any],
+    handle: tracking.RunHandle,
+    share: Share,
+    loop: Loop,
+) -> dict[str, Any]:
+    """Run `worker` on every rank under Ray Train and return rank 0's result, model folder and link.
+
+    A worker's death is survived `loop.max_restarts` times; a dead driver's run goes on when started again. What workers
+    get is `setup` (its `folder` is the run's, and takes the checkpoints) and what `work` needs besides.
+
+    Raises:
+        UserError: one that a worker returned as {"error": message}, since Ray Train tries again after what is raised.
+    """
+    import ray.train
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    folder = setup["folder"]
+    root, name = os.path.split(folder)
+    trainer = TorchTrainer(
+        worker,
+        train_loop_config=setup | {"handle": handle, "threads": share.threads, "live": sys.stderr.isatty()},
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=share.workers, use_gpu=share.gpu, resources_per_worker=share.resources
+        ),
+        run_config=ray.train.RunConfig(
+            name=name,
+            storage_path=root,
+            failure_config=ray.train.FailureConfig(max_failures=loop.max_restarts),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=loop.keep),
+            logging_config=ray.train.LoggingConfig(log_level="ERROR"),
+        ),
+        torch_config=TorchConfig(timeout_s=600),
+    )
+    status: tracking.Status = "FAILED"
+    try:
+        result = trainer.fit().return_value
+        if "error" in result:
+            raise UserError(result["error"])
+        status = "FINISHED"
+    except ray.train.TrainingFailedError as error:
+        failures = getattr(error, "worker_failures", {})
+        where = f" on rank {next(iter(failures))}" if failures else ""
+        cause = str(next(iter(failures.values()), error)).strip().splitlines() or [repr(error)]
+        raise UserError(
+            f"training failed{where}: {cause[-1]}; the last checkpoint in {folder} is kept, and the same command "
+            f"goes on from it"
+        ) from error
+    finally:
+        tracking.finish(handle, status)
+    return result | {"model": os.path.join(folder, "model"), "tracking": tracking.link(handle)}
+
+
+def work(task: Callable[..., "Task"], config: TrainVAE | TrainLDM, name: str, setup: dict[str, Any]) -> dict[str, Any]:
+    """In a training worker: make the task (of config, setup, rank, world size, device) and run it."""
+    import ray.train.torch
+
+    logging.getLogger("ray.train").setLevel(logging.WARNING)  # or every checkpoint is announced
+    context, device = ray.train.get_context(), ray.train.torch.get_device()
+    rank, world = context.get_world_rank(), context.get_world_size()
+    torch.set_num_threads(setup["threads"])
+    try:
+        return run(task(config, setup, rank, world, device), name, config, setup, rank, world)
+    except UserError as error:
+        return {"error": str(error)}
+
+
+class Task(Protocol):
+    """What is trained. Every rank has one; `run` drives it."""
+
+    digest: str  # of the data: a checkpoint goes on with the same only
+    stages: list[tuple[int, int]]  # (images, batch size over all ranks)
+
+    def begin(self, stage: int) -> None:
+        """Get a stage's data ready."""
+
+    def batches(self, start: int, end: int, batch_size: int) -> Iterator[Any]:
+        """This rank's part of every batch from position `start` on, up to `end`."""
+
+    def step(self, batch: Any, images: int) -> dict[str, Tensor]:
+        """One update after `images`; its metrics, `loss` among them."""
+
+    def check(self, means: dict[str, float], world: int) -> None:
+        """Raise a UserError, on all ranks alike, where logged metrics show that it can't go on."""
+
+    def validate(self) -> tuple[dict[str, float], np.ndarray | None]:
+        """Metrics, the same on all ranks, and a picture (rank 0's is kept)."""
+
+    def state(self) -> dict[str, Any]: ...
+
+    def load(self, state: dict[str, Any]) -> None: ...
+
+    def export(self, folder: Path) -> None:
+        """Write what the run is for into an empty folder."""
+
+
+def run(
+    task: Task, name: str, config: TrainVAE | TrainLDM, setup: dict[str, Any], rank: int, world: int
+) -> dict[str, Any]:
+    """Train `task` from the latest checkpoint on: steps, metrics, validation, checkpoints, the final model.
+
+    Returns the last metrics.
+    """
+    loop, total, folder = config.loop, sum(images for images, _ in task.stages), Path(setup["folder"])
+    images = _resume(task, name, setup["folder"], rank)
+    tracker = tracking.Tracker(setup["handle"]) if rank == 0 else None
+    progress = Progress(name, total, images, setup["live"]) if rank == 0 else None
+    totals, rates, numbers, saved, end = Totals(), [0.0], dict[str, float](), images, 0
+    try:
+        for number, (length, batch_size) in enumerate(task.stages):
+            begin, end = end, end + length
+            if images >= end:
+                continue
+            task.begin(number)
+            clock, since = time.monotonic(), images
+            # A stage's last batch is whole, so the next stage may begin some images late.
+            for batch in task.batches(max(images, begin), end, batch_size):
+                before, images = images, images + batch_size
+                torch.manual_seed(seed_for(config.seed, before, rank))
+                totals.add(task.step(batch, before))
+                if due(before, images, loop.log_every * batch_size) or images >= end:
+                    means = mean_over_ranks(totals.means())
+                    rates.append((images - since) / max(1e-9, time.monotonic() - clock))
+                    task.check(means, world)
+                    if not np.isfinite(means["loss"]):
+                        raise UserError(
+                            f"the loss is {means['loss']} after {images:,} images; the checkpoint at {saved:,} is "
+                            f"kept. Lower optim.lr, or set optim.clip=1 or loop.precision=fp32"
+                        )
+                    if tracker is not None:
+                        values = {f"train/{key}": value for key, value in means.items()}
+                        tracker.metrics(values | {"train/images_per_second": rates[-1]}, images)
+                    numbers["loss"] = means["loss"]
+                    clock, since = time.monotonic(), images
+                if progress is not None:
+                    progress.update(min(images, total), **numbers)
+                if due(before, images, loop.val_every) or images >= total:
+                    values, picture = task.validate()
+                    numbers |= values
+                    if tracker is not None:
+                        tracker.metrics({f"val/{key}": value for key, value in values.items()}, images)
+                        if picture is not None:
+                            tracker.image("val/picture", picture, images)
+                    clock, since = time.monotonic(), images
+                if due(before, images, loop.checkpoint_every) or images >= end:
+                    extra = {"images": images, "digest": task.digest}
+                    _report(images, checkpoint.save(task.state() | extra) if rank == 0 else None)
+                    saved, clock, since = images, time.monotonic(), images
+        if rank == 0 and tracker is not None:
+            checkpoint.publish(task.export, folder / "model")
+            tracker.artifacts(folder / "model", "model")
+    finally:
+        if progress is not None:
+            progress.close()
+        if tracker is not None:
+            tracker.close()
+    return {"images": images, "images_per_second": float(np.median(rates[1:] or rates)), **numbers}
+
+
+def _resume(task: Task, name: str, folder: str, rank: int) -> int:
+    """Images seen at the latest checkpoint, which `task` then has; 0 where there is none."""
+    import ray.train
+
+    found = ray.train.get_checkpoint()
+    if found is None:
+        return 0
+    with found.as_directory() as path:
+        state = checkpoint.load(path)
+    if state["digest"] != task.digest:
+        raise UserError(
+            f"the data are not those that run {folder} was trained on: something was added, removed or changed. "
+            f"Start a new run (name=...), or bring the data back"
+        )
+    task.load(state)
+    if rank == 0:
+        print(f"{name}: goes on after {state['images']:,} images", flush=True)
+    return state["images"]
+
+
+def _report(images: int, folder: str | None) -> None:
+    """Hand a checkpoint folder (rank 0's; None elsewhere) to Ray Train; all ranks call this together."""
+    import ray.train
+
+    found = ray.train.Checkpoint.from_directory(folder) if folder else None
+    ray.train.report({"images": images}, checkpoint=found, checkpoint_dir_name=f"checkpoint-{images:012d}")
+    if folder:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+# --- randomness and data --------------------------------------------------------------------------------------
+
+
+def seed_for(*key: int) -> int:
+    """A seed from (seed of the run, position, rank ...), without correlation between neighbours."""
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def stream(load: Callable[[P], T], batches: Iterable[list[P]], threads: int, ahead: int = 2) -> Iterator[list[T]]:
+    """`load` of every item of every batch, in order, by threads that work `ahead` batches early.
+
+    Decoding releases the interpreter's lock, so threads do, and need neither the memory nor the forks of processes.
+    """
+    if not threads:
+        for batch in batches:
+            yield [load(item) for item in batch]
+        return
+    waiting: deque[list[Future[T]]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            for batch in batches:
+                waiting.append([pool.submit(load, item) for item in batch])
+                if len(waiting) > ahead:
+                    yield [sample.result() for sample in waiting.popleft()]
+            while waiting:
+                yield [sample.result() for sample in waiting.popleft()]
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
+def batch_positions(start: int, end: int, batch_size: int) -> Iterator[range]:
+    """Global batches from position `start` on; the last one is whole too, so that every step has the same size."""
+    return (range(position, position + batch_size) for position in range(start, end, batch_size))
+
+
+def check_batch(name: str, batch_size: int, units: int, workers: int, accumulate: int) -> None:
+    """
+    Raises:
+        UserError: the batch does not divide over workers and micro-batches, or is larger than the data.
+    """
+    if batch_size % (workers * accumulate):
+        raise UserError(f"{name}={batch_size} does not divide by ray.workers={workers} x optim.accumulate={accumulate}")
+    if batch_size > units:
+        raise UserError(f"{name}={batch_size} is larger than the data: {units} images; lower it or add images")
+
+
+# --- the loop ---------------------------------------------------------------------------------------------------
+
+
+def due(before: int, after: int, every: int) -> bool:
+    """Whether a multiple of `every` lies in (before, after]; never where it is 0."""
+    return every > 0 and before // every != after // every
+
+
+def learning_rate_factor(config: Optimizer, images: int, total: int) -> float:
+    """Of the base rate at a step that begins after `images`: linear warm-up, then constant or a cosine to 0."""
+    if images < config.warmup:
+        return (images + 1) / (config.warmup + 1)
+    if config.schedule == "constant":
+        return 1.0
+    progress = (images - config.warmup) / max(1, total - config.warmup)
+    return 0.5 + 0.5 * float(np.cos(np.pi * min(1.0, progress)))
+
+
+def adam(parameters: Iterable[nn.Parameter], config: Optimizer, lr: float | None = None) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(
+        parameters, lr=lr or config.lr, betas=config.betas, weight_decay=config.weight_decay, foreach=True
+    )
+
+
+def update(optimizer: torch.optim.Optimizer, model: nn.Module, lr: float, clip: float) -> dict[str, Tensor]:
+    """One optimizer step at this rate; the gradient's norm where it is clipped."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip) if clip else None
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return {} if norm is None else {"gradient_norm": norm}
+
+
+def synced(net: Any, last: bool) -> AbstractContextManager:
+    """Around a micro-batch's forward and backward: gradients cross the network with the last one only."""
+    return nullcontext() if last or not hasattr(net, "no_sync") else net.no_sync()
+
+
+def mean_over_ranks(tensors: dict[str, Tensor]) -> dict[str, float]:
+    """The mean of each number over all ranks; every rank calls this with the same keys."""
+    values = {key: float(value) for key, value in tensors.items()}
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        return values
+    gathered: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(gathered, values)
+    return {key: sum(one[key] for one in gathered) / len(gathered) for key in values}
+
+
+class Totals:
+    """Sums of metrics, kept on the device, so that no step waits for it."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, tuple[Tensor, int]] = {}
+
+    def add(self, values: dict[str, Tensor]) -> None:
+        for key, value in values.items():
+            total, count = self._sums.get(key, (torch.zeros_like(value), 0))
+            self._sums[key] = total + value.detach(), count + 1
+
+    def means(self) -> dict[str, Tensor]:
+        """Since the last call."""
+        means = {key: total / count for key, (total, count) in self._sums.items()}
+        self._sums.clear()
+        return means
+
+
+class Progress:
+    """Images/s and time left: a live bar on a terminal, else a line now and then. Rank 0 of a worker, or the driver."""
+
+    def __init__(self, what: str, total: int, done: int, live: bool, every: float = 10.0):
+        self._what, self._total, self._done, self._every = what, total, done, every
+        self._first, self._start, self._last = done, time.monotonic(), time.monotonic()
+        self._bar = None
+        if live:
+            from ray.experimental import tqdm_ray
+
+            self._bar = tqdm_ray.tqdm(desc=what, total=total, unit="images")
+            self._bar.update(done)
+
+    def update(self, done: int, **numbers: float) -> None:
+        if self._bar is not None:
+            self._bar.update(done - self._done)
+        self._done, now = done, time.monotonic()
+        if self._bar is None and (now - self._last >= self._every or done >= self._total):
+            self._last = now
+            rate = (done - self._first) / max(1e-9, now - self._start)
+            left = int((self._total - done) / max(1e-9, rate))
+            shown = "  ".join(f"{key} {value:.4g}" for key, value in numbers.items())
+            print(
+                f"{self._what}: {done:,}/{self._total:,} images  {shown}  {rate:.1f} images/s  "
+                f"{left // 60}:{left % 60:02d} left",
+                flush=True,
+            )
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
