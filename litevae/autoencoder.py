@@ -126,7 +126,9 @@ def load_autoencoder(folder: str | Path) -> LiteVAE:
     try:
         # strict: a missing or renamed tensor must not become a random one
         model, report = LiteVAE.from_pretrained(folder, output_loading_info=True, use_safetensors=True)
-    except (OSError, RuntimeError, TypeError, SafetensorError) as error:
+    except UserError:
+        raise
+    except (OSError, RuntimeError, TypeError, ValueError, SafetensorError) as error:
         raise UserError(f"{folder} is damaged, its model can't be loaded: {error}") from error
     if wrong := [key for keys in report.values() for key in keys]:
         raise UserError(f"{folder}: the weights do not fit config.json; e.g. {wrong[0]} ({len(wrong)} tensors)")

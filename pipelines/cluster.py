@@ -23,6 +23,7 @@ _ENVIRONMENT = {
     "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": "600",  # by default ranks that disagree wait for ever
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths mean the same in workers
     "RAY_DEDUP_LOGS": "0",
+    "RAY_DATA_LOG_LEVEL": "ERROR",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     # OpenMP threads that spin while they wait make steps up to 50 times slower where the cores have other work too
     "OMP_WAIT_POLICY": "PASSIVE",
@@ -92,7 +93,7 @@ def start(config: RayConfig) -> Share:
             )
     total = ray.cluster_resources()
     cpus, gpus = int(total.get("CPU", 0)), int(total.get("GPU", 0))
-    gpu = config.gpu == "yes" or (config.gpu == "auto" and gpus > 0)
+    gpu = gpus > 0 if config.gpu == "auto" else bool(config.gpu)
     if gpu and gpus < config.workers:
         raise UserError(
             f"ray.workers={config.workers} with a GPU each, but the cluster has {gpus}; lower it or set ray.gpu=no"

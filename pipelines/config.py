@@ -45,7 +45,7 @@ class Ray(Section):
     """How much of the machine or cluster a job takes."""
 
     workers: Positive = Field(1, description="training or encoding processes; one GPU each where there are GPUs")
-    gpu: Literal["auto", "yes", "no"] = Field("auto", description="one GPU a worker; auto: where the cluster has them")
+    gpu: Literal["auto"] | bool = Field("auto", description="one GPU a worker; auto: where the cluster has them")
     cpus_per_worker: Count = Field(0, description="CPUs (and torch threads) a worker; 0: share the machine's evenly")
     decode_tasks: Positive = Field(1, description="encode, evaluate: image-decoding tasks at a time, one CPU each")
 
@@ -426,8 +426,9 @@ def _plain(value: Any) -> Any:
 
 
 def _kind(annotation: Any, metadata: list[Any]) -> str:
-    if choices := [a for a in get_args(annotation) if isinstance(a, str)]:
-        return " | ".join(choices)
+    alternatives = [a for part in get_args(annotation) for a in (get_args(part) or [part])]
+    if choices := [a for a in alternatives if isinstance(a, str)]:
+        return " | ".join(choices + ["true | false"] * (bool in alternatives))
     kind = getattr(annotation, "__name__", None) or str(annotation).replace("typing.", "")
     if "[" in str(annotation):
         kind = str(annotation).replace("pipelines.config.", "").split("[")[0] + " of values"

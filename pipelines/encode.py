@@ -30,7 +30,6 @@ from pipelines.config import Encode
 from pipelines.sources import Source, open_source
 from pipelines.training import Progress
 
-os.environ.setdefault("RAY_DATA_LOG_LEVEL", "ERROR")  # read when ray.data is imported
 
 RETRIES = 3  # of a shard whose process died; Ray Data's default is endless, also for one that always kills it
 
