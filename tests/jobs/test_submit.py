@@ -9,7 +9,6 @@ import runpy
 import secrets
 import shlex
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import pytest
 import skimage.data
 from PIL import Image
@@ -139,12 +139,14 @@ class Cluster:
         return Result(job["driver_exit_code"], self.get(f"/api/jobs/{name}/logs")["logs"])
 
     def stop(self) -> None:
+        """Ask the head to end, and do not give it the 30 s that it likes to take for its processes."""
+        family = [psutil.Process(self.head.pid), *psutil.Process(self.head.pid).children(recursive=True)]
         self.head.terminate()
-        try:
-            self.head.wait(60)
-        except subprocess.TimeoutExpired:
-            os.killpg(self.head.pid, signal.SIGKILL)
-            self.head.wait()
+        _, alive = psutil.wait_procs(family, timeout=5)
+        for process in alive:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        self.head.wait()
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
