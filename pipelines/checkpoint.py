@@ -18,7 +18,7 @@ import yaml
 from pydantic import BaseModel
 
 from litevae.errors import UserError
-from pipelines.config import dump
+from pipelines.config import values_to_keep
 
 STATE = "state.pt"
 
@@ -44,7 +44,7 @@ def open_run(folder: str, config: BaseModel, may_change: Iterable[str]) -> bool:
         before = flatten(yaml.safe_load(path.read_text()))
     except (yaml.YAMLError, AttributeError) as error:
         raise UserError(f"{path} is damaged: {error}; restore it, or choose another name") from None
-    now = flatten(config.model_dump(mode="json"))
+    now = flatten(values_to_keep(config))
     free = tuple(may_change)
     different = [
         f"  {key}: was {before.get(key, 'not set')!r}, is {now.get(key, 'not set')!r}"
@@ -69,7 +69,7 @@ def check_longer(folder: str, field: str, now: int) -> None:
 def write_config(folder: str, config: BaseModel) -> None:
     os.makedirs(folder, exist_ok=True)
     partly = Path(folder) / "config.yaml.tmp"
-    partly.write_text(dump(config))
+    partly.write_text(yaml.safe_dump(values_to_keep(config), sort_keys=False))
     partly.replace(Path(folder) / "config.yaml")
 
 

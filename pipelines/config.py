@@ -341,6 +341,12 @@ def dump(config: BaseModel) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
+def values_to_keep(config: BaseModel) -> dict[str, Any]:
+    """The resolved config as plain values, for files and other processes: without where it is tracked, which may hold a
+    password and does not change what is computed."""
+    return config.model_dump(mode="json", exclude={"tracking"})
+
+
 def main(cls: type[ConfigT], run: Callable[[ConfigT], object], argv: list[str] | None = None) -> int:
     """Parse the command line, run, and turn a UserError into one message and exit code 2."""
     arguments = sys.argv[1:] if argv is None else argv

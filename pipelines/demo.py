@@ -6,6 +6,7 @@ no pixel of what is judged was trained on. Then every job runs with its `demo` p
 
 import json
 import shlex
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from litevae.errors import UserError
-from pipelines import cluster
+from pipelines import cluster, outputs
 from pipelines.config import ConfigT, Encode, Evaluate, Job, Sample, TrainLDM, TrainVAE, load
 
 # photo -> held-out squares: left, top, side, in pixels
@@ -46,34 +47,72 @@ class Demo(Job):
 
 def demo(config: Demo) -> dict[str, Any]:
     """Run everything below `config.root`; run again, it goes on where it stopped."""
-    started = time.monotonic()
-    root = Path(cluster.output_path("root", config.root))
-    photos = cut_photos(root / "photos")
-    share = cluster.start(config.ray)
-    gpu = "-gpu" if share.gpu else ""
-    common = [f"root={root}", f"ray.gpu={config.ray.gpu}", f"tracking.enabled={str(config.tracking.enabled).lower()}"]
-    train, held_out = photos / "train", photos / "val"
-    vae, cache, ldm = root / "vae" / "model", root / "cache", root / "ldm" / "model"
-
-    from pipelines.encode import encode_dataset
+    from pipelines import encode
     from pipelines.evaluate import evaluate
     from pipelines.sample import sample
     from pipelines.train_ldm import train_ldm
     from pipelines.train_vae import train_vae
 
-    def run(cls: type[ConfigT], job: str, call: Callable[[ConfigT], dict[str, Any]], *overrides: str) -> dict[str, Any]:
-        words = [*overrides, *common]
-        print(f"\n$ python jobs/{job}.py --config demo{gpu} {shlex.join(words)}", flush=True)
-        return call(load(cls, f"demo{gpu}", words))
+    started = time.monotonic()
+    root = Path(cluster.output_path("root", config.root))
+    train, held_out = (cut_photos(root / "photos") / split for split in ("train", "val"))
+    preset = "demo-gpu" if cluster.start(config.ray).gpu else "demo"
+    common = [f"root={root}"]
+    if config.ray.gpu != "auto":
+        common.append(f"ray.gpu={str(config.ray.gpu).lower()}")
+    if not config.tracking.enabled:
+        common.append("tracking.enabled=false")
 
-    data = [f"data.train.uri={train}", f"data.val.uri={held_out}"]
-    trained = run(TrainVAE, "train_vae", train_vae, *data)
-    encoded = run(Encode, "encode_dataset", encode_dataset, f"source.uri={train}", f"model={vae}", f"out={cache}")
-    diffused = run(TrainLDM, "train_ldm", train_ldm, f"cache={cache}")
-    sampled = run(Sample, "sample", sample, f"model={ldm}", f"out={root / 'samples'}")
-    judged = run(Evaluate, "evaluate", evaluate, f"model={vae}", f"source.uri={held_out}", f"out={root / 'evaluation'}")
-    return {"trained": trained, "encoded": encoded, "diffused": diffused, "sampled": sampled, "judged": judged,
-            "seconds": time.monotonic() - started}  # fmt: skip
+    def run(job: str, cls: type[ConfigT], call: Callable[[ConfigT], dict[str, Any]], *overrides: str) -> dict[str, Any]:
+        words = [*overrides, *common]
+        print(f"\n$ python jobs/{job}.py --config {preset} {shlex.join(words)}", flush=True)
+        return call(load(cls, preset, words))
+
+    vae, cache, ldm = f"model={root}/vae/model", f"{root}/cache", f"model={root}/ldm/model"
+    data = f"data.train.uri={train}", f"data.val.uri={held_out}"
+    done = {
+        "train_vae": run("train_vae", TrainVAE, train_vae, *data),
+        "encode": run("encode_dataset", Encode, encode.run, f"source.uri={train}", vae, f"out={cache}"),
+        "train_ldm": run("train_ldm", TrainLDM, train_ldm, f"cache={cache}"),
+        "sample": run("sample", Sample, sample, ldm, f"out={root}/samples"),
+        "evaluate": run("evaluate", Evaluate, evaluate, vae, f"source.uri={held_out}", f"out={root}/evaluation"),
+        "seconds": time.monotonic() - started,
+    }
+    shutil.copyfile(root / "evaluation" / "reconstructions.png", root / "reconstructions.png")
+    shutil.copyfile(root / "samples" / "grid.png", root / "samples.png")
+    print(_report(done, root))
+    return done
+
+
+def _report(done: dict[str, Any], root: Path) -> str:
+    judged, speed = done["evaluate"], done["evaluate"]["images_per_s"]
+    ours, bicubic = judged["reconstruction"], judged["bicubic"]
+    quality = [
+        ["held-out photos", "LiteVAE", "bicubic by 8"],
+        ["PSNR (dB)", f"{ours['psnr']:.2f}", f"{bicubic['psnr']:.2f}"],
+        ["SSIM", f"{ours['ssim']:.3f}", f"{bicubic['ssim']:.3f}"],
+        ["bits per pixel", f"{done['encode']['bits_per_pixel']:.2f} (cache)", "0.375 (8-bit)"],
+    ]
+    stages = [
+        ["stage", "images/s"],
+        ["train the autoencoder", f"{done['train_vae']['images_per_second']:.1f}"],
+        ["encode into the cache", f"{done['encode']['images_per_s']:.1f}"],
+        ["train the diffusion model", f"{done['train_ldm']['images_per_second']:.1f}"],
+        ["sample", f"{done['sample']['images_per_s']:.1f}"],
+        ["evaluate: encoder alone", f"{speed['encoder']:.1f}"],
+        ["evaluate: decoder alone", f"{speed['decoder']:.1f}"],
+    ]
+    parameters = [
+        ["parameters", ""],
+        *([f"{name}", f"{count:,}"] for name, count in judged["parameters"].items()),
+        ["diffusion UNet", f"{done['train_ldm']['parameters']:,}"],
+    ]
+    tables = "\n\n".join(outputs.table(rows) for rows in (quality, stages, parameters))
+    minutes, seconds = divmod(round(done["seconds"]), 60)
+    return (
+        f"\n{tables}\n\n{minutes} min {seconds} s in all\n\nreconstructions  {root}/reconstructions.png\n"
+        f"samples          {root}/samples.png\nMLflow           {judged['run']}"
+    )
 
 
 def cut_photos(folder: Path) -> Path:

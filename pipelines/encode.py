@@ -30,11 +30,10 @@ from pipelines.config import Encode
 from pipelines.sources import Source, open_source
 from pipelines.training import Progress
 
-
 RETRIES = 3  # of a shard whose process died; Ray Data's default is endless, also for one that always kills it
 
 
-def run(config: Encode) -> None:
+def run(config: Encode) -> dict[str, Any]:
     """`encode_dataset`, then a table for people."""
     done = encode_dataset(config)
     print(f"\n{'images encoded':<22}{done['images']:,}  ({done['encoded_now']:,} in this run)")
@@ -45,6 +44,7 @@ def run(config: Encode) -> None:
     shape = " x ".join(map(str, done["shape"]))
     print(f"{'latents':<22}{shape} moments, fp16, {done['bits_per_pixel']:.2f} bits per pixel")
     print(f"{'manifest':<22}{done['manifest']}\n{'run':<22}{done['link']}")
+    return done
 
 
 def encode_dataset(config: Encode) -> dict[str, Any]:

@@ -19,11 +19,11 @@ from litevae.order import EpochOrder
 from litevae.pictures import grid
 from litevae.precision import autocast
 from pipelines import checkpoint, cluster, tracking, training
-from pipelines.config import TrainLDM, validate
+from pipelines.config import TrainLDM, validate, values_to_keep
 
 # What may differ when a run goes on. `images` may only grow.
 FREE = (
-    "root", "ray", "tracking", "images", "vae", "sample_images", "sample_steps",
+    "root", "ray", "images", "vae", "sample_images", "sample_steps",
     "loop.val_every", "loop.checkpoint_every", "loop.keep", "loop.log_every", "loop.max_restarts",
 )  # fmt: skip
 
@@ -54,8 +54,8 @@ def train_ldm(config: TrainLDM) -> dict[str, Any]:
     handle = tracking.start_run(
         config.tracking, config.root, "train_ldm", config.name, config.model_dump(mode="json"), folder, resume=resumed
     )
-    setup = {"config": config.model_dump(mode="json"), "cache": cache.path, "vae": vae, "folder": folder}
-    result = training.fit(_worker, setup, handle, share, config.loop)
+    setup = {"config": values_to_keep(config), "cache": cache.path, "vae": vae, "folder": folder}
+    result = training.fit(_worker, setup, handle, share, config.loop) | {"parameters": count_parameters(unet)}
     print(f"model: {result['model']}   loss {result['loss']:.4g}\nMLflow: {result['tracking']}", flush=True)
     return result
 
@@ -162,7 +162,7 @@ class Diffusion:
 
     def _ldm(self) -> LDM:
         vae = load_autoencoder(self._vae).to(self.device)
-        about = {"cache": self.cache.path, "cache_digest": self.digest, "config": self.config.model_dump(mode="json")}
+        about = {"cache": self.cache.path, "cache_digest": self.digest, "config": values_to_keep(self.config)}
         return LDM(self.unet, self.scheduler, vae, self.cache.mean, self.cache.std, about)
 
 

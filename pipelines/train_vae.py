@@ -22,12 +22,12 @@ from litevae.perceptual import SqueezeNetFeatures, WeightsMissing, load_lpips
 from litevae.pictures import reconstruction_picture
 from litevae.precision import autocast
 from pipelines import checkpoint, cluster, tracking, training
-from pipelines.config import TrainVAE, validate
+from pipelines.config import TrainVAE, validate, values_to_keep
 from pipelines.sources import Source, open_source
 
 # What may differ when a run goes on. Stages may only grow; see _check_stages.
 FREE = (
-    "root", "ray", "tracking", "stages", "val_images", "data.val", "data.loaders", "data.max_bad",
+    "root", "ray", "stages", "val_images", "data.val", "data.loaders", "data.max_bad",
     "loop.val_every", "loop.checkpoint_every", "loop.keep", "loop.log_every", "loop.max_restarts",
 )  # fmt: skip
 PICTURES = 8  # validation images shown
@@ -66,7 +66,7 @@ def train_vae(config: TrainVAE) -> dict[str, Any]:
         config.tracking, config.root, "train_vae", config.name, config.model_dump(mode="json"), folder, resume=resumed
     )
     setup = {
-        "config": config.model_dump(mode="json"), "source": source, "val": val, "folder": folder, "lpips": lpips,
+        "config": values_to_keep(config), "source": source, "val": val, "folder": folder, "lpips": lpips,
     }  # fmt: skip
     result = training.fit(_worker, setup, handle, share, config.loop)
     numbers = "   ".join(f"{key} {result[key]:.4g}" for key in ("psnr", "ssim") if key in result)

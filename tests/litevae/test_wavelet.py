@@ -77,5 +77,5 @@ def test_padding_repeats_the_border_up_to_a_multiple():
 def test_unknown_and_too_long_wavelets_are_named(x):
     with pytest.raises(UserError, match=r"unknown wavelet 'hair'.*haar"):
         dwt(x, "hair")
-    with pytest.raises(UserError, match="db20.* 40 taps"):
+    with pytest.raises(UserError, match=r"db20.* 40 taps"):
         dwt(x[..., :32, :32], "db20")

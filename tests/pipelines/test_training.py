@@ -150,8 +150,8 @@ def test_a_run_goes_on_only_with_its_own_config(tmp_path):
     assert not checkpoint.open_run(folder, first, ["loop.keep"])
     assert checkpoint.open_run(folder, first, ["loop.keep"])
     assert checkpoint.open_run(folder, load(TrainVAE, None, ["seed=1", "loop.keep=9"]), ["loop.keep"])
+    other = load(TrainVAE, None, ["seed=2", "model.encoder=S"])
     with pytest.raises(UserError) as error:
-        other = load(TrainVAE, None, ["seed=2", "model.encoder=S"])
         checkpoint.open_run(folder, other, ["loop.keep"])
     assert "model.encoder: was 'B', is 'S'" in str(error.value)
     assert "seed: was 1, is 2" in str(error.value)
@@ -167,7 +167,7 @@ def test_a_foreign_folder_is_no_run(tmp_path):
 def test_a_run_may_only_get_longer(tmp_path):
     checkpoint.write_config(str(tmp_path), load(TrainVAE, None, ["val_images=10"]))
     checkpoint.check_longer(str(tmp_path), "val_images", 11)
-    with pytest.raises(UserError, match="val_images .* was 10, and is 9"):
+    with pytest.raises(UserError, match=r"val_images .* was 10, and is 9"):
         checkpoint.check_longer(str(tmp_path), "val_images", 9)
 
 
