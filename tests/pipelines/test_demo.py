@@ -1,0 +1,36 @@
+"""The demo's photos: held-out squares that no training tile touches."""
+
+import numpy as np
+import skimage.data
+from PIL import Image
+
+from pipelines.demo import HELD_OUT, TILE, TILES, _free_square, cut_photos
+
+
+def test_photos_are_cut_once_and_the_same_everywhere(tmp_path):
+    a, b = cut_photos(tmp_path / "a"), cut_photos(tmp_path / "b")
+    names = sorted(path.relative_to(a) for path in a.rglob("*.png"))
+    assert len([name for name in names if name.parts[0] == "train"]) == TILES // len(HELD_OUT) * len(HELD_OUT)
+    assert len([name for name in names if name.parts[0] == "val"]) == sum(map(len, HELD_OUT.values()))
+    assert all((a / name).read_bytes() == (b / name).read_bytes() for name in names)
+    with Image.open(a / names[0]) as tile:
+        assert (tile.size, tile.mode) == ((TILE, TILE), "RGB")
+    left, top, side = HELD_OUT["astronaut.png"][0]
+    face = np.asarray(Image.open(a / "val" / "astronaut" / "0.png"))
+    assert np.array_equal(face, skimage.data.astronaut()[top : top + side, left : left + side])
+    stamp = (a / "cut.json").stat().st_mtime_ns
+    cut_photos(a)
+    assert (a / "cut.json").stat().st_mtime_ns == stamp
+
+
+def test_tiles_stay_off_what_is_held_out():
+    draw = np.random.default_rng(1)
+    for squares in HELD_OUT.values():
+        mask = np.zeros((2000, 2000), bool)
+        for x, y, side in squares:
+            mask[y : y + side, x : x + side] = True
+        for _ in range(100):
+            left, top, right, bottom = _free_square(draw, (640, 427), squares)
+            assert not mask[top:bottom, left:right].any()
+            assert 0 <= left < right <= 640
+            assert 0 <= top < bottom <= 427
