@@ -4,7 +4,13 @@ python jobs/encode_dataset.py source.uri=/data/photos model=runs/vae/model out=/
 """
 
 from pipelines.config import Encode, main
-from pipelines.encode import run
+
+
+def run(config: Encode) -> None:
+    from pipelines.encode import run as encode  # takes seconds; --help and typos do without
+
+    encode(config)
+
 
 if __name__ == "__main__":
     raise SystemExit(main(Encode, run))

@@ -4,7 +4,13 @@ python jobs/evaluate.py model=runs/vae/model source.uri=/data/photos transform.r
 """
 
 from pipelines.config import Evaluate, main
-from pipelines.evaluate import evaluate
+
+
+def run(config: Evaluate) -> None:
+    from pipelines.evaluate import evaluate  # takes seconds; --help and typos do without
+
+    evaluate(config)
+
 
 if __name__ == "__main__":
-    raise SystemExit(main(Evaluate, evaluate))
+    raise SystemExit(main(Evaluate, run))

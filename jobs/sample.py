@@ -4,7 +4,13 @@ python jobs/sample.py model=runs/ldm/model images=64 out=samples
 """
 
 from pipelines.config import Sample, main
-from pipelines.sample import sample
+
+
+def run(config: Sample) -> None:
+    from pipelines.sample import sample  # takes seconds; --help and typos do without
+
+    sample(config)
+
 
 if __name__ == "__main__":
-    raise SystemExit(main(Sample, sample))
+    raise SystemExit(main(Sample, run))

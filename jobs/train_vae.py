@@ -4,7 +4,13 @@ python jobs/train_vae.py data.train.uri=/data/photos data.val.uri=/data/photos-v
 """
 
 from pipelines.config import TrainVAE, main
-from pipelines.train_vae import train_vae
+
+
+def run(config: TrainVAE) -> None:
+    from pipelines.train_vae import train_vae  # takes seconds; --help and typos do without
+
+    train_vae(config)
+
 
 if __name__ == "__main__":
-    raise SystemExit(main(TrainVAE, train_vae))
+    raise SystemExit(main(TrainVAE, run))
