@@ -18,6 +18,7 @@ import yaml
 from pydantic import BaseModel
 
 from litevae.errors import UserError
+from pipelines import outputs
 from pipelines.config import values_to_keep
 
 STATE = "state.pt"
@@ -68,9 +69,8 @@ def check_longer(folder: str, field: str, now: int) -> None:
 
 def write_config(folder: str, config: BaseModel) -> None:
     os.makedirs(folder, exist_ok=True)
-    partly = Path(folder) / "config.yaml.tmp"
-    partly.write_text(yaml.safe_dump(values_to_keep(config), sort_keys=False))
-    partly.replace(Path(folder) / "config.yaml")
+    text = yaml.safe_dump(values_to_keep(config), sort_keys=False)
+    outputs.write(Path(folder) / "config.yaml", text.encode())
 
 
 def flatten(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -85,6 +85,9 @@ def demo(config: Demo) -> dict[str, Any]:
 
 
 def _report(done: dict[str, Any], root: Path) -> str:
+    def rate(value: float) -> str:
+        return f"{value:.1f}" if value else "done before"
+
     judged, speed = done["evaluate"], done["evaluate"]["images_per_s"]
     ours, bicubic = judged["reconstruction"], judged["bicubic"]
     quality = [
@@ -95,12 +98,12 @@ def _report(done: dict[str, Any], root: Path) -> str:
     ]
     stages = [
         ["stage", "images/s"],
-        ["train the autoencoder", f"{done['train_vae']['images_per_second']:.1f}"],
-        ["encode into the cache", f"{done['encode']['images_per_s']:.1f}"],
-        ["train the diffusion model", f"{done['train_ldm']['images_per_second']:.1f}"],
-        ["sample", f"{done['sample']['images_per_s']:.1f}"],
-        ["evaluate: encoder alone", f"{speed['encoder']:.1f}"],
-        ["evaluate: decoder alone", f"{speed['decoder']:.1f}"],
+        ["train the autoencoder", rate(done["train_vae"]["images_per_second"])],
+        ["encode into the cache", rate(done["encode"]["images_per_s"])],
+        ["train the diffusion model", rate(done["train_ldm"]["images_per_second"])],
+        ["sample", rate(done["sample"]["images_per_s"])],
+        ["evaluate: encoder alone", rate(speed["encoder"])],
+        ["evaluate: decoder alone", rate(speed["decoder"])],
     ]
     parameters = [
         ["parameters", ""],
@@ -142,9 +145,7 @@ def cut_photos(folder: Path) -> Path:
             box = _free_square(draw, photo.size, held_out)
             tile = photo.resize((TILE, TILE), Image.Resampling.BICUBIC, box=box)
             tile.save(folder / "train" / stem / f"{n:04d}.png", compress_level=1)
-    partly = done.with_suffix(".tmp")
-    partly.write_text(json.dumps({"tiles": TILES // len(HELD_OUT) * len(HELD_OUT), "tile": TILE}))
-    partly.replace(done)
+    outputs.write(done, json.dumps({"tiles": TILES // len(HELD_OUT) * len(HELD_OUT), "tile": TILE}).encode())
     return folder
 
 

@@ -56,7 +56,8 @@ def train_ldm(config: TrainLDM) -> dict[str, Any]:
     )
     setup = {"config": values_to_keep(config), "cache": cache.path, "vae": vae, "folder": folder}
     result = training.fit(_worker, setup, handle, share, config.loop) | {"parameters": count_parameters(unet)}
-    print(f"model: {result['model']}   loss {result['loss']:.4g}\nMLflow: {result['tracking']}", flush=True)
+    numbers = f"   loss {result['loss']:.4g}" if "loss" in result else ""
+    print(f"model: {result['model']}{numbers}\nMLflow: {result['tracking']}", flush=True)
     return result
 
 
@@ -129,7 +130,10 @@ class Diffusion:
             self.ema.update(self.unet)
         return values.means()
 
-    def check(self, means: dict[str, float], world: int) -> None:
+    def count(self) -> dict[str, Tensor]:
+        return {}
+
+    def check(self, means: dict[str, float]) -> None:
         """Nothing besides the loss can go wrong here."""
 
     def validate(self) -> tuple[dict[str, float], np.ndarray | None]:

@@ -48,7 +48,7 @@ def train_vae(config: TrainVAE) -> dict[str, Any]:
         )
     model = build_model(config)
     lpips = _lpips_or_warning(config)
-    if config.loss.features.weight and not lpips:
+    if config.loss.features.weight:
         SqueezeNetFeatures(config.loss.features.weights)
     share = cluster.start(config.ray)
     resumed = checkpoint.open_run(folder, config, FREE)
@@ -335,11 +335,11 @@ class Autoencoder(Networks):
     def batches(self, start: int, end: int, batch_size: int) -> Iterator[list[np.ndarray]]:
         return self._images.batches(start, end, batch_size, self._rank, self._world)
 
-    def step(self, batch: list[np.ndarray], images: int) -> dict[str, Tensor]:
-        return super().step(batch, images) | {"bad_images": torch.tensor(float(len(self._images.bad)))}
+    def count(self) -> dict[str, Tensor]:
+        return {"bad_images": torch.tensor(float(len(self._images.bad)))}
 
-    def check(self, means: dict[str, float], world: int) -> None:
-        self._images.check(round(means["bad_images"] * world))
+    def check(self, means: dict[str, float]) -> None:
+        self._images.check(round(means["bad_images"] * self._world))
 
     def validate(self) -> tuple[dict[str, float], np.ndarray | None]:
         return self._validation.run(self) if self._validation.images else ({}, None)

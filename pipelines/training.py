@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from litevae.errors import UserError
 from pipelines import checkpoint, tracking
 from pipelines.cluster import Share
-from pipelines.config import Loop, Optimizer, TrainLDM, TrainVAE
+from pipelines.config import Loop, Optimizer, TrainLDM, TrainVAE, values_to_keep
 
 P = TypeVar("P")
 T = TypeVar("T")
@@ -113,8 +113,11 @@ class Task(Protocol):
     def step(self, batch: Any, images: int) -> dict[str, Tensor]:
         """One update after `images`; its metrics, `loss` among them."""
 
-    def check(self, means: dict[str, float], world: int) -> None:
-        """Raise a UserError, on all ranks alike, where logged metrics show that it can't go on."""
+    def count(self) -> dict[str, Tensor]:
+        """Further metrics, as they stand when metrics are logged."""
+
+    def check(self, means: dict[str, float]) -> None:
+        """Raise a UserError where logged metrics, the same on all ranks, show that it can't go on."""
 
     def validate(self) -> tuple[dict[str, float], np.ndarray | None]:
         """Metrics, the same on all ranks, and a picture (rank 0's is kept)."""
@@ -151,10 +154,11 @@ def run(
                 before, images = images, images + batch_size
                 torch.manual_seed(seed_for(config.seed, before, rank))
                 totals.add(task.step(batch, before))
-                if due(before, images, loop.log_every * batch_size) or images >= end:
-                    means = mean_over_ranks(totals.means())
+                save = due(before, images, loop.checkpoint_every) or images >= end
+                if save or due(before, images, loop.log_every * batch_size):
+                    means = mean_over_ranks(totals.means() | task.count())
                     rates.append((images - since) / max(1e-9, time.monotonic() - clock))
-                    task.check(means, world)
+                    task.check(means)
                     if not np.isfinite(means["loss"]):
                         raise UserError(
                             f"the loss is {means['loss']} after {images:,} images; the checkpoint at {saved:,} is "
@@ -175,8 +179,8 @@ def run(
                         if picture is not None:
                             tracker.image("val/picture", picture, images)
                     clock, since = time.monotonic(), images
-                if due(before, images, loop.checkpoint_every) or images >= end:
-                    extra = {"images": images, "digest": task.digest}
+                if save:  # what was just checked: a checkpoint never holds a broken run
+                    extra = {"images": images, "digest": task.digest, "config": values_to_keep(config)}
                     _report(images, checkpoint.save(task.state() | extra) if rank == 0 else None)
                     saved, clock, since = images, time.monotonic(), images
         if rank == 0 and tracker is not None:
