@@ -5,9 +5,9 @@ from torch import Tensor, nn
 
 from litevae.layers import Attention, Norm, ResBlock, carrier, group_norm
 
-# SD-VAE's finest level has 128 channels in 32 groups. A narrower decoder keeps groups of 4: with one channel a group,
-# the last normalisation would take each channel's mean away, and with it the image's brightness.
-GROUP_WIDTH = 4
+# In a decoder narrower than SD-VAE's: with 32 groups of one channel, the last normalisation would take each channel's
+# mean away, and with it the image's brightness and colour.
+GROUP_WIDTH = 16
 
 
 class Decoder(nn.Module):

@@ -56,9 +56,10 @@ def carrier(in_channels: int, out_channels: int, kernel_size: int, stride: int =
     return conv
 
 
-def group_norm(channels: int, width: int = 1, eps: float = 1e-6) -> nn.GroupNorm:
-    """32 groups as in SD-VAE and ADM, fewer where a group would be narrower than `width` or uneven."""
-    return nn.GroupNorm(math.gcd(32, max(1, channels // width)), channels, eps=eps)
+def group_norm(channels: int, group_width: int = 1, eps: float = 1e-6) -> nn.GroupNorm:
+    """32 groups as in SD-VAE and ADM; fewer where they would be uneven or, below SD-VAE's 128 channels, narrower than
+    `group_width`."""
+    return nn.GroupNorm(math.gcd(32, channels if channels >= 128 else max(1, channels // group_width)), channels, eps)
 
 
 class ResBlock(nn.Module):

@@ -7,6 +7,7 @@ are set from the real ones), and a cluster that we join is checked first.
 
 import os
 import secrets
+import sys
 from dataclasses import dataclass
 
 from litevae.errors import UserError
@@ -24,7 +25,6 @@ _ENVIRONMENT = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths mean the same in workers
     "RAY_DEDUP_LOGS": "0",
     "RAY_DATA_LOG_LEVEL": "ERROR",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     # OpenMP threads that spin long while they wait make steps many times slower on cores that have other work too, and
     # ones that sleep at once make them twice as slow on cores that have not.
     "GOMP_SPINCOUNT": "20000",
@@ -75,8 +75,9 @@ def start(config: RayConfig) -> Share:
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     joining = in_ray_job() or "RAY_ADDRESS" in os.environ
-    if not joining and "RAY_AUTH_MODE" not in os.environ:
-        # A token of this process alone: nothing is written to disk, and no neighbour can submit work.
+    if not joining and "RAY_AUTH_MODE" not in os.environ and "ray" not in sys.modules:
+        # A token of this process alone: nothing is written to disk, and no neighbour can submit work. Ray reads this when
+        # it is imported; where a program did that before, Ray's own default holds (a token in the home folder).
         os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
 
     import ray
