@@ -26,7 +26,7 @@ _ENVIRONMENT = {
     "RAY_DEDUP_LOGS": "0",
     "RAY_DATA_LOG_LEVEL": "ERROR",
     # OpenMP threads that spin long while they wait make steps many times slower on cores that have other work too, and
-    # ones that sleep at once make them twice as slow on cores that have not.
+    # ones that sleep at once make them twice as slow on cores that have not (BENCHMARKS.md).
     "GOMP_SPINCOUNT": "20000",
 }
 
@@ -76,8 +76,8 @@ def start(config: RayConfig) -> Share:
         os.environ.setdefault(name, value)
     joining = in_ray_job() or "RAY_ADDRESS" in os.environ
     if not joining and "RAY_AUTH_MODE" not in os.environ and "ray" not in sys.modules:
-        # A token of this process alone: nothing is written to disk, and no neighbour can submit work. Ray reads this when
-        # it is imported; where a program did that before, Ray's own default holds (a token in the home folder).
+        # A token of this process alone: nothing is written to disk, and no neighbour can submit work. Ray reads this
+        # when it is imported; where a program did that before, Ray's own default holds (a token in the home folder).
         os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
 
     import ray
