@@ -10,6 +10,7 @@ import os
 import shutil
 import sys
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -89,6 +90,7 @@ def work(task: Callable[..., "Task"], config: TrainVAE | TrainLDM, name: str, se
     import ray.train.torch
 
     logging.getLogger("ray.train").setLevel(logging.WARNING)  # or every checkpoint is announced
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # of odd metadata; what can't be read is named by us
     context, device = ray.train.get_context(), ray.train.torch.get_device()
     rank, world = context.get_world_rank(), context.get_world_size()
     torch.set_num_threads(setup["threads"])
