@@ -89,7 +89,7 @@ def work(task: Callable[..., "Task"], config: TrainVAE | TrainLDM, name: str, se
     """In a training worker: make the task (of config, setup, rank, world size, device) and run it."""
     import ray.train.torch
 
-    logging.getLogger("ray.train").setLevel(logging.WARNING)  # or every checkpoint is announced
+    logging.disable(logging.INFO)  # Ray Train announces every checkpoint
     warnings.filterwarnings("ignore", module=r"PIL\.")  # of odd metadata; what can't be read is named by us
     context, device = ray.train.get_context(), ray.train.torch.get_device()
     rank, world = context.get_world_rank(), context.get_world_size()
