@@ -25,8 +25,8 @@ _ENVIRONMENT = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths mean the same in workers
     "RAY_DEDUP_LOGS": "0",
     "RAY_DATA_LOG_LEVEL": "ERROR",
-    # OpenMP threads that spin long while they wait make steps many times slower on cores that have other work too, and
-    # ones that sleep at once make them twice as slow on cores that have not (BENCHMARKS.md).
+    # OpenMP threads that spin long while they wait make some steps many times slower on cores that have other work too,
+    # and ones that sleep at once make all of them slower (BENCHMARKS.md).
     "GOMP_SPINCOUNT": "20000",
 }
 

@@ -374,8 +374,8 @@ class Validation:
         self._pixels = np.stack(pixels) if pixels else np.empty((0, resolution, resolution, 3), np.uint8)
 
     @torch.no_grad()
-    def run(self, networks: Networks) -> tuple[dict[str, float], np.ndarray]:
-        """(metrics over all ranks, this rank's picture)."""
+    def run(self, networks: Networks) -> tuple[dict[str, float], np.ndarray | None]:
+        """(metrics over all ranks, a picture of this rank's first images where it has any)."""
         values: dict[str, list[float]] = {"psnr": [], "ssim": []}
         shown: list[list[Tensor]] = [[], [], []]
         networks.model.eval()
@@ -401,9 +401,4 @@ class Validation:
             for part in gathered:
                 mean.add(torch.tensor(part[name], dtype=torch.float64))
             means[name] = mean.value()
-        picture = (
-            reconstruction_picture(*(torch.cat(column) for column in shown))
-            if shown[0]
-            else np.zeros((1, 1, 3), np.uint8)
-        )
-        return means, picture
+        return means, reconstruction_picture(*map(torch.cat, shown)) if shown[0] else None
