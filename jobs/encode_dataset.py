@@ -1,16 +1,25 @@
 """Encode images into a latent cache; the same command again goes on where it stopped.
 
 python jobs/encode_dataset.py source.uri=/data/photos model=runs/vae/model out=/data/latents transform.resolution=256
+python jobs/encode_dataset.py verify /data/latents      # also: repair, retry, inspect
 """
 
-from pipelines.config import Encode, main
+import sys
+
+from pipelines.config import Encode, Inspect, Repair, Retry, Section, Verify, main
+
+ACTIONS: dict[str, type[Section]] = {"verify": Verify, "repair": Repair, "retry": Retry, "inspect": Inspect}
 
 
-def run(config: Encode) -> None:
-    from pipelines.encode import run as encode  # takes seconds; --help and typos do without
+def run(config: Section) -> None:
+    from pipelines import audit, encode  # takes seconds; --help and typos do without
 
-    encode(config)
+    jobs = {Encode: encode.run, Verify: audit.verify, Repair: encode.repair, Retry: encode.retry, Inspect: audit.inspect}
+    jobs[type(config)](config)  # type: ignore[operator]
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(Encode, run))
+    action, *rest = sys.argv[1:] or [""]
+    if action in ACTIONS:
+        raise SystemExit(main(ACTIONS[action], run, rest, action))
+    raise SystemExit(main(Encode, run, switches=("append",)))

@@ -5,8 +5,9 @@ Everything is validated before Ray starts; a wrong key or value is refused with 
 it allows. Counts of training are in images, not steps, so that they do not change with the batch size.
 """
 
+import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
@@ -31,13 +32,22 @@ class Section(BaseModel):
 class Source(Section):
     """Where images come from."""
 
-    uri: str = Field("", description="a folder tree of images (label = folder), or Parquet file(s) with image bytes")
-    image_column: str = Field(
-        "image", description="Parquet: column with the encoded image (bytes, or a struct with `bytes`)"
+    uri: str = Field(
+        "",
+        description="local or s3://: a folder tree of images (label = folder), Parquet with images or their paths, "
+        "WebDataset tars, or a .txt, .csv or .jsonl list of paths",
     )
-    id_column: str = Field("id", description="Parquet: column with a stable id; where absent, file name and row number")
+    split: str = Field("", description="Parquet as Hugging Face lays it out: the split to take, e.g. train")
+    image_column: str = Field(
+        "image",
+        description="Parquet: column with the encoded image (bytes, a struct with `bytes`) or its path; lists: path",
+    )
+    id_column: str = Field(
+        "id", description="Parquet, lists: column with a stable id; where absent, file name and row number, or the path"
+    )
     columns: list[str] = Field(
-        [], description="Parquet: further columns to carry into a latent cache, e.g. [label, caption]"
+        [],
+        description="further columns to carry into a latent cache, e.g. [label, caption]; WebDataset: [cls, txt, json.key]",
     )
 
 
@@ -45,7 +55,10 @@ class Ray(Section):
     """How much of the machine or cluster a job takes."""
 
     workers: Positive = Field(1, description="training or encoding processes; one GPU each where there are GPUs")
-    gpu: Literal["auto"] | bool = Field("auto", description="one GPU a worker; auto: where the cluster has them")
+    gpu: Literal["auto"] | bool = Field("auto", description="GPUs for the workers; auto: where the cluster has them")
+    gpus_per_worker: Annotated[float, Field(gt=0, le=1)] = Field(
+        1.0, description="encode, sample, evaluate: below 1, workers share a GPU"
+    )
     cpus_per_worker: Count = Field(0, description="CPUs (and torch threads) a worker; 0: share the machine's evenly")
     decode_tasks: Positive = Field(1, description="encode, evaluate: image-decoding tasks at a time, one CPU each")
 
@@ -219,19 +232,92 @@ class Transform(Section):
     )
 
 
+class Views(Transform):
+    """What is cut from an image."""
+
+    crop: Literal["center", "random"] = Field("center", description="random: by (seed, the image's id)")
+    crops: Positive = Field(1, description="random crops an image, each a row of the cache")
+    flips: bool = Field(False, description="every crop also mirrored, as a row of its own")
+    buckets: bool = Field(
+        False, description="keep aspect ratios: the bucket that fits, of at most resolution x resolution pixels"
+    )
+    bucket_step: Annotated[int, Field(ge=8, multiple_of=8)] = Field(
+        64, description="sides of buckets are multiples of it"
+    )
+    seed: Count = Field(0, description="of random crops")
+
+    @model_validator(mode="after")
+    def _fits(self) -> "Views":
+        if self.crops > 1 and self.crop != "random":
+            raise ValueError(f"crops={self.crops} would be the same one {self.crops} times; set crop=random")
+        if self.buckets and self.resize == "none":
+            raise ValueError("buckets resize images to fit; leave resize=shorter")
+        if self.buckets and self.resolution < self.bucket_step:
+            raise ValueError(f"bucket_step={self.bucket_step} is larger than resolution={self.resolution}")
+        return self
+
+
 class Encode(Job):
-    """Encode images into a latent cache."""
+    """Encode images into a latent cache.
+
+    Other things to do with a cache: encode_dataset.py verify | repair | retry | inspect CACHE (each has --help).
+    """
 
     source: Source = Source()
-    model: str = Field("", description="model folder")
-    out: str = Field("", description="cache folder; the same folder again resumes")
-    transform: Transform = Transform()
-    rows_per_shard: Positive = Field(512, description="images a shard: the unit of work, of retry and of resume")
-    batch_size: Positive = Field(32, description="images a forward pass")
-    precision: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="as in train_vae; moments are stored as fp16"
+    model: str = Field("", description="model folder: ours, or any autoencoder's of diffusers")
+    out: str = Field("", description="cache folder, local or s3://; the same folder again resumes")
+    append: bool = Field(False, description="add what is new in the source to a finished cache (also: --append)")
+    transform: Views = Views()
+    latents: Literal["moments", "mean"] = Field(
+        "moments",
+        description="the posterior's mean and log-variance, or its mean; autoencoders without one: the latent",
     )
+    dtype: Literal["fp16", "bf16", "fp32"] = Field("fp16", description="of what is stored")
+    rows_per_shard: Positive = Field(512, description="images a shard: the unit of work, of retry and of resume")
+    batch_size: Positive | Literal["auto"] = Field(
+        32, description="images a forward pass, halved where a GPU's memory is too small; auto: the largest that fits"
+    )
+    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="of the encoder; as in train_vae")
+    compile: bool = Field(False, description="torch.compile the encoder")
     error_budget: Fraction = Field(0.01, description="share of images that may be quarantined before the job stops")
+
+
+class Verify(Section):
+    """Audit a latent cache: every image once or in quarantine, every byte as it was written."""
+
+    cache: str = Field("", description="cache folder")
+    source: bool = Field(True, description="compare row ids with the source's, too; false: the cache alone")
+    threads: Positive = Field(8, description="shards read at a time")
+
+
+class Mend(Job):
+    """What repair and retry share."""
+
+    cache: str = Field("", description="cache folder")
+    model: str = Field("", description="where the model folder is now; empty: where it was")
+    source: str = Field("", description="where the source is now; empty: where it was")
+    error_budget: Fraction = Field(0.01, description="share of images that may be quarantined before the job stops")
+
+
+class Repair(Mend):
+    """Encode the missing and damaged shards of a latent cache again, and remove files that belong to none."""
+
+
+class Retry(Mend):
+    """Try the quarantined images of a latent cache again."""
+
+    reasons: list[str] = Field([], description="error classes to retry, e.g. [missing, unreadable]; empty: all")
+
+
+class Inspect(Section):
+    """Show what is in a latent cache: counts, statistics, provenance, quarantine; decoded rows beside their sources."""
+
+    cache: str = Field("", description="cache folder")
+    out: str = Field("inspection", description="folder for inspection.png and inspection.json")
+    shards: Count = Field(8, description="shards to decode and encode again, evenly spaced; 0: only count")
+    rows: Positive = Field(2, description="rows of each of them")
+    model: str = Field("", description="where the model folder is now; empty: where it was")
+    source: str = Field("", description="where the source is now; empty: where it was")
 
 
 # --- train_ldm ------------------------------------------------------------------------------------------------
@@ -331,9 +417,9 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 def preset_folder(cls: type[BaseModel]) -> Path:
-    return PRESETS / {"TrainVAE": "train_vae", "TrainLDM": "train_ldm", "Encode": "encode_dataset"}.get(
-        cls.__name__, cls.__name__.lower()
-    )
+    folders = {"TrainVAE": "train_vae", "TrainLDM": "train_ldm"}
+    folders |= dict.fromkeys(("Encode", "Verify", "Repair", "Retry", "Inspect"), "encode_dataset")
+    return PRESETS / folders.get(cls.__name__, cls.__name__.lower())
 
 
 def dump(config: BaseModel) -> str:
@@ -347,12 +433,23 @@ def values_to_keep(config: BaseModel) -> dict[str, Any]:
     return config.model_dump(mode="json", exclude={"tracking"})
 
 
-def main(cls: type[ConfigT], run: Callable[[ConfigT], object], argv: list[str] | None = None) -> int:
-    """Parse the command line, run, and turn a UserError into one message and exit code 2."""
+def main(
+    cls: type[ConfigT],
+    run: Callable[[ConfigT], object],
+    argv: list[str] | None = None,
+    action: str = "",
+    switches: Sequence[str] = (),
+) -> int:
+    """Parse the command line, run, and turn a UserError into one message and exit code 2.
+
+    Args:
+        action: a job's second word (`verify`); a cache may then stand without its key.
+        switches: boolean fields that may be given as --field.
+    """
     arguments = sys.argv[1:] if argv is None else argv
     try:
         if "--help" in arguments or "-h" in arguments:
-            print(usage(cls))
+            print(usage(cls, action))
             return 0
         preset, overrides, show = None, [], False
         rest = iter(arguments)
@@ -365,6 +462,10 @@ def main(cls: type[ConfigT], run: Callable[[ConfigT], object], argv: list[str] |
                 preset = argument.partition("=")[2]
             elif argument == "--print-config":
                 show = True
+            elif argument.removeprefix("--") in switches and argument.startswith("--"):
+                overrides.append(f"{argument[2:]}=true")
+            elif action and "=" not in argument and not argument.startswith("-"):
+                overrides.append(f"cache={argument}")
             elif argument.startswith("-"):
                 raise UserError(
                     f"unknown option {argument}; there are --config, --print-config and --help; fields are key=value"
@@ -385,14 +486,15 @@ def main(cls: type[ConfigT], run: Callable[[ConfigT], object], argv: list[str] |
         return 130
 
 
-def usage(cls: type[BaseModel]) -> str:
+def usage(cls: type[BaseModel], action: str = "") -> str:
     job = preset_folder(cls).name
+    words = f"{job}.py {action} CACHE" if action else f"{job}.py [--config PRESET_OR_FILE.yaml]"
     presets = ", ".join(sorted(path.stem for path in preset_folder(cls).glob("*.yaml"))) or "none"
     lines = [
-        (cls.__doc__ or "").strip(),
+        inspect.cleandoc(cls.__doc__ or ""),
         "",
-        f"usage: python jobs/{job}.py [--config PRESET_OR_FILE.yaml] [--print-config] [key=value ...]",
-        f"presets: {presets}",
+        f"usage: python jobs/{words} [--print-config] [key=value ...]",
+        *([] if action else [f"presets: {presets}"]),
         "",
     ]
     for name, kind, default, text in _fields(cls):
