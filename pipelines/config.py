@@ -47,7 +47,7 @@ class Source(Section):
     )
     columns: list[str] = Field(
         [],
-        description="further columns to carry into a latent cache, e.g. [label, caption]; WebDataset: [cls, txt, json.key]",
+        description="further columns to carry into a cache, e.g. [label, caption]; WebDataset: [cls, txt, json.key]",
     )
 
 

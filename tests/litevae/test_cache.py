@@ -24,14 +24,17 @@ SHAPE = (6, 4, 5)  # n_z = 3
 CARRIED = pa.schema([("label", pa.int64()), ("caption", pa.string())])
 SIZES = (300, 0, 150)  # shard 1: nothing but quarantine
 BAD = ["lost", "broken"]
+HOW = cache.layout("moments", "float16")
+SOURCE = {"uri": "/photos", "digest": "d" * 64, "units": 452, "shards": len(SIZES)}
+UNITS = {0: (0, 300), 1: (300, 302), 2: (302, 452)}
 
 
-def plan_of(units=452, **changes):
+def plan_of(**changes):
     return {
         "model": {"path": "/models/a", "fingerprint": "f" * 64},
         "transform": {"resolution": 32},
-        "source": {"uri": "/photos", "digest": "d" * 64, "units": units},
-        "shards": len(SIZES),
+        "latents": HOW,
+        "settings": {"batch_size": 8},
     } | changes
 
 
@@ -42,10 +45,12 @@ def random_moments(count, seed=0):
     return np.concatenate([mean, logvar], axis=1).astype(np.float16)
 
 
-def rows_of(start, count):
+def rows_of(start, count, unit=None):
     numbers = list(range(start, start + count))
     columns = {
         "id": [f"img-{n}" for n in numbers],
+        "unit": [n - start + (start if unit is None else unit) for n in numbers],
+        "view": [0] * count,
         "height": [480] * count,
         "width": numbers,
         "crop_top": [0] * count,
@@ -58,7 +63,8 @@ def rows_of(start, count):
 
 
 def quarantine_of(ids):
-    rows = [{"id": i, "source": "/photos", "stage": "decode", "error": "corrupt", "message": "cut"} for i in ids]
+    common = {"source": "/photos", "stage": "decode", "error": "corrupt", "message": "cut"}
+    rows = [{"unit": 300 + n, "id": i} | common for n, i in enumerate(ids)]
     return pa.Table.from_pylist(rows, schema=cache.QUARANTINE)
 
 
@@ -70,10 +76,11 @@ def write(folder, finish=True):
     start = 0
     for shard, size in enumerate(SIZES):
         part = moments[start : start + size]
-        cache.commit_shard(folder, shard, rows_of(start, size), part, quarantine_of([] if size else BAD))
+        rows = rows_of(start, size, UNITS[shard][0])
+        cache.commit_shard(folder, shard, UNITS[shard], HOW, rows, [part], quarantine_of([] if size else BAD))
         start += size
     if finish:
-        cache.write_manifest(folder, plan_of(), {"job": "test"})
+        cache.write_manifest(folder, plan_of(), SOURCE, {"job": "test"})
     return moments
 
 
@@ -93,9 +100,13 @@ def test_rows_come_back(made):
     found = latents.moments(indices)
     assert found.dtype == torch.float16
     np.testing.assert_array_equal(found.numpy(), moments[indices])
-    expected = {"id": "img-301", "height": 480, "width": 301, "crop_top": 0, "crop_left": 7, "flip": False}
-    assert latents.row(301) == expected | {"label": 301, "caption": "ünïcode 301"}
+    expected = {"id": "img-301", "unit": 303, "view": 0, "height": 480, "width": 301, "crop_top": 0, "crop_left": 7}
+    assert latents.row(301) == expected | {"flip": False, "label": 301, "caption": "ünïcode 301"}
     assert latents.row(300)["label"] is None
+    columns = latents.columns([301, 5, 300], ["label", "id"])
+    assert columns == {"label": [301, 5, None], "id": ["img-301", "img-5", "img-300"]}
+    with pytest.raises(UserError, match="no column 'lable'; it has id, moments, unit"):
+        latents.columns([0], ["lable"])
     with pytest.raises(IndexError):
         latents.moments([450])
     order = EpochOrder(latents.groups, seed=0, window=latents.window)
@@ -132,10 +143,8 @@ def test_draws_depend_on_seed_epoch_and_id_only(made, tmp_path):
     others = [latents.latents([200], epoch=e, seed=s)[0] for e, s in ((2, 7), (1, 8), (7, 1))]
     assert all(not torch.equal(a, b) for n, a in enumerate([z[1], *others]) for b in others[n:])
     # The same image in a cache cut up otherwise: same id, same draw.
-    part = plan_of(10, shards=1)
-    cache.write_plan(str(tmp_path), part)
-    cache.commit_shard(str(tmp_path), 0, rows_of(195, 10), moments[195:205], quarantine_of([]))
-    cache.write_manifest(str(tmp_path), part, {})
+    cache.commit_shard(str(tmp_path), 0, (0, 10), HOW, rows_of(195, 10, 0), [moments[195:205]], quarantine_of([]))
+    cache.write_manifest(str(tmp_path), plan_of(), SOURCE | {"units": 10, "shards": 1}, {})
     raw = LatentCache(tmp_path).latents([5], epoch=1, seed=7, normalize=False)
     torch.testing.assert_close(raw, latents.denormalize(z[1:2]), atol=1e-5, rtol=1e-5)
 
@@ -159,9 +168,11 @@ def test_manifest(made):
     assert manifest["format"] == "litevae-latents"
     assert manifest["model"] == {"path": "/models/a", "fingerprint": "f" * 64}
     assert manifest["run"] == {"job": "test"}
-    counts = {"input": 452, "encoded": 450, "quarantined": 2, "reasons": {"corrupt": 2}}
+    counts = {"input": 452, "encoded": 450, "rows": 450, "quarantined": 2, "reasons": {"corrupt": 2}}
     assert manifest["counts"] == counts
     assert manifest["latents"]["shape"] == list(SHAPE)
+    assert manifest["latents"]["shapes"] == [[450, *SHAPE]]
+    assert manifest == json.loads((folder / "manifests/000001.json").read_text())
     for shard in manifest["shards"]:
         for record in filter(None, [shard if shard["rows"] else None, shard.get("quarantine")]):
             data = (folder / record["file"]).read_bytes()
@@ -188,7 +199,7 @@ sys.modules["litevae"] = None
 manifest = json.load(open({str(folder)!r} + "/manifest.json"))
 first = {str(folder)!r} + "/" + manifest["shards"][0]["file"]
 table = pq.read_table(first, page_checksum_verification=True)
-assert table.column_names == "id moments height width crop_top crop_left flip label caption".split()
+assert table.column_names == "id moments unit view height width crop_top crop_left flip label caption".split()
 field = table.schema.field("moments")
 shape = json.loads(field.metadata[b"shape"])
 assert shape == manifest["latents"]["shape"] and field.metadata[b"dtype"] == b"float16"
@@ -209,14 +220,16 @@ def test_the_first_commit_counts(tmp_path):
 
     def attempt():
         barrier.wait()
-        commits.append(cache.commit_shard(folder, 0, rows_of(0, 3), random_moments(3), quarantine_of([])))
+        commits.append(
+            cache.commit_shard(folder, 0, (0, 3), HOW, rows_of(0, 3), [random_moments(3)], quarantine_of([]))
+        )
 
     threads = [threading.Thread(target=attempt) for _ in range(8)]
     [thread.start() for thread in threads]
     [thread.join() for thread in threads]
     assert len({commit["file"] for commit in commits}) == 1
     assert len(os.listdir(tmp_path / "shards")) == 8  # seven that nobody reads
-    assert cache.committed(folder) == [0]
+    assert cache.committed(folder) == {0: 0}
     assert (tmp_path / commits[0]["file"]).stat().st_size == commits[0]["bytes"]
 
 
@@ -251,11 +264,11 @@ def test_unfinished_or_wrong_caches_are_refused(tmp_path, made):
     with pytest.raises(UserError, match="not a latent cache"):
         LatentCache(tmp_path)
     write(tmp_path, finish=False)
-    with pytest.raises(UserError, match="unfinished: 3 of 3 shards"):
+    with pytest.raises(UserError, match="unfinished: 3 shards are done"):
         LatentCache(tmp_path)
     manifest = json.loads((made[0] / "manifest.json").read_text())
     (tmp_path / "manifest.json").write_text(json.dumps(manifest | {"version": 99}))
-    with pytest.raises(UserError, match="format version 99; this library reads 1"):
+    with pytest.raises(UserError, match="format version 99; this library reads 2"):
         LatentCache(tmp_path)
     (tmp_path / "manifest.json").write_text("{")
     with pytest.raises(UserError, match="is damaged"):
@@ -286,16 +299,109 @@ def test_damaged_shards_are_refused(tmp_path):
 
 
 def test_everything_quarantined_is_no_cache(tmp_path):
-    plan = plan_of(2, shards=1)
-    cache.commit_shard(str(tmp_path), 0, rows_of(0, 0), random_moments(0), quarantine_of(BAD))
+    cache.commit_shard(str(tmp_path), 0, (0, 2), HOW, rows_of(0, 0), [random_moments(0)], quarantine_of(BAD))
     with pytest.raises(UserError, match="none of 2 images could be encoded"):
-        cache.write_manifest(str(tmp_path), plan, {})
+        cache.write_manifest(str(tmp_path), plan_of(), SOURCE | {"units": 2, "shards": 1}, {})
 
 
 def test_lost_rows_are_no_cache(tmp_path):
-    cache.commit_shard(str(tmp_path), 0, rows_of(0, 3), random_moments(3), quarantine_of([]))
+    cache.commit_shard(str(tmp_path), 0, (0, 4), HOW, rows_of(0, 3), [random_moments(3)], quarantine_of([]))
     with pytest.raises(RuntimeError, match="3 rows"):
-        cache.write_manifest(str(tmp_path), plan_of(4, shards=1), {})
+        cache.write_manifest(str(tmp_path), plan_of(), SOURCE | {"units": 4, "shards": 1}, {})
+    with pytest.raises(UserError, match="unfinished: 1 of 2 shards have no commit"):
+        cache.write_manifest(str(tmp_path), plan_of(), SOURCE | {"units": 8, "shards": 2}, {})
+
+
+def test_a_shard_encoded_again_is_a_new_version(tmp_path):
+    moments = write(tmp_path)
+    first = LatentCache(tmp_path)
+    folder, again = str(tmp_path), random_moments(150, seed=1)
+    assert cache.write_manifest(folder, plan_of(), SOURCE, {})["number"] == 1  # nothing new
+    cache.commit_shard(folder, 2, UNITS[2], HOW, rows_of(300, 150, 302), [again], quarantine_of([]), generation=1)
+    assert cache.committed(folder) == {0: 0, 1: 0, 2: 1}
+    manifest = cache.write_manifest(folder, plan_of(), SOURCE, {})
+    assert (manifest["number"], manifest["digest"] != first.manifest["digest"]) == (2, True)
+    assert torch.equal(LatentCache(tmp_path).moments([300, 449]), torch.from_numpy(again[[0, 149]]))
+    assert torch.equal(LatentCache(tmp_path, version=1).moments([300]), torch.from_numpy(moments[[300]]))
+    with pytest.raises(UserError, match=r"no manifest 3; it has 000001.json, 000002.json"):
+        LatentCache(tmp_path, version=3)
+    # The same content once more, as a repair on the same machine makes it: another file, the same digest.
+    cache.commit_shard(folder, 2, UNITS[2], HOW, rows_of(300, 150, 302), [again], quarantine_of([]), generation=2)
+    repaired = cache.write_manifest(folder, plan_of(), SOURCE, {})
+    assert (repaired["number"], repaired["digest"]) == (3, manifest["digest"])
+
+
+def write_one(folder, how, parts, rows=None):
+    count = sum(map(len, parts))
+    rows = rows_of(0, count) if rows is None else rows
+    cache.commit_shard(folder, 0, (0, count), how, rows, parts, quarantine_of([]))
+    cache.write_manifest(folder, plan_of(latents=how), SOURCE | {"units": count, "shards": 1}, {})
+    return LatentCache(folder)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_every_dtype(tmp_path, dtype):
+    values = np.random.default_rng(0).normal(0, 3, (140, 6, 4, 5)).astype(np.float32)
+    how = cache.layout("moments", dtype)
+    latents = write_one(str(tmp_path), how, [cache.to_stored(values, dtype)])
+    expected = torch.from_numpy(values).to(getattr(torch, dtype))
+    found = latents.moments(range(140))
+    assert found.dtype == expected.dtype
+    assert torch.equal(found, expected)
+    np.testing.assert_allclose(latents.manifest["latents"]["mean"], expected[:, :3].double().mean((0, 2, 3)), rtol=1e-9)
+    assert latents.latents([3], 0, 0, "mean", normalize=False).equal(expected[3:4, :3].float())
+
+
+def test_latents_without_a_posterior(tmp_path):
+    values = np.random.default_rng(0).normal(1, 3, (140, 3, 4, 5)).astype(np.float16)
+    latents = write_one(str(tmp_path), cache.layout("mean", "float16"), [values])
+    assert (latents.content, latents.shape, len(latents.mean)) == ("mean", (3, 4, 5), 3)
+    z = latents.latents(range(140), epoch=0, seed=0)
+    torch.testing.assert_close(latents.denormalize(z), torch.from_numpy(values).float(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(z.std((0, 2, 3), correction=0), torch.ones(3), atol=1e-4, rtol=0)
+    with pytest.raises(UserError, match="without a log-variance"):
+        latents.moments([0])
+    assert pq.read_schema(tmp_path / latents.manifest["shards"][0]["file"]).field("latent").type == pa.binary(120)
+
+
+def test_rows_of_several_shapes(tmp_path):
+    draw = np.random.default_rng(0)
+    parts = [draw.normal(0, 1, (n, 6, h, w)).astype(np.float16) for n, h, w in ((150, 4, 8), (20, 6, 6))]
+    latents = write_one(str(tmp_path), cache.layout("moments", "float16", one_shape=False), parts)
+    assert latents.shape is None
+    assert latents.groups.tolist() == [128, 22, 20]
+    assert latents.group_shapes == [(6, 4, 8), (6, 4, 8), (6, 6, 6)]
+    assert latents.manifest["latents"]["shapes"] == [[150, 6, 4, 8], [20, 6, 6, 6]]
+    assert torch.equal(latents.moments([149, 3]), torch.from_numpy(parts[0][[149, 3]]))
+    assert torch.equal(latents.moments([169]), torch.from_numpy(parts[1][[19]]))
+    assert latents.row(169)["latent_height"] == 6
+    with pytest.raises(UserError, match="rows of 2 shapes can't be one batch"):
+        latents.moments([0, 169])
+    pooled = np.concatenate([part[:, :3].transpose(1, 0, 2, 3).reshape(3, -1) for part in parts], 1).astype(np.float64)
+    np.testing.assert_allclose(latents.manifest["latents"]["mean"], pooled.mean(1), rtol=1e-9)
+
+
+def test_views_of_an_image_are_drawn_apart(tmp_path):
+    rows = rows_of(0, 4).to_pydict() | {"id": ["a", "a", "b", "b"], "unit": [0, 0, 1, 1], "view": [0, 1, 0, 1]}
+    moments = np.repeat(random_moments(1), 4, axis=0)
+    how = cache.layout("moments", "float16", views=2)
+    folder = str(tmp_path)
+    rows = pa.table(rows, schema=cache.row_schema(CARRIED))
+    cache.commit_shard(folder, 0, (0, 2), how, rows, [moments], quarantine_of([]))
+    manifest = cache.write_manifest(folder, plan_of(latents=how), SOURCE | {"units": 2, "shards": 1}, {})
+    assert (manifest["counts"]["input"], manifest["counts"]["rows"]) == (2, 4)
+    z = LatentCache(tmp_path).latents(range(4), epoch=0, seed=0)
+    assert all(not torch.equal(z[i], z[j]) for i in range(4) for j in range(i))
+
+
+def test_a_listing_comes_back(tmp_path):
+    table = pa.table({"file": pa.array([b"a", b"b"]), "rows": [1, 1]}).replace_schema_metadata({"source": "{}"})
+    cache.write_listing(str(tmp_path), 1, table)
+    cache.write_listing(str(tmp_path), 1, table.slice(1))  # the first counts
+    cache.write_listing(str(tmp_path), 2, table.slice(0, 1))
+    first, second = cache.read_listings(str(tmp_path))
+    assert first.equals(table, check_metadata=True)
+    assert second.num_rows == 1
 
 
 def test_what_fp16_can_not_hold():
