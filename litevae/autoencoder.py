@@ -1,11 +1,13 @@
-"""The LiteVAE autoencoder as a diffusers model, and what a model folder is."""
+"""The LiteVAE autoencoder as a diffusers model; folders of it and of any other autoencoder; what an encoder gives."""
 
 import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
+import diffusers
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.autoencoders.vae import AutoencoderMixin, DecoderOutput, DiagonalGaussianDistribution
@@ -20,6 +22,7 @@ from litevae.errors import UserError
 from litevae.layers import bake
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+INDEX = WEIGHTS + ".index.json"  # of weights in several files
 
 
 class LiteVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
@@ -114,53 +117,148 @@ class LiteVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         return x.split(1) if self.use_slicing else (x,)
 
 
-def load_autoencoder(folder: str | Path) -> LiteVAE:
-    """The LiteVAE in a model folder, in eval mode, fp32.
+def load_autoencoder(folder: str | Path) -> ModelMixin:
+    """The autoencoder in a model folder, in eval mode, fp32: a LiteVAE, or any of diffusers' autoencoders of images.
 
     Raises:
-        UserError: no such folder, not a model folder, another class, or weights that do not fit its config.
+        UserError: no such folder, not a model folder, weights as pickles only, a class that is no autoencoder of
+            images, or weights that do not fit its config.
     """
-    config = model_config(folder)
-    if config.get("_class_name") != "LiteVAE":
-        raise UserError(f"{folder} holds a {config.get('_class_name', 'model without a class name')}, not a LiteVAE")
+    name = str(model_config(folder).get("_class_name", "model without a class name"))
+    family = None
+    if name == "LiteVAE":
+        family = LiteVAE
+    elif name.startswith(("Autoencoder", "AsymmetricAutoencoder", "VQModel")):
+        family = getattr(diffusers, name, None)
+    if family is None:
+        raise UserError(
+            f"{folder} holds a {name}, not a LiteVAE or an autoencoder of diffusers {diffusers.__version__}"
+        )
+    _weights(Path(folder))
     try:
         # strict: a missing or renamed tensor must not become a random one
-        model, report = LiteVAE.from_pretrained(folder, output_loading_info=True, use_safetensors=True)
+        model, report = family.from_pretrained(
+            folder, output_loading_info=True, use_safetensors=True, local_files_only=True, torch_dtype=torch.float32
+        )
     except UserError:
         raise
-    except (OSError, RuntimeError, TypeError, ValueError, SafetensorError) as error:
+    except (OSError, RuntimeError, TypeError, ValueError, LookupError, AttributeError, SafetensorError) as error:
         raise UserError(f"{folder} is damaged, its model can't be loaded: {error}") from error
+    except (ImportError, NameError) as error:
+        raise UserError(f"{folder} holds a {name} that needs a package which is not installed: {error}") from error
     if wrong := [key for keys in report.values() for key in keys]:
         raise UserError(f"{folder}: the weights do not fit config.json; e.g. {wrong[0]} ({len(wrong)} tensors)")
+    other = any(isinstance(layer, torch.nn.Conv1d | torch.nn.Conv3d) for layer in model.modules())
+    if other or (family is not LiteVAE and model.config.get("in_channels", 3) != 3):
+        raise UserError(f"{folder} holds a {name}, which encodes video, sound or layers, not RGB images")
     return model.eval()
+
+
+def encode_latents(model: ModelMixin, x: Tensor) -> Tensor:
+    """Images (N, 3, H, W) in [-1, 1] -> what the encoder gives, raw: neither scaled nor shifted, as `decode` takes it.
+
+    The posterior's moments (N, 2 n_z, h, w), mean then log-variance, or of a deterministic encoder the latents
+    (N, n_z, h, w): see `latent_content`.
+
+    Raises:
+        UserError: H or W is not a multiple of the model's `downsampling`; many encoders would round it away.
+    """
+    factor, (height, width) = downsampling(model), x.shape[-2:]
+    if height % factor or width % factor:
+        raise UserError(
+            f"{type(model).__name__} takes images with sides that are multiples of {factor} pixels, not "
+            f"{width}x{height}; choose another resolution"
+        )
+    return _encode(model, x)
+
+
+def latent_content(model: ModelMixin) -> Literal["moments", "mean"]:
+    """What `encode_latents` gives: a posterior's "moments", or one latent, the "mean"."""
+    return "moments" if isinstance(model, LiteVAE) or "KL" in type(model).__name__ else "mean"
+
+
+_MEASURED: WeakKeyDictionary[torch.nn.Module, int] = WeakKeyDictionary()
+
+
+def downsampling(model: ModelMixin) -> int:
+    """f: the pixels that the side of a latent's element stands for. Images' sides are multiples of it."""
+    ratio = getattr(model, "spatial_compression_ratio", None) or model.config.get("spatial_compression_ratio")
+    widths = model.config.get("encoder_block_out_channels") or model.config.get("block_out_channels")
+    if ratio or widths:
+        return ratio or 2 ** (len(widths) - 1)
+    if model not in _MEASURED:  # nothing in its config tells
+        weight = next(model.parameters())
+        with torch.inference_mode():
+            _MEASURED[model] = 256 // _encode(model, weight.new_zeros(1, 3, 256, 256)).shape[-1]
+    return _MEASURED[model]
+
+
+def _encode(model: ModelMixin, x: Tensor) -> Tensor:
+    encoded = model.encode(x, return_dict=False)[0]
+    return getattr(encoded, "parameters", encoded)
 
 
 def model_config(folder: str | Path) -> dict[str, Any]:
     """config.json of a model folder.
 
     Raises:
-        UserError: it is not a model folder.
+        UserError: it is not a model folder, or has no safetensors.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"model folder {folder} does not exist")
-    missing = [name for name in ("config.json", WEIGHTS) if not (folder / name).is_file()]
-    if missing:
-        raise UserError(f"{folder} is not a model folder: it has no {' and no '.join(missing)}")
-    try:
-        return json.loads((folder / "config.json").read_text())
-    except ValueError as error:
-        raise UserError(f"{folder}/config.json is not valid JSON: {error}") from None
+    if (folder / "model_index.json").is_file():
+        raise UserError(f"{folder} is a whole diffusers pipeline; give its autoencoder: {folder / 'vae'}")
+    there = {path.name for path in folder.iterdir()}
+    weights = not there.isdisjoint((WEIGHTS, INDEX))
+    if missing := [name for name in ("config.json", *[WEIGHTS] * (not weights)) if name not in there]:
+        hint = ""
+        if pickles := sorted(name for name in there if name.endswith((".bin", ".ckpt", ".pt", ".pth"))):
+            hint = f"; {pickles[0]} is a pickle, which can run any code and is never loaded: convert it to safetensors"
+        elif others := sorted(name for name in there if name.endswith(".safetensors")):
+            hint = f"; rename {others[0]} if it holds the weights"
+        raise UserError(f"{folder} is not a model folder: it has no {' and no '.join(missing)}{hint}")
+    return _json(folder / "config.json")
 
 
 def fingerprint(folder: str | Path) -> str:
-    """sha256 over a model folder's config (without diffusers' own bookkeeping) and weights."""
+    """sha256 over a model folder's config (without diffusers' own bookkeeping) and weights, all files of them.
+
+    Raises:
+        UserError: it is not a model folder.
+    """
     config = {key: value for key, value in model_config(folder).items() if key == "_class_name" or key[0] != "_"}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-    with open(Path(folder) / WEIGHTS, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
+    for name in _weights(Path(folder)):
+        with open(Path(folder) / name, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
     return digest.hexdigest()
+
+
+def _weights(folder: Path) -> list[str]:
+    """Names of the files that hold the weights. An index goes before a single file, as in diffusers."""
+    if not (folder / INDEX).is_file():
+        return [WEIGHTS]
+    files = _json(folder / INDEX).get("weight_map")
+    if not isinstance(files, dict) or not files:
+        raise UserError(f"{folder}/{INDEX} names no files of weights")
+    names = sorted(set(map(str, files.values())))
+    for name in names:
+        # Of any other name, diffusers would load pickles, and files elsewhere.
+        if Path(name).name != name or not name.endswith(".safetensors") or not (folder / name).is_file():
+            raise UserError(f"{folder}/{INDEX} names {name}, which is no safetensors file of this folder")
+    return names
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is not valid JSON of a model: not an object")
+    return value
 
 
 def count_parameters(module: torch.nn.Module) -> int:

@@ -1,17 +1,98 @@
-"""The model as diffusers knows models: folders, posterior, pipelines; and folders that are damaged."""
+"""The model as diffusers knows models: folders, posterior, pipelines; folders of diffusers' own autoencoders; and
+folders that are damaged."""
 
 import json
+import pickle
 import subprocess
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DiTPipeline, DiTTransformer2DModel
+from diffusers import (
+    AsymmetricAutoencoderKL,
+    AutoencoderDC,
+    AutoencoderKL,
+    AutoencoderKLFlux2,
+    AutoencoderKLKVAE,
+    AutoencoderKLQwenImage,
+    AutoencoderOobleck,
+    AutoencoderTiny,
+    DDIMScheduler,
+    DiTPipeline,
+    DiTTransformer2DModel,
+    UNet2DModel,
+    VQModel,
+)
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
 
 from litevae import LiteVAE, UserError, load_autoencoder
-from litevae.autoencoder import WEIGHTS, fingerprint
+from litevae.autoencoder import INDEX, WEIGHTS, downsampling, encode_latents, fingerprint, latent_content, model_config
 
+SHARED = Path(__file__).parents[3] / "shared"
 SMALL = {"block_out_channels": (32, 32, 32, 32), "layers_per_block": 1}
+
+
+def kl_like(levels):
+    return {
+        "block_out_channels": (32,) * levels,
+        "layers_per_block": 1,
+        "down_block_types": ("DownEncoderBlock2D",) * levels,
+        "up_block_types": ("UpDecoderBlock2D",) * levels,
+    }
+
+
+def dc(levels):
+    side = {
+        "block_types": ("ResBlock",) * (levels - 1) + ("EfficientViTBlock",),
+        "block_out_channels": (16,) * (levels - 1) + (32,),
+        "layers_per_block": (1,) * levels,
+        "qkv_multiscales": ((),) * (levels - 1) + ((5,),),
+    }
+    both = {f"{half}_{key}": value for half in ("encoder", "decoder") for key, value in side.items()}
+    return AutoencoderDC(latent_channels=8, attention_head_dim=8, **both)
+
+
+# name: the model, its latent channels, its f, and what it encodes to
+FAMILIES = {
+    "LiteVAE": (lambda: LiteVAE.from_preset("S", latent_channels=12, **SMALL), 12, 8, "moments"),
+    "SD-VAE": (lambda: AutoencoderKL(latent_channels=4, **kl_like(4)), 4, 8, "moments"),
+    "SD3-VAE": (
+        lambda: AutoencoderKL(
+            latent_channels=16, use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.06, **kl_like(4)
+        ),
+        16,
+        8,
+        "moments",
+    ),
+    "VAE-f4": (lambda: AutoencoderKL(latent_channels=3, **kl_like(3)), 3, 4, "moments"),
+    "asymmetric": (
+        lambda: AsymmetricAutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            down_block_out_channels=(32,) * 4,
+            up_block_out_channels=(32, 32, 32, 64),
+        ),
+        4,
+        8,
+        "moments",
+    ),
+    "FLUX.2": (lambda: AutoencoderKLFlux2(**kl_like(4)), 32, 8, "moments"),
+    "KVAE": (lambda: AutoencoderKLKVAE(channels=32, num_enc_blocks=1, num_dec_blocks=1), 16, 8, "moments"),
+    "TAESD": (
+        lambda: AutoencoderTiny(encoder_block_out_channels=(16,) * 4, decoder_block_out_channels=(16,) * 4),
+        4,
+        8,
+        "mean",
+    ),
+    "DC-AE-f8": (lambda: dc(4), 8, 8, "mean"),
+    "DC-AE-f32": (lambda: dc(6), 8, 32, "mean"),
+    "DC-AE-f64": (lambda: dc(7), 8, 64, "mean"),
+    "VQ-f4": (lambda: VQModel(latent_channels=3, num_vq_embeddings=16, **kl_like(3)), 3, 4, "mean"),
+}
 
 
 @pytest.fixture
@@ -95,6 +176,177 @@ def test_the_fingerprint_is_of_config_and_weights(tmp_path, model):
     assert fingerprint(a) != fingerprint(c)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_any_autoencoder_of_diffusers_is_loaded_and_encodes(tmp_path, family):
+    make, channels, f, content = FAMILIES[family]
+    torch.manual_seed(0)
+    own = make().eval()
+    own.save_pretrained(tmp_path)
+    model = load_autoencoder(tmp_path)
+    assert (type(model), model.training, model_config(tmp_path)["_class_name"]) == (
+        type(own),
+        False,
+        type(own).__name__,
+    )
+    x = torch.rand(2, 3, 2 * f, 3 * f) * 2 - 1
+    latents = encode_latents(model, x)
+    encoded = own.encode(x)
+    if content == "moments":
+        assert torch.equal(torch.cat([encoded.latent_dist.mean, encoded.latent_dist.logvar], 1), latents)
+        latents = latents.chunk(2, dim=1)[0]
+    else:
+        assert torch.equal(encoded[0], latents)
+    assert latents.shape == (2, channels, 2, 3)
+    assert latent_content(model) == content
+    assert downsampling(model) == f
+    assert model.decode(latents, return_dict=False)[0].shape == x.shape
+    for height, width in ((2 * f - 1, 3 * f), (2 * f, 3 * f + f // 2)):
+        with pytest.raises(UserError, match=rf"multiples of {f} pixels, not {width}x{height}"):
+            encode_latents(model, torch.zeros(1, 3, height, width))
+
+
+@torch.no_grad()
+def test_encoding_follows_autocast_and_is_in_fp32_without(tmp_path, x):
+    model = AutoencoderTiny(encoder_block_out_channels=(16,) * 4, decoder_block_out_channels=(16,) * 4)
+    model.half().save_pretrained(tmp_path)  # as most published ones
+    model = load_autoencoder(tmp_path)
+    assert encode_latents(model, x).dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        assert encode_latents(model, x).dtype == torch.bfloat16
+
+
+@torch.no_grad()
+def test_an_sd_vae_with_the_attention_names_of_its_first_release(tmp_path, x):
+    model = AutoencoderKL(**kl_like(4)).eval()
+    model.save_pretrained(tmp_path)
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    state = load_file(tmp_path / WEIGHTS)
+    for new, name in old.items():
+        state = {key.replace(f".{new}.", f".{name}."): value for key, value in state.items()}
+    assert sum("proj_attn" in key for key in state) == 4
+    save_file(state, tmp_path / WEIGHTS, metadata={"format": "pt"})
+    assert torch.equal(encode_latents(load_autoencoder(tmp_path), x), model.encode(x).latent_dist.parameters)
+
+
+def taesd(weights, x, first=0):
+    """madebyollin's network, from its keys: numbered layers, of which those with `conv.0` are residual blocks."""
+    layers = sorted({int(key.split(".")[0]) for key in weights})
+    for layer in layers:
+        if f"{layer}.weight" in weights:
+            bias = weights.get(f"{layer}.bias")
+            plain = bias is not None or first  # the encoder's convolutions without bias halve, the decoder's do not
+            x = F.conv2d(x, weights[f"{layer}.weight"], bias, stride=1 if plain else 2, padding=1)
+        else:
+            y = x
+            for part in (0, 2, 4):
+                y = F.conv2d(y, weights[f"{layer}.conv.{part}.weight"], weights[f"{layer}.conv.{part}.bias"], padding=1)
+                y = y.relu() if part < 4 else y
+            x = (x + y).relu()
+        if layer + 1 not in layers and layer < layers[-1]:  # what has no weights has a number too
+            x = x.relu() if layer == 1 else x.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    return x
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("name", "channels", "low"), [("taesd", 4, 22), ("taesd3", 16, 26)])
+def test_taesd_with_its_real_weights(tmp_path, name, channels, low):
+    if not (SHARED / "weights" / "taesd").is_dir():
+        pytest.skip("no TAESD weights here")
+    encoder, decoder = (
+        load_file(SHARED / f"weights/taesd/{name}_{half}.safetensors") for half in ("encoder", "decoder")
+    )
+    state = {f"encoder.layers.{key}": value for key, value in encoder.items()}
+    for key, value in decoder.items():  # diffusers clamps outside its layers
+        number, rest = key.split(".", 1)
+        state[f"decoder.layers.{int(number) - 1}.{rest}"] = value
+    AutoencoderTiny(latent_channels=channels).save_config(tmp_path)
+    save_file(state, tmp_path / WEIGHTS, metadata={"format": "pt"})
+    model = load_autoencoder(tmp_path)
+
+    pixels = np.asarray(Image.open(SHARED / "data/kodak/kodim23.png"))[128:384, 256:512]
+    x = torch.tensor(pixels).permute(2, 0, 1)[None] / 127.5 - 1
+    z = encode_latents(model, x)
+    assert z.shape == (1, channels, 32, 32)
+    torch.testing.assert_close(z, taesd({key: value.float() for key, value in encoder.items()}, (x + 1) / 2))
+    image = model.decode(z, return_dict=False)[0]
+    reference = taesd({key: value.float() for key, value in decoder.items()}, (z / 3).tanh() * 3, first=1)
+    torch.testing.assert_close(image, reference * 2 - 1, atol=1e-4, rtol=1e-4)
+    assert -10 * torch.log10((image - x).div(2).square().mean()) > low  # dB
+
+
+def test_weights_in_several_files(tmp_path):
+    torch.manual_seed(0)
+    model = AutoencoderKL(**kl_like(4)).eval()
+    one, many = tmp_path / "one", tmp_path / "many"
+    model.save_pretrained(one)
+    model.save_pretrained(many, max_shard_size="100KB")
+    shards = sorted(path.name for path in many.glob("*.safetensors"))
+    assert len(shards) > 2
+    assert not (many / WEIGHTS).exists()
+    for key, value in load_autoencoder(many).state_dict().items():
+        assert torch.equal(value, model.state_dict()[key])
+    before = fingerprint(many)
+    for name in shards:  # every file counts
+        whole = (many / name).read_bytes()
+        (many / name).write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+        assert fingerprint(many) != before
+        (many / name).write_bytes(whole)
+    assert fingerprint(many) == before
+    (many / shards[1]).rename(many / "elsewhere")
+    for use in (load_autoencoder, fingerprint):
+        with pytest.raises(UserError, match=f"names {shards[1]}, which is no safetensors file of this folder"):
+            use(many)
+
+
+def test_an_index_cannot_lead_to_pickles_or_out_of_the_folder(tmp_path):
+    folder = tmp_path / "model"
+    AutoencoderKL(**kl_like(4)).save_pretrained(folder)
+    (folder / WEIGHTS).rename(tmp_path / "outside.safetensors")
+    (folder / "weights.bin").write_bytes(pickle.dumps({}))
+    for name in ("../outside.safetensors", str(tmp_path / "outside.safetensors"), "weights.bin"):
+        (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": {"encoder.conv_in.bias": name}}))
+        with pytest.raises(UserError, match="no safetensors file of this folder"):
+            load_autoencoder(folder)
+    for text, message in (('{"weight_map": {}}', "no files"), ('{"weight_map": 3}', "no files"), ("[]", "not valid")):
+        (folder / INDEX).write_text(text)
+        with pytest.raises(UserError, match=message):
+            load_autoencoder(folder)
+
+
+def test_pickles_are_never_loaded(tmp_path):
+    AutoencoderKL(**kl_like(4)).save_pretrained(tmp_path, safe_serialization=False)
+    assert (tmp_path / "diffusion_pytorch_model.bin").exists()
+    for use in (load_autoencoder, fingerprint, model_config):
+        with pytest.raises(UserError, match=r"diffusion_pytorch_model\.bin is a pickle.*convert it to safetensors"):
+            use(tmp_path)
+
+
+def test_folders_that_hold_something_else(tmp_path):
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "model_index.json").write_text("{}")
+    with pytest.raises(UserError, match=f"whole diffusers pipeline; give its autoencoder: {tmp_path}/vae"):
+        load_autoencoder(tmp_path)
+    UNet2DModel(32, block_out_channels=(32,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",)
+                ).save_pretrained(tmp_path / "unet")  # fmt: skip
+    with pytest.raises(UserError, match="holds a UNet2DModel, not a LiteVAE or an autoencoder of diffusers"):
+        load_autoencoder(tmp_path / "unet")
+    video = AutoencoderKLQwenImage(base_dim=8, num_res_blocks=1)
+    sound = AutoencoderOobleck(
+        encoder_hidden_size=8, decoder_channels=8, channel_multiples=[1, 1], downsampling_ratios=[2, 4]
+    )
+    layers = AutoencoderKL(in_channels=4, out_channels=4, **kl_like(2))
+    for name, model in (("video", video), ("sound", sound), ("layers", layers)):
+        model.save_pretrained(tmp_path / name)
+        with pytest.raises(
+            UserError, match=f"{type(model).__name__}, which encodes video, sound or layers, not RGB images"
+        ):
+            load_autoencoder(tmp_path / name)
+    layers.save_pretrained(tmp_path / "half", variant="fp16")
+    with pytest.raises(UserError, match=r"rename diffusion_pytorch_model\.fp16\.safetensors"):
+        load_autoencoder(tmp_path / "half")
+
+
 def test_damaged_folders_are_named(tmp_path, model):
     with pytest.raises(UserError, match="does not exist"):
         load_autoencoder(tmp_path / "nowhere")
@@ -110,7 +362,10 @@ def test_damaged_folders_are_named(tmp_path, model):
     with pytest.raises(UserError, match="weights"):
         load_autoencoder(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(config | {"_class_name": "AutoencoderKL"}))
-    with pytest.raises(UserError, match="AutoencoderKL, not a LiteVAE"):
+    with pytest.raises(UserError, match=r"do not fit|can't be loaded"):
+        load_autoencoder(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config | {"_class_name": "AutoencoderOfTomorrow"}))
+    with pytest.raises(UserError, match="AutoencoderOfTomorrow, not a LiteVAE"):
         load_autoencoder(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match="not valid JSON"):
@@ -118,8 +373,6 @@ def test_damaged_folders_are_named(tmp_path, model):
 
 
 def test_a_folder_without_some_weights_is_not_filled_with_random_ones(tmp_path, model):
-    from safetensors.torch import load_file, save_file
-
     model.save_pretrained(tmp_path)
     state = load_file(tmp_path / WEIGHTS)
     del state["decoder.conv_out.bias"]
