@@ -15,10 +15,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import DDIMScheduler, UNet2DModel
+from diffusers.models.modeling_utils import ModelMixin
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from litevae.autoencoder import LiteVAE, fingerprint, load_autoencoder
+from litevae.autoencoder import fingerprint, load_autoencoder
 from litevae.errors import UserError
 
 # --- the network ----------------------------------------------------------------------------------------------
@@ -208,7 +209,7 @@ class LDM:
 
     unet: UNet2DModel
     scheduler: DDIMScheduler
-    vae: LiteVAE
+    vae: ModelMixin  # a LiteVAE, or another autoencoder of diffusers
     latent_mean: Tensor  # (C,), over the whole cache
     latent_std: Tensor
     info: dict[str, Any] = field(default_factory=dict)  # whence it comes: digest of the cache, config of the run, ...
@@ -225,12 +226,12 @@ class LDM:
         return self
 
     def sample(self, seeds: Sequence[Seed], steps: int = 50, eta: float = 0.0) -> Tensor:
-        """Images (N, 3, 8h, 8w) in [-1, 1]; see `sample_latents`."""
+        """Images (N, 3, f h, f w) in [-1, 1]; see `sample_latents`."""
         return self.decode(sample_latents(self.unet, self.scheduler, self.shape, seeds, steps, eta))
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Normalised latents to images (N, 3, 8h, 8w) in [-1, 1]."""
+        """Normalised latents to images (N, 3, f h, f w) in [-1, 1]."""
         mean, std = (value.to(latents).view(1, -1, 1, 1) for value in (self.latent_mean, self.latent_std))
         return self.vae.decode(latents * std + mean, return_dict=False)[0].float().clamp(-1, 1)
 

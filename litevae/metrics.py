@@ -14,7 +14,8 @@ PROTOCOLS = {
     "at most 100 dB an image",
     "ssim": "mean over images of SSIM, as torchmetrics has it: RGB quantised to uint8, Gaussian window 11x11 with "
     "sigma 1.5, K1 0.01, K2 0.03, borders mirrored and counted, mean over pixels and channels",
-    "bicubic": "antialiased bicubic (a = -0.5, as Pillow) down by 8 and up again, not quantised in between",
+    "bicubic": "antialiased bicubic (a = -0.5, as Pillow) down by the model's factor and up again, not "
+    "quantised in between",
 }
 
 

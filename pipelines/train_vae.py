@@ -93,6 +93,8 @@ def build_model(config: TrainVAE) -> LiteVAE:
     if not wanted.init:
         return model
     have = model_config(wanted.init)
+    if (kind := have.get("_class_name")) != "LiteVAE":
+        raise UserError(f"model.init={wanted.init} is a model of class {kind}, not LiteVAE")
     own = {key: list(value) if isinstance(value, tuple) else value for key, value in model.config.items()}
     if different := [f"{k} {have.get(k)!r}, not {v!r}" for k, v in own.items() if k[0] != "_" and have.get(k) != v]:
         raise UserError(f"model.init={wanted.init} is another model: {'; '.join(different)}")

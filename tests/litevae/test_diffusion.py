@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, UNet2DModel
+from diffusers import AutoencoderTiny, DDIMScheduler, DDPMScheduler, UNet2DModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -321,6 +321,15 @@ def test_save_and_load_give_the_same_images(ldm, folder):
     assert torch.equal(images, ldm.sample([1, 2], steps=2))
     assert not list(folder.rglob("*.bin"))
     assert UNet2DModel.from_pretrained(folder / "unet").config.sample_size == 8
+
+
+def test_the_autoencoder_may_be_any_of_diffusers(ldm, tmp_path):
+    vae = AutoencoderTiny(encoder_block_out_channels=(16,) * 4, decoder_block_out_channels=(16,) * 4).eval()
+    other = LDM(ldm.unet, ldm.scheduler, vae, ldm.latent_mean, ldm.latent_std)
+    save_ldm(tmp_path, other)
+    images = load_ldm(tmp_path).sample([1], steps=2)
+    assert images.shape == (1, 3, 64, 64)
+    assert torch.equal(images, other.sample([1], steps=2))
 
 
 def test_saving_again_replaces_the_model(ldm, folder):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import skimage.data
 import torch
+from diffusers import AutoencoderTiny
 from PIL import Image
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
@@ -75,12 +76,12 @@ def crops(photos) -> np.ndarray:
     return np.stack(found)
 
 
-def bicubic(pixels: np.ndarray) -> np.ndarray:
-    """Down by 8 and up again in Pillow's float mode, channel by channel, rounded at the end."""
+def bicubic(pixels: np.ndarray, factor: int = 8) -> np.ndarray:
+    """Down by the factor and up again in Pillow's float mode, channel by channel, rounded at the end."""
     result = np.empty_like(pixels)
     for number, channel in np.ndindex(len(pixels), 3):
         image = Image.fromarray(pixels[number, :, :, channel].astype(np.float32))
-        small = image.resize((SIDE // 8, SIDE // 8), Image.Resampling.BICUBIC)
+        small = image.resize((SIDE // factor, SIDE // factor), Image.Resampling.BICUBIC)
         again = np.asarray(small.resize((SIDE, SIDE), Image.Resampling.BICUBIC))
         result[number, :, :, channel] = again.round().clip(0, 255)
     return result
@@ -104,6 +105,24 @@ def test_values_are_those_of_each_image_measured_alone(summary, model, photos):
             ssims.append(structural_similarity_index_measure(*pair, data_range=255.0).item())
         assert summary[which]["psnr"] == pytest.approx(np.mean(psnrs), abs=0.01)
         assert summary[which]["ssim"] == pytest.approx(np.mean(ssims), abs=0.001)
+
+
+def test_an_autoencoder_without_a_posterior_and_of_another_factor(photos, tmp_path, capsys):
+    torch.manual_seed(0)
+    three = {f"{side}_block_out_channels": (16,) * 3 for side in ("encoder", "decoder")}
+    tiny = AutoencoderTiny(**three, num_encoder_blocks=(1, 1, 1), num_decoder_blocks=(1, 1, 1)).eval()
+    tiny.save_pretrained(tmp_path / "tiny")
+    summary = evaluate(config(tmp_path / "tiny", photos, tmp_path / "out"))
+    pixels = crops(photos)
+    with torch.no_grad():
+        x = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
+        y = tiny.decode(tiny.encode(x).latents).sample
+    own = ((y + 1) * 127.5).round().clamp(0, 255).permute(0, 2, 3, 1).numpy().astype(np.uint8)
+    for which, others in (("reconstruction", own), ("bicubic", bicubic(pixels, 4))):
+        errors = ((pixels.astype(float) - others) ** 2).mean(axis=(1, 2, 3))
+        assert summary[which]["psnr"] == pytest.approx((10 * np.log10(255**2 / errors)).mean(), abs=0.01)
+    assert summary["downsampling"] == 4
+    assert "bicubic by 4" in capsys.readouterr().out
 
 
 def test_what_it_leaves(summary, model, photos):
@@ -201,6 +220,10 @@ def test_mistakes_are_refused_with_nothing_written(model, photos, tmp_path, caps
     refused("does not exist", source={"uri": str(tmp_path / "no-photos")})
     refused("images=13, but .* has 12", images=13)
     refused("measured from 32 px", transform={"resolution": 16})
+    five = {f"{side}_block_out_channels": (16,) * 5 for side in ("encoder", "decoder")}
+    five |= {f"num_{side}_blocks": (1,) * 5 for side in ("encoder", "decoder")}
+    AutoencoderTiny(**five).save_pretrained(tmp_path / "tiny")
+    refused("resolution=72: .*tiny takes multiples of 16", model=str(tmp_path / "tiny"), transform={"resolution": 72})
     refused("no weights file", lpips_weights=str(tmp_path / "no.pth"))
     assert not (tmp_path / "out").exists()
     refused("none of 1 images could be read: a.png", source={"uri": str(broken)})

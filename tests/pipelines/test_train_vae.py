@@ -13,6 +13,7 @@ import psutil
 import pytest
 import skimage.data
 import torch
+from diffusers import AutoencoderTiny
 from PIL import Image
 from torchmetrics.functional.image import peak_signal_noise_ratio
 
@@ -227,6 +228,9 @@ def test_init_takes_the_weights_of_a_model_folder(photos, tmp_path):
     model.save_pretrained(tmp_path)
     again = build_model(configured(photos, f"model.init={tmp_path}"))
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    AutoencoderTiny().save_pretrained(tmp_path / "tiny")
+    with pytest.raises(UserError, match="of class AutoencoderTiny, not LiteVAE"):
+        build_model(configured(photos, f"model.init={tmp_path}/tiny"))
 
 
 # --- whole runs -----------------------------------------------------------------------------------------------------
