@@ -1,9 +1,55 @@
-"""Environment of all tests; set before anything imports torch, Ray or MLflow."""
+"""Environment of all tests, set before anything imports torch, Ray or MLflow; S3 servers on loopback: moto (in memory,
+checks no credentials) for all tests, Ceph (a real one) for slow ones."""
 
 import os
+import random
 import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+_SCRIPT = Path(__file__).resolve().parents[2] / "shared" / "tools" / "ceph-s3-up.sh"
+_CHECKSUMS = {"AWS_REQUEST_CHECKSUM_CALCULATION": "when_required", "AWS_RESPONSE_CHECKSUM_VALIDATION": "when_required"}
+
+
+def _free_port() -> int:
+    """Below the ports that connections are given (32768 up), so that none takes it before the server is up."""
+    for port in random.sample(range(20000, 30000), 100):
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+        return port
+    raise RuntimeError("no free port between 20000 and 30000")
+
+
+_MOTO = {
+    "AWS_ENDPOINT_URL": f"http://127.0.0.1:{_free_port()}",
+    "AWS_ACCESS_KEY_ID": "testing",
+    "AWS_SECRET_ACCESS_KEY": "testing",
+    "AWS_DEFAULT_REGION": "us-east-1",
+    **_CHECKSUMS,
+}
+_CEPH = _MOTO | {
+    "AWS_ENDPOINT_URL": "http://127.0.0.1:5703",
+    "AWS_ACCESS_KEY_ID": "CEPHAK",
+    "AWS_SECRET_ACCESS_KEY": "CEPHSK",
+}
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+for name in [name for name in os.environ if name.startswith("AWS_")]:  # the developer's own stores are not for tests,
+    del os.environ[name]
+for name in ("MLFLOW_TRACKING_URI", "RAY_ADDRESS"):  # nor are the servers
+    os.environ.pop(name, None)
 os.environ.update(
     RAY_USAGE_STATS_ENABLED="0",
     RAY_DATA_DISABLE_PROGRESS_BARS="1",
@@ -11,6 +57,83 @@ os.environ.update(
     # as pipelines.cluster does before it imports Ray; here a test may have imported it already
     RAY_AUTH_MODE="token",
     RAY_AUTH_TOKEN=secrets.token_hex(32),
+    # child processes, Ray's workers among them, find the same S3 server
+    AWS_CONFIG_FILE=os.devnull,
+    AWS_SHARED_CREDENTIALS_FILE=os.devnull,
+    AWS_EC2_METADATA_DISABLED="true",
+    **_MOTO,
 )
-for name in ("MLFLOW_TRACKING_URI", "RAY_ADDRESS"):  # the developer's own servers are not for tests
-    os.environ.pop(name, None)
+
+
+def _bucket() -> str:
+    import boto3  # here: most tests have no use for it
+
+    name = f"bucket-{uuid.uuid4().hex[:12]}"
+    boto3.session.Session().client("s3").create_bucket(Bucket=name)
+    return f"s3://{name}"
+
+
+def _answers(port: int, process: subprocess.Popen, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if process.poll() is not None:
+            raise RuntimeError(f"moto ended with {process.returncode}")
+        try:
+            socket.create_connection(("127.0.0.1", port), 1).close()
+        except OSError:
+            time.sleep(0.1)
+        else:
+            return
+    raise RuntimeError(f"nothing listens on port {port} after {seconds} s")
+
+
+@pytest.fixture(scope="session")
+def _moto() -> Iterator[None]:
+    """The server that the environment of all tests names."""
+    port = int(_MOTO["AWS_ENDPOINT_URL"].rsplit(":", 1)[1])
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        _answers(port, process)
+        yield
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture
+def s3(_moto) -> str:
+    """A new bucket in moto: s3://bucket-..."""
+    return _bucket()
+
+
+@pytest.fixture(scope="session")
+def _ceph(tmp_path_factory) -> Iterator[None]:
+    if shutil.which("ceph-mon") is None or shutil.which("radosgw") is None:
+        pytest.skip("Ceph is not installed: apt-get install ceph-mon ceph-osd radosgw ceph-common")
+    if not _SCRIPT.is_file():
+        pytest.skip(f"no {_SCRIPT}")
+    folder = tmp_path_factory.mktemp("ceph") / "run"
+    try:
+        up = subprocess.run(["bash", _SCRIPT, folder], capture_output=True, text=True, timeout=300)
+        assert up.returncode == 0, f"{up.stdout}\n{up.stderr}"
+        running = [Path(f"/proc/{file.read_text().strip()}").exists() for file in folder.glob("*.pid")]
+        assert running == [True] * 3, "not all of Ceph's processes run: are its ports (5703, 3300, 6789) taken?"
+        yield
+    finally:
+        for file in folder.glob("*.pid"):
+            try:
+                os.kill(int(file.read_text()), signal.SIGKILL)
+            except ProcessLookupError:
+                print(f"{file.stem} had ended")
+
+
+@pytest.fixture
+def ceph(_ceph, monkeypatch) -> str:
+    """A new bucket in Ceph, which the environment names during the test: child processes have to start in it."""
+    import boto3
+
+    for name, value in _CEPH.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(boto3, "DEFAULT_SESSION", None)  # it has moto's credentials
+    return _bucket()
