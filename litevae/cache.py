@@ -167,6 +167,57 @@ def latents_of(table: pa.Table, shape: Sequence[int], how: dict[str, Any]) -> np
     return np.frombuffer(column.buffers()[-1], dtype, len(column) * width // dtype.itemsize, start).reshape(-1, *shape)
 
 
+def read_shard(folder: str, commit: dict[str, Any], how: dict[str, Any]) -> tuple[pa.Table, list[np.ndarray]]:
+    """What `shard_bytes` was given, checked by its sha256 and the pages' checksums.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    file = storage.join(folder, commit["file"])
+    data = _checked(file, commit)
+    try:
+        table = pq.read_table(io.BytesIO(data), page_checksum_verification=True)
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"{file} is damaged: {error}") from error
+    latents, start = [], 0
+    for count, *shape in commit["shapes"]:
+        latents.append(latents_of(table.slice(start, count), shape, how))
+        start += count
+    ours = (CONTENT_COLUMN[how["content"]], *SIZE_COLUMNS)
+    return table.select([name for name in table.column_names if name not in ours]).replace_schema_metadata(), latents
+
+
+def read_quarantine(folder: str, commit: dict[str, Any]) -> pa.Table:
+    """Columns of `QUARANTINE`; of no rows where nothing was.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    if not commit["quarantined"]:
+        return QUARANTINE.empty_table()
+    record = commit["quarantine"]
+    return pq.read_table(io.BytesIO(_checked(storage.join(folder, record["file"]), record)))
+
+
+def _checked(file: str, record: dict[str, Any]) -> bytes:
+    """A file's bytes, if they are those that were recorded."""
+    try:
+        data = storage.read(file)
+    except FileNotFoundError:
+        raise UserError(f"{file} is missing; the cache's manifest names it") from None
+    _check_size(file, record, len(data))
+    if hashlib.sha256(data).hexdigest() != record["sha256"]:
+        raise UserError(f"{file} is damaged: its sha256 is not the manifest's")
+    return data
+
+
+def _check_size(file: str, record: dict[str, Any], found: int | None) -> None:
+    if found is None:
+        raise UserError(f"{file} is missing; the cache's manifest names it")
+    if found != record["bytes"]:
+        raise UserError(f"{file} has {found} bytes; the manifest says {record['bytes']}")
+
+
 def _parquet(parts: Sequence[pa.Table], compression: str, **options: Any) -> bytes:
     """The file's bytes are made in memory: a store must never be given half a file."""
     sink = io.BytesIO()
@@ -533,7 +584,7 @@ class LatentCache:
         self._shards = [shard for shard in self.manifest["shards"] if shard["rows"]]
         if not storage.remote(self.path):  # a store is asked when a row is
             for shard in self._shards:
-                self._check_size(shard, storage.size(self._file(shard)))
+                _check_size(self._file(shard), shard, storage.size(self._file(shard)))
         size = self.manifest["row_group"]
         places, self.group_shapes = [], []
         for number, shard in enumerate(self._shards):
@@ -673,7 +724,7 @@ class LatentCache:
                 with pq.ParquetFile(raw, metadata=footer, page_checksum_verification=True) as parquet:
                     return parquet.read_row_group(int(position), columns=columns)
         except FileNotFoundError:
-            raise UserError(f"{file} is missing; the manifest of {self.path} names it") from None
+            raise UserError(f"{file} is missing; the cache's manifest names it") from None
         except (OSError, pa.ArrowException) as error:
             raise UserError(f"{file} is damaged: {error}") from error
 
@@ -683,7 +734,7 @@ class LatentCache:
             with self._open(number) as raw:
                 return pq.read_metadata(raw), 1
         except FileNotFoundError:
-            raise UserError(f"{file} is missing; the manifest of {self.path} names it") from None
+            raise UserError(f"{file} is missing; the cache's manifest names it") from None
         except (OSError, pa.ArrowException) as error:
             raise UserError(f"{file} is damaged: {error}") from error
 
@@ -700,29 +751,13 @@ class LatentCache:
         if self.local is not None:
             copy = os.path.join(self.local, f"{shard['sha256']}.parquet")
             if number not in self._checked and storage.size(copy) != shard["bytes"]:
-                storage.put(copy, self._checked_bytes(shard, file))
+                storage.put(copy, _checked(file, shard))
             file = copy
         if storage.remote(file) or not self.verify or number in self._checked:
             return file
-        self._checked_bytes(shard, file)
+        _checked(file, shard)
         self._checked.add(number)
         return file
-
-    def _checked_bytes(self, shard: dict[str, Any], file: str) -> bytes:
-        try:
-            data = storage.read(file)
-        except FileNotFoundError:
-            raise UserError(f"{file} is missing; the manifest of {self.path} names it") from None
-        self._check_size(shard, len(data))
-        if hashlib.sha256(data).hexdigest() != shard["sha256"]:
-            raise UserError(f"{file} is damaged: its sha256 is not the manifest's")
-        return data
-
-    def _check_size(self, shard: dict[str, Any], found: int | None) -> None:
-        if found is None:
-            raise UserError(f"{self._file(shard)} is missing; the manifest of {self.path} names it")
-        if found != shard["bytes"]:
-            raise UserError(f"{self._file(shard)} has {found} bytes; the manifest says {shard['bytes']}")
 
 
 def _noise(shape: Sequence[int], seed: int, epoch: int, row: str) -> np.ndarray:

@@ -10,6 +10,7 @@ import secrets
 import sys
 from dataclasses import dataclass
 
+from litevae import storage
 from litevae.errors import UserError
 from pipelines.config import Ray as RayConfig
 
@@ -38,14 +39,19 @@ class Share:
     workers: int
     gpu: bool
     threads: int
+    gpus: float = 1.0  # of each worker, where there are GPUs
 
     @property
     def resources(self) -> dict[str, float]:
-        return {"CPU": 1.0, "GPU": 1.0} if self.gpu else {"CPU": 1.0}
+        return {"CPU": 1.0, "GPU": self.gpus} if self.gpu else {"CPU": 1.0}
 
     @property
     def text(self) -> str:
-        where = "a GPU each" if self.gpu else f"{self.threads} CPU thread{'s' if self.threads > 1 else ''} each"
+        where = (
+            f"{self.gpus:g} GPU each"
+            if self.gpu
+            else f"{self.threads} CPU thread{'s' if self.threads > 1 else ''} each"
+        )
         return f"{self.workers} worker{'s' if self.workers > 1 else ''}, {where}"
 
 
@@ -54,10 +60,18 @@ def in_ray_job() -> bool:
     return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
 
 
-def output_path(field: str, path: str) -> str:
-    """An absolute output path. Inside a submitted job a relative one is refused: it would vanish with the copy."""
+def output_path(field: str, path: str, remote: bool = False) -> str:
+    """An absolute output path. Inside a submitted job a relative one is refused: it would vanish with the copy.
+
+    Args:
+        remote: whether it may be s3://.
+    """
     if not path:
         raise UserError(f"{field}: give a path, e.g. {field}=/data/{field}")
+    if storage.remote(path):
+        if not remote:
+            raise UserError(f"{field}={path}: only local paths can be written here")
+        return storage.absolute(path)
     if in_ray_job() and not os.path.isabs(path):
         raise UserError(
             f"{field}={path} is relative; a submitted job runs in a temporary copy of its working directory, so what "
@@ -96,9 +110,10 @@ def start(config: RayConfig) -> Share:
     total = ray.cluster_resources()
     cpus, gpus = int(total.get("CPU", 0)), int(total.get("GPU", 0))
     gpu = gpus > 0 if config.gpu == "auto" else bool(config.gpu)
-    if gpu and gpus < config.workers:
+    if gpu and gpus < config.workers * config.gpus_per_worker:
         raise UserError(
-            f"ray.workers={config.workers} with a GPU each, but the cluster has {gpus}; lower it or set ray.gpu=no"
+            f"ray.workers={config.workers} with {config.gpus_per_worker:g} GPU each, but the cluster has {gpus}; "
+            f"lower it or set ray.gpu=no"
         )
     needed = config.workers + SPARE_CPUS
     if cpus < needed:
@@ -106,4 +121,5 @@ def start(config: RayConfig) -> Share:
             f"ray.workers={config.workers} needs {needed} logical CPUs ({SPARE_CPUS} for the controller and data), but "
             f"the cluster has {cpus}; lower ray.workers, or start Ray with --num-cpus={needed}"
         )
-    return Share(config.workers, gpu, config.cpus_per_worker or max(1, (os.cpu_count() or 1) // config.workers))
+    threads = config.cpus_per_worker or max(1, (os.cpu_count() or 1) // config.workers)
+    return Share(config.workers, gpu, threads, config.gpus_per_worker)

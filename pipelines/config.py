@@ -296,7 +296,6 @@ class Mend(Job):
     cache: str = Field("", description="cache folder")
     model: str = Field("", description="where the model folder is now; empty: where it was")
     source: str = Field("", description="where the source is now; empty: where it was")
-    error_budget: Fraction = Field(0.01, description="share of images that may be quarantined before the job stops")
 
 
 class Repair(Mend):

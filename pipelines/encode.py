@@ -1,86 +1,357 @@
 """Images into a latent cache, on Ray Data: one row is one planned shard.
 
-    shard number -> decode (CPU tasks) -> uint8 pixels -> encode and commit (one actor a GPU, or a CPU worker)
+    shard -> decode (CPU tasks) -> uint8 pixels -> encode and commit (one actor a GPU, or a CPU worker)
 
 Ray gives streaming, back-pressure and restarts. That every image is in the cache or in its quarantine exactly once is
-the work of the plan and the commits (litevae/cache.py), which also make a killed or doubled run harmless.
+the work of the plan and the commits (litevae/cache.py), which also make a killed or doubled run harmless. Repairing a
+shard and retrying its quarantine are the same work on some shards, committed as their next generation.
 """
 
 import gc
+import hashlib
+import json
 import os
 import platform
 import sys
 import time
 import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import torch
 
 from litevae import cache, storage
-from litevae.autoencoder import fingerprint, load_autoencoder, model_config
+from litevae.autoencoder import (
+    downsampling,
+    encode_latents,
+    fingerprint,
+    latent_content,
+    load_autoencoder,
+    model_config,
+)
 from litevae.errors import UserError
 from litevae.images import ImageError, ImageTransform, to_tensor
 from litevae.precision import autocast
-from pipelines import cluster, tracking
-from pipelines.config import Encode
-from pipelines.sources import Source, open_source
+from pipelines import cluster, outputs, tracking
+from pipelines.config import Encode, Mend, Repair, Retry, Views
+from pipelines.config import Ray as RayConfig
+from pipelines.sources import Item, Source, compare, open_source, restore
 from pipelines.training import Progress
 
 RETRIES = 3  # of a shard whose process died; Ray Data's default is endless, also for one that always kills it
+READERS = 16  # images of a shard asked for at a time where they come over a network
+WAVE = 10_000  # shards that Ray Data is given at a time: what the driver holds does not grow with the data
+AUTO_BATCH = {"cpu": 32, "cuda": 256}  # where batch_size=auto begins; beyond these nothing is gained
+DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
+
+
+@dataclass(frozen=True)
+class Task:
+    """A shard to encode, for the first time or as its next generation."""
+
+    shard: int
+    generation: int = 0
+    only: tuple[int, ...] = ()  # units to try again; the others' rows are taken from the generation before
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What a worker gets: a task, the shard's units, renumbered from 0, and the number of the first of them."""
+
+    task: Task
+    source: Source
+    first: int
+
+
+# --- jobs -------------------------------------------------------------------------------------------------------
 
 
 def run(config: Encode) -> dict[str, Any]:
     """`encode_dataset`, then a table for people."""
-    done = encode_dataset(config)
-    print(f"\n{'images encoded':<22}{done['images']:,}  ({done['encoded_now']:,} in this run)")
-    reasons = ", ".join(f"{count} {reason}" for reason, count in done["reasons"].items())
-    print(f"{'quarantined':<22}{done['quarantined']:,}{'  (' + reasons + ')' if reasons else ''}")
-    if done["encoded_now"]:
-        print(f"{'images/s':<22}{done['images_per_s']:.1f}")
-    shape = " x ".join(map(str, done["shape"]))
-    print(f"{'latents':<22}{shape} moments, fp16, {done['bits_per_pixel']:.2f} bits per pixel")
-    print(f"{'manifest':<22}{done['manifest']}\n{'run':<22}{done['link']}")
-    return done
+    return _report(encode_dataset(config))
 
 
 def encode_dataset(config: Encode) -> dict[str, Any]:
-    """Encode a source, or what is left of it, and write the manifest.
+    """Encode a source, or what is left of it, or (`append`) what is new in it, and write the manifest.
 
     Raises:
         UserError: nothing to encode; `out` is a cache of something else; more images than the budget allows can't be
             read.
     """
-    out = cluster.output_path("out", config.out)
+    out = cluster.output_path("out", config.out, remote=True)
     if not config.model:
         raise UserError("model is empty; give a model folder, e.g. model=runs/vae/model")
-    source = open_source(config.source)
-    if out == source.uri or out.startswith(source.uri + os.sep):
-        raise UserError(f"out={config.out} lies within the source; give a folder outside {source.uri}")
-    transform = ImageTransform(config.transform.resolution, config.transform.resize)
-    plan = _plan(config, source, transform)
-    present = storage.names(out)
-    if present and "plan.json" not in present:
+    files = storage.names(out)
+    if "plan.json" not in files and (files or (storage.remote(out) and storage.folder_exists(out))):
         raise UserError(f"out={config.out} holds other files and no latent cache; give a new or empty folder")
-    if "plan.json" in present and config.precision == "auto":  # goes on in the precision it began in
-        plan["precision"] = cache.read_plan(out)["precision"]
-    if "manifest.json" in present:
-        cache.write_plan(out, plan)
-        return _summary(out, cache.read_manifest(out))
+    before = cache.read_plan(out) if "plan.json" in files else None
+    sources, identity, new = _inputs(config, out, before, finished="manifest.json" in files)
+    plan = _plan(config, sources[0], identity, before)
+    if before:
+        cache.write_plan(out, plan)  # refuses what differs
+        if new is not None:
+            cache.write_listing(out, len(sources) + 1, new)
+            sources.append(restore(new, sources[0].uri))
+    planned = Planned(sources, plan["rows_per_shard"])
+    if "manifest.json" in files and (manifest := cache.read_manifest(out))["source"]["shards"] == len(planned):
+        return _summary(out, manifest, config.root)
 
     share = cluster.start(config.ray)
-    if plan["precision"] == "auto":
-        plan["precision"] = _fastest_precision(share.gpu)
-    cache.write_plan(out, plan)
-    settings = config.model_dump(mode="json")
-    handle = tracking.start_run(config.tracking, config.root, "encode_dataset", os.path.basename(out), settings, out)
+    if not before:
+        if config.precision == "auto":
+            plan["precision"] = _fastest_precision(share)
+        if config.batch_size == "auto":
+            plan["settings"]["batch_size"] = _largest_batch(plan, share)
+        cache.write_plan(out, plan)
+        cache.write_listing(out, 1, sources[0].listing)
+    committed = cache.committed(out)
+    todo = [Task(number) for number in range(len(planned)) if number not in committed]
+    return _tracked(config, config.model_dump(mode="json"), plan, planned, todo, out, share)
+
+
+def _inputs(
+    config: Encode, out: str, before: dict[str, Any] | None, finished: bool
+) -> tuple[list[Source], dict[str, Any], pa.Table | None]:
+    """The cache's sources, their identity, and the listing of what is to be appended.
+
+    A started cache goes on with the listing that it began with; a finished one is compared with its source.
+    """
+    listings = cache.read_listings(out) if before else []
+    if before and listings and before["settings"]["source"] == _where(config) and not finished and not config.append:
+        return [restore(listing) for listing in listings], before["source"], None
+    fresh = open_source(config.source, labels=restore(listings[-1]).labels if listings else ())
+    if out == fresh.uri or out.startswith(fresh.uri + "/"):
+        raise UserError(f"out={config.out} lies within the source; give a folder outside {fresh.uri}")
+    if not before or not listings:
+        return [fresh], fresh.identity, None
+    growth = compare(listings, fresh)
+    if before["settings"]["source"] != _where(config) and (growth.changed or growth.gone):
+        return [fresh], fresh.identity, None  # another source, which the plan refuses
+    if growth.changed and config.append:
+        raise UserError(
+            f"{growth.changed} inputs of {fresh.uri} are not what they were when they were listed "
+            f"({growth.examples}); appending only adds. Bring them back, or encode into a new folder"
+        )
+    if growth.changed or growth.gone or (growth.new.num_rows and not config.append):
+        hint = "; --append adds what is new" if growth.new.num_rows and not config.append else ""
+        print(
+            f"the source is not as it was listed: {growth.new.num_rows:,} inputs new, {growth.changed:,} changed, "
+            f"{growth.gone:,} gone{hint}",
+            flush=True,
+        )
+    same = {key: before["source"][key] for key in ("digest", "units")}
+    new = growth.new if growth.new.num_rows and config.append else None
+    return [restore(listing, fresh.uri) for listing in listings], fresh.identity | same, new
+
+
+def _where(config: Encode) -> dict[str, Any]:
+    return config.source.model_dump(mode="json") | {"uri": storage.absolute(config.source.uri)}
+
+
+def repair(config: Repair) -> dict[str, Any]:
+    """Encode the shards that the audit finds missing or damaged again, and remove files that belong to none.
+
+    Raises:
+        UserError: the plan or the listing is damaged; the model or source is not the cache's.
+    """
+    from pipelines.audit import audit
+
+    out, plan, sources = _open(config)
+    planned = Planned(sources, plan["rows_per_shard"])
+    found = audit(out, source=False)
+    for number, problems in found.problems.items():
+        print(f"shard {number}: {problems[0]}", flush=True)
+    if not found.problems and not found.general:
+        print(f"{out}: nothing to repair", flush=True)
+    todo = [Task(number, found.generations.get(number, -1) + 1) for number in found.problems]
+    share = cluster.start(config.ray)
+    done = _tracked(config, plan["settings"] | config.model_dump(mode="json"), plan, planned, todo, out, share)
+    unnamed = audit(out, source=False).unnamed
+    for file in unnamed:
+        storage.remove(storage.join(out, file))
+    if unnamed:
+        print(f"removed {len(unnamed)} files of attempts that were not committed", flush=True)
+    return _report(done)
+
+
+def retry(config: Retry) -> dict[str, Any]:
+    """Try quarantined images again; those that are encoded now take their places in their shards.
+
+    Raises:
+        UserError: the cache is unfinished or damaged; no image was quarantined for one of these reasons.
+    """
+    out, plan, sources = _open(config)
+    manifest = cache.read_manifest(out)
+    known = manifest["counts"]["reasons"]
+    if unknown := sorted(set(config.reasons) - known.keys()):
+        raise UserError(
+            f"reasons: nothing is quarantined as {unknown[0]}; there is {_listed(known) or 'nothing at all'}"
+        )
+    committed, todo = cache.committed(out), []
+    for commit in cache.read_commits(out, committed):
+        lost = cache.read_quarantine(out, commit).to_pylist()
+        if wanted := [row["unit"] for row in lost if not config.reasons or row["error"] in config.reasons]:
+            todo.append(Task(commit["shard"], committed[commit["shard"]] + 1, tuple(wanted)))
+    planned = Planned(sources, plan["rows_per_shard"])
+    share = cluster.start(config.ray)
+    settings = plan["settings"] | config.model_dump(mode="json")
+    done = _tracked(config, settings, plan, planned, todo, out, share)
+    return _report(done | {"recovered": done["images"] - manifest["counts"]["encoded"]})
+
+
+def _open(config: Mend) -> tuple[str, dict[str, Any], list[Source]]:
+    """A cache's folder, plan and sources, both where they are now."""
+    if not config.cache:
+        raise UserError("give a cache folder")
+    out = cluster.output_path("cache", config.cache, remote=True)
+    if "plan.json" not in storage.names(out):
+        raise UserError(f"{out} is not a latent cache: it has no plan.json")
+    plan, sources = cache.read_plan(out), open_listings(out, config.source)
+    if not sources:
+        raise UserError(f"{out} has no listing of its source; run the encode job with the same settings again")
+    if config.model:
+        plan["model"]["path"] = os.path.abspath(config.model)
+    if fingerprint(plan["model"]["path"]) != plan["model"]["fingerprint"]:
+        raise UserError(f"{plan['model']['path']} is not the model that encoded {out}; give that one with model=FOLDER")
+    return out, plan, sources
+
+
+def open_listings(out: str, uri: str = "") -> list[Source]:
+    """What a cache is of, from its own listings.
+
+    Args:
+        uri: where the source is now, if it was moved.
+    """
+    return [restore(listing, uri) for listing in cache.read_listings(out)]
+
+
+# --- the plan -----------------------------------------------------------------------------------------------
+
+
+class Planned:
+    """How the inputs are cut: each shard holds up to `size` images of one listing, and no row group of a Parquet file
+    (or range of a tar) that would fit into one shard is read by two."""
+
+    def __init__(self, sources: Sequence[Source], size: int):
+        self.sources = sources
+        self._ends = [cut(source.groups, size) for source in sources]
+        self._shards = np.cumsum([0, *map(len, self._ends)])
+        self._units = np.cumsum([0, *(source.units for source in sources)])
+        self.units = int(self._units[-1])
+
+    def __len__(self) -> int:
+        return int(self._shards[-1])
+
+    def shard(self, task: Task) -> Shard:
+        place = int(np.searchsorted(self._shards, task.shard, side="right")) - 1
+        ends, index = self._ends[place], task.shard - int(self._shards[place])
+        start, end = int(ends[index - 1]) if index else 0, int(ends[index])
+        return Shard(task, self.sources[place].part(start, end), int(self._units[place]) + start)
+
+
+def cut(groups: np.ndarray, size: int) -> np.ndarray:
+    """The unit after each shard's last one: whole groups as far as they fit into `size`, larger ones cut evenly."""
+    if groups.max() == 1:
+        return np.append(np.arange(size, len(groups), size), len(groups))
+    ends, end, held = [], 0, 0
+    for rows in groups.tolist():
+        if held and held + rows > size:
+            ends.append(end)
+            held = 0
+        if rows > size:
+            pieces = -(-rows // size)
+            ends += [end + rows * piece // pieces for piece in range(1, pieces + 1)]
+        else:
+            held += rows
+        end += rows
+    return np.array([*ends, end] if held else ends, dtype=np.int64)
+
+
+def _plan(config: Encode, source: Source, identity: dict[str, Any], before: dict[str, Any] | None) -> dict[str, Any]:
+    """What the cache is of. What a started one has settled by itself ("auto") stays as it is there."""
+    transform = transform_of(config.transform)
+    settings = {
+        key: value for key, value in model_config(config.model).items() if key == "_class_name" or key[0] != "_"
+    }
+    model = {"path": os.path.abspath(config.model), "fingerprint": fingerprint(config.model), "config": settings}
+    if before and before["model"]["fingerprint"] == model["fingerprint"]:
+        content = before["latents"]["content"] if config.latents == "moments" else "mean"
+    else:
+        content = _try(config.model, transform) if config.latents == "moments" else "mean"
+    precision = before["precision"] if before and config.precision == "auto" else config.precision
+    batch_size = before["settings"]["batch_size"] if before and config.batch_size == "auto" else config.batch_size
+    return {
+        "model": model,
+        "transform": transform.identity | ({"seed": config.transform.seed} if transform.crop == "random" else {}),
+        "latents": cache.layout(content, DTYPES[config.dtype], transform.views, not transform.buckets),
+        "precision": precision,
+        "compile": config.compile,
+        "columns": {field.name: str(field.type) for field in cache.row_schema(source.schema)},
+        "rows_per_shard": config.rows_per_shard,
+        "source": identity,
+        "settings": {
+            "source": _where(config),
+            "batch_size": batch_size,
+            "error_budget": config.error_budget,
+            "transform": config.transform.model_dump(mode="json"),
+        },
+    }
+
+
+def transform_of(config: Views) -> ImageTransform:
+    return ImageTransform(
+        config.resolution,
+        config.resize,
+        config.crop,
+        crops=config.crops,
+        both=config.flips,
+        buckets=config.buckets,
+        bucket_step=config.bucket_step,
+    )
+
+
+def _try(folder: str, transform: ImageTransform) -> Literal["moments", "mean"]:
+    """What the model gives, if it takes images of these sizes.
+
+    Raises:
+        UserError: it does not.
+    """
+    model = load_autoencoder(folder)
+    factor = downsampling(model)
+    for height, width in transform.sizes:
+        if height % factor or width % factor:
+            raise UserError(
+                f"{folder} takes sides that are multiples of {factor} pixels, not {width}x{height}; choose another "
+                f"transform.resolution{' or transform.bucket_step' if transform.buckets else ''}"
+            )
+    return latent_content(model)
+
+
+# --- running ------------------------------------------------------------------------------------------------
+
+
+def _tracked(
+    config: Encode | Mend,
+    settings: dict[str, Any],
+    plan: dict[str, Any],
+    planned: Planned,
+    todo: Sequence[Task],
+    out: str,
+    share: cluster.Share,
+) -> dict[str, Any]:
+    """Encode shards and write the manifest, as an MLflow run."""
+    folder = tracking_folder(out, config.root)
+    handle = tracking.start_run(config.tracking, config.root, "encode_dataset", os.path.basename(out), settings, folder)
     tracker = tracking.Tracker(handle)
     status: tracking.Status = "FAILED"
     try:
-        result = _encode(config, plan, source, transform, out, share)
+        result = _encode(plan, planned, todo, out, share, config.ray)
         about = {
             "job": "encode_dataset",
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -89,12 +360,20 @@ def encode_dataset(config: Encode) -> dict[str, Any]:
             "devices": result.pop("devices"),
             "tracking": {"experiment": handle.experiment, "run_id": handle.run_id},
         }
-        manifest = cache.write_manifest(out, plan, about)
-        summary = _summary(out, manifest) | result | {"link": tracking.link(handle)}
-        numbers = ("images", "quarantined", "images_per_s", "bits_per_pixel")
-        tracker.metrics({f"encode/{key}": summary[key] for key in numbers}, step=summary["images"])
-        tracker.dataset(os.path.basename(source.uri), source.digest, source.uri, "encoding")
-        tracker.artifact(summary["manifest"])
+        manifest = cache.write_manifest(out, plan, _source(planned), about)
+        summary = _summary(out, manifest, config.root) | result | {"link": tracking.link(handle)}
+        numbers = ("images", "quarantined", "images_per_s", "bits_per_pixel", "decode_busy", "encode_busy")
+        metrics = {f"encode/{key}": summary[key] for key in numbers}
+        for name in ("mean", "std"):
+            metrics |= {f"encode/latent_{name}_{n}": value for n, value in enumerate(manifest["latents"][name])}
+        tracker.metrics(metrics, step=summary["images"])
+        source = manifest["source"]
+        tracker.dataset(os.path.basename(source["uri"]), source["digest"], source["uri"], "encoding")
+        tracker.dataset(os.path.basename(out), manifest["digest"], out, "latents")
+        copy = os.path.join(folder, "manifest.json")
+        if storage.remote(out):
+            outputs.write(copy, json.dumps(manifest, indent=1).encode())
+        tracker.artifact(copy)
         status = "FINISHED"
         return summary
     except KeyboardInterrupt:
@@ -105,54 +384,67 @@ def encode_dataset(config: Encode) -> dict[str, Any]:
         tracking.finish(handle, status)
 
 
-def _plan(config: Encode, source: Source, transform: ImageTransform) -> dict[str, Any]:
-    """What the cache is of, and how it is cut: shard k holds units k * rows_per_shard and on."""
-    settings = {
-        key: value for key, value in model_config(config.model).items() if key == "_class_name" or key[0] != "_"
-    }
-    columns = {field.name: str(field.type) for field in cache.row_schema(source.schema)}
-    return {
-        "model": {"path": os.path.abspath(config.model), "fingerprint": fingerprint(config.model), "config": settings},
-        "transform": transform.identity,
-        "precision": config.precision,
-        "source": {"uri": source.uri, "digest": source.digest, "units": source.units},
-        "columns": columns,
-        "rows_per_shard": config.rows_per_shard,
-        "shards": -(-source.units // config.rows_per_shard),
-    }
+def tracking_folder(out: str, root: str) -> str:
+    """Where a cache's metrics are kept: within it, or for one on S3 below the root."""
+    return os.path.join(os.path.abspath(root), os.path.basename(out)) if storage.remote(out) else out
+
+
+def _source(planned: Planned) -> dict[str, Any]:
+    """All that was listed, as the manifest has it."""
+    sources = planned.sources
+    digests = [source.digest for source in sources]
+    joined = digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
+    listed = [{"uri": source.uri, "digest": source.digest, "units": source.units} for source in sources]
+    total = {"digest": joined, "units": planned.units, "shards": len(planned), "listings": listed}
+    return sources[0].identity | total
 
 
 def _encode(
-    config: Encode, plan: dict[str, Any], source: Source, transform: ImageTransform, out: str, share: cluster.Share
+    plan: dict[str, Any],
+    planned: Planned,
+    todo: Sequence[Task],
+    out: str,
+    share: cluster.Share,
+    ray_config: RayConfig,
 ) -> dict[str, Any]:
-    """Encode the shards that have no commit yet."""
+    """Encode these shards; the others have commits that stay."""
     import ray.data
 
-    total, size = source.units, config.rows_per_shard
-    finished = cache.committed(out)
-    encoded, devices = 0, set()
+    total, budget = planned.units, plan["settings"]["error_budget"]
+    numbers = {task.shard for task in todo}
+    kept = {shard: generation for shard, generation in cache.committed(out).items() if shard not in numbers}
     reasons: dict[str, int] = {}
-    for commit in (cache.read_commit(out, shard) for shard in finished):
+    done = 0
+    for commit in cache.read_commits(out, kept):
         _add(reasons, commit.get("reasons", {}))
-    _check_budget(reasons, config, out, total)
-    left = sorted(set(range(plan["shards"])) - set(finished))
-    done = total - sum(min(size, total - shard * size) for shard in left)
-    if finished:
-        print(f"going on: {len(finished):,} of {plan['shards']:,} shards are done", flush=True)
+        done += commit["units"][1] - commit["units"][0]
+    _check_budget(reasons, budget, out, total)
+    if kept and todo:
+        print(f"going on: {len(kept):,} of {len(planned):,} shards are done", flush=True)
+    encoded, devices, busy = 0, set(), {"decode": 0.0, "encode": 0.0}
+    slots = {"decode": ray_config.decode_tasks, "encode": min(share.workers, max(1, len(todo)))}
     progress = Progress("encode", total, done, sys.stderr.isatty())
-    start = time.monotonic()
+    start, first = time.monotonic(), None
+    rows: Any = None
     try:
-        results = _pipeline(config, plan, left, source, transform, out, share)
-        for row in results.iter_rows() if left else ():
-            if row["error"]:
-                raise UserError(row["error"])
-            commit = cache.read_commit(out, row["shard"])
-            _add(reasons, commit.get("reasons", {}))
-            encoded += commit["rows"]
-            done += commit["rows"] + commit["quarantined"]
-            devices.add(row["device"])
-            _check_budget(reasons, config, out, total)
-            progress.update(done, quarantined=sum(reasons.values()))
+        for wave in range(0, len(todo), WAVE):
+            shards = [planned.shard(task) for task in todo[wave : wave + WAVE]]
+            rows = _pipeline(plan, shards, out, share, ray_config).iter_rows()
+            for row in rows:
+                if row["error"]:
+                    raise UserError(row["error"])
+                commit = json.loads(row["commit"])
+                _add(reasons, commit.get("reasons", {}))
+                count = commit["units"][1] - commit["units"][0]
+                encoded, done = encoded + count - commit["quarantined"], done + count
+                devices.add(row["device"])
+                now = time.monotonic()
+                first = first or (now, encoded)
+                for stage in busy:
+                    busy[stage] += row[f"{stage}_seconds"]
+                _check_budget(reasons, budget, out, total)
+                share_of = {f"{stage}_busy": busy[stage] / slots[stage] / (now - start) for stage in busy}
+                progress.update(done, quarantined=sum(reasons.values()), **share_of)
     except ray.exceptions.RayError as error:
         if isinstance(error, ray.exceptions.RayTaskError):
             raise  # an exception in our own code, with its traceback
@@ -162,25 +454,24 @@ def _encode(
         ) from error
     finally:
         progress.close()
-        results = None
+        rows = None
         gc.collect()  # or the actors of an execution that was broken off keep their GPUs
-    seconds = time.monotonic() - start
+    end = time.monotonic()
+    seconds = end - start
+    # Without the start of the actors, from the first shard that is done to the last.
+    steady = (encoded - first[1]) / (end - first[0]) if first and end > first[0] else 0.0
     return {
         "encoded_now": encoded,
         "seconds": round(seconds, 3),
         "images_per_s": round(encoded / seconds, 3),
+        "steady_images_per_s": round(steady, 3),
+        **{f"{stage}_busy": round(busy[stage] / slots[stage] / seconds, 3) for stage in busy},
         "devices": sorted(devices),
     }
 
 
 def _pipeline(
-    config: Encode,
-    plan: dict[str, Any],
-    left: list[int],
-    source: Source,
-    transform: ImageTransform,
-    out: str,
-    share: cluster.Share,
+    plan: dict[str, Any], shards: Sequence[Shard], out: str, share: cluster.Share, ray_config: RayConfig
 ) -> Any:
     """The Ray dataset whose rows are shards that were just committed."""
     import ray.data
@@ -188,141 +479,306 @@ def _pipeline(
     from ray.util.annotations import RayDeprecationWarning
 
     ray.data.DataContext.get_current().enable_progress_bars = False
-    shards = ray.data.from_items([{"shard": shard} for shard in left], override_num_blocks=max(1, len(left)))
+    rows = ray.data.from_items([{"shard": shard} for shard in shards], override_num_blocks=len(shards))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RayDeprecationWarning)  # retries have no other way in
-        pixels = shards.map(
+        pixels = rows.map(
             decode_shard,
-            fn_kwargs={"source": source, "transform": transform, "size": config.rows_per_shard},
-            compute=TaskPoolStrategy(size=config.ray.decode_tasks),
+            fn_kwargs={"views": Views(**plan["settings"]["transform"])},
+            compute=TaskPoolStrategy(size=ray_config.decode_tasks),
             num_cpus=1,
             max_retries=RETRIES,
         )
         return pixels.map(
             Encoder,
-            fn_constructor_kwargs={
-                "out": out,
-                "model": plan["model"],
-                "source": source.uri,
-                "batch_size": min(config.batch_size, config.rows_per_shard),
-                "precision": plan["precision"],
-                "gpu": share.gpu,
-                "threads": share.threads,
-            },
-            compute=ActorPoolStrategy(size=min(share.workers, max(1, len(left))), max_tasks_in_flight_per_actor=2),
+            fn_constructor_kwargs={"out": out, "plan": plan, "gpu": share.gpu, "threads": share.threads},
+            compute=ActorPoolStrategy(size=min(share.workers, len(shards)), max_tasks_in_flight_per_actor=2),
             num_cpus=0.9,  # other than decoding's: operators of equal resources are fused into one, here the actor
-            num_gpus=1 if share.gpu else 0,
+            num_gpus=share.resources.get("GPU", 0),
             max_task_retries=RETRIES,
         )
 
 
-def decode_shard(row: dict[str, Any], source: Source, transform: ImageTransform, size: int) -> dict[str, Any]:
-    """A shard's images as uint8 pixels (n, R, R, 3), the columns of their rows, and what could not be read.
+# --- decoding -------------------------------------------------------------------------------------------------
+
+
+def decode_shard(row: dict[str, Any], views: Views) -> dict[str, Any]:
+    """A shard's images as uint8 pixels, end to end in one array, with the (height, width) of each; the columns of their
+    rows, and what could not be read.
 
     A UserError is returned, not raised: through Ray it would come out as pages of tracebacks.
     """
     warnings.filterwarnings("ignore", module=r"PIL\.")  # what is wrong with an image goes into the quarantine
-    units = range(row["shard"] * size, min((row["shard"] + 1) * size, source.units))
-    pixels = np.empty((len(units), transform.resolution, transform.resolution, 3), dtype=np.uint8)
+    start = time.perf_counter()
+    shard: Shard = row["shard"]
+    transform, source = transform_of(views), shard.source
+    units = [unit - shard.first for unit in shard.task.only] or range(source.units)
+    pixels = np.empty(len(units) * transform.views * max(h * w for h, w in transform.sizes) * 3, dtype=np.uint8)
+    sizes: list[tuple[int, int]] = []
     rows: list[dict[str, Any]] = []
-    lost: list[dict[str, str]] = []
+    lost: list[dict[str, Any]] = []
+    end = 0
+    common = {"shard": row["shard"], "error": ""}
     try:
-        for unit in units:
-            identity, stage = source.id(unit), "read"
+        for unit, item in _items(source, units):
             try:
-                item = source.read(unit)
-                stage = "decode"
-                image = transform(item.data)
+                if isinstance(item, ImageError):
+                    raise item
+                images = transform.all(item.data, seed_of(views, item.id))
             except ImageError as error:
-                lost.append(_quarantined(identity, source.uri, stage, error.reason, str(error)))
+                stage = "read" if isinstance(item, ImageError) else "decode"
+                lost.append(_quarantined(shard, unit, source.id(unit), stage, error.reason, str(error)))
                 continue
-            pixels[len(rows)] = image.pixels
-            own = {name: getattr(image, name) for name in ("height", "width", "crop_top", "crop_left", "flip")}
-            rows.append({"id": identity, **own, **item.columns})
+            for view, image in enumerate(images):
+                pixels[end : end + image.pixels.size] = image.pixels.reshape(-1)
+                end += image.pixels.size
+                sizes.append(image.pixels.shape[:2])  # type: ignore[arg-type]
+                own = {name: getattr(image, name) for name in ("height", "width", "crop_top", "crop_left", "flip")}
+                rows.append({"id": item.id, "unit": shard.first + unit, "view": view, **own, **item.columns})
+        table = pa.Table.from_pylist(rows, schema=cache.row_schema(source.schema))
     except UserError as error:
-        return {"shard": row["shard"], "error": str(error), "pixels": pixels[:0], "rows": b"", "quarantine": b""}
-    return {
-        "shard": row["shard"],
-        "error": "",
-        "pixels": pixels[: len(rows)],
-        "rows": _pack(pa.Table.from_pylist(rows, schema=cache.row_schema(source.schema))),
+        common["error"], end, sizes, lost = str(error), 0, [], []
+        table = pa.table({})
+    return common | {
+        "pixels": pixels[:end],
+        "sizes": np.array(sizes, dtype=np.int32).reshape(-1, 2),
+        "rows": _pack(table),
         "quarantine": _pack(pa.Table.from_pylist(lost, schema=cache.QUARANTINE)),
+        "decode_seconds": time.perf_counter() - start,
     }
 
 
-class Encoder:
-    """An actor with the model on its device: pixels of a shard -> moments -> commit."""
+def seed_of(views: Views, identity: str) -> int:
+    """Of an image's random crops: by its id, so that neither order nor shards matter."""
+    return int.from_bytes(hashlib.blake2b(f"{views.seed}\0{identity}".encode(), digest_size=8).digest())
 
-    def __init__(
-        self, out: str, model: dict[str, Any], source: str, batch_size: int, precision: str, gpu: bool, threads: int
-    ):
-        self.out, self.folder, self.fingerprint, self.source = out, model["path"], model["fingerprint"], source
-        self.batch_size, self.precision = batch_size, precision
+
+def _items(source: Source, units: Sequence[int]) -> Iterator[tuple[int, Item | ImageError]]:
+    """Images as they are stored, or why they can't be read; over a network many are on their way at a time."""
+
+    def read(unit: int) -> Item | ImageError:
+        try:
+            return source.read(unit)
+        except ImageError as error:
+            return error
+
+    if not source.remote:
+        yield from ((unit, read(unit)) for unit in units)
+        return
+    with ThreadPoolExecutor(READERS) as threads:
+        yield from zip(units, threads.map(read, units), strict=True)
+
+
+def _quarantined(shard: Shard, unit: int, identity: str, stage: str, reason: str, message: str) -> dict[str, Any]:
+    place = {"unit": shard.first + unit, "id": identity, "source": shard.source.uri}
+    return place | {"stage": stage, "error": reason, "message": message}
+
+
+# --- encoding -------------------------------------------------------------------------------------------------
+
+
+class Encoder:
+    """An actor with the model on its device: pixels of a shard -> latents -> commit."""
+
+    def __init__(self, out: str, plan: dict[str, Any], gpu: bool, threads: int):
+        self.out, self.plan, self.how = out, plan, plan["latents"]
+        self.batch_size: int = plan["settings"]["batch_size"]
         self.device = torch.device("cuda" if gpu else "cpu")
         self.name = torch.cuda.get_device_name() if gpu else platform.processor() or platform.machine()
-        self.model: Any = None
+        self._model: Callable[[torch.Tensor], torch.Tensor] | None = None
         torch.set_num_threads(threads)
         torch.backends.cudnn.deterministic = True
         torch.backends.cudnn.allow_tf32 = False  # fp32 is fp32
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        error = row["error"]
+        start = time.perf_counter()
+        error, commit = row["error"], {}
         if not error:
             try:
-                self._commit(row)
+                commit = self._commit(row)
             except UserError as problem:
                 error = str(problem)
-            except torch.OutOfMemoryError:
-                error = f"batch_size={self.batch_size} does not fit into the memory of {self.name}; lower it"
-        return {"shard": row["shard"], "error": error, "device": self.name}
+        return {
+            "error": error,
+            "commit": json.dumps(commit),
+            "device": self.name,
+            "decode_seconds": row["decode_seconds"],
+            "encode_seconds": time.perf_counter() - start,
+        }
 
-    def _commit(self, row: dict[str, Any]) -> None:
+    def _commit(self, row: dict[str, Any]) -> dict[str, Any]:
+        shard: Shard = row["shard"]
         rows, quarantine = _unpack(row["rows"]), _unpack(row["quarantine"])
-        moments = self._moments(row["pixels"])
-        problems = cache.unusable(moments)
-        lost = [
-            _quarantined(identity, self.source, "encode", problem, f"the model's moments are {problem} for fp16")
-            for identity, problem in zip(rows["id"].to_pylist(), problems, strict=True)
-            if problem
-        ]
-        good = np.array([problem is None for problem in problems], dtype=bool)
+        parts: list[tuple[pa.Table, np.ndarray]] = []
+        lost: list[dict[str, Any]] = []
+        for places, values in self._latents(row["pixels"], row["sizes"]):
+            part = rows.take(pa.array(places))
+            units = part["unit"].to_numpy()
+            bad = {
+                int(unit): problem
+                for unit, problem in zip(units, cache.unusable(values, self.how["dtype"]), strict=True)
+                if problem
+            }
+            names = dict(zip(units.tolist(), part["id"].to_pylist(), strict=True))
+            for unit, problem in bad.items():
+                message = f"the model's latents are {problem} for {self.how['dtype']}"
+                lost.append(_quarantined(shard, unit - shard.first, names[unit], "encode", problem, message))
+            good = ~np.isin(units, list(bad))
+            parts.append((part.filter(pa.array(good)), cache.to_stored(values[good], self.how["dtype"])))
         quarantine = pa.concat_tables([quarantine, pa.Table.from_pylist(lost, schema=cache.QUARANTINE)])
-        cache.commit_shard(
-            self.out, row["shard"], rows.filter(pa.array(good)), moments[good].astype(np.float16), quarantine
+        task = shard.task
+        if task.only:
+            before = cache.read_commit(self.out, task.shard, task.generation - 1)
+            old = cache.read_quarantine(self.out, before)
+            tried = pa.array(task.only, pa.int64())
+            others = old.filter(pa.compute.invert(pa.compute.is_in(old["unit"], value_set=tried)))
+            quarantine = pa.concat_tables([others, quarantine]).sort_by("unit")
+            if quarantine.equals(old.sort_by("unit")):
+                return before
+            if before["rows"]:
+                stored, latents = cache.read_shard(self.out, before, self.how)
+                parts += [(stored.slice(start, len(values)), values) for start, values in _with_starts(latents)]
+        table, latents = _merged(parts, cache.row_schema(shard.source.schema))
+        about = {"batch_size": self.batch_size} if self.batch_size < self.plan["settings"]["batch_size"] else {}
+        size = (shard.first, shard.first + shard.source.units)
+        return cache.commit_shard(
+            self.out,
+            task.shard,
+            size,
+            self.how,
+            table,
+            latents,
+            quarantine.sort_by("unit"),
+            task.generation,
+            device=self.name,
+            **about,
         )
+
+    def _latents(self, pixels: np.ndarray, sizes: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Of each size of image: which rows have it, and their fp32 latents (n, C, h, w)."""
+        counts = sizes.astype(np.int64).prod(axis=1) * 3
+        starts = np.cumsum(counts) - counts
+        for height, width in np.unique(sizes, axis=0).tolist():
+            places = np.flatnonzero((sizes == (height, width)).all(axis=1))
+            images = [pixels[starts[place] :][: counts[place]].reshape(height, width, 3) for place in places]
+            yield places, self._encode(images)
+
+    def _encode(self, images: list[np.ndarray]) -> np.ndarray:
+        """Every forward pass has the full batch size, the last one padded: it decides on kernels and so on a result's
+        last bits. Where a GPU's memory is too small for it, it is halved from there on."""
+        parts: list[np.ndarray] = []
+        done = 0
+        while done < len(images):
+            part = images[done : done + self.batch_size]
+            batch = np.zeros((self.batch_size, *part[0].shape), dtype=np.uint8)
+            np.stack(part, out=batch[: len(part)])
+            try:
+                parts.append(self._forward(batch)[: len(part)])
+            except torch.OutOfMemoryError:
+                if self.batch_size == 1:
+                    raise UserError(f"not even one image of this size fits into the memory of {self.name}") from None
+                self.batch_size //= 2
+                print(f"encode: the memory of {self.name} is too small; batch_size={self.batch_size}", flush=True)
+                if self.device.type == "cuda":
+                    torch.cuda.empty_cache()
+                continue
+            done += len(part)
+        return np.concatenate(parts)
 
     @torch.inference_mode()
-    def _moments(self, pixels: np.ndarray) -> np.ndarray:
-        """fp32 (n, 2 n_z, h, w). Every forward pass has the full batch size, the last one padded: it decides on kernels
-        and so on a result's last bits."""
-        if self.model is None:
-            if fingerprint(self.folder) != self.fingerprint:
-                raise UserError(f"{self.folder} on {platform.node()} is not the model that the job was started with")
-            self.model = load_autoencoder(self.folder).to(self.device)
-        parts = []
-        for start in range(0, len(pixels), self.batch_size):
-            batch = np.zeros((self.batch_size, *pixels.shape[1:]), dtype=np.uint8)
-            part = pixels[start : start + self.batch_size]
-            batch[: len(part)] = part
-            with autocast(self.device, self.precision):
-                posterior = self.model.encode(to_tensor(torch.from_numpy(batch).to(self.device))).latent_dist
-            parts.append(posterior.parameters[: len(part)].float().cpu().numpy())
-        return np.concatenate(parts) if parts else np.empty((0, 2, 1, 1), dtype=np.float32)
+    def _forward(self, batch: np.ndarray) -> np.ndarray:
+        """uint8 (N, H, W, 3) -> fp32 (N, C, h, w), of which only the mean where only that is stored."""
+        if self._model is None:
+            self._model = _load(self.plan, self.device)
+        with autocast(self.device, self.plan["precision"]):
+            latents = self._model(to_tensor(torch.from_numpy(batch).to(self.device)))
+        return latents.float().cpu().numpy()
 
 
-def _quarantined(identity: str, source: str, stage: str, reason: str, message: str) -> dict[str, str]:
-    return {"id": identity, "source": source, "stage": stage, "error": reason, "message": message}
+def _load(plan: dict[str, Any], device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The plan's model as a function of images.
+
+    Raises:
+        UserError: the folder is not there, or holds another model than the job was started with.
+    """
+    folder = plan["model"]["path"]
+    if fingerprint(folder) != plan["model"]["fingerprint"]:
+        raise UserError(f"{folder} on {platform.node()} is not the model that the job was started with")
+    model = load_autoencoder(folder).to(device)
+    halve = latent_content(model) == "moments" and plan["latents"]["content"] == "mean"
+
+    def latents(x: torch.Tensor) -> torch.Tensor:
+        found = encode_latents(model, x)
+        return found.chunk(2, dim=1)[0] if halve else found
+
+    return torch.compile(latents) if plan["compile"] else latents
 
 
-def _check_budget(reasons: dict[str, int], config: Encode, out: str, total: int) -> None:
+def _merged(parts: list[tuple[pa.Table, np.ndarray]], schema: pa.Schema) -> tuple[pa.Table, list[np.ndarray]]:
+    """Rows and latents, a block of equal shape after the other, each in the order of units and views."""
+    shapes = sorted({values.shape[1:] for _, values in parts if len(values)})
+    tables, latents = [schema.empty_table()], []
+    for shape in shapes:
+        same = [(table, values) for table, values in parts if values.shape[1:] == shape]
+        table, values = pa.concat_tables([table for table, _ in same]), np.concatenate([values for _, values in same])
+        order = np.lexsort((table["view"].to_numpy(), table["unit"].to_numpy()))
+        tables.append(table.take(pa.array(order)))
+        latents.append(values[order])
+    return pa.concat_tables(tables), latents
+
+
+def _with_starts(latents: list[np.ndarray]) -> Iterator[tuple[int, np.ndarray]]:
+    start = 0
+    for values in latents:
+        yield start, values
+        start += len(values)
+
+
+# --- what "auto" means ------------------------------------------------------------------------------------------
+
+
+def _fastest_precision(share: cluster.Share) -> str:
+    import ray
+
+    def probe(device: str) -> str:
+        with autocast(device, "auto"):
+            return "bf16" if torch.is_autocast_enabled(device) else "fp32"
+
+    return ray.get(ray.remote(num_gpus=1, num_cpus=0)(probe).remote("cuda")) if share.gpu else probe("cpu")
+
+
+def _largest_batch(plan: dict[str, Any], share: cluster.Share) -> int:
+    """The batch size that fits, found where the encoders will run; on CPUs 32."""
+    import ray
+
+    if not share.gpu:
+        return AUTO_BATCH["cpu"]
+    largest = max(transform_of(Views(**plan["settings"]["transform"])).sizes, key=lambda size: size[0] * size[1])
+    settings = plan["settings"] | {"batch_size": AUTO_BATCH["cuda"]}
+
+    def probe() -> int:
+        encoder = Encoder("", plan | {"settings": settings}, True, 1)
+        encoder._encode([np.zeros((*largest, 3), dtype=np.uint8)])
+        return encoder.batch_size
+
+    return ray.get(ray.remote(num_gpus=share.resources["GPU"], num_cpus=0)(probe).remote())
+
+
+# --- budget and summary -----------------------------------------------------------------------------------------
+
+
+def _check_budget(reasons: dict[str, int], budget: float, out: str, total: int) -> None:
     quarantined = sum(reasons.values())
-    if quarantined > config.error_budget * total:
-        listed = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items()))
+    if quarantined > budget * total:
         raise UserError(
-            f"{quarantined} of {total} images could not be encoded ({listed}), more than error_budget="
-            f"{config.error_budget:g} allows; they are listed in {out}/quarantine. Mend them, or raise the budget and "
+            f"{quarantined} of {total} images could not be encoded ({_listed(reasons)}), more than error_budget="
+            f"{budget:g} allows; they are listed in {out}/quarantine. Mend them, or raise the budget and "
             f"run again: it goes on"
         )
+
+
+def _listed(reasons: dict[str, int]) -> str:
+    return ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items()))
 
 
 def _add(total: dict[str, int], more: dict[str, int]) -> None:
@@ -330,38 +786,50 @@ def _add(total: dict[str, int], more: dict[str, int]) -> None:
         total[key] = total.get(key, 0) + count
 
 
-def _fastest_precision(gpu: bool) -> str:
-    """What "auto" means where the encoders will run."""
-    import ray
-
-    def probe(device: str) -> str:
-        with autocast(device, "auto"):
-            return "bf16" if torch.is_autocast_enabled(device) else "fp32"
-
-    return ray.get(ray.remote(num_gpus=1, num_cpus=0)(probe).remote("cuda")) if gpu else probe("cpu")
-
-
 def _versions() -> dict[str, str]:
     names = ("litevae", "torch", "diffusers", "pillow", "pyarrow", "numpy", "ray")
     return {"python": platform.python_version()} | {name: version(name) for name in names}
 
 
-def _summary(out: str, manifest: dict[str, Any]) -> dict[str, Any]:
-    counts, side = manifest["counts"], manifest["transform"]["resolution"]
+def _summary(out: str, manifest: dict[str, Any], root: str) -> dict[str, Any]:
+    counts = manifest["counts"]
     stored = sum(shard.get("bytes", 0) for shard in manifest["shards"])
     return {
         "images": counts["encoded"],
+        "rows": counts["rows"],
         "quarantined": counts["quarantined"],
         "reasons": counts["reasons"],
         "encoded_now": 0,
         "seconds": 0.0,
         "images_per_s": 0.0,
-        "bits_per_pixel": round(8 * stored / (counts["encoded"] * side**2), 4),
+        "steady_images_per_s": 0.0,
+        "bits_per_pixel": round(8 * stored / (counts["rows"] * manifest["transform"]["resolution"] ** 2), 4),
         "shape": manifest["latents"]["shape"],
+        "latents": manifest["latents"],
         "digest": manifest["digest"],
-        "manifest": os.path.join(out, "manifest.json"),
-        "link": os.path.join(out, "metrics.jsonl"),
+        "number": manifest["number"],
+        "manifest": storage.join(out, "manifest.json"),
+        "link": os.path.join(tracking_folder(out, root), "metrics.jsonl"),
     }
+
+
+def _report(done: dict[str, Any]) -> dict[str, Any]:
+    print(f"\n{'images encoded':<22}{done['images']:,}  ({done['encoded_now']:,} in this run)")
+    if "recovered" in done:
+        print(f"{'out of quarantine':<22}{done['recovered']:,}")
+    print(
+        f"{'quarantined':<22}{done['quarantined']:,}{'  (' + _listed(done['reasons']) + ')' if done['reasons'] else ''}"
+    )
+    if done["encoded_now"]:
+        busy = f"decoding busy {done['decode_busy']:.0%}, encoding {done['encode_busy']:.0%}"
+        print(f"{'images/s':<22}{done['images_per_s']:.1f}, once started {done['steady_images_per_s']:.1f}  ({busy})")
+    latents = done["latents"]
+    shape = " x ".join(map(str, done["shape"])) if done["shape"] else f"{len(latents['shapes'])} shapes of"
+    print(
+        f"{'latents':<22}{shape} {latents['content']}, {latents['dtype']}, {done['bits_per_pixel']:.2f} bits per pixel"
+    )
+    print(f"{'manifest':<22}{done['manifest']}, version {done['number']}\n{'run':<22}{done['link']}")
+    return done
 
 
 def _pack(table: pa.Table) -> bytes:

@@ -151,7 +151,10 @@ def test_the_run_is_in_mlflow(encoded):
     assert run.info.status == "FINISHED"
     assert run.data.metrics["encode/images"] == 45
     assert run.data.params["model"]
-    assert run.inputs.dataset_inputs[0].dataset.digest == LatentCache(out).manifest["source"]["digest"][:36]
+    manifest = LatentCache(out).manifest
+    datasets = {item.tags[0].value: item.dataset.digest for item in run.inputs.dataset_inputs}
+    assert datasets == {"encoding": manifest["source"]["digest"][:36], "latents": manifest["digest"][:36]}
+    assert run.data.metrics["encode/latent_std_2"] == pytest.approx(manifest["latents"]["std"][2])
     assert [file.path for file in client.list_artifacts(run.info.run_id)] == ["manifest.json"]
     assert "mlflow" in summary["link"]
 
@@ -168,10 +171,11 @@ def test_finished_cache_is_left_as_it_is(encoded, folder, model):
 def test_decoding_is_not_done_in_the_encoder(folder, model, tmp_path, capsys):
     """Ray fuses operators of equal resources; decoding would then run in the actor that holds the GPU."""
     settings = config(folder, model, tmp_path / "cache")
-    source, transform = open_source(settings.source), ImageTransform(SIDE)
-    plan = encode._plan(settings, source, transform)
+    source = open_source(settings.source)
+    plan = encode._plan(settings, source, source.identity, None)
     share = cluster.start(settings.ray)
-    encode._pipeline(settings, plan, [0, 1], source, transform, settings.out, share).explain()
+    shards = [encode.Planned([source], 8).shard(encode.Task(n)) for n in range(2)]
+    encode._pipeline(plan, shards, settings.out, share, settings.ray).explain()
     physical = capsys.readouterr().out.rpartition("Physical Plan")[2]
     assert "TaskPoolMapOperator[Map(decode_shard)]" in physical
     assert "ActorPoolMapOperator[Map(Encoder)]" in physical
