@@ -88,7 +88,7 @@ def encode_dataset(config: Encode) -> dict[str, Any]:
     if not config.model:
         raise UserError("model is empty; give a model folder, e.g. model=runs/vae/model")
     files = storage.names(out)
-    if "plan.json" not in files and (files or (storage.remote(out) and storage.folder_exists(out))):
+    if "plan.json" not in files and not _empty(out):
         raise UserError(f"out={config.out} holds other files and no latent cache; give a new or empty folder")
     before = cache.read_plan(out) if "plan.json" in files else None
     sources, identity, new = _inputs(config, out, before, finished="manifest.json" in files)
@@ -148,6 +148,10 @@ def _inputs(
     same = {key: before["source"][key] for key in ("digest", "units")}
     new = growth.new if growth.new.num_rows and config.append else None
     return [restore(listing, fresh.uri) for listing in listings], fresh.identity | same, new
+
+
+def _empty(out: str) -> bool:
+    return not (storage.folder_exists(out) and (storage.remote(out) or os.listdir(out)))
 
 
 def _where(config: Encode) -> dict[str, Any]:

@@ -1,17 +1,27 @@
 """The image transform against Pillow's own operations, and against inputs that are broken or odd."""
 
 import copy
+import csv
 import io
+import math
 import struct
+import subprocess
+import sys
 import zlib
+from pathlib import Path
 
 import numpy as np
+import PIL
 import pytest
 import torch
 from PIL import Image, ImageCms, ImageOps
 from skimage import data as photos
+from skimage.color import lab2rgb
 
+from litevae.errors import UserError
 from litevae.images import ImageError, ImageTransform, decode, to_tensor, to_uint8
+
+NASTY = Path(__file__).parents[3] / "shared" / "data" / "nasty"
 
 
 def encoded(image, format="PNG", **options):
@@ -55,6 +65,85 @@ def test_random_crop_and_flip_depend_on_the_seed_only(photo):
     assert 8 < sum(r.flip for r in results) < 32
     with pytest.raises(ValueError, match="seed"):
         transform(data)
+
+
+@pytest.mark.parametrize("both", [False, True])
+@pytest.mark.parametrize("buckets", [False, True])
+def test_all_views_of_an_image(photo, buckets, both):
+    transform = ImageTransform(128, crop="random", crops=3, both=both, buckets=buckets, bucket_step=32)
+    views = transform.all(encoded(photo), seed=5)
+    assert len(views) == transform.views == (6 if both else 3)
+    assert [view.flip for view in views] == ([False, True] * 3 if both else [False] * 3)
+    assert len({(view.crop_top, view.crop_left) for view in views}) == 3
+    high, wide = size = (96, 160) if buckets else (128, 128)
+    cover = (107, 160) if buckets else (128, 192)  # of 200 x 300
+    resized = np.asarray(photo.resize(cover[::-1], Image.Resampling.BICUBIC), dtype=int)
+    for view in views:
+        assert view.pixels.shape == (*size, 3)
+        expected = resized[view.crop_top : view.crop_top + high, view.crop_left : view.crop_left + wide]
+        expected = expected[:, ::-1] if view.flip else expected
+        assert np.abs(view.pixels - expected).max() <= 2  # rounding of the box's edges
+    again, first = transform.all(encoded(photo), seed=5), transform(encoded(photo), seed=5)
+    for view, same in [*zip(views, again, strict=True), (views[0], first)]:
+        np.testing.assert_array_equal(view.pixels, same.pixels)
+        assert (view.crop_top, view.crop_left, view.flip) == (same.crop_top, same.crop_left, same.flip)
+
+
+def test_a_single_view_is_that_of_the_call(photo):
+    for transform in (ImageTransform(64), ImageTransform(64, crop="random", flip=True)):
+        for seed in range(5):
+            (view,) = transform.all(encoded(photo), seed=seed)
+            np.testing.assert_array_equal(view.pixels, transform(encoded(photo), seed=seed).pixels)
+
+
+@pytest.mark.parametrize(("resolution", "step"), [(256, 64), (256, 32), (512, 64), (1024, 64), (128, 128), (192, 8)])
+def test_buckets_are_the_largest_that_are_allowed(resolution, step):
+    sides = range(step, 2 * resolution + 1, step)
+    allowed = [(h, w) for h in sides for w in sides if h * w <= resolution**2 and max(h, w) <= 2 * min(h, w)]
+    largest = [(h, w) for h, w in allowed if not any(a >= h and b >= w and (a, b) != (h, w) for a, b in allowed)]
+    sizes = ImageTransform(resolution, buckets=True, bucket_step=step).sizes
+    assert sizes == sorted(largest)
+    assert (resolution, resolution) in sizes
+    assert ImageTransform(resolution).sizes == [(resolution, resolution)]
+
+
+def test_buckets_at_1024_hold_those_of_sdxl():
+    sizes = ImageTransform(1024, buckets=True).sizes
+    assert {(768, 1344), (832, 1216), (896, 1152), (1024, 1024), (1152, 896), (1216, 832), (1344, 768)} <= {*sizes}
+
+
+@pytest.mark.parametrize("shape", [(200, 300), (300, 200), (150, 150), (40, 400), (400, 10), (100, 139), (61, 50)])
+def test_an_image_goes_to_the_bucket_of_the_nearest_ratio(shape):
+    transform = ImageTransform(128, buckets=True, bucket_step=32)
+    ramp = np.add.outer(np.arange(shape[0]), np.arange(shape[1])) % 256
+    image = Image.fromarray(ramp.astype(np.uint8)).convert("RGB")
+    result = transform(encoded(image))
+    nearest = min(abs(math.log(h / w) - math.log(shape[0] / shape[1])) for h, w in transform.sizes)
+    high, wide = result.pixels.shape[:2]
+    assert (high, wide) in transform.sizes
+    assert abs(math.log(high / wide) - math.log(shape[0] / shape[1])) == pytest.approx(nearest)
+    assert (result.height, result.width) == shape
+    scale = max(high / shape[0], wide / shape[1])  # covers it
+    resized = [max(side, round(whole * scale)) for side, whole in zip((high, wide), shape, strict=True)]
+    assert (result.crop_top, result.crop_left) == ((resized[0] - high) // 2, (resized[1] - wide) // 2)
+    whole = np.asarray(image.resize(resized[::-1], Image.Resampling.BICUBIC), dtype=int)
+    expected = whole[result.crop_top :, result.crop_left :][:high, :wide]
+    assert np.abs(result.pixels - expected).mean() < 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"crops": 2}, "only crop=random"),
+        ({"crops": 0, "crop": "random"}, "crops=0"),
+        ({"flip": True, "both": True}, "not both"),
+        ({"buckets": True, "resize": "none"}, "resize=shorter"),
+        ({"buckets": True, "bucket_step": 48}, "resolution=64 is not a multiple of bucket_step=48"),
+    ],
+)
+def test_impossible_transforms_are_refused(options, message):
+    with pytest.raises(UserError, match=message):
+        ImageTransform(64, **options)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -176,6 +265,56 @@ def test_unreadable_images_have_a_reason(photo):
             assert (again.reason, str(again)) == (reason, str(error.value))
 
 
+def test_formats_that_are_not_read_and_headers_that_are_damaged(photo):
+    def reason(data):
+        with pytest.raises(ImageError) as error:
+            decode(data)
+        return error.value.reason, str(error.value)
+
+    heic = b"\0\0\0\x24ftypheic\0\0\0\0mif1heic" + b"\0" * 200
+    assert reason(heic) == ("unsupported", "a HEIC image; convert it to JPEG, PNG or AVIF")
+    assert reason(b"Python 3 was released in 2008") == reason(b"Python 3 is older")[:1] + (  # Pillow's PPM begins so
+        "can't be identified as an image (first bytes: b'Python 3')",
+    )
+    assert reason(b"Python 3 was")[0] == "not_an_image"
+    assert reason(encoded(photo, "WEBP")[:40])[0] == "corrupt"
+    assert reason(encoded(photo, "AVIF")[:150])[0] == "corrupt"
+    whole = encoded(photo, "AVIF")
+    place = whole.index(b"ispe") + 8
+    for size in ((17000, 17000), (2, 40000)):
+        huge = whole[:place] + struct.pack(">II", *size) + whole[place + 8 :]
+        assert reason(huge) == ("too_large", f"an AVIF image of {size[0]}x{size[1]} pixels")
+
+
+def test_memory_stays_near_that_of_the_pixels(tmp_path):
+    """Peak of a fresh process; Pillow itself holds 4 bytes a pixel, 64 MB here, of what it reads and of the result."""
+    side = 4000
+    Image.new("RGBA", (side, side), (1, 2, 3, 4)).save(tmp_path / "alpha.png", compress_level=1)
+    Image.fromarray(np.zeros((side, side), np.uint16)).save(tmp_path / "gray16.png", compress_level=1)
+    for name in ("alpha.png", "gray16.png"):
+        assert peak([tmp_path / name]) < 2.7 * 4 * side**2, name
+
+
+def peak(files):
+    """Bytes that decoding takes at its peak, whether it succeeds or not."""
+    code = """if True:
+        import resource, sys, warnings
+        from litevae.images import ImageError, decode
+        def now():
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        datas = [open(name, "rb").read() for name in sys.argv[1:]]
+        before = now()
+        for data in datas:
+            try:
+                decode(data)
+            except ImageError as error:
+                pass
+        print(now() - before)
+    """
+    command = [sys.executable, "-c", code, *map(str, files)]
+    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
 def chunk(name, body):
     return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
 
@@ -187,13 +326,16 @@ def test_a_long_strip_does_not_blow_up():
 
 
 def test_identity_tells_transforms_apart(photo):
-    import PIL
-
     identity = ImageTransform(128).identity
     assert identity == ImageTransform(128).identity
     assert identity["Pillow"] == PIL.__version__
     others = [ImageTransform(64), ImageTransform(128, "none"), ImageTransform(128, crop="random")]
-    others += [ImageTransform(128, flip=True)]
+    others += [
+        ImageTransform(128, flip=True),
+        ImageTransform(128, crop="random", crops=2),
+        ImageTransform(128, both=True),
+    ]
+    others += [ImageTransform(128, buckets=True), ImageTransform(128, buckets=True, bucket_step=32)]
     assert all(other.identity != identity for other in others)
 
 
@@ -216,3 +358,142 @@ def test_a_real_jpeg_equals_pillows_reading():
     )
     error = (ImageTransform(128)(data).pixels.astype(float) - np.asarray(reference)) ** 2
     assert 10 * np.log10(255**2 / error.mean()) > 45  # `fit` crops at a fraction of a pixel elsewhere
+
+
+# --- the collection of odd files ------------------------------------------------------------------------------
+
+# What is refused, and why; every other file decodes to what `reading` makes of it.
+REFUSED = {
+    "float32.tiff": "unsupported",  # no range defined: 0..1, 0..255, metres?
+    "jpeg_12bit.jpg": "unsupported",
+    "ultrahdr_gainmap.jpg": "corrupt",
+    "truncated_1.jpg": "corrupt",
+    "truncated_2.jpg": "corrupt",
+    "truncated.png": "corrupt",
+    "corrupt_header.jpg": "corrupt",
+    "broken_data_stream.png": "corrupt",
+    "bad_ihdr_crc.png": "corrupt",
+    "no_idat.png": "corrupt",
+    "no_scan.jpg": "corrupt",
+    "null_height.jpg": "corrupt",
+    "fuzzed_2.jpg": "corrupt",
+    "jpeg2000.jp2": "corrupt",
+    "zero_bytes.jpg": "empty",
+    "git_lfs_pointer.jpg": "not_an_image",
+    "svg_named.jpg": "not_an_image",
+    "huge_1.jpg": "too_large",
+    "huge_2.png": "too_large",
+    "huge_3.avif": "too_large",  # Pillow says "cannot identify": libavif refuses its size
+    "huge_4.gif": "too_large",
+    "text_chunk_bomb.png": "too_large",
+}
+# Where Pillow's own convert("RGB") would do something else: what does.
+SPECIAL = {
+    "gray_16bit.png": 65535,
+    "gray_16bit.pgm": 65535,
+    "gray_12bit.tif": 4095,
+}
+UPRIGHT = {
+    3: Image.Transpose.ROTATE_180,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def nasty():
+    if not (NASTY / "nasty.csv").is_file():
+        return [pytest.param({}, marks=pytest.mark.skip(reason="the odd files are not here"), id="none")]
+    with open(NASTY / "nasty.csv", newline="") as file:
+        return [pytest.param(row, id=row["file"]) for row in csv.DictReader(file)]
+
+
+def reading(row):
+    """Pillow's reading of a file, step by step by what nasty.csv says of it."""
+    image = Image.open(NASTY / row["file"])
+    image.load()
+    assert (image.mode, image.size) == (row["mode"], (int(row["width"]), int(row["height"])))
+    if turn := UPRIGHT.get(int(row["orientation"] or 1)):
+        image = image.transpose(turn)
+    if levels := SPECIAL.get(row["file"]):
+        gray = np.asarray(image, dtype=float) / levels * 255
+        return np.repeat(gray.round()[..., None], 3, axis=2)
+    if row["mode"] == "LAB":
+        lightness, a, b = (np.asarray(part) for part in image.split())
+        lab = np.stack([lightness / 2.55, a.view(np.int8), b.view(np.int8)], axis=2)
+        return lab2rgb(lab, illuminant="D50") * 255
+    alpha = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+    if image.mode in ("P", "1", "RGBA"):
+        image = image.convert("RGB")
+    if int(row["icc"]):
+        profile = ImageCms.getOpenProfile(io.BytesIO(image.info["icc_profile"]))
+        space = profile.profile.xcolor_space.strip()
+        assert space == {"RGB": "RGB", "CMYK": "CMYK"}[image.mode]
+        transform = ImageCms.buildTransform(profile, ImageCms.createProfile("sRGB"), image.mode, "RGB")
+        image = ImageCms.applyTransform(image, transform)
+    image = image.convert("RGB")
+    if alpha is None:
+        return np.asarray(image, dtype=float)
+    white = Image.new("RGB", image.size, "white")
+    white.paste(image, mask=alpha)
+    return np.asarray(white, dtype=float)
+
+
+@pytest.mark.parametrize("row", nasty())
+@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, of damaged EXIF
+def test_odd_files_are_read_as_pillow_reads_them_or_refused_with_the_right_reason(row):
+    data = (NASTY / row["file"]).read_bytes()
+    if reason := REFUSED.get(row["file"]):
+        with pytest.raises(ImageError) as error:
+            ImageTransform(64)(data)
+        assert error.value.reason == reason, str(error.value)
+        assert row["rgb"] != "yes" or row["file"] == "float32.tiff"  # Pillow fails as well
+        return
+    image = decode(data)
+    expected = reading(row)
+    assert image.mode == "RGB"
+    assert expected.shape == (image.height, image.width, 3)
+    tolerance = {"LAB": 3, "RGBA": 1, "P": 1}.get(row["mode"], 0)  # other arithmetic of alpha and LAB
+    assert np.abs(np.asarray(image, dtype=float) - expected).max() <= tolerance
+    for view in ImageTransform(64, crop="random", crops=2, both=True, buckets=True, bucket_step=16).all(data, seed=0):
+        assert (view.height, view.width) == (image.height, image.width)
+        assert view.pixels.shape[0] * view.pixels.shape[1] <= 64**2
+
+
+def test_the_tables_name_files_that_are_there():
+    if not NASTY.is_dir():
+        pytest.skip("the odd files are not here")
+    names = {path.name for path in NASTY.iterdir()}
+    assert len(names) == 82  # with nasty.csv
+    assert {*REFUSED, *SPECIAL} <= names
+
+
+def test_odd_files_mean_what_they_should():
+    """Not only equal to Pillow: what a person would see."""
+    if not NASTY.is_dir():
+        pytest.skip("the odd files are not here")
+
+    def pixels(name):
+        return np.asarray(decode((NASTY / name).read_bytes()), dtype=float)
+
+    assert (pixels("all_transparent.png") == 255).all()
+    raw = np.asarray(Image.open(NASTY / "xmp_orientation.png").convert("RGBA"))  # its orientation is in XMP only
+    np.testing.assert_array_equal(pixels("xmp_orientation.png").shape, raw[::-1, ::-1, :3].shape)
+    naive = np.asarray(Image.open(NASTY / "xyb_icc.jpg").convert("RGB"), dtype=float)
+    assert np.abs(pixels("xyb_icc.jpg") - naive).mean() > 30  # colours are wildly wrong without the profile
+    upright = pixels("exif_orientation_6.jpg")
+    assert upright.shape == pixels("exif_orientation_3.jpg").shape == (450, 600, 3)
+    assert np.abs(upright - pixels("exif_orientation_3.jpg")).mean() < 12  # the same photo, turned and saved again
+    for name in ("gif_animated.gif", "webp_animated.webp", "apng_animated.png"):
+        with Image.open(NASTY / name) as animation:
+            animation.seek(animation.n_frames // 2)
+            later = np.asarray(animation.convert("RGB"), dtype=float)
+        assert np.abs(pixels(name) - later).max() > 50
+
+
+def test_bombs_take_no_memory():
+    if not NASTY.is_dir():
+        pytest.skip("the odd files are not here")
+    bombs = [*NASTY.glob("huge_*"), NASTY / "text_chunk_bomb.png"]
+    assert len(bombs) == 5
+    assert peak(bombs) < 100e6

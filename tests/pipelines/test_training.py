@@ -2,8 +2,6 @@
 
 import os
 import pickle
-import threading
-import time
 
 import pytest
 import torch
@@ -17,39 +15,6 @@ def test_batches_are_whole_and_go_on_at_any_position():
     steps = list(training.batch_positions(0, 20, 8))
     assert [list(step) for step in steps] == [[*range(8)], [*range(8, 16)], [*range(16, 24)]]
     assert list(training.batch_positions(8, 20, 8)) == steps[1:]
-
-
-@pytest.mark.parametrize("threads", [0, 1, 4])
-def test_a_stream_keeps_its_order(threads):
-    def load(item):
-        time.sleep(0.002 * (item % 3))
-        return item * 10
-
-    batches = [[1, 2, 3], [4, 5], [6], [7, 8]]
-    assert list(training.stream(load, batches, threads)) == [[10 * i for i in batch] for batch in batches]
-
-
-def test_a_stream_loads_ahead_but_not_without_end():
-    seen, stop = [], threading.Event()
-
-    def load(item):
-        seen.append(item)
-        return item
-
-    stream = training.stream(load, ([n] for n in iter(int, None) for n in [len(seen)] if not stop.is_set()), 1)
-    next(stream)
-    time.sleep(0.1)
-    assert 1 <= len(seen) <= 4
-    stop.set()
-    stream.close()
-
-
-def test_an_error_while_loading_arrives():
-    def load(item):
-        raise UserError(f"item {item}")
-
-    with pytest.raises(UserError, match="item 3"):
-        next(training.stream(load, [[3]], 2))
 
 
 def test_due_where_a_multiple_was_passed():

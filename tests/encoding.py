@@ -1,0 +1,90 @@
+"""What the tests of the cache jobs share: photos, small models, and the jobs themselves."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+from PIL import Image
+from skimage import data as photos
+
+from litevae import storage
+from litevae.autoencoder import LiteVAE, encode_latents, load_autoencoder
+from litevae.images import ImageTransform
+from pipelines.config import Encode, load
+
+SIDE = 32
+MANY = ("rows_per_shard=1",)  # many shards, so that a kill comes in the middle
+JOB = Path(__file__).parents[1] / "jobs" / "encode_dataset.py"
+BAD = {"cats/empty.jpg": "empty", "cats/zcut.png": "corrupt", "dogs/text.jpg": "not_an_image"}
+
+
+def save_model(folder, seed=0, change=lambda model: None):
+    torch.manual_seed(seed)
+    model = LiteVAE.from_preset("S", latent_channels=4, block_out_channels=(8, 8, 8, 8), layers_per_block=1)
+    change(model)
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+def crops(count):
+    pictures = [photos.astronaut(), photos.chelsea(), photos.coffee()]
+    for n in range(count):
+        picture = pictures[n % 3]
+        y, x = 7 * n % (picture.shape[0] - 60), 11 * n % (picture.shape[1] - 60)
+        yield Image.fromarray(picture[y : y + 40 + n % 10, x : x + 60])
+
+
+def photo_folder(root, count=45):
+    """Photos in two classes, and 3 files that are none."""
+    for name in ("cats", "dogs"):
+        (root / name).mkdir()
+    for n, photo in enumerate(crops(count)):
+        photo.save(root / ("cats" if n % 2 else "dogs") / f"{n:03d}.png")
+    (root / "cats/empty.jpg").touch()
+    (root / "dogs/text.jpg").write_text("not an image at all")
+    whole = (root / "cats/001.png").read_bytes()
+    (root / "cats/zcut.png").write_bytes(whole[: len(whole) // 2])
+    return root
+
+
+def arguments(source, model, out, *more):
+    root = f"root={out}-runs" if not storage.remote(str(out)) else f"root={os.path.dirname(model)}/s3-runs"
+    common = ["tracking.enabled=false", "ray.gpu='no'", "ray.cpus_per_worker=1", "error_budget=0.1", root]
+    sizes = [f"transform.resolution={SIDE}", "rows_per_shard=8", "batch_size=5", "precision=fp32"]
+    return [f"source.uri={source}", f"model={model}", f"out={out}", *common, *sizes, *more]
+
+
+def config(source, model, out, *more):
+    return load(Encode, None, arguments(source, model, out, *more))
+
+
+def shard_bytes(out):
+    out = str(out)
+    manifest = json.loads(storage.read(storage.join(out, "manifest.json")))
+    return [storage.read(storage.join(out, shard["file"])) if shard["rows"] else b"" for shard in manifest["shards"]]
+
+
+def moments_by_hand(model, data, transform=None):
+    """What the model says of an image's every view: (views, C, h, w) each."""
+    images = [image.pixels for image in (transform or ImageTransform(SIDE)).all(data, 0)]
+    vae = load_autoencoder(model)
+    with torch.no_grad():
+        return [encode_latents(vae, torch.tensor(p).permute(2, 0, 1)[None] / 127.5 - 1)[0] for p in images]
+
+
+def start_job(source, model, out, *more, **options):
+    """`python jobs/encode_dataset.py` as a process."""
+    command = [sys.executable, str(JOB), *arguments(source, model, out, *more)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
+
+
+def wait_for_commits(out, count, alive=lambda: True, seconds=120):
+    end = time.monotonic() + seconds
+    while len(storage.names(storage.join(str(out), "commits"))) < count:
+        assert time.monotonic() < end, "no commits"
+        assert alive(), "the job ended before"
+        time.sleep(0.002)

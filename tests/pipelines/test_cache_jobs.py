@@ -1,0 +1,384 @@
+"""What can be done with a cache after it was made: append, verify, repair, retry, inspect."""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from litevae import cache, storage
+from litevae.autoencoder import load_autoencoder
+from litevae.cache import LatentCache
+from litevae.errors import UserError
+from pipelines import audit, encode
+from pipelines.config import Inspect, Repair, Retry, Verify
+from pipelines.encode import encode_dataset
+from tests.encoding import BAD, JOB, SIDE, config, crops, photo_folder, save_model, shard_bytes
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ray_ends_with_this_module():
+    yield
+    import ray
+
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Photos, a model, and the cache of them: 48 inputs in 6 shards."""
+    root = tmp_path_factory.mktemp("made")
+    (root / "photos").mkdir()
+    photo_folder(root / "photos")
+    model = save_model(root / "model")
+    encode_dataset(config(root / "photos", model, root / "cache"))
+    return root
+
+
+@pytest.fixture
+def copy(made, tmp_path):
+    """A copy of the photos and of the cache, which says that it is of those."""
+    shutil.copytree(made / "photos", tmp_path / "photos")
+    shutil.copytree(made / "cache", tmp_path / "cache")
+    return tmp_path
+
+
+def mend(cls, root, made, **more):
+    common = {"cache": str(root / "cache"), "source": str(root / "photos"), "root": str(root / "runs")}
+    ray = {"gpu": False, "cpus_per_worker": 1}
+    return cls(**common, tracking={"enabled": False}, ray=ray, **more)
+
+
+def files_of(folder):
+    return {
+        path.relative_to(folder): (path.stat().st_mtime_ns, hashlib.sha256(path.read_bytes()).hexdigest())
+        for part in ("shards", "quarantine", "commits")
+        for path in (folder / part).iterdir()
+    }
+
+
+# --- verify and repair ----------------------------------------------------------------------------------------
+
+
+def test_a_sound_cache_is_found_sound(made, capsys):
+    found = audit.verify(Verify(cache=str(made / "cache")))
+    assert (found.shards, found.rows, found.quarantined) == (6, 45, 3)
+    assert (found.problems, found.general, found.missing, found.unnamed) == ({}, [], [], [])
+    assert "45, each once" in capsys.readouterr().out
+
+
+def shard_file(root, number):
+    return root / "cache" / LatentCache(root / "cache").manifest["shards"][number]["file"]
+
+
+def flip_a_bit(root):
+    data = bytearray(shard_file(root, 2).read_bytes())
+    data[len(data) // 2] ^= 1
+    shard_file(root, 2).write_bytes(data)
+
+
+def lose_a_shard(root):
+    shard_file(root, 2).unlink()
+
+
+def cut_a_shard(root):
+    shard_file(root, 2).write_bytes(shard_file(root, 2).read_bytes()[:-100])
+
+
+def empty_a_commit(root):
+    (root / "cache/commits/000002.json").write_bytes(b"")
+
+
+def lose_a_commit(root):
+    (root / "cache/commits/000002.json").unlink()
+
+
+def rewrite(root, change):
+    """A whole, valid shard with another content, and a commit that names it: only its meaning is wrong."""
+    path = root / "cache/commits/000002.json"
+    commit, plan = json.loads(path.read_text()), cache.read_plan(str(root / "cache"))
+    rows, latents = cache.read_shard(str(root / "cache"), commit, plan["latents"])
+    rows, latents = change(rows, [values.copy() for values in latents])
+    data = cache.shard_bytes(rows, latents, plan["latents"])
+    (root / "cache/shards/000002-other.parquet").write_bytes(data)
+    record = {"file": "shards/000002-other.parquet", "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    shapes = [list(values.shape) for values in latents]
+    path.write_text(json.dumps(commit | record | {"rows": rows.num_rows, "shapes": shapes}))
+
+
+def double_a_row(root):
+    def change(rows, latents):
+        latents[0][-1] = latents[0][0]
+        return pa.concat_tables([rows.slice(0, len(rows) - 1), rows.slice(0, 1)]), latents
+
+    rewrite(root, change)
+
+
+def drop_a_row(root):
+    rewrite(root, lambda rows, latents: (rows.slice(1), [latents[0][1:]]))
+
+
+def spoil_a_latent(root):
+    def change(rows, latents):
+        latents[0][3, 0, 0, 0] = np.nan
+        return rows, latents
+
+    rewrite(root, change)
+
+
+def rename_a_row(root):
+    def change(rows, latents):
+        names = rows["id"].to_pylist()
+        other = pa.array(["elsewhere.png", *names[1:]])
+        return rows.set_column(0, rows.schema.field("id"), other), latents
+
+    rewrite(root, change)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (flip_a_bit, "shard 2: .*its sha256 is not"),
+        (lose_a_shard, "shard 2: .* is missing"),
+        (cut_a_shard, "shard 2: .* bytes; the manifest says"),
+        (empty_a_commit, "shard 2: .*commits/000002.json is damaged"),
+        (lose_a_commit, "shard 2: has no commit"),
+        (double_a_row, "shard 2: its 8 rows are not the 8 of the inputs"),
+        (drop_a_row, "shard 2: its 7 rows are not the 8 of the inputs"),
+        (spoil_a_latent, "shard 2: has latents that are not finite"),
+    ],
+)
+def test_damage_is_found_and_repaired(made, copy, damage, message):
+    """The shard is as it was before, byte by byte; the others are left alone."""
+    damage(copy)
+    with pytest.raises(UserError, match=message) as error:
+        audit.verify(Verify(cache=str(copy / "cache"), source=False))
+    assert "1 of 6 shards are missing or damaged" in str(error.value)
+    before = files_of(copy / "cache")
+    done = encode.repair(mend(Repair, copy, made))
+    assert done["encoded_now"] == 8
+    assert shard_bytes(copy / "cache") == shard_bytes(made / "cache")
+    after = files_of(copy / "cache")
+    assert all(after[file] == before[file] for file in before.keys() & after.keys())
+    found = audit.verify(Verify(cache=str(copy / "cache"), source=False))
+    assert not found.unnamed
+    assert LatentCache(copy / "cache").manifest["digest"] == LatentCache(made / "cache").manifest["digest"]
+
+
+def test_ids_are_compared_with_the_source(copy):
+    rename_a_row(copy)
+    with pytest.raises(UserError, match="shard 2: input 16 is 'elsewhere.png', in the source 'cats/"):
+        audit.verify(Verify(cache=str(copy / "cache")))
+
+
+def test_an_id_twice_is_found(made, copy):
+    def change(rows, latents):
+        names = ["cats/001.png", *rows["id"].to_pylist()[1:]]
+        return rows.set_column(0, rows.schema.field("id"), pa.array(names)), latents
+
+    rewrite(copy, change)
+    with pytest.raises(UserError, match="id 'cats/001.png' is there more than once"):
+        audit.verify(Verify(cache=str(copy / "cache"), source=False))
+
+
+def test_a_lost_or_wrong_manifest_is_written_again(made, copy):
+    (copy / "cache/manifest.json").unlink()
+    with pytest.raises(UserError, match="unfinished"):
+        audit.verify(Verify(cache=str(copy / "cache"), source=False))
+    encode.repair(mend(Repair, copy, made))
+    audit.verify(Verify(cache=str(copy / "cache"), source=False))
+    manifest = json.loads((copy / "cache/manifest.json").read_text())
+    manifest["latents"]["std"][0] *= 2
+    (copy / "cache/manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"its digest is not that of its content(.|\n)*mean and std are not those"):
+        audit.verify(Verify(cache=str(copy / "cache"), source=False))
+    encode.repair(mend(Repair, copy, made))
+    audit.verify(Verify(cache=str(copy / "cache"), source=False))
+
+
+def test_left_over_files_are_removed(made, copy):
+    stale = copy / "cache/shards/.tmp-123"
+    stale.write_bytes(b"half")
+    os.utime(stale, (0, 0))
+    fresh = copy / "cache/commits/.tmp-456"  # perhaps of a driver that is at work
+    fresh.write_bytes(b"half")
+    (copy / "cache/shards/000001-attempt.parquet").write_bytes(b"killed before the commit")
+    found = audit.verify(Verify(cache=str(copy / "cache"), source=False))
+    assert found.unnamed == ["shards/000001-attempt.parquet", "shards/.tmp-123"]
+    encode.repair(mend(Repair, copy, made))
+    assert not stale.exists()
+    assert fresh.exists()
+    assert audit.audit(str(copy / "cache"), source=False).unnamed == []
+
+
+def test_repair_needs_the_same_model(made, copy, tmp_path):
+    lose_a_shard(copy)
+    other = save_model(tmp_path / "other", seed=1)
+    with pytest.raises(UserError, match="is not the model that encoded"):
+        encode.repair(mend(Repair, copy, made, model=other))
+    for action, cls in (("verify", Verify), ("repair", Repair), ("retry", Retry), ("inspect", Inspect)):
+        job = getattr(audit, action, None) or getattr(encode, action)
+        with pytest.raises(UserError, match=r"is not a latent cache|does not exist"):
+            job(cls(cache=str(tmp_path / "nothing")))
+        with pytest.raises(UserError, match="give a cache folder"):
+            job(cls())
+
+
+# --- retry ----------------------------------------------------------------------------------------------------
+
+
+def test_retry_gives_what_would_have_been(made, copy):
+    """Two of three bad files are mended: as if they had been whole from the start."""
+    good = list(crops(2))
+    good[0].save(copy / "photos/cats/zcut.png")
+    good[1].save(copy / "photos/dogs/text.jpg")
+    with pytest.raises(UserError, match="reasons: nothing is quarantined as burnt; there is 1 corrupt, 1 empty, 1 not"):
+        encode.retry(mend(Retry, copy, made, reasons=["burnt"]))
+    done = encode.retry(mend(Retry, copy, made, reasons=["corrupt"]))
+    assert (done["recovered"], done["quarantined"], done["number"]) == (1, 2, 2)
+    before = files_of(copy / "cache")
+    done = encode.retry(mend(Retry, copy, made))
+    assert (done["recovered"], done["quarantined"], done["reasons"]) == (1, 1, {"empty": 1})
+    after = files_of(copy / "cache")
+    assert len(after.keys() - before.keys()) == 2  # a shard and its commit; the empty file's stayed as they were
+    audit.verify(Verify(cache=str(copy / "cache"), source=False))
+    fresh = config(copy / "photos", str(made / "model"), copy / "fresh")
+    encode_dataset(fresh)
+    assert shard_bytes(copy / "cache") == shard_bytes(copy / "fresh")
+    again = encode.retry(mend(Retry, copy, made))
+    assert (again["recovered"], again["number"]) == (0, 3)  # nothing new: no new version
+    assert len(LatentCache(copy / "cache", version=1)) == 45
+
+
+# --- append ---------------------------------------------------------------------------------------------------
+
+
+def test_append_adds_what_is_new(made, tmp_path, capsys):
+    photos, out, model = tmp_path / "photos", tmp_path / "cache", str(made / "model")
+    photos.mkdir()
+    photo_folder(photos)
+    encode_dataset(config(photos, model, out))
+    before = files_of(out)
+    (photos / "birds").mkdir()  # sorts before cats: labels must not move
+    for n, photo in enumerate(crops(10)):
+        photo.save(photos / ("birds" if n % 2 else "cats") / f"new-{n}.png")
+    (photos / "dogs/000.png").write_bytes(b"")  # would show if it were read again ... but its size tells
+    with pytest.raises(UserError, match=r"1 inputs of .* are not what they were .*dogs/000.png"):
+        encode_dataset(config(photos, model, out, "append=true"))
+    shutil.copy(made / "photos/dogs/000.png", photos / "dogs/000.png")
+    assert encode_dataset(config(photos, model, out))["images"] == 45
+    assert "10 inputs new, 0 changed, 0 gone; --append adds what is new" in capsys.readouterr().out
+    (photos / "dogs/002.png").unlink()  # gone, and not missed
+    done = encode_dataset(config(photos, model, out, "append=true"))
+    assert (done["images"], done["encoded_now"], done["number"]) == (55, 10, 2)
+    after = files_of(out)
+    assert all(after[file] == before[file] for file in before)
+    latents = LatentCache(out)
+    rows = [latents.row(i) for i in range(45, 55)]
+    assert [row["unit"] for row in rows] == list(range(48, 58))
+    assert {row["label_name"]: row["label"] for row in rows} == {"cats": 0, "birds": 2}
+    assert len(LatentCache(out, version=1)) == 45
+    source = latents.manifest["source"]
+    assert (source["units"], [listing["units"] for listing in source["listings"]]) == (58, [48, 10])
+    found = audit.verify(Verify(cache=str(out)))
+    assert found.rows == 55
+    assert encode_dataset(config(photos, model, out, "append=true"))["number"] == 2  # nothing is new any more
+
+
+def test_a_moved_source_is_the_same_source(made, copy, capsys):
+    assert encode_dataset(config(copy / "photos", str(made / "model"), copy / "cache"))["encoded_now"] == 0
+    assert "new" not in capsys.readouterr().out
+
+
+# --- inspect --------------------------------------------------------------------------------------------------
+
+
+def test_inspect(made, copy, capsys):
+    about = audit.inspect(
+        Inspect(cache=str(copy / "cache"), source=str(copy / "photos"), out=str(copy / "seen"), shards=3, rows=2)
+    )
+    shown = capsys.readouterr().out
+    assert "48 = 45 encoded + 3 in quarantine" in shown
+    assert "1 corrupt, 1 empty, 1 not_an_image" in shown
+    assert [shard["shard"] for shard in about["shards"]] == [0, 2, 5]
+    assert all(shard["drift"] < 5e-3 for shard in about["shards"])
+    latents = LatentCache(copy / "cache")
+    model = load_autoencoder(made / "model")
+    values = []
+    for row in (0, 7):  # first and last of shard 0, of which cats/empty.jpg is quarantined last
+        if latents.row(row)["unit"] > 7:
+            continue
+        with torch.no_grad():
+            decoded = model.decode(latents.moments([row]).float().chunk(2, 1)[0]).sample
+        picture = encode.transform_of(config(copy, "m", "o").transform)(
+            (copy / "photos" / latents.row(row)["id"]).read_bytes()
+        ).pixels
+        ours = ((decoded[0].permute(1, 2, 0) + 1) * 127.5).round().clamp(0, 255).double().numpy()
+        values.append(10 * np.log10(255**2 / np.mean((ours - picture) ** 2)))
+    assert about["shards"][0]["psnr"] == pytest.approx(np.mean(values), abs=0.02)
+    picture = Image.open(copy / "seen/inspection.png")
+    assert picture.width > 4 * SIDE
+    # Other weights under the same name are not taken for the cache's.
+    with pytest.raises(UserError, match="is not the model that encoded"):
+        audit.inspect(Inspect(cache=str(copy / "cache"), model=save_model(copy / "other", seed=2)))
+
+
+# --- the command ----------------------------------------------------------------------------------------------
+
+
+def test_command_line(made):
+    def run(*words):
+        return subprocess.run([sys.executable, str(JOB), *words], capture_output=True, text=True, timeout=120)
+
+    sound = run("verify", str(made / "cache"))
+    assert (sound.returncode, "sound" in sound.stdout) == (0, True), sound.stderr
+    wrong = run("verify", str(made / "model"))
+    assert (wrong.returncode, wrong.stderr.startswith("error: ")) == (2, True)
+    assert "Traceback" not in wrong.stderr
+    assert run("repair", "--help").stdout.startswith("Encode the missing and damaged shards")
+    assert "did you mean 'reasons'" in run("retry", str(made / "cache"), "reason=[empty]").stderr
+
+
+def test_quarantine_says_where(made):
+    records = [row for path in (made / "cache/quarantine").iterdir() for row in pq.read_table(path).to_pylist()]
+    assert {row["id"]: row["error"] for row in records} == BAD
+    files = sorted(str(path.relative_to(made / "photos")) for path in (made / "photos").rglob("*.*"))
+    assert all(files[row["unit"]] == row["id"] for row in records)
+
+
+def test_s3_source_and_cache(made, s3):
+    """Photos and cache in a store: the same bytes as on disk; verified, appended to and repaired there."""
+    import boto3
+
+    client, bucket = boto3.client("s3"), s3.removeprefix("s3://")
+    for path in (made / "photos").rglob("*.*"):
+        client.upload_file(str(path), bucket, f"photos/{path.relative_to(made / 'photos')}")
+    model, out = str(made / "model"), f"{s3}/cache"
+    done = encode_dataset(config(f"{s3}/photos", model, out))
+    assert (done["images"], done["quarantined"]) == (45, 3)
+    assert shard_bytes(out) == shard_bytes(made / "cache")
+    assert LatentCache(out).manifest["digest"] == LatentCache(made / "cache").manifest["digest"]
+    audit.verify(Verify(cache=out))
+    broken = LatentCache(out).manifest["shards"][3]["file"]
+    data = client.get_object(Bucket=bucket, Key=f"cache/{broken}")["Body"].read()
+    client.put_object(Bucket=bucket, Key=f"cache/{broken}", Body=data[:1000] + b"x" + data[1001:])
+    with pytest.raises(UserError, match="shard 3: s3://.*its sha256"):
+        audit.verify(Verify(cache=out))
+    settings = {"tracking": {"enabled": False}, "ray": {"gpu": False, "cpus_per_worker": 1}, "root": str(made / "runs")}
+    encode.repair(Repair(cache=out, **settings))
+    audit.verify(Verify(cache=out))
+    assert shard_bytes(out) == shard_bytes(made / "cache")
+    buffer = (made / "photos/cats/001.png").read_bytes()
+    client.put_object(Bucket=bucket, Key="photos/ants/new.png", Body=buffer)
+    done = encode_dataset(config(f"{s3}/photos", model, out, "append=true"))
+    assert (done["images"], done["encoded_now"]) == (46, 1)
+    torch.testing.assert_close(LatentCache(out).moments([45]), LatentCache(made / "cache").moments([0]))
+    assert storage.names(f"{out}/manifests") == ["000001.json", "000002.json", "000003.json"]
