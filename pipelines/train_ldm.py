@@ -1,5 +1,6 @@
 """Training a latent diffusion model on a latent cache, on Ray Train."""
 
+import itertools
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -11,11 +12,11 @@ import torch
 from torch import Tensor
 
 from litevae.autoencoder import count_parameters, fingerprint, load_autoencoder
-from litevae.cache import LatentCache
+from litevae.cache import LatentCache, Shape
 from litevae.diffusion import EMA, LDM, build_unet, noise_schedule, save_ldm, training_loss
 from litevae.errors import UserError
 from litevae.images import to_uint8
-from litevae.order import EpochOrder
+from litevae.loader import LatentLoader
 from litevae.pictures import grid
 from litevae.precision import autocast
 from pipelines import checkpoint, cluster, tracking, training
@@ -39,7 +40,7 @@ def train_ldm(config: TrainLDM) -> dict[str, Any]:
         raise UserError("cache is empty; give a latent cache: cache=/data/cache (jobs/encode_dataset.py writes one)")
     cache = LatentCache(config.cache)
     training.check_batch("batch_size", config.batch_size, len(cache), config.ray.workers, config.optim.accumulate)
-    unet = build_unet(config.unet, len(cache.mean), cache.shape[-1])
+    unet = build_unet(config.unet, len(cache.mean), _shape(cache)[-1])
     vae = _autoencoder(config, cache)
     share = cluster.start(config.ray)
     resumed = checkpoint.open_run(folder, config, FREE)
@@ -47,7 +48,7 @@ def train_ldm(config: TrainLDM) -> dict[str, Any]:
         checkpoint.check_longer(folder, "images", config.images)
         checkpoint.write_config(folder, config)
     print(
-        f"train_ldm {config.name}: {len(cache):,} latents of {tuple(cache.shape)} moments, UNet {config.unet} "
+        f"train_ldm {config.name}: {len(cache):,} latents of {_shape(cache)} {cache.content}, UNet {config.unet} "
         f"{count_parameters(unet):,} parameters, {config.images:,} images to see, {share.text}",
         flush=True,
     )
@@ -59,6 +60,19 @@ def train_ldm(config: TrainLDM) -> dict[str, Any]:
     numbers = f"   loss {result['loss']:.4g}" if "loss" in result else ""
     print(f"model: {result['model']}{numbers}\nMLflow: {result['tracking']}", flush=True)
     return result
+
+
+def _shape(cache: LatentCache) -> Shape:
+    """
+    Raises:
+        UserError: rows differ in it.
+    """
+    if cache.shape is None:
+        raise UserError(
+            f"{cache.path} holds latents of {len(set(cache.group_shapes))} shapes, and train_ldm learns images of one; "
+            f"encode with transform.buckets=false"
+        )
+    return cache.shape
 
 
 def _autoencoder(config: TrainLDM, cache: LatentCache) -> str:
@@ -90,7 +104,7 @@ class Diffusion:
         self.digest = self.cache.manifest["digest"]
         self.stages = [(config.images, config.batch_size)]
         torch.manual_seed(config.seed)
-        self.unet = build_unet(config.unet, len(self.cache.mean), self.cache.shape[-1]).to(device)
+        self.unet = build_unet(config.unet, len(self.cache.mean), _shape(self.cache)[-1]).to(device)
         self.net = prepare_model(self.unet)
         self.scheduler = noise_schedule()
         self.optimizer = training.adam(self.unet.parameters(), config.optim)
@@ -103,15 +117,11 @@ class Diffusion:
         self.unet.train()
 
     def batches(self, start: int, end: int, batch_size: int) -> Iterator[Tensor]:
-        order = EpochOrder(self.cache.groups, self.config.seed, self.cache.window)
-
-        def draw(places: tuple[list[int], list[int]]) -> Tensor:
-            rows, epochs = places
-            return self.cache.latents(rows, epochs, self.config.seed, self.config.draw)
-
-        mine = (step[self._rank :: self._world] for step in training.batch_positions(start, end, batch_size))
-        places = ([([order.index(p) for p in step], [order.epoch(p) for p in step])] for step in mine)
-        return (batch for (batch,) in training.stream(draw, places, threads=1))
+        config = self.config
+        loader = LatentLoader(self.cache, batch_size, config.seed, self._rank, self._world, config.draw)
+        loader.position = start
+        count = -(-(end - start) // batch_size)  # the last one is whole too, so that every step has the same size
+        return (batch["latents"] for batch in itertools.islice(loader, count))
 
     def step(self, batch: Tensor, images: int) -> dict[str, Tensor]:
         optim = self.config.optim

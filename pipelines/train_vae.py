@@ -17,6 +17,7 @@ from litevae.diffusion import EMA
 from litevae.discriminators import UNetDiscriminator
 from litevae.errors import UserError
 from litevae.images import ImageError, ImageTransform, to_tensor
+from litevae.loader import stream
 from litevae.order import EpochOrder
 from litevae.perceptual import SqueezeNetFeatures, WeightsMissing, load_lpips
 from litevae.pictures import reconstruction_picture
@@ -156,7 +157,7 @@ class Images:
     def batches(self, start: int, end: int, batch: int, rank: int, world: int) -> Iterator[list[np.ndarray]]:
         steps = training.batch_positions(start, end, batch)
         places = ([(position, self.order.index(position)) for position in step[rank::world]] for step in steps)
-        return training.stream(self.pixels, places, self._config.data.loaders)
+        return stream(self.pixels, places, self._config.data.loaders)
 
     def check(self, bad: int) -> None:
         """

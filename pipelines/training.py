@@ -11,12 +11,10 @@ import shutil
 import sys
 import time
 import warnings
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -26,9 +24,6 @@ from litevae.errors import UserError
 from pipelines import checkpoint, tracking
 from pipelines.cluster import Share
 from pipelines.config import Loop, Optimizer, TrainLDM, TrainVAE, values_to_keep
-
-P = TypeVar("P")
-T = TypeVar("T")
 
 
 def fit(
@@ -232,28 +227,6 @@ def _report(images: int, folder: str | None) -> None:
 def seed_for(*key: int) -> int:
     """A seed from (seed of the run, position, rank ...), without correlation between neighbours."""
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
-
-
-def stream(load: Callable[[P], T], batches: Iterable[list[P]], threads: int, ahead: int = 2) -> Iterator[list[T]]:
-    """`load` of every item of every batch, in order, by threads that work `ahead` batches early.
-
-    Decoding releases the interpreter's lock, so threads do, and need neither the memory nor the forks of processes.
-    """
-    if not threads:
-        for batch in batches:
-            yield [load(item) for item in batch]
-        return
-    waiting: deque[list[Future[T]]] = deque()
-    with ThreadPoolExecutor(threads) as pool:
-        try:
-            for batch in batches:
-                waiting.append([pool.submit(load, item) for item in batch])
-                if len(waiting) > ahead:
-                    yield [sample.result() for sample in waiting.popleft()]
-            while waiting:
-                yield [sample.result() for sample in waiting.popleft()]
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def batch_positions(start: int, end: int, batch_size: int) -> Iterator[range]:

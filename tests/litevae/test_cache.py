@@ -4,8 +4,6 @@ import copy
 import hashlib
 import json
 import os
-import subprocess
-import sys
 import threading
 
 import numpy as np
@@ -188,30 +186,6 @@ def test_same_content_same_bytes_and_digest(made, tmp_path):
     a, b = (json.loads((path / "manifest.json").read_text()) for path in (folder, tmp_path))
     assert a["digest"] == b["digest"]
     assert [shard.get("sha256") for shard in a["shards"]] == [shard.get("sha256") for shard in b["shards"]]
-
-
-def test_read_without_this_library(made):
-    """Plain pyarrow and pandas, in a process that can't import the project."""
-    folder, moments = made
-    script = f"""
-import glob, json, sys, numpy as np, pyarrow.parquet as pq
-sys.modules["litevae"] = None
-manifest = json.load(open({str(folder)!r} + "/manifest.json"))
-first = {str(folder)!r} + "/" + manifest["shards"][0]["file"]
-table = pq.read_table(first, page_checksum_verification=True)
-assert table.column_names == "id moments unit view height width crop_top crop_left flip label caption".split()
-field = table.schema.field("moments")
-shape = json.loads(field.metadata[b"shape"])
-assert shape == manifest["latents"]["shape"] and field.metadata[b"dtype"] == b"float16"
-values = np.stack([np.frombuffer(row, "<f2").reshape(shape) for row in table["moments"].to_pylist()])
-print(values.astype(np.float64).sum(), table["caption"][3])
-frame = table.to_pandas()
-assert (np.frombuffer(frame["moments"][17], "<f2").reshape(shape) == values[17]).all()
-assert pq.ParquetFile(first).metadata.row_group(0).num_rows == {cache.ROW_GROUP}
-"""
-    result = subprocess.run([sys.executable, "-I", "-c", script], capture_output=True, text=True, cwd="/")
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.split() == [str(moments[:300].astype(np.float64).sum()), "ünïcode", "3"]
 
 
 def test_the_first_commit_counts(tmp_path):

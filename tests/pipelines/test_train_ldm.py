@@ -157,6 +157,17 @@ def test_bad_input_is_one_message_and_leaves_nothing(made, tmp_path, capsys, mor
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_cache_of_several_shapes_is_refused(made, tmp_path, capsys):
+    buckets = shutil.copytree(made[0], tmp_path / "cache")
+    manifest = json.loads((buckets / "manifest.json").read_text())
+    manifest["latents"]["shape"] = None
+    manifest["shards"][0]["shapes"] = [[4, 8, 8, 8], [6, 8, 4, 16]]
+    (buckets / "manifest.json").write_text(json.dumps(manifest))
+    assert main(TrainLDM, train_ldm, [*CONFIG, f"cache={buckets}", f"root={tmp_path / 'runs'}"]) == 2
+    assert "latents of 2 shapes" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
 def test_an_unfinished_cache_is_refused(made, tmp_path, capsys):
     unfinished = tmp_path / "cache"
     shutil.copytree(made[0], unfinished)
