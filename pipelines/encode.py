@@ -10,6 +10,7 @@ shard and retrying its quarantine are the same work on some shards, committed as
 import gc
 import hashlib
 import json
+import multiprocessing
 import os
 import platform
 import sys
@@ -36,7 +37,7 @@ from litevae.autoencoder import (
     model_config,
 )
 from litevae.errors import UserError
-from litevae.images import ImageError, ImageTransform, to_tensor
+from litevae.images import ImageError, ImageTransform, Transformed, to_tensor
 from litevae.precision import autocast
 from pipelines import cluster, outputs, tracking
 from pipelines.config import Encode, Mend, Repair, Retry, Views
@@ -46,7 +47,7 @@ from pipelines.training import Progress
 
 RETRIES = 3  # of a shard whose process died; Ray Data's default is endless, also for one that always kills it
 READERS = 16  # images of a shard asked for at a time where they come over a network
-WAVE = 10_000  # shards that Ray Data is given at a time: what the driver holds does not grow with the data
+WAVE = 2000  # shards a worker that Ray Data is given at a time: what the driver holds does not grow with the data
 AUTO_BATCH = {"cpu": 32, "cuda": 256}  # where batch_size=auto begins; beyond these nothing is gained
 DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 
@@ -431,8 +432,9 @@ def _encode(
     start, first = time.monotonic(), None
     rows: Any = None
     try:
-        for wave in range(0, len(todo), WAVE):
-            shards = [planned.shard(task) for task in todo[wave : wave + WAVE]]
+        wave = WAVE * share.workers
+        for begin in range(0, len(todo), wave):
+            shards = [planned.shard(task) for task in todo[begin : begin + wave]]
             rows = _pipeline(plan, shards, out, share, ray_config).iter_rows()
             for row in rows:
                 if row["error"]:
@@ -506,43 +508,49 @@ def _pipeline(
 # --- decoding -------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Lost:
+    """Why an image is not encoded."""
+
+    stage: Literal["read", "decode", "encode"]
+    reason: str
+    message: str
+
+
+Decoded = tuple[int, Item, list[Transformed]] | tuple[int, str, Lost]  # unit, and what became of it; its id where lost
+
+
 def decode_shard(row: dict[str, Any], views: Views) -> dict[str, Any]:
     """A shard's images as uint8 pixels, end to end in one array, with the (height, width) of each; the columns of their
     rows, and what could not be read.
 
     A UserError is returned, not raised: through Ray it would come out as pages of tracebacks.
     """
-    warnings.filterwarnings("ignore", module=r"PIL\.")  # what is wrong with an image goes into the quarantine
     start = time.perf_counter()
     shard: Shard = row["shard"]
     transform, source = transform_of(views), shard.source
-    units = [unit - shard.first for unit in shard.task.only] or range(source.units)
+    units = [unit - shard.first for unit in shard.task.only] or list(range(source.units))
     pixels = np.empty(len(units) * transform.views * max(h * w for h, w in transform.sizes) * 3, dtype=np.uint8)
-    sizes: list[tuple[int, int]] = []
+    sizes: list[tuple[int, ...]] = []
     rows: list[dict[str, Any]] = []
     lost: list[dict[str, Any]] = []
     end = 0
-    common = {"shard": row["shard"], "error": ""}
+    decode = decode_carefully if _died_before() else decode_units
+    common = {"shard": shard, "error": ""}
     try:
-        for unit, item in _items(source, units):
-            try:
-                if isinstance(item, ImageError):
-                    raise item
-                images = transform.all(item.data, seed_of(views, item.id))
-            except ImageError as error:
-                stage = "read" if isinstance(item, ImageError) else "decode"
-                lost.append(_quarantined(shard, unit, source.id(unit), stage, error.reason, str(error)))
+        for unit, item, found in decode(source, views, units):
+            if isinstance(found, Lost):
+                lost.append(_quarantined(shard, shard.first + unit, item, found))
                 continue
-            for view, image in enumerate(images):
+            for view, image in enumerate(found):
                 pixels[end : end + image.pixels.size] = image.pixels.reshape(-1)
                 end += image.pixels.size
-                sizes.append(image.pixels.shape[:2])  # type: ignore[arg-type]
+                sizes.append(image.pixels.shape[:2])
                 own = {name: getattr(image, name) for name in ("height", "width", "crop_top", "crop_left", "flip")}
                 rows.append({"id": item.id, "unit": shard.first + unit, "view": view, **own, **item.columns})
         table = pa.Table.from_pylist(rows, schema=cache.row_schema(source.schema))
     except UserError as error:
-        common["error"], end, sizes, lost = str(error), 0, [], []
-        table = pa.table({})
+        common["error"], end, sizes, lost, table = str(error), 0, [], [], pa.table({})
     return common | {
         "pixels": pixels[:end],
         "sizes": np.array(sizes, dtype=np.int32).reshape(-1, 2),
@@ -550,6 +558,66 @@ def decode_shard(row: dict[str, Any], views: Views) -> dict[str, Any]:
         "quarantine": _pack(pa.Table.from_pylist(lost, schema=cache.QUARANTINE)),
         "decode_seconds": time.perf_counter() - start,
     }
+
+
+def decode_units(source: Source, views: Views, units: Sequence[int]) -> Iterator[Decoded]:
+    """Images of a source, in order, as the transform gives them."""
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # what is wrong with an image goes into the quarantine
+    transform = transform_of(views)
+    for unit, item in _items(source, units):
+        if isinstance(item, ImageError):
+            yield unit, source.id(unit), Lost("read", item.reason, str(item))
+            continue
+        try:
+            yield unit, item, transform.all(item.data, seed_of(views, item.id))
+        except ImageError as error:
+            yield unit, item.id, Lost("decode", error.reason, str(error))
+
+
+def decode_carefully(source: Source, views: Views, units: Sequence[int]) -> Iterator[Decoded]:
+    """The same in child processes, for a shard whose task died before: an image that kills its decoder is lost, and
+    does not stop the job."""
+    fork = multiprocessing.get_context("fork")
+    left = list(units)
+
+    def work(reader: Any, writer: Any) -> None:
+        reader.close()
+        try:
+            for found in decode_units(source, views, left):
+                writer.send(found)
+        except UserError as error:
+            writer.send(error)
+
+    while left:
+        reader, writer = fork.Pipe(duplex=False)
+        child = fork.Process(target=work, args=(reader, writer), daemon=True)
+        child.start()
+        writer.close()  # or the end of the child's would not be seen
+        try:
+            while left:
+                found = reader.recv()
+                if isinstance(found, UserError):
+                    raise found
+                left.pop(0)
+                yield found
+        except EOFError:
+            child.join()
+            message = f"the process that decoded it died (exit code {child.exitcode})"
+            yield left[0], source.id(left.pop(0)), Lost("decode", "crashed", message)
+        finally:
+            reader.close()
+            child.kill()
+            child.join()
+
+
+def _died_before() -> bool:
+    """Whether this task is a retry: its process died."""
+    import ray
+
+    if not ray.is_initialized():
+        return False
+    worker = ray._private.worker.global_worker.core_worker  # Ray has no public way to ask
+    return worker.get_current_task_attempt_number() > 0
 
 
 def seed_of(views: Views, identity: str) -> int:
@@ -573,9 +641,9 @@ def _items(source: Source, units: Sequence[int]) -> Iterator[tuple[int, Item | I
         yield from zip(units, threads.map(read, units), strict=True)
 
 
-def _quarantined(shard: Shard, unit: int, identity: str, stage: str, reason: str, message: str) -> dict[str, Any]:
-    place = {"unit": shard.first + unit, "id": identity, "source": shard.source.uri}
-    return place | {"stage": stage, "error": reason, "message": message}
+def _quarantined(shard: Shard, unit: int, identity: str, why: Lost) -> dict[str, Any]:
+    place = {"unit": unit, "id": identity, "source": shard.source.uri}
+    return place | {"stage": why.stage, "error": why.reason, "message": why.message}
 
 
 # --- encoding -------------------------------------------------------------------------------------------------
@@ -626,7 +694,7 @@ class Encoder:
             names = dict(zip(units.tolist(), part["id"].to_pylist(), strict=True))
             for unit, problem in bad.items():
                 message = f"the model's latents are {problem} for {self.how['dtype']}"
-                lost.append(_quarantined(shard, unit - shard.first, names[unit], "encode", problem, message))
+                lost.append(_quarantined(shard, unit, names[unit], Lost("encode", problem, message)))
             good = ~np.isin(units, list(bad))
             parts.append((part.filter(pa.array(good)), cache.to_stored(values[good], self.how["dtype"])))
         quarantine = pa.concat_tables([quarantine, pa.Table.from_pylist(lost, schema=cache.QUARANTINE)])
