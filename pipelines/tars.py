@@ -1,0 +1,176 @@
+"""WebDataset's tars: which bytes hold which samples.
+
+Headers are read here, not by `tarfile`: it takes four times as long for each, and where a tar is damaged it ends
+without a word.
+"""
+
+import io
+from collections.abc import Iterator
+from typing import IO, NamedTuple
+
+from litevae import storage
+from litevae.errors import UserError
+
+RANGE_SAMPLES = 256  # a range is read at once and held in memory ...
+RANGE_BYTES = 32 * 2**20  # ... so it ends where this many are full, too
+_BLOCK = 512
+_RECORD = 20 * _BLOCK  # tars are filled up with zeros to a multiple of it
+_READ_AHEAD = 2 * 2**20
+
+
+class Range(NamedTuple):
+    offset: int
+    size: int
+    samples: int
+
+
+class Member(NamedTuple):
+    """A file in a tar, from `start`, its first header, to `end`. Not `regular`: a link, device, ...: no data here."""
+
+    name: bytes
+    regular: bool
+    start: int
+    offset: int
+    size: int
+    end: int
+
+
+class Sample(NamedTuple):
+    """Files of one name, by extension (in lower case)."""
+
+    key: str
+    files: dict[str, Member]
+
+
+def list_ranges(path: str, size: int) -> list[Range]:
+    """The samples of a tar of `size` bytes, up to `RANGE_SAMPLES` a range.
+
+    Raises:
+        UserError: it is damaged or cut short, or the files of a sample do not lie together.
+    """
+    ranges: list[Range] = []
+    keys: set[str] = set()
+    offset = end = samples = 0
+    with open_tar(path, size) as file:
+        for key, files in read_samples(file, path, 0, size, whole=True):
+            if key in keys:
+                raise UserError(
+                    f"{path}: sample {key!r} comes twice; a sample's files have to lie one after another, and no two "
+                    f"samples have one name (write the tar anew, e.g. by tar --sort=name)"
+                )
+            keys.add(key)
+            if samples == RANGE_SAMPLES or end - offset >= RANGE_BYTES:
+                ranges.append(Range(offset, end - offset, samples))
+                samples = 0
+            members = list(files.values())
+            offset, end = offset if samples else members[0].start, members[-1].end
+            samples += 1
+    return [*ranges, Range(offset, end - offset, samples)] if samples else ranges
+
+
+def open_tar(path: str, size: int) -> IO[bytes]:
+    """The first `size` bytes of a tar, to read headers from; on S3 by few requests."""
+    file = storage.open_binary(path, size)
+    return io.BufferedReader(file, _READ_AHEAD) if storage.remote(path) else file  # type: ignore[type-var]
+
+
+def read_samples(file: IO[bytes], path: str, start: int, stop: int, whole: bool = False) -> Iterator[Sample]:
+    """Samples in the bytes start ... stop of a tar. `whole`: they go to its end, and its end has to be there.
+
+    Grouped as WebDataset does it: neighbours whose names agree up to the first dot of the last part. Hidden names and
+    those without an extension are left out.
+    """
+    key: bytes | None = None
+    files: dict[str, Member] = {}
+    for member in _members(file, path, start, stop, whole):
+        name = member.name.removeprefix(b"./")
+        base = name.rfind(b"/") + 1
+        dot = name.find(b".", base)
+        if dot <= base:
+            continue
+        if name[:dot] != key:
+            if key is not None:
+                yield Sample(_text(key), files)
+            key, files = name[:dot], {}
+        extension = _text(name[dot + 1 :]).lower()
+        if extension in files:
+            raise UserError(f"{path}: {_text(name)!r} comes twice; write the tar anew")
+        files[extension] = member
+    if key is not None:
+        yield Sample(_text(key), files)
+
+
+def _members(file: IO[bytes], path: str, start: int, stop: int, whole: bool) -> Iterator[Member]:
+    """Everything but folders."""
+    position, first = start, start
+    extended: dict[bytes, bytes] = {}  # what headers before a member say of it: long names, sizes
+    while position < stop:
+        file.seek(position)
+        header = file.read(_BLOCK)
+        if len(header) == _BLOCK and not header.strip(b"\0"):
+            if file.read(_RECORD).strip(b"\0"):
+                raise UserError(
+                    f"{path} goes on after its end, byte {position}: put together of several? Give each alone"
+                )
+            return
+        try:
+            kind, name, size = _parse(header)
+            offset = position + _BLOCK
+            if kind in b"xL":
+                content = file.read(size)
+                extended |= _pax(content) if kind == b"x" else {b"path": content.split(b"\0", 1)[0]}
+            elif kind not in b"gK":
+                name, size = extended.get(b"path", name), int(extended.get(b"size", size))
+            if size < 0:
+                raise ValueError(f"a size of {size}")
+        except ValueError as error:
+            raise UserError(f"{path} is cut short or damaged: byte {position}: {error}; write it anew") from None
+        position = offset + -(-size // _BLOCK) * _BLOCK if kind not in b"123456" else offset
+        if kind in b"xgKL":
+            continue
+        if position > stop:
+            break
+        folder = kind == b"5" or name.endswith(b"/")
+        if not folder:
+            regular = kind in b"0\0007" and not any(key.startswith(b"GNU.sparse") for key in extended)
+            yield Member(name, regular, first, offset, size, position)
+        first, extended = position, {}
+    if whole or position > stop:
+        raise UserError(f"{path} is cut short: {stop} bytes, and no end among them; copy it again, or write it anew")
+
+
+def _parse(header: bytes) -> tuple[bytes, bytes, int]:
+    """Type, name and bytes of a member."""
+    if len(header) < _BLOCK:
+        raise ValueError("half a header")
+    if _number(header[148:156]) != sum(header) - sum(header[148:156]) + 8 * ord(" "):
+        raise ValueError("no tar header")
+    kind, name = header[156:157], header[:100].split(b"\0", 1)[0]
+    if kind == b"S":
+        raise ValueError("a sparse file")
+    if header[257:263] == b"ustar\0" and header[345] and kind not in b"xg":
+        name = header[345:500].split(b"\0", 1)[0] + b"/" + name
+    return kind, name, _number(header[124:136])
+
+
+def _number(field: bytes) -> int:
+    if field[0] == 0x80:  # more than octal digits can say
+        return int.from_bytes(field[1:], "big")
+    return int(field.split(b"\0", 1)[0].strip() or b"0", 8)
+
+
+def _pax(content: bytes) -> dict[bytes, bytes]:
+    """Records "length key=value\\n"."""
+    records = {}
+    while content:
+        digits, _, record = content.partition(b" ")
+        length = int(digits)
+        if not len(digits) < length <= len(content):
+            raise ValueError(f"a record of {length} bytes")
+        key, _, value = record[: length - len(digits) - 2].partition(b"=")
+        records[key], content = value, content[length:]
+    return records
+
+
+def _text(name: bytes) -> str:
+    return name.decode(errors="backslashreplace")
