@@ -474,7 +474,8 @@ def _content(manifest: dict[str, Any]) -> Any:
 
 def digest(manifest: dict[str, Any]) -> str:
     """sha256 of what a cache holds, without what is chance (the attempt in file names) or place."""
-    plan = {key: manifest[key] for key in ("model", "transform", "latents", "precision", "columns") if key in manifest}
+    keys = ("model", "transform", "latents", "precision", "columns")
+    plan: dict[str, Any] = {key: manifest[key] for key in keys if key in manifest}
     shards = [[shard["units"], shard["rows"], shard.get("sha256")] for shard in manifest["shards"]]
     return hashlib.sha256(_json([_identity(plan), shards])).hexdigest()
 
@@ -597,11 +598,12 @@ class LatentCache:
             self.group_shapes += [shape for _, shape in lengths]
         self._places = np.array(places)  # shard, row group there, rows
         self.groups = self._places[:, 2]
-        self.window = WINDOW_GROUPS * int(self.groups.max())
+        largest, shapes = int(self.groups.max()), len(set(self.group_shapes))
+        self.window = max(WINDOW_GROUPS, 4 * shapes) * largest  # every shape has a window open
         self._starts = np.cumsum(self.groups) - self.groups
         self._checked: set[int] = set()
         self._footers = Recent(self._read_footer, limit=1024)
-        self._tables = Recent(self._load, limit=self.window + int(self.groups.max()))
+        self._tables = Recent(self._load, limit=self.window + shapes * largest)
         self._columns = Recent(self._load_columns, limit=16 * self.window)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -640,7 +642,7 @@ class LatentCache:
         """
         stored, names = self._gather(indices)
         mean, logvar = stored.float().chunk(2, dim=1) if self.content == "moments" else (stored.float(), None)
-        if draw == "sample" and logvar is not None:
+        if draw == "sample" and logvar is not None and names:
             epochs = np.broadcast_to(epoch, len(names))
             noise = np.stack(
                 [_noise(mean.shape[1:], seed, int(e), name) for e, name in zip(epochs, names, strict=True)]

@@ -147,8 +147,8 @@ def _check_shard(
     expected = np.setdiff1d(np.arange(*units), absent)
     keys = nothing
     if rows is not None:
-        if list(plan["columns"]) != rows.column_names:
-            problems.append(f"has columns {', '.join(rows.column_names)}, the plan says {', '.join(plan['columns'])}")
+        if (columns := {field.name: str(field.type) for field in rows.schema}) != plan["columns"]:
+            problems.append(f"has columns {columns}, the plan says {plan['columns']}")
         views = rows["unit"].to_numpy() * how["views"] + rows["view"].to_numpy()
         wanted = (expected[:, None] * how["views"] + np.arange(how["views"])).reshape(-1)
         if not np.array_equal(np.sort(views), wanted):
@@ -337,7 +337,7 @@ def _look(model: Any, pixels: np.ndarray, stored: np.ndarray, manifest: dict[str
         fresh = encode_latents(model, x).float()
     fresh = fresh[:, : kept.shape[1]]
     latent = kept.chunk(2, dim=1)[0] if how["content"] == "moments" else kept
-    reconstruction = model.decode(latent).sample.float()
+    reconstruction = model.decode(latent, return_dict=False)[0].float()
     return {
         "image": x,
         "reconstruction": reconstruction,

@@ -252,8 +252,8 @@ class Views(Transform):
             raise ValueError(f"crops={self.crops} would be the same one {self.crops} times; set crop=random")
         if self.buckets and self.resize == "none":
             raise ValueError("buckets resize images to fit; leave resize=shorter")
-        if self.buckets and self.resolution < self.bucket_step:
-            raise ValueError(f"bucket_step={self.bucket_step} is larger than resolution={self.resolution}")
+        if self.buckets and self.resolution % self.bucket_step:
+            raise ValueError(f"resolution={self.resolution} is not a multiple of bucket_step={self.bucket_step}")
         return self
 
 

@@ -207,7 +207,8 @@ def retry(config: Retry) -> dict[str, Any]:
     share = cluster.start(config.ray)
     settings = plan["settings"] | config.model_dump(mode="json")
     done = _tracked(config, settings, plan, planned, todo, out, share)
-    return _report(done | {"recovered": done["images"] - manifest["counts"]["encoded"]})
+    recovered = done["images"] - manifest["counts"]["encoded"]
+    return _report(done | {"encoded_now": recovered, "recovered": recovered})
 
 
 def _open(config: Mend) -> tuple[str, dict[str, Any], list[Source]]:
@@ -285,10 +286,9 @@ def _plan(config: Encode, source: Source, identity: dict[str, Any], before: dict
         key: value for key, value in model_config(config.model).items() if key == "_class_name" or key[0] != "_"
     }
     model = {"path": os.path.abspath(config.model), "fingerprint": fingerprint(config.model), "config": settings}
-    if before and before["model"]["fingerprint"] == model["fingerprint"]:
-        content = before["latents"]["content"] if config.latents == "moments" else "mean"
-    else:
-        content = _try(config.model, transform) if config.latents == "moments" else "mean"
+    content = _try(config.model, transform)
+    if config.latents == "mean":
+        content = "mean"
     precision = before["precision"] if before and config.precision == "auto" else config.precision
     batch_size = before["settings"]["batch_size"] if before and config.batch_size == "auto" else config.batch_size
     return {
@@ -425,7 +425,7 @@ def _encode(
         done += commit["units"][1] - commit["units"][0]
     _check_budget(reasons, budget, out, total)
     if kept and todo:
-        print(f"going on: {len(kept):,} of {len(planned):,} shards are done", flush=True)
+        print(f"{len(todo):,} of {len(planned):,} shards to do", flush=True)
     encoded, devices, busy = 0, set(), {"decode": 0.0, "encode": 0.0}
     slots = {"decode": ray_config.decode_tasks, "encode": min(share.workers, max(1, len(todo)))}
     progress = Progress("encode", total, done, sys.stderr.isatty())
@@ -517,7 +517,7 @@ class Lost:
     message: str
 
 
-Decoded = tuple[int, Item, list[Transformed]] | tuple[int, str, Lost]  # unit, and what became of it; its id where lost
+Decoded = tuple[int, Item, list[Transformed]] | tuple[int, None, Lost]  # a unit, and what became of it
 
 
 def decode_shard(row: dict[str, Any], views: Views) -> dict[str, Any]:
@@ -538,11 +538,13 @@ def decode_shard(row: dict[str, Any], views: Views) -> dict[str, Any]:
     decode = decode_carefully if _died_before() else decode_units
     common = {"shard": shard, "error": ""}
     try:
-        for unit, item, found in decode(source, views, units):
-            if isinstance(found, Lost):
-                lost.append(_quarantined(shard, shard.first + unit, item, found))
+        for decoded in decode(source, views, units):
+            if decoded[1] is None:
+                unit, _, why = decoded
+                lost.append(_quarantined(shard, shard.first + unit, source.id(unit), why))
                 continue
-            for view, image in enumerate(found):
+            unit, item, images = decoded
+            for view, image in enumerate(images):
                 pixels[end : end + image.pixels.size] = image.pixels.reshape(-1)
                 end += image.pixels.size
                 sizes.append(image.pixels.shape[:2])
@@ -566,12 +568,12 @@ def decode_units(source: Source, views: Views, units: Sequence[int]) -> Iterator
     transform = transform_of(views)
     for unit, item in _items(source, units):
         if isinstance(item, ImageError):
-            yield unit, source.id(unit), Lost("read", item.reason, str(item))
+            yield unit, None, Lost("read", item.reason, str(item))
             continue
         try:
             yield unit, item, transform.all(item.data, seed_of(views, item.id))
         except ImageError as error:
-            yield unit, item.id, Lost("decode", error.reason, str(error))
+            yield unit, None, Lost("decode", error.reason, str(error))
 
 
 def decode_carefully(source: Source, views: Views, units: Sequence[int]) -> Iterator[Decoded]:
@@ -603,7 +605,7 @@ def decode_carefully(source: Source, views: Views, units: Sequence[int]) -> Iter
         except EOFError:
             child.join()
             message = f"the process that decoded it died (exit code {child.exitcode})"
-            yield left[0], source.id(left.pop(0)), Lost("decode", "crashed", message)
+            yield left.pop(0), None, Lost("decode", "crashed", message)
         finally:
             reader.close()
             child.kill()
@@ -705,8 +707,8 @@ class Encoder:
             tried = pa.array(task.only, pa.int64())
             others = old.filter(pa.compute.invert(pa.compute.is_in(old["unit"], value_set=tried)))
             quarantine = pa.concat_tables([others, quarantine]).sort_by("unit")
-            if quarantine.equals(old.sort_by("unit")):
-                return before
+            if _reasons(quarantine).equals(_reasons(old.sort_by("unit"))):
+                return before  # nothing has changed
             if before["rows"]:
                 stored, latents = cache.read_shard(self.out, before, self.how)
                 parts += [(stored.slice(start, len(values)), values) for start, values in _with_starts(latents)]
@@ -797,6 +799,10 @@ def _merged(parts: list[tuple[pa.Table, np.ndarray]], schema: pa.Schema) -> tupl
         tables.append(table.take(pa.array(order)))
         latents.append(values[order])
     return pa.concat_tables(tables), latents
+
+
+def _reasons(quarantine: pa.Table) -> pa.Table:
+    return quarantine.drop_columns(["source"])  # which may have moved
 
 
 def _with_starts(latents: list[np.ndarray]) -> Iterator[tuple[int, np.ndarray]]:

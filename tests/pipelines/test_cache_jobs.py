@@ -80,36 +80,36 @@ def shard_file(root, number):
 
 
 def flip_a_bit(root):
-    data = bytearray(shard_file(root, 2).read_bytes())
+    data = bytearray(shard_file(root, 3).read_bytes())
     data[len(data) // 2] ^= 1
-    shard_file(root, 2).write_bytes(data)
+    shard_file(root, 3).write_bytes(data)
 
 
 def lose_a_shard(root):
-    shard_file(root, 2).unlink()
+    shard_file(root, 3).unlink()
 
 
 def cut_a_shard(root):
-    shard_file(root, 2).write_bytes(shard_file(root, 2).read_bytes()[:-100])
+    shard_file(root, 3).write_bytes(shard_file(root, 3).read_bytes()[:-100])
 
 
 def empty_a_commit(root):
-    (root / "cache/commits/000002.json").write_bytes(b"")
+    (root / "cache/commits/000003.json").write_bytes(b"")
 
 
 def lose_a_commit(root):
-    (root / "cache/commits/000002.json").unlink()
+    (root / "cache/commits/000003.json").unlink()
 
 
 def rewrite(root, change):
     """A whole, valid shard with another content, and a commit that names it: only its meaning is wrong."""
-    path = root / "cache/commits/000002.json"
+    path = root / "cache/commits/000003.json"
     commit, plan = json.loads(path.read_text()), cache.read_plan(str(root / "cache"))
     rows, latents = cache.read_shard(str(root / "cache"), commit, plan["latents"])
     rows, latents = change(rows, [values.copy() for values in latents])
     data = cache.shard_bytes(rows, latents, plan["latents"])
-    (root / "cache/shards/000002-other.parquet").write_bytes(data)
-    record = {"file": "shards/000002-other.parquet", "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    (root / "cache/shards/000003-other.parquet").write_bytes(data)
+    record = {"file": "shards/000003-other.parquet", "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     shapes = [list(values.shape) for values in latents]
     path.write_text(json.dumps(commit | record | {"rows": rows.num_rows, "shapes": shapes}))
 
@@ -146,14 +146,14 @@ def rename_a_row(root):
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (flip_a_bit, "shard 2: .*its sha256 is not"),
-        (lose_a_shard, "shard 2: .* is missing"),
-        (cut_a_shard, "shard 2: .* bytes; the manifest says"),
-        (empty_a_commit, "shard 2: .*commits/000002.json is damaged"),
-        (lose_a_commit, "shard 2: has no commit"),
-        (double_a_row, "shard 2: its 8 rows are not the 8 of the inputs"),
-        (drop_a_row, "shard 2: its 7 rows are not the 8 of the inputs"),
-        (spoil_a_latent, "shard 2: has latents that are not finite"),
+        (flip_a_bit, "shard 3: .*its sha256 is not"),
+        (lose_a_shard, "shard 3: .* is missing"),
+        (cut_a_shard, "shard 3: .* bytes; the manifest says"),
+        (empty_a_commit, "shard 3: .*commits/000003.json is damaged"),
+        (lose_a_commit, "shard 3: has no commit"),
+        (double_a_row, "shard 3: its 8 rows are not the 8 of the inputs"),
+        (drop_a_row, "shard 3: its 7 rows are not the 8 of the inputs"),
+        (spoil_a_latent, "shard 3: has latents that are not finite"),
     ],
 )
 def test_damage_is_found_and_repaired(made, copy, damage, message):
@@ -175,7 +175,7 @@ def test_damage_is_found_and_repaired(made, copy, damage, message):
 
 def test_ids_are_compared_with_the_source(copy):
     rename_a_row(copy)
-    with pytest.raises(UserError, match="shard 2: input 16 is 'elsewhere.png', in the source 'cats/"):
+    with pytest.raises(UserError, match="shard 3: input 24 is 'elsewhere.png', in the source 'dogs/"):
         audit.verify(Verify(cache=str(copy / "cache")))
 
 
