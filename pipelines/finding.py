@@ -48,7 +48,7 @@ def find(path: str, shown: str) -> Found:
     Raises:
         UserError: there is nothing, or nothing of use, or files of several kinds.
     """
-    if storage.folder_exists(path):
+    if _is_folder(path):
         return _within(path, shown)
     size, root = storage.size(path), root_of(path)
     files = _matching(path, shown) if size is None else [(path, size)]
@@ -67,10 +67,15 @@ def find(path: str, shown: str) -> Found:
 
 def root_of(path: str) -> str:
     """The folder that the files' names are relative to: what is above all that a path or pattern stands for."""
-    if storage.folder_exists(path):
+    if _is_folder(path):
         return path
     fixed = path if storage.size(path) is not None else _MAGIC.split(path, maxsplit=1)[0]
     return fixed.rpartition("/")[0] or "/"
+
+
+def _is_folder(path: str) -> bool:
+    bucket = storage.remote(path) and "/" not in path.removeprefix("s3://")  # one without anything in it, too
+    return storage.folder_exists(path) or bucket
 
 
 def _matching(pattern: str, shown: str) -> list[tuple[str, int]]:

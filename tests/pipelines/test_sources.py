@@ -804,3 +804,110 @@ def test_refused_lists(tmp_path):
     (tmp_path / "b.csv").write_text("path\na\n")
     with pytest.raises(UserError, match="names 2 lists; put them into one"):
         source_of(tmp_path / "?.csv")
+
+
+# --- S3 ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["s3", pytest.param("ceph", marks=pytest.mark.slow)])
+def bucket(request):
+    return request.getfixturevalue(request.param)
+
+
+def upload(folder, bucket):
+    """A folder tree to S3, past our own code; and what a bucket has besides: folder markers and hidden files."""
+    import boto3
+
+    client, name = boto3.client("s3"), bucket.removeprefix("s3://")
+    files = [path for path in Path(folder).rglob("*") if path.is_file()]
+    for path in files:
+        client.put_object(Bucket=name, Key=f"data/{path.relative_to(folder)}", Body=path.read_bytes())
+    for key in ("data/folder/", "data/folder/.hidden.jpg", "data/tars/.git/x.tar", "data/top.jpg"):
+        client.put_object(Bucket=name, Key=key, Body=b"")
+    return client, name
+
+
+def test_sources_on_s3(kinds, tmp_path, bucket, monkeypatch):
+    client, name = upload(tmp_path, bucket)
+    for local in kinds.values():
+        uri = f"{bucket}/data/{Path(local.uri).relative_to(tmp_path)}"
+        columns = local.schema.names if local.kind != "folder" else []
+        source = source_of(uri, columns=columns)
+        assert (source.uri, source.remote) == (uri, True)
+        assert source.identity | {"uri": local.uri} == local.identity  # the same images, so the same digest
+        items = everything(local)
+        assert everything(source) == items
+        assert source.ids(0, source.units) == local.ids(0, local.units)
+        part = pickle.loads(pickle.dumps(source.part(3, 7)))
+        assert everything(part) == items[3:7]
+        assert everything(restore(local.listing, uri)) == items
+    source = source_of(f"{bucket}/data/folder")
+    client.delete_object(Bucket=name, Key="data/folder/a/00.jpg")
+    with pytest.raises(ImageError, match="gone") as error:
+        source.data(0)
+    assert error.value.reason == "missing"
+    assert compare([source.listing], source_of(f"{bucket}/data/folder")).examples == "a/00.jpg"
+
+
+def test_a_range_on_s3_is_one_request(kinds, tmp_path, bucket, monkeypatch):
+    upload(tmp_path, bucket)
+    gets = []
+    call = storage._store()._call_s3
+
+    async def counted(method, *args, **kwargs):
+        gets.append((method, kwargs.get("Range")))
+        return await call(method, *args, **kwargs)
+
+    monkeypatch.setattr(storage._store(), "_call_s3", counted)
+    source = source_of(f"{bucket}/data/tars")
+    listed = [method for method, _ in gets if method == "get_object"]
+    assert len(listed) <= 2 * 2 + 1  # a small tar is read ahead as a whole; then the first samples are looked at
+    gets.clear()
+    everything(source.part(0, 8))
+    size = source.listing["size"][0].as_py()
+    assert gets == [("get_object", f"bytes=0-{size - 1}")]
+    source = source_of(f"{bucket}/data/parquet")
+    gets.clear()
+    everything(source.part(0, 8))
+    assert len(gets) <= 2 + 2 + 2  # sizes, the footer's two ends, two columns
+
+
+def test_patterns_on_s3(kinds, tmp_path, bucket):
+    upload(tmp_path, bucket)
+    digest = kinds["webdataset"].digest
+    for pattern in ("tars/*.tar", "tars/?.tar", "tars/{0..1}.tar", "tars/[0-9].tar"):
+        assert source_of(f"{bucket}/data/{pattern}").digest == digest
+    assert source_of(f"{bucket}/**/*.tar").units == 40
+    assert source_of(f"{bucket}/**/*.tar").id(0) == "data/tars/0.tar/000000"
+    assert source_of(f"{bucket}/data/tars/1.tar").id(0) == "1.tar/000020"
+    for pattern, message in [
+        ("data/tars/{0..2}.tar", "there is no s3://.*/data/tars/2.tar"),
+        ("data/*.tar", "does not exist"),
+        ("nowhere", "does not exist"),
+        ("data/top.jpg", "neither a folder"),
+        ("data", "holds both images .* and Parquet files .* and tars"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            source_of(f"{bucket}/{pattern}")
+
+
+def test_an_empty_bucket(bucket):
+    for uri, message in [(bucket, "has no images"), (f"{bucket}/", "has no images"), (f"{bucket}/a", "does not exist")]:
+        with pytest.raises(UserError, match=message):
+            source_of(uri)
+    with pytest.raises(UserError, match="no bucket"):
+        source_of(f"{bucket}-other/folder")
+
+
+def test_a_local_list_of_s3_uris(kinds, tmp_path, bucket):
+    upload(tmp_path, bucket)
+    entries = [f"{bucket}/data/folder/a/00.jpg", f"{bucket}/data/nowhere.jpg", str(tmp_path / "folder/b/01.jpg")]
+    (tmp_path / "some.txt").write_text("\n".join(entries))
+    source = source_of(tmp_path / "some.txt")
+    assert source.remote
+    assert [item.data if isinstance(item, Item) else item[1] for item in everything(source)] == [
+        b"image 0",
+        "missing",
+        b"image 1",
+    ]
+    assert source.ids(0, 3) == entries
