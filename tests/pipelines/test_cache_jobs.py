@@ -76,95 +76,107 @@ def test_a_sound_cache_is_found_sound(made, capsys):
 
 
 def shard_file(root, number):
-    return root / "cache" / LatentCache(root / "cache").manifest["shards"][number]["file"]
+    return root / "cache" / cache.read_manifest(root / "cache")["shards"][number]["file"]
 
 
-def flip_a_bit(root):
-    data = bytearray(shard_file(root, 3).read_bytes())
+def flip_a_bit(root, number):
+    data = bytearray(shard_file(root, number).read_bytes())
     data[len(data) // 2] ^= 1
-    shard_file(root, 3).write_bytes(data)
+    shard_file(root, number).write_bytes(data)
 
 
-def lose_a_shard(root):
-    shard_file(root, 3).unlink()
+def lose_a_shard(root, number):
+    shard_file(root, number).unlink()
 
 
-def cut_a_shard(root):
-    shard_file(root, 3).write_bytes(shard_file(root, 3).read_bytes()[:-100])
+def cut_a_shard(root, number):
+    shard_file(root, number).write_bytes(shard_file(root, number).read_bytes()[:-100])
 
 
-def empty_a_commit(root):
-    (root / "cache/commits/000003.json").write_bytes(b"")
+def empty_a_commit(root, number):
+    commit_file(root, number).write_bytes(b"")
 
 
-def lose_a_commit(root):
-    (root / "cache/commits/000003.json").unlink()
+def lose_a_commit(root, number):
+    commit_file(root, number).unlink()
 
 
-def rewrite(root, change):
+def commit_file(root, number):
+    return root / f"cache/commits/{number:06d}.json"
+
+
+def rewrite(root, number, change):
     """A whole, valid shard with another content, and a commit that names it: only its meaning is wrong."""
-    path = root / "cache/commits/000003.json"
+    path = commit_file(root, number)
     commit, plan = json.loads(path.read_text()), cache.read_plan(str(root / "cache"))
     rows, latents = cache.read_shard(str(root / "cache"), commit, plan["latents"])
     rows, latents = change(rows, [values.copy() for values in latents])
     data = cache.shard_bytes(rows, latents, plan["latents"])
-    (root / "cache/shards/000003-other.parquet").write_bytes(data)
-    record = {"file": "shards/000003-other.parquet", "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    name = f"shards/{number:06d}-other.parquet"
+    (root / "cache" / name).write_bytes(data)
+    record = {"file": name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     shapes = [list(values.shape) for values in latents]
     path.write_text(json.dumps(commit | record | {"rows": rows.num_rows, "shapes": shapes}))
 
 
-def double_a_row(root):
+def double_a_row(root, number):
     def change(rows, latents):
         latents[0][-1] = latents[0][0]
         return pa.concat_tables([rows.slice(0, len(rows) - 1), rows.slice(0, 1)]), latents
 
-    rewrite(root, change)
+    rewrite(root, number, change)
 
 
-def drop_a_row(root):
-    rewrite(root, lambda rows, latents: (rows.slice(1), [latents[0][1:]]))
+def drop_a_row(root, number):
+    rewrite(root, number, lambda rows, latents: (rows.slice(1), [latents[0][1:]]))
 
 
-def spoil_a_latent(root):
+def spoil_a_latent(root, number):
     def change(rows, latents):
         latents[0][3, 0, 0, 0] = np.nan
         return rows, latents
 
-    rewrite(root, change)
+    rewrite(root, number, change)
 
 
-def rename_a_row(root):
+def rename_a_row(root, number, name):
     def change(rows, latents):
         names = rows["id"].to_pylist()
-        other = pa.array(["elsewhere.png", *names[1:]])
+        other = pa.array([name, *names[1:]])
         return rows.set_column(0, rows.schema.field("id"), other), latents
 
-    rewrite(root, change)
+    rewrite(root, number, change)
 
 
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (flip_a_bit, "shard 3: .*its sha256 is not"),
-        (lose_a_shard, "shard 3: .* is missing"),
-        (cut_a_shard, "shard 3: .* bytes; the manifest says"),
-        (empty_a_commit, "shard 3: .*commits/000003.json is damaged"),
-        (lose_a_commit, "shard 3: has no commit"),
-        (double_a_row, "shard 3: its 8 rows are not the 8 of the inputs"),
-        (drop_a_row, "shard 3: its 7 rows are not the 8 of the inputs"),
-        (spoil_a_latent, "shard 3: has latents that are not finite"),
-    ],
-)
-def test_damage_is_found_and_repaired(made, copy, damage, message):
-    """The shard is as it was before, byte by byte; the others are left alone."""
-    damage(copy)
-    with pytest.raises(UserError, match=message) as error:
+DAMAGES = {
+    flip_a_bit: "shard 3: .*its sha256 is not",
+    lose_a_shard: "shard 3: .* is missing",
+    cut_a_shard: "shard 3: .* bytes; the manifest says",
+    empty_a_commit: "shard 3: .*commits/000003.json is damaged",
+    lose_a_commit: "shard 3: has no commit",
+    double_a_row: "shard 3: its 8 rows are not the 8 of the inputs",
+    drop_a_row: "shard 3: its 7 rows are not the 8 of the inputs",
+    spoil_a_latent: "shard 3: has latents that are not finite",
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
+def test_damage_is_found(copy, damage):
+    damage(copy, 3)
+    with pytest.raises(UserError, match=DAMAGES[damage]) as error:
         audit.verify(Verify(cache=str(copy / "cache"), source=False))
-    assert "1 of 6 shards are missing or damaged" in str(error.value)
+    assert "1 of 6 shards are missing or damaged; repair it: python jobs/encode_dataset.py" in str(error.value)
+
+
+@pytest.mark.parametrize("damages", [list(DAMAGES)[:5], list(DAMAGES)[5:]], ids=["files", "content"])
+def test_damage_is_repaired(made, copy, damages):
+    """Damaged shards are as they were before, byte by byte; the others are left alone."""
+    for number, damage in enumerate(damages):
+        damage(copy, number)
     before = files_of(copy / "cache")
+    units = sum(json.loads(commit_file(made, n).read_text())["rows"] for n in range(len(damages)))
     done = encode.repair(mend(Repair, copy, made))
-    assert done["encoded_now"] == 8
+    assert done["encoded_now"] == units
     assert shard_bytes(copy / "cache") == shard_bytes(made / "cache")
     after = files_of(copy / "cache")
     assert all(after[file] == before[file] for file in before.keys() & after.keys())
@@ -174,17 +186,13 @@ def test_damage_is_found_and_repaired(made, copy, damage, message):
 
 
 def test_ids_are_compared_with_the_source(copy):
-    rename_a_row(copy)
+    rename_a_row(copy, 3, "elsewhere.png")
     with pytest.raises(UserError, match="shard 3: input 24 is 'elsewhere.png', in the source 'dogs/"):
         audit.verify(Verify(cache=str(copy / "cache")))
 
 
-def test_an_id_twice_is_found(made, copy):
-    def change(rows, latents):
-        names = ["cats/001.png", *rows["id"].to_pylist()[1:]]
-        return rows.set_column(0, rows.schema.field("id"), pa.array(names)), latents
-
-    rewrite(copy, change)
+def test_an_id_twice_is_found(copy):
+    rename_a_row(copy, 3, "cats/001.png")
     with pytest.raises(UserError, match="id 'cats/001.png' is there more than once"):
         audit.verify(Verify(cache=str(copy / "cache"), source=False))
 
@@ -220,7 +228,7 @@ def test_left_over_files_are_removed(made, copy):
 
 
 def test_repair_needs_the_same_model(made, copy, tmp_path):
-    lose_a_shard(copy)
+    lose_a_shard(copy, 3)
     other = save_model(tmp_path / "other", seed=1)
     with pytest.raises(UserError, match="is not the model that encoded"):
         encode.repair(mend(Repair, copy, made, model=other))
