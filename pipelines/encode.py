@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import platform
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -449,8 +450,8 @@ def _encode(
                 for stage in busy:
                     busy[stage] += row[f"{stage}_seconds"]
                 _check_budget(reasons, budget, out, total)
-                share_of = {f"{stage}_busy": busy[stage] / slots[stage] / (now - start) for stage in busy}
-                progress.update(done, quarantined=sum(reasons.values()), **share_of)
+                shares = {f"{stage}_%": 100 * busy[stage] / slots[stage] / (now - start) for stage in busy}
+                progress.update(done, quarantined=sum(reasons.values()), **shares)
     except ray.exceptions.RayError as error:
         if isinstance(error, ray.exceptions.RayTaskError):
             raise  # an exception in our own code, with its traceback
@@ -498,7 +499,12 @@ def _pipeline(
         return pixels.map(
             Encoder,
             fn_constructor_kwargs={"out": out, "plan": plan, "gpu": share.gpu, "threads": share.threads},
-            compute=ActorPoolStrategy(size=min(share.workers, len(shards)), max_tasks_in_flight_per_actor=2),
+            compute=ActorPoolStrategy(
+                size=min(share.workers, len(shards)),
+                max_tasks_in_flight_per_actor=3,
+                max_concurrent_calls_per_actor=2,  # one shard is written while the next is encoded
+                enable_true_multi_threading=True,
+            ),
             num_cpus=0.9,  # other than decoding's: operators of equal resources are fused into one, here the actor
             num_gpus=share.resources.get("GPU", 0),
             max_task_retries=RETRIES,
@@ -652,7 +658,7 @@ def _quarantined(shard: Shard, unit: int, identity: str, why: Lost) -> dict[str,
 
 
 class Encoder:
-    """An actor with the model on its device: pixels of a shard -> latents -> commit."""
+    """An actor with the model on its device: pixels of a shard -> latents -> commit. Two threads take turns."""
 
     def __init__(self, out: str, plan: dict[str, Any], gpu: bool, threads: int):
         self.out, self.plan, self.how = out, plan, plan["latents"]
@@ -660,16 +666,20 @@ class Encoder:
         self.device = torch.device("cuda" if gpu else "cpu")
         self.name = torch.cuda.get_device_name() if gpu else platform.processor() or platform.machine()
         self._model: Callable[[torch.Tensor], torch.Tensor] | None = None
-        torch.set_num_threads(threads)
+        self._threads, self._turn = threads, threading.Lock()
         torch.backends.cudnn.deterministic = True
         torch.backends.cudnn.allow_tf32 = False  # fp32 is fp32
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        start = time.perf_counter()
-        error, commit = row["error"], {}
+        error, commit, seconds = row["error"], {}, 0.0
         if not error:
             try:
-                commit = self._commit(row)
+                with self._turn:
+                    torch.set_num_threads(self._threads)  # OpenMP's is each thread's own
+                    start = time.perf_counter()
+                    encoded = list(self._latents(row["pixels"], row["sizes"]))
+                    seconds = time.perf_counter() - start
+                commit = self._commit(row, encoded)
             except UserError as problem:
                 error = str(problem)
         return {
@@ -677,15 +687,16 @@ class Encoder:
             "commit": json.dumps(commit),
             "device": self.name,
             "decode_seconds": row["decode_seconds"],
-            "encode_seconds": time.perf_counter() - start,
+            "encode_seconds": seconds,
         }
 
-    def _commit(self, row: dict[str, Any]) -> dict[str, Any]:
+    def _commit(self, row: dict[str, Any], encoded: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, Any]:
+        """Drop what can't be stored, add the rows that a retry keeps, and commit."""
         shard: Shard = row["shard"]
         rows, quarantine = _unpack(row["rows"]), _unpack(row["quarantine"])
         parts: list[tuple[pa.Table, np.ndarray]] = []
         lost: list[dict[str, Any]] = []
-        for places, values in self._latents(row["pixels"], row["sizes"]):
+        for places, values in encoded:
             part = rows.take(pa.array(places))
             units = part["unit"].to_numpy()
             bad = {
