@@ -14,8 +14,8 @@ that nobody reads. Of each row `moments` holds the posterior's (2 n_z, h, w), me
 (n_z, h, w) of an autoencoder without one: little-endian bytes, their dtype and shape in the field's metadata.
 """
 
+import contextlib
 import hashlib
-import io
 import json
 import os
 import uuid
@@ -175,10 +175,8 @@ def read_shard(folder: str, commit: dict[str, Any], how: dict[str, Any]) -> tupl
     """
     file = storage.join(folder, commit["file"])
     data = _checked(file, commit)
-    try:
-        table = pq.read_table(io.BytesIO(data), page_checksum_verification=True)
-    except (OSError, pa.ArrowException) as error:
-        raise UserError(f"{file} is damaged: {error}") from error
+    with _damage_of(file):
+        table = pq.read_table(pa.BufferReader(data), page_checksum_verification=True)
     latents, start = [], 0
     for count, *shape in commit["shapes"]:
         latents.append(latents_of(table.slice(start, count), shape, how))
@@ -196,7 +194,18 @@ def read_quarantine(folder: str, commit: dict[str, Any]) -> pa.Table:
     if not commit["quarantined"]:
         return QUARANTINE.empty_table()
     record = commit["quarantine"]
-    return pq.read_table(io.BytesIO(_checked(storage.join(folder, record["file"]), record)))
+    return pq.read_table(pa.BufferReader(_checked(storage.join(folder, record["file"]), record)))
+
+
+@contextlib.contextmanager
+def _damage_of(file: str) -> Iterator[None]:
+    """Turns what reading a damaged Parquet file raises into a UserError."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise UserError(f"{file} is missing; the cache's manifest names it") from None
+    except (OSError, pa.ArrowException) as error:
+        raise UserError(f"{file} is damaged: {error}") from error
 
 
 def _checked(file: str, record: dict[str, Any]) -> bytes:
@@ -220,13 +229,13 @@ def _check_size(file: str, record: dict[str, Any], found: int | None) -> None:
 
 def _parquet(parts: Sequence[pa.Table], compression: str, **options: Any) -> bytes:
     """The file's bytes are made in memory: a store must never be given half a file."""
-    sink = io.BytesIO()
+    sink = pa.BufferOutputStream()
     with pq.ParquetWriter(
         sink, parts[0].schema, compression=compression, use_dictionary=False, write_page_checksum=True, **options
     ) as writer:
         for part in parts:
             writer.write_table(part, row_group_size=ROW_GROUP)
-    return sink.getvalue()
+    return sink.getvalue().to_pybytes()
 
 
 # --- plan and listing -----------------------------------------------------------------------------------------
@@ -272,16 +281,16 @@ def read_listings(folder: str) -> list[pa.Table]:
     for name in storage.names(storage.join(folder, "listing")):
         path = storage.join(folder, "listing", name)
         try:
-            found.append(pq.read_table(io.BytesIO(storage.read(path)), page_checksum_verification=True))
+            found.append(pq.read_table(pa.BufferReader(storage.read(path)), page_checksum_verification=True))
         except (OSError, pa.ArrowException) as error:
             raise UserError(f"{path} is damaged: {error}; bring it back from a copy") from error
     return found
 
 
 def _listing_bytes(listing: pa.Table) -> bytes:
-    sink = io.BytesIO()
+    sink = pa.BufferOutputStream()
     pq.write_table(listing, sink, compression="zstd", row_group_size=2**17, write_page_checksum=True)
-    return sink.getvalue()
+    return sink.getvalue().to_pybytes()
 
 
 # --- commits --------------------------------------------------------------------------------------------------
@@ -718,30 +727,15 @@ class LatentCache:
         return {name: table[name].to_pylist() for name in names}, table.num_rows
 
     def _read(self, group: int, columns: list[str]) -> pa.Table:
-        number, position, _ = self._places[group]
-        file = self._checked_file(int(number))
-        try:
-            with self._open(int(number)) as raw:
-                footer = self._footers(int(number))
-                with pq.ParquetFile(raw, metadata=footer, page_checksum_verification=True) as parquet:
-                    return parquet.read_row_group(int(position), columns=columns)
-        except FileNotFoundError:
-            raise UserError(f"{file} is missing; the cache's manifest names it") from None
-        except (OSError, pa.ArrowException) as error:
-            raise UserError(f"{file} is damaged: {error}") from error
+        number, position, _ = (int(value) for value in self._places[group])
+        file, size = self._checked_file(number), self._shards[number]["bytes"]
+        with _damage_of(file):
+            return storage.read_row_group(file, self._footers(number), position, columns, size)
 
     def _read_footer(self, number: int) -> tuple[pq.FileMetaData, int]:
         file = self._checked_file(number)
-        try:
-            with self._open(number) as raw:
-                return pq.read_metadata(raw), 1
-        except FileNotFoundError:
-            raise UserError(f"{file} is missing; the cache's manifest names it") from None
-        except (OSError, pa.ArrowException) as error:
-            raise UserError(f"{file} is damaged: {error}") from error
-
-    def _open(self, number: int) -> Any:
-        return storage.open_binary(self._checked_file(number), self._shards[number]["bytes"])
+        with _damage_of(file):
+            return storage.read_footer(file, self._shards[number]["bytes"]), 1
 
     def _file(self, shard: dict[str, Any]) -> str:
         return storage.join(self.path, shard["file"])

@@ -18,8 +18,11 @@ import threading
 import time
 import uuid
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import IO, Any, Generic, TypeVar
+
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from litevae.errors import UserError
 
@@ -181,6 +184,52 @@ def open_binary(path: str, size: int | None = None) -> IO[bytes]:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
         size = head["ContentLength"]
     return _Remote(path, size)  # type: ignore[return-value]  # a RawIOBase that reads all it is asked for
+
+
+def read_footer(path: str, size: int | None = None) -> pq.FileMetaData:
+    """Of a Parquet file. FileNotFoundError where there is none; OSError or ArrowException where it is damaged."""
+    with _arrow_file(path, size) as file:
+        return pq.read_metadata(file)
+
+
+def read_row_group(
+    path: str, footer: pq.FileMetaData, group: int, columns: Sequence[str], size: int | None = None
+) -> pa.Table:
+    """Some columns of a row group, its pages' checksums verified; from S3 with one request where they lie together.
+
+    Errors as those of `read_footer`.
+    """
+    found = footer.row_group(group)
+    chunks = [found.column(n) for n in range(found.num_columns)]
+    spans = [
+        (
+            min(chunk.dictionary_page_offset or chunk.data_page_offset, chunk.data_page_offset),
+            chunk.total_compressed_size,
+        )
+        for chunk in chunks
+        if chunk.path_in_schema.partition(".")[0] in columns
+    ]
+    start, stop = min(start for start, _ in spans), max(start + length for start, length in spans)
+    together = (start, stop - start) if stop - start <= 2 * sum(length for _, length in spans) else None
+    # In this thread alone: one of Arrow's that calls into Python while the interpreter ends aborts the process.
+    with (
+        _arrow_file(path, size, together) as file,
+        pq.ParquetFile(file, metadata=footer, page_checksum_verification=True, pre_buffer=False) as parquet,
+    ):
+        return parquet.read_row_group(group, columns=list(columns), use_threads=False)
+
+
+def _arrow_file(path: str, size: int | None, ahead: tuple[int, int] | None = None) -> pa.NativeFile:
+    """
+    Args:
+        ahead: offset and length of what to get with one request from S3.
+    """
+    if not remote(path):
+        return pa.OSFile(path)
+    file = open_binary(path, size)
+    if ahead is not None:
+        file.hold(*ahead)  # type: ignore[attr-defined]
+    return pa.PythonFile(file, mode="r")
 
 
 @contextlib.contextmanager
@@ -379,6 +428,11 @@ class _Remote(io.RawIOBase):
 
     def __init__(self, path: str, size: int):
         self._path, self._size, self._position = path, size, 0
+        self._held, self._from = b"", 0
+
+    def hold(self, offset: int, length: int) -> None:
+        """Get these bytes at once; reads among them make no requests."""
+        self._held, self._from = read_range(self._path, offset, length), offset
 
     def readable(self) -> bool:
         return True
@@ -398,7 +452,12 @@ class _Remote(io.RawIOBase):
 
     def read(self, size: int | None = -1) -> bytes:
         rest = max(0, self._size - self._position)
-        data = read_range(self._path, self._position, rest if size is None or size < 0 else min(size, rest))
+        length = rest if size is None or size < 0 else min(size, rest)
+        within = self._position - self._from
+        if within >= 0 and within + length <= len(self._held):
+            data = self._held[within : within + length]
+        else:
+            data = read_range(self._path, self._position, length)
         self._position += len(data)
         return data
 

@@ -390,10 +390,10 @@ def _read_list(path: str, config: SourceConfig) -> pa.Table:
             return pa.table({"path": pa.array([line for line in lines if line.strip()], pa.large_binary())})
         block = min(len(data) + 1, 2**31 - 1)  # all in one: types are inferred from the first block
         if path.lower().endswith(".jsonl"):
-            return pa.json.read_json(io.BytesIO(data), pa.json.ReadOptions(block_size=block))
+            return pa.json.read_json(pa.BufferReader(data), pa.json.ReadOptions(block_size=block))
         texts = dict.fromkeys((*PATH_COLUMNS, config.image_column), pa.large_binary()) | {config.id_column: pa.string()}
         return pa.csv.read_csv(
-            io.BytesIO(data),
+            pa.BufferReader(data),
             pa.csv.ReadOptions(block_size=block),
             pa.csv.ParseOptions(newlines_in_values=True),
             pa.csv.ConvertOptions(column_types=texts),
@@ -483,12 +483,7 @@ class ParquetSource(Source):
     def _columns_of(self, group: int, columns: list[str]) -> pa.Table:
         path, position = storage.join(self.root, self._file(group)), self.listing["offset"][group].as_py()
         try:
-            footer = self._footers(path)
-            with (
-                storage.open_binary(path) as file,
-                pq.ParquetFile(file, metadata=footer, page_checksum_verification=True) as parquet,
-            ):
-                table = parquet.read_row_group(position, columns=columns)
+            table = storage.read_row_group(path, self._footers(path), position, columns)
         except (OSError, pa.ArrowException) as error:
             raise UserError(f"{path}: row group {position} can't be read: {error}") from error
         if len(table) != self.listing["rows"][group].as_py():
@@ -605,8 +600,7 @@ def _row_groups(path: str, size: int) -> tuple[pa.Schema, list[tuple[int, int, i
 
 def _footer(path: str, size: int | None = None) -> pq.FileMetaData:
     try:
-        with storage.open_binary(path, size) as file:
-            return pq.read_metadata(file)
+        return storage.read_footer(path, size)
     except (OSError, pa.ArrowException) as error:
         raise UserError(f"{path}: not a readable Parquet file: {error}") from error
 
