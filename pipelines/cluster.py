@@ -101,6 +101,7 @@ def start(config: RayConfig) -> Share:
             ray.init(logging_level="ERROR", log_to_driver=True)
         else:
             ray.init(
+                address="local",  # or it joins whatever cluster was started last on this machine
                 num_cpus=max(os.cpu_count() or 1, config.workers + config.decode_tasks) + SPARE_CPUS,
                 include_dashboard=True,  # without it Ray Train's controller logs an error a second
                 dashboard_host="127.0.0.1",

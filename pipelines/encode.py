@@ -89,8 +89,8 @@ def encode_dataset(config: Encode) -> dict[str, Any]:
     out = cluster.output_path("out", config.out, remote=True)
     if not config.model:
         raise UserError("model is empty; give a model folder, e.g. model=runs/vae/model")
-    files = storage.names(out)
-    if "plan.json" not in files and not _empty(out):
+    empty, files = _empty(out), storage.names(out)  # in this order: another driver may be writing its plan now
+    if "plan.json" not in files and not empty:
         raise UserError(f"out={config.out} holds other files and no latent cache; give a new or empty folder")
     before = cache.read_plan(out) if "plan.json" in files else None
     sources, identity, new = _inputs(config, out, before, finished="manifest.json" in files)
@@ -99,7 +99,8 @@ def encode_dataset(config: Encode) -> dict[str, Any]:
         cache.write_plan(out, plan)  # refuses what differs
         if new is not None:
             cache.write_listing(out, len(sources) + 1, new)
-            sources.append(restore(new, sources[0].uri))
+            # what is there counts: another driver may have listed more, or less
+            sources = [restore(listing, sources[0].uri) for listing in cache.read_listings(out)]
     planned = Planned(sources, plan["rows_per_shard"])
     if "manifest.json" in files and (manifest := cache.read_manifest(out))["source"]["shards"] == len(planned):
         return _summary(out, manifest, config.root)
@@ -153,7 +154,9 @@ def _inputs(
 
 
 def _empty(out: str) -> bool:
-    return not (storage.folder_exists(out) and (storage.remote(out) or os.listdir(out)))
+    if storage.remote(out) or not storage.folder_exists(out):
+        return not storage.folder_exists(out)
+    return all(name.startswith(".tmp-") for name in os.listdir(out))  # left over where a driver was killed
 
 
 def _where(config: Encode) -> dict[str, Any]:
@@ -178,7 +181,8 @@ def repair(config: Repair) -> dict[str, Any]:
     todo = [Task(number, found.generations.get(number, -1) + 1) for number in found.problems]
     share = cluster.start(config.ray)
     done = _tracked(config, plan["settings"] | config.model_dump(mode="json"), plan, planned, todo, out, share)
-    unnamed = audit(out, source=False).unnamed
+    # One that is new belongs to a driver that is about to commit it.
+    unnamed = sorted(set(found.unnamed) & set(audit(out, source=False).unnamed))
     for file in unnamed:
         storage.remove(storage.join(out, file))
     if unnamed:

@@ -79,7 +79,8 @@ def moments_by_hand(model, data, transform=None):
 def start_job(source, model, out, *more, **options):
     """`python jobs/encode_dataset.py` as a process."""
     command = [sys.executable, str(JOB), *arguments(source, model, out, *more)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True} | options
+    return subprocess.Popen(command, **options)
 
 
 def wait_for_commits(out, count, alive=lambda: True, seconds=120):

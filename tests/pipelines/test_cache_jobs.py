@@ -301,6 +301,32 @@ def test_append_adds_what_is_new(made, tmp_path, capsys):
     assert encode_dataset(config(photos, model, out, "append=true"))["number"] == 2  # nothing is new any more
 
 
+def test_another_driver_has_listed_other_inputs(made, copy, monkeypatch):
+    """Both append at the same time, and a file was added in between: what was put there first is what is encoded."""
+    (copy / "photos/zebras").mkdir()
+    for n, photo in enumerate(crops(2)):
+        photo.save(copy / f"photos/zebras/{n}.png")
+    write = cache.write_listing
+
+    def second(folder, number, listing):
+        write(folder, number, listing.slice(0, 1))
+        write(folder, number, listing)
+
+    monkeypatch.setattr(cache, "write_listing", second)
+    done = encode_dataset(config(copy / "photos", str(made / "model"), copy / "cache", "append=true"))
+    assert (done["encoded_now"], done["images"]) == (1, 46)
+    audit.verify(Verify(cache=str(copy / "cache"), source=False))
+    done = encode_dataset(config(copy / "photos", str(made / "model"), copy / "cache", "append=true"))
+    assert (done["encoded_now"], done["images"]) == (1, 47)
+    audit.verify(Verify(cache=str(copy / "cache"), source=False))
+
+
+def test_a_driver_killed_while_it_writes_the_plan(made, tmp_path):
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache/.tmp-123").write_bytes(b"half")
+    assert encode_dataset(config(made / "photos", str(made / "model"), tmp_path / "cache"))["images"] == 45
+
+
 def test_a_moved_source_is_the_same_source(made, copy, capsys):
     assert encode_dataset(config(copy / "photos", str(made / "model"), copy / "cache"))["encoded_now"] == 0
     assert "new" not in capsys.readouterr().out
