@@ -329,7 +329,10 @@ class TrainLDM(Job):
         "ldm", description="run name; the same name again resumes", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
     )
     seed: Count = Field(0, description="seed of weights, data order and noise")
-    cache: str = Field("", description="latent cache folder")
+    cache: str = Field("", description="latent cache folder, local or s3://")
+    cache_version: Count = Field(
+        0, description="an earlier manifest's number, to go on after something was appended; 0: the newest"
+    )
     vae: str = Field("", description="model folder for pictures; empty: the one named in the cache's manifest")
     unet: Literal["ldm-8", "small", "tiny"] = Field(
         "ldm-8", description="ldm-8: Rombach's Table 14 (257.7 M); small: 16 M; tiny: 2 M"

@@ -112,6 +112,7 @@ def encode_dataset(config: Encode) -> dict[str, Any]:
         if config.batch_size == "auto":
             plan["settings"]["batch_size"] = _largest_batch(plan, share)
         cache.write_plan(out, plan)
+    if not storage.names(storage.join(out, "listing")):
         cache.write_listing(out, 1, sources[0].listing)
     committed = cache.committed(out)
     todo = [Task(number) for number in range(len(planned)) if number not in committed]

@@ -24,7 +24,7 @@ from pipelines.config import TrainLDM, validate, values_to_keep
 
 # What may differ when a run goes on. `images` may only grow.
 FREE = (
-    "root", "ray", "images", "vae", "sample_images", "sample_steps",
+    "root", "ray", "images", "vae", "cache_version", "sample_images", "sample_steps",
     "loop.val_every", "loop.checkpoint_every", "loop.keep", "loop.log_every", "loop.max_restarts",
 )  # fmt: skip
 
@@ -38,7 +38,7 @@ def train_ldm(config: TrainLDM) -> dict[str, Any]:
     folder = os.path.join(cluster.output_path("root", config.root), config.name)
     if not config.cache:
         raise UserError("cache is empty; give a latent cache: cache=/data/cache (jobs/encode_dataset.py writes one)")
-    cache = LatentCache(config.cache)
+    cache = LatentCache(config.cache, version=config.cache_version or None)
     training.check_batch("batch_size", config.batch_size, len(cache), config.ray.workers, config.optim.accumulate)
     unet = build_unet(config.unet, len(cache.mean), _shape(cache)[-1])
     vae = _autoencoder(config, cache)
@@ -100,7 +100,7 @@ class Diffusion:
         from ray.train.torch import prepare_model
 
         self.config, self.device, self._rank, self._world = config, device, rank, world
-        self.cache = LatentCache(setup["cache"])
+        self.cache = LatentCache(setup["cache"], version=config.cache_version or None)
         self.digest = self.cache.manifest["digest"]
         self.stages = [(config.images, config.batch_size)]
         torch.manual_seed(config.seed)

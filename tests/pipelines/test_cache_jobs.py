@@ -416,3 +416,13 @@ def test_s3_source_and_cache(made, s3):
     assert (done["images"], done["encoded_now"]) == (46, 1)
     torch.testing.assert_close(LatentCache(out).moments([45]), LatentCache(made / "cache").moments([0]))
     assert storage.names(f"{out}/manifests") == ["000001.json", "000002.json", "000003.json"]
+
+
+def test_a_driver_killed_between_plan_and_listing(made, tmp_path):
+    settings = config(made / "photos", str(made / "model"), tmp_path / "cache")
+    encode_dataset(settings)
+    for part in ("listing", "commits", "shards", "manifests", "manifest.json"):
+        path = tmp_path / "cache" / part
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert encode_dataset(settings)["encoded_now"] == 45
+    audit.verify(Verify(cache=str(tmp_path / "cache")))
