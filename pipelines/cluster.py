@@ -40,6 +40,7 @@ class Share:
     gpu: bool
     threads: int
     gpus: float = 1.0  # of each worker, where there are GPUs
+    decoders: int = 1  # decoding tasks at a time, a CPU each
 
     @property
     def resources(self) -> dict[str, float]:
@@ -123,4 +124,5 @@ def start(config: RayConfig) -> Share:
             f"the cluster has {cpus}; lower ray.workers, or start Ray with --num-cpus={needed}"
         )
     threads = config.cpus_per_worker or max(1, (os.cpu_count() or 1) // config.workers)
-    return Share(config.workers, gpu, threads, config.gpus_per_worker)
+    decoders = config.decode_tasks or (max(1, cpus - needed) if gpu else -(-cpus // 8))
+    return Share(config.workers, gpu, threads, config.gpus_per_worker, decoders)

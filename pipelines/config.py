@@ -60,7 +60,11 @@ class Ray(Section):
         1.0, description="encode, sample, evaluate: below 1, workers share a GPU"
     )
     cpus_per_worker: Count = Field(0, description="CPUs (and torch threads) a worker; 0: share the machine's evenly")
-    decode_tasks: Positive = Field(1, description="encode, evaluate: image-decoding tasks at a time, one CPU each")
+    decode_tasks: Count = Field(
+        0,
+        description="encode, evaluate: image-decoding tasks at a time, one CPU each; 0: with GPUs the CPUs that the "
+        "workers leave, else one for 8 CPUs",
+    )
 
 
 class Tracking(Section):

@@ -42,7 +42,6 @@ from litevae.images import ImageError, ImageTransform, Transformed, to_tensor
 from litevae.precision import autocast
 from pipelines import cluster, outputs, tracking
 from pipelines.config import Encode, Mend, Repair, Retry, Views
-from pipelines.config import Ray as RayConfig
 from pipelines.sources import Item, Source, compare, open_source, restore
 from pipelines.training import Progress
 
@@ -362,7 +361,7 @@ def _tracked(
     tracker = tracking.Tracker(handle)
     status: tracking.Status = "FAILED"
     try:
-        result = _encode(plan, planned, todo, out, share, config.ray)
+        result = _encode(plan, planned, todo, out, share)
         about = {
             "job": "encode_dataset",
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -416,7 +415,6 @@ def _encode(
     todo: Sequence[Task],
     out: str,
     share: cluster.Share,
-    ray_config: RayConfig,
 ) -> dict[str, Any]:
     """Encode these shards; the others have commits that stay."""
     import ray.data
@@ -433,7 +431,7 @@ def _encode(
     if kept and todo:
         print(f"{len(todo):,} of {len(planned):,} shards to do", flush=True)
     encoded, devices, busy = 0, set(), {"decode": 0.0, "encode": 0.0}
-    slots = {"decode": ray_config.decode_tasks, "encode": min(share.workers, max(1, len(todo)))}
+    slots = {"decode": share.decoders, "encode": min(share.workers, max(1, len(todo)))}
     progress = Progress("encode", total, done, sys.stderr.isatty())
     start, first = time.monotonic(), None
     rows: Any = None
@@ -441,7 +439,7 @@ def _encode(
         wave = WAVE * share.workers
         for begin in range(0, len(todo), wave):
             shards = [planned.shard(task) for task in todo[begin : begin + wave]]
-            rows = _pipeline(plan, shards, out, share, ray_config).iter_rows()
+            rows = _pipeline(plan, shards, out, share).iter_rows()
             for row in rows:
                 if row["error"]:
                     raise UserError(row["error"])
@@ -482,9 +480,7 @@ def _encode(
     }
 
 
-def _pipeline(
-    plan: dict[str, Any], shards: Sequence[Shard], out: str, share: cluster.Share, ray_config: RayConfig
-) -> Any:
+def _pipeline(plan: dict[str, Any], shards: Sequence[Shard], out: str, share: cluster.Share) -> Any:
     """The Ray dataset whose rows are shards that were just committed."""
     import ray.data
     from ray.data import ActorPoolStrategy, TaskPoolStrategy
@@ -497,7 +493,7 @@ def _pipeline(
         pixels = rows.map(
             decode_shard,
             fn_kwargs={"views": Views(**plan["settings"]["transform"])},
-            compute=TaskPoolStrategy(size=ray_config.decode_tasks),
+            compute=TaskPoolStrategy(size=share.decoders),
             num_cpus=1,
             max_retries=RETRIES,
         )

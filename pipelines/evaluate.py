@@ -113,7 +113,7 @@ def evaluate(cfg: config.Evaluate) -> dict[str, Any]:
         actors = pool(Evaluator, share, cfg, share, [*perceptual])
         started, total = time.monotonic(), Measured()
         progress = Progress("evaluate", cfg.images, 0, sys.stderr.isatty())
-        for part in _measure(cfg, source, transform, actors):
+        for part in _measure(cfg, source, transform, actors, share.decoders):
             total.merge(part)
             progress.update(total.images + len(total.bad))
         progress.close()
@@ -202,7 +202,9 @@ def _perceptual(cfg: config.Evaluate) -> tuple[dict[str, torch.nn.Module], list[
 # --- reading ----------------------------------------------------------------------------------------------------
 
 
-def _measure(cfg: config.Evaluate, source: Source, transform: ImageTransform, actors: list[Any]) -> Iterator[Measured]:
+def _measure(
+    cfg: config.Evaluate, source: Source, transform: ImageTransform, actors: list[Any], decoders: int
+) -> Iterator[Measured]:
     import ray
 
     shared = ray.put(source)
@@ -213,7 +215,7 @@ def _measure(cfg: config.Evaluate, source: Source, transform: ImageTransform, ac
         pictures = [sum(unit in shown for unit in batch) for batch in batches]
         return actor.measure.remote(read.remote(shared, transform, batches, pictures))
 
-    ahead = 1 + -(-cfg.ray.decode_tasks // len(actors))  # one is measured while the others are read
+    ahead = 1 + -(-decoders // len(actors))  # one is measured while the others are read
     return spread(actors, measure, _chunks(cfg.images, cfg.batch_size, transform.resolution, len(actors)), ahead)
 
 

@@ -139,7 +139,7 @@ def test_decoding_is_not_done_in_the_encoder(folder, model, tmp_path, capsys):
     plan = encode._plan(settings, source, source.identity, None)
     share = cluster.start(settings.ray)
     shards = [encode.Planned([source], 8).shard(encode.Task(n)) for n in range(2)]
-    encode._pipeline(plan, shards, settings.out, share, settings.ray).explain()
+    encode._pipeline(plan, shards, settings.out, share).explain()
     physical = capsys.readouterr().out.rpartition("Physical Plan")[2]
     assert "TaskPoolMapOperator[Map(decode_shard)]" in physical
     assert "ActorPoolMapOperator[Map(Encoder)]" in physical
