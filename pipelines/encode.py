@@ -431,9 +431,10 @@ def _encode(
     if kept and todo:
         print(f"{len(todo):,} of {len(planned):,} shards to do", flush=True)
     encoded, devices, busy = 0, set(), {"decode": 0.0, "encode": 0.0}
+    finished: list[tuple[float, int]] = []
     slots = {"decode": share.decoders, "encode": min(share.workers, max(1, len(todo)))}
     progress = Progress("encode", total, done, sys.stderr.isatty())
-    start, first = time.monotonic(), None
+    start = time.monotonic()
     rows: Any = None
     try:
         wave = WAVE * share.workers
@@ -448,8 +449,8 @@ def _encode(
                 count = commit["units"][1] - commit["units"][0]
                 encoded, done = encoded + count - commit["quarantined"], done + count
                 devices.add(row["device"])
+                finished.append((row["finished"], count - commit["quarantined"]))
                 now = time.monotonic()
-                first = first or (now, encoded)
                 for stage in busy:
                     busy[stage] += row[f"{stage}_seconds"]
                 _check_budget(reasons, budget, out, total)
@@ -466,10 +467,10 @@ def _encode(
         progress.close()
         rows = None
         gc.collect()  # or the actors of an execution that was broken off keep their GPUs
-    end = time.monotonic()
-    seconds = end - start
-    # Without the start of the actors, from the first shard that is done to the last.
-    steady = (encoded - first[1]) / (end - first[0]) if first and end > first[0] else 0.0
+    seconds = time.monotonic() - start
+    # Without the start of the actors: from the first shard that was finished to the last.
+    finished.sort()
+    steady = sum(images for _, images in finished[1:]) / (finished[-1][0] - finished[0][0]) if finished[1:] else 0.0
     return {
         "encoded_now": encoded,
         "seconds": round(seconds, 3),
@@ -689,6 +690,7 @@ class Encoder:
             "device": self.name,
             "decode_seconds": row["decode_seconds"],
             "encode_seconds": seconds,
+            "finished": time.time(),  # rows reach the driver later
         }
 
     def _commit(self, row: dict[str, Any], encoded: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, Any]:
