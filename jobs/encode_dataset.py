@@ -14,8 +14,9 @@ ACTIONS: dict[str, type[Section]] = {"verify": Verify, "repair": Repair, "retry"
 def run(config: Section) -> None:
     from pipelines import audit, encode  # takes seconds; --help and typos do without
 
-    jobs = {Encode: encode.run, Verify: audit.verify, Repair: encode.repair, Retry: encode.retry, Inspect: audit.inspect}
-    jobs[type(config)](config)  # type: ignore[operator]
+    does = {Encode: encode.run, Repair: encode.repair, Retry: encode.retry}
+    sees = {Verify: audit.verify, Inspect: audit.inspect}
+    (does | sees)[type(config)](config)  # type: ignore[operator]
 
 
 if __name__ == "__main__":

@@ -58,7 +58,8 @@ class Nodes:
         self._size = {"num_cpus": 6, "object_store_memory": 200 * 2**20}
         # Ray takes 127.0.0.1 for the machine's outer address; the others of 127.0.0.0/8 are what they are.
         head = {"node_ip_address": "127.0.0.2", "include_dashboard": False, "_system_config": quick}
-        self._cluster = Cluster(initialize_head=True, head_node_args=head | self._size)
+        # shutdown_at_exit would take this process out of its terminal's process group
+        self._cluster = Cluster(initialize_head=True, head_node_args=head | self._size, shutdown_at_exit=False)
         self._second = None
         self.address = self._cluster.address
 
@@ -95,7 +96,7 @@ def _title(process):
 
 @contextlib.contextmanager
 def two_nodes():
-    handler = signal.getsignal(signal.SIGTERM)  # Ray puts its own there
+    handler = signal.signal(signal.SIGTERM, signal.default_int_handler)  # the cluster is to end with us
     nodes = Nodes()
     try:
         nodes.be_two()
