@@ -71,8 +71,12 @@ class FeatureDistance(nn.Module):
             ]
         return torch.stack(layers).sum(0)
 
+    def standardized(self, x: Tensor) -> Tensor:
+        """What the backbone takes: (N, 3, H, W) in [-1, 1] -> the same in its own scale and order of channels."""
+        return ((x.flip(1) if self.bgr else x).float() - self.shift) / self.scale
+
     def _units(self, x: Tensor) -> list[Tensor]:
-        h = ((x.flip(1) if self.bgr else x).float() - self.shift) / self.scale
+        h = self.standardized(x)
         units = []
         for n, layer in enumerate(self.features):
             h = layer(h)
@@ -106,7 +110,7 @@ def load_lpips(net: str = "vgg", weights: str | Path = "") -> FeatureDistance:
             f"folder above a hub/checkpoints that has it, or name the file in the config"
         )
     features = _load_features(backbone.model, path)
-    heads = _load_state(Path(package.origin).parent / "weights" / "v0.1" / f"{net}.pth")
+    heads = load_state(Path(package.origin).parent / "weights" / "v0.1" / f"{net}.pth")
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     original = digest.startswith(backbone.file.removesuffix(".pth").rpartition("-")[2])
@@ -148,7 +152,7 @@ def _load_features(model: str, path: Path) -> nn.Sequential:
     with torch.device("meta"):
         features = models.get_model(model, weights=None).features
     prefix = "features."
-    state = {key.removeprefix(prefix): value for key, value in _load_state(path).items() if key.startswith(prefix)}
+    state = {key.removeprefix(prefix): value for key, value in load_state(path).items() if key.startswith(prefix)}
     try:
         features.load_state_dict(state, assign=True)
     except RuntimeError as error:
@@ -159,7 +163,12 @@ def _load_features(model: str, path: Path) -> nn.Sequential:
     return features.float()
 
 
-def _load_state(path: Path) -> dict[str, Tensor]:
+def load_state(path: Path) -> dict[str, Tensor]:
+    """A PyTorch state dict, without running what else may be pickled in the file.
+
+    Raises:
+        UserError: there is no such file, or it holds something else.
+    """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:

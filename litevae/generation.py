@@ -1,0 +1,306 @@
+"""Judging generated images by features of frozen networks, and latents by their distance to a Gaussian.
+
+Networks take weights from local files and nowhere else. A number carries the name of the network it was computed with:
+only the Inception of the FID literature makes an FID.
+"""
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import io
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from litevae.errors import UserError
+from litevae.images import to_tensor
+from litevae.perceptual import SqueezeNetFeatures, WeightsMissing, load_state
+
+# The same file under the names that torch-fidelity and pytorch-fid give it; their last part begins its SHA-256.
+INCEPTION_FILES = ("weights-inception-2015-12-05-6726825d.pth", "pt_inception-2015-12-05-6726825d.pth")
+INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILES[0]}"
+SPLITS, NEIGHBOURS = 10, 3
+SIGMAS = (25.0, 50.0, 100.0, 250.0, 500.0)
+
+PROTOCOLS = {
+    "frechet": "|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)) of the features' means and covariances (N - 1), in float64",
+    "inception_score": "exp of the mean KL divergence of each image's class probabilities (1,008 logits without bias) "
+    f"from their mean; mean and standard deviation over {SPLITS} parts, shuffled by NumPy's RandomState(2020)",
+    "precision_recall": "Kynkaanniemi et al. 2019: the share of generated images that lie no farther from some "
+    f"reference image than its neighbour number {NEIGHBOURS} among the reference does; for recall with roles exchanged",
+    "mmd": "squared MMD, k(x, y) = exp(-|x - y|^2 / (2 sigma^2)) on flattened latents, unbiased (pairs i != j); mean "
+    "and standard deviation over disjoint random subsets, each against as many new draws of a standard Gaussian. Ours: "
+    "the paper (Table 6) states neither the kernel's factor, estimator, N nor the scale of latents and of its numbers",
+}
+
+
+# --- networks -------------------------------------------------------------------------------------------------
+
+
+class FeatureNetwork(nn.Module):
+    """Images to feature vectors, in fp32 under autocast too; nothing is trainable.
+
+    Attributes:
+        name: of the network; part of the name of every number that comes of it. "inception" are the literature's
+            weights only.
+        protocol: library, weights and resize, for people.
+        sha256: of the weights' file.
+        dimension: of the features.
+    """
+
+    name: str
+    protocol: str
+    sha256: str
+    dimension: int
+
+    def forward(self, pixels: np.ndarray) -> tuple[Tensor, Tensor | None]:
+        """uint8 (N, H, W, 3) -> float32 features (N, D), and class logits (N, K) where the network has classes."""
+        raise NotImplementedError
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.parameters()).device
+
+
+class Inception(FeatureNetwork):
+    """The Inception v3 of FID and Inception Score (2015-12-05, converted from TensorFlow), as torch-fidelity has it:
+    2,048 features of the last pooling, 1,008 logits without bias.
+
+    Args:
+        weights: the checkpoint; empty: the file that torch hub keeps of it.
+
+    Raises:
+        WeightsMissing: `weights` is empty and torch hub has no such file. Nothing is fetched.
+        UserError: the file at `weights` does not exist or holds something else; torch-fidelity is not installed.
+    """
+
+    dimension = 2048
+
+    def __init__(self, weights: str | Path = "") -> None:
+        super().__init__()
+        path = Path(weights) if weights else _inception_in_hub()
+        if importlib.util.find_spec("torch_fidelity") is None:
+            raise UserError("FID and Inception Score are torch-fidelity's: pip install torch-fidelity")
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+        state = io.BytesIO()
+        torch.save(load_state(path), state)  # torch-fidelity unpickles what it is given: so not the file itself
+        state.seek(0)
+        try:
+            self.network = FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"], state)
+        except RuntimeError:
+            raise UserError(f"{path} does not hold the weights of the FID Inception: {INCEPTION_URL}") from None
+        if not all(parameter.isfinite().all() for parameter in self.network.state_dict().values()):
+            raise UserError(f"{path} holds NaN or infinite weights; fetch the file again")
+        self.sha256 = _sha256(path)
+        published = self.sha256.startswith(INCEPTION_FILES[0].removesuffix(".pth").rpartition("-")[2])
+        self.name = "inception" if published else f"inception on other weights {self.sha256[:8]}"
+        version = importlib.metadata.version("torch-fidelity")
+        self.protocol = f"torch-fidelity {version} {self.name}, resized to 299 px as TensorFlow 1 does (bilinear)"
+
+    @torch.no_grad()
+    def forward(self, pixels: np.ndarray) -> tuple[Tensor, Tensor | None]:
+        x = torch.tensor(pixels, device=self.device).permute(0, 3, 1, 2)
+        with torch.autocast(x.device.type, enabled=False):
+            features, logits = self.network(x)
+        return features, logits
+
+
+def _inception_in_hub() -> Path:
+    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    for name in INCEPTION_FILES:
+        if (folder / name).is_file():
+            return folder / name
+    raise WeightsMissing(
+        f"FID and Inception Score have no Inception weights: {folder / INCEPTION_FILES[0]} does not exist. Put the "
+        f"file there ({INCEPTION_URL}), set TORCH_HOME to the folder above a hub/checkpoints that has it, or name it: "
+        f"inception=FILE"
+    )
+
+
+class SqueezeNetCaffe(FeatureNetwork):
+    """The original Caffe SqueezeNet 1.1 (torchvision's names): its last 512 feature maps, averaged over positions.
+
+    Raises:
+        UserError: `weights` does not exist or holds something else.
+    """
+
+    name, dimension = "squeezenet-caffe", 512
+
+    def __init__(self, weights: str | Path) -> None:
+        super().__init__()
+        self.network = SqueezeNetFeatures(weights)
+        self.sha256 = _sha256(Path(weights))
+        self.protocol = f"SqueezeNet 1.1 (Caffe, {self.sha256[:8]}), last feature maps averaged, images not resized"
+
+    @torch.no_grad()
+    def forward(self, pixels: np.ndarray) -> tuple[Tensor, Tensor | None]:
+        x = to_tensor(torch.tensor(pixels, device=self.device))
+        with torch.autocast(x.device.type, enabled=False):
+            return self.network.features(self.network.standardized(x)).mean((2, 3)), None
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# --- features -------------------------------------------------------------------------------------------------
+
+
+class FrechetStatistics:
+    """Of features (N, D): count, sum (D,) and sum of outer products (D, D) in float64, which is all that a Frechet
+    distance needs: memory does not grow with N, and parts merge."""
+
+    def __init__(self, dimension: int) -> None:
+        self.count = 0
+        self.sum = torch.zeros(dimension, dtype=torch.float64)
+        self.outer = torch.zeros(dimension, dimension, dtype=torch.float64)
+
+    def add(self, features: Tensor) -> None:
+        """
+        Raises:
+            UserError: features are NaN or infinite.
+        """
+        values = features.detach().cpu().double()
+        if not values.isfinite().all():
+            raise UserError("a network gives NaN or infinite features; its weights are broken")
+        self.count += len(values)
+        self.sum += values.sum(0)
+        self.outer += values.T @ values
+
+    def merge(self, other: "FrechetStatistics") -> None:
+        self.count += other.count
+        self.sum += other.sum
+        self.outer += other.outer
+
+    @property
+    def mean(self) -> Tensor:
+        return self.sum / self.count
+
+    @property
+    def covariance(self) -> Tensor:
+        """(D, D), of N - 1 degrees of freedom.
+
+        Raises:
+            UserError: there are fewer than two.
+        """
+        if self.count < 2:
+            raise UserError(f"a covariance takes at least 2 images, not {self.count}")
+        return (self.outer - self.count * torch.outer(self.mean, self.mean)) / (self.count - 1)
+
+
+def frechet_distance(a: FrechetStatistics, b: FrechetStatistics) -> float:
+    """Squared Frechet distance of two Gaussians (Heusel et al. 2017); also where covariances are singular.
+
+    The eigenvalues of C1 C2 are those of C1^(1/2) C2 C1^(1/2), which is symmetric: no complex roots, no unstable ones.
+    """
+    first, second = a.covariance, b.covariance
+    values, vectors = torch.linalg.eigh(first)
+    root = vectors * values.clamp(min=0).sqrt()
+    cross = torch.linalg.eigvalsh(root.T @ second @ root).clamp(min=0).sqrt().sum()
+    distance = (a.mean - b.mean).square().sum() + first.trace() + second.trace() - 2 * cross
+    return max(0.0, distance.item())
+
+
+def inception_score(logits: Tensor, splits: int = SPLITS) -> tuple[float, float]:
+    """Inception Score (Salimans et al. 2016) of logits (N, K): mean and population standard deviation over parts, which
+    are cut as torch-fidelity does.
+
+    Raises:
+        UserError: fewer images than parts.
+    """
+    if len(logits) < splits:
+        raise UserError(f"an Inception Score of {splits} parts takes at least {splits} images, not {len(logits)}")
+    order = torch.from_numpy(np.random.RandomState(2020).permutation(len(logits)))
+    edges = [part * len(logits) // splits for part in range(splits + 1)]
+    scores = []
+    for start, end in pairwise(edges):
+        log = logits[order[start:end]].double().log_softmax(1)
+        own = log.exp()
+        scores.append((own * (log - own.mean(0).log())).sum(1).mean().exp().item())
+    return float(np.mean(scores)), float(np.std(scores))
+
+
+def precision_recall(
+    reference: Tensor, generated: Tensor, k: int = NEIGHBOURS, chunk: int = 1024
+) -> tuple[float, float]:
+    """Improved precision and recall (Kynkaanniemi et al. 2019) of features (M, D) and (N, D).
+
+    Args:
+        k: an image's neighbourhood reaches to its k-th nearest other image of the same set.
+        chunk: images whose distances to all others are in memory at a time.
+
+    Raises:
+        UserError: a set has no k-th neighbours.
+    """
+    if min(len(reference), len(generated)) <= k:
+        raise UserError(
+            f"neighbour number {k} takes at least {k + 1} images, not {len(reference)} and {len(generated)}"
+        )
+
+    def radii(features: Tensor) -> Tensor:
+        parts = (_squared_distances(part, features) for part in features.split(chunk))
+        return torch.cat([part.kthvalue(k + 1, dim=1).values for part in parts])  # the nearest is the image itself
+
+    def covered(points: Tensor, centres: Tensor) -> float:
+        reach = radii(centres)
+        within = [(_squared_distances(part, centres) <= reach).any(1) for part in points.split(chunk)]
+        return torch.cat(within).double().mean().item()
+
+    reference, generated = reference.double(), generated.double()
+    return covered(generated, reference), covered(reference, generated)
+
+
+def _squared_distances(x: Tensor, y: Tensor) -> Tensor:
+    """(N, D), (M, D) float64 -> (N, M). Equal rows are 0 apart: what is left by rounding is taken away."""
+    norms = x.square().sum(1)[:, None] + y.square().sum(1)
+    distances = norms - 2 * x @ y.T
+    return distances.where(distances > 1e-12 * norms, 0)
+
+
+# --- latents --------------------------------------------------------------------------------------------------
+
+
+def mmd(
+    latents: Tensor, sigmas: Sequence[float] = SIGMAS, subset: int = 1000, seed: int = 0
+) -> dict[float, tuple[float, float | None]]:
+    """Squared maximum mean discrepancy (Gretton et al. 2012) of latents and a standard Gaussian, by bandwidth: mean and
+    standard deviation over N // subset subsets; None where there is one. See PROTOCOLS.
+
+    What speaks for the choices that the paper leaves open: its Table 6 falls by 3.9 (LiteVAE) and 4.0 (SD-VAE) from
+    bandwidth 250 to 500, as a squared MMD does for wide kernels where means differ. It prints up to 28.9 and a squared
+    MMD is at most 2, so its numbers have a factor, which may be 100.
+
+    Args:
+        latents: (N, ...), N >= 2, flattened.
+        subset: latents a subset; at most N.
+        seed: of subsets and Gaussian draws.
+
+    Raises:
+        UserError: fewer than 2 latents, or NaN or infinite ones.
+    """
+    x = latents.flatten(1)
+    size = min(subset, len(x))
+    if size < 2:
+        raise UserError(f"an MMD takes at least 2 latents, not {size}")
+    if not x.isfinite().all():
+        raise UserError("latents are NaN or infinite")
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(x), generator=generator)
+    found: dict[float, list[float]] = {sigma: [] for sigma in sigmas}
+    for start in range(0, len(x) - size + 1, size):
+        part = x[order[start : start + size]].double()
+        noise = torch.randn(part.shape, generator=generator).double()
+        own, other, cross = (_squared_distances(*pair) for pair in ((part, part), (noise, noise), (part, noise)))
+        for sigma, values in found.items():
+            within = sum((torch.exp(d / (-2 * sigma**2)).sum() - size) / (size * (size - 1)) for d in (own, other))
+            values.append((within - 2 * torch.exp(cross / (-2 * sigma**2)).mean()).item())
+    return {
+        sigma: (float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None)
+        for sigma, values in found.items()
+    }
