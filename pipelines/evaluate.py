@@ -8,11 +8,10 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,34 +25,19 @@ from litevae.autoencoder import (
     load_autoencoder,
 )
 from litevae.errors import UserError
-from litevae.images import ImageError, ImageTransform, to_tensor
+from litevae.images import ImageTransform, to_tensor
 from litevae.perceptual import SqueezeNetFeatures, WeightsMissing, load_lpips
 from litevae.pictures import reconstruction_picture
 from litevae.precision import autocast
-from pipelines import cluster, config, outputs, tracking
-from pipelines.actors import pool, spread
+from pipelines import cluster, config, outputs, reading, tracking
+from pipelines.actors import pool
+from pipelines.reading import Bad, Read, named
 from pipelines.sources import Source, open_source
 from pipelines.training import Progress
 
 SMALLEST = 32  # pixels; SSIM's window takes 11, perceptual backbones halve four times
 
 METRICS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"psnr": metrics.psnr, "ssim": metrics.ssim}
-
-
-class Bad(NamedTuple):
-    """An image that was left out."""
-
-    id: str
-    reason: str
-    message: str
-
-
-class Read(NamedTuple):
-    """A batch: uint8 (n, H, W, 3) of the images that can be read, the others, and how many to show in the picture."""
-
-    pixels: np.ndarray
-    bad: list[Bad]
-    pictures: int
 
 
 @dataclass
@@ -119,7 +103,7 @@ def evaluate(cfg: config.Evaluate) -> dict[str, Any]:
         progress.close()
         seconds = time.monotonic() - started
         if not total.images:
-            raise UserError(f"{cfg.source.uri}: none of {len(total.bad)} images could be read: {_named(total.bad)}")
+            raise UserError(f"{cfg.source.uri}: none of {len(total.bad)} images could be read: {named(total.bad)}")
         summary: dict[str, Any] = {
             "model": cfg.model,
             "fingerprint": fingerprint(cfg.model),
@@ -180,7 +164,7 @@ def report(summary: dict[str, Any], out: str) -> str:
         "",
     ]
     if bad := [Bad(**entry) for entry in summary["unreadable"]]:
-        lines.append(f"{len(bad)} unreadable left out: {_named(bad)}")
+        lines.append(f"{len(bad)} unreadable left out: {named(bad)}")
     lines += summary["remarks"]
     lines += [f"metrics   {out}/metrics.json", f"pictures  {out}/reconstructions.png", f"run       {summary['run']}"]
     return "\n".join(lines)
@@ -199,55 +183,18 @@ def _perceptual(cfg: config.Evaluate) -> tuple[dict[str, torch.nn.Module], list[
     return {module.name: module for module in found}, remarks
 
 
-# --- reading ----------------------------------------------------------------------------------------------------
+# --- measuring --------------------------------------------------------------------------------------------------
 
 
 def _measure(
     cfg: config.Evaluate, source: Source, transform: ImageTransform, actors: list[Any], decoders: int
 ) -> Iterator[Measured]:
-    import ray
-
-    shared = ray.put(source)
-    read = ray.remote(_read).options(num_cpus=1)
     shown = range(0, cfg.images, -(-cfg.images // cfg.pictures))
 
-    def measure(actor: Any, batches: list[range]) -> Any:
-        pictures = [sum(unit in shown for unit in batch) for batch in batches]
-        return actor.measure.remote(read.remote(shared, transform, batches, pictures))
+    def measure(actor: Any, read: Any, batches: list[Sequence[int]]) -> Any:
+        return actor.measure.remote(read, [sum(unit in shown for unit in batch) for batch in batches])
 
-    ahead = 1 + -(-decoders // len(actors))  # one is measured while the others are read
-    return spread(actors, measure, _chunks(cfg.images, cfg.batch_size, transform.resolution, len(actors)), ahead)
-
-
-def _chunks(images: int, batch_size: int, resolution: int, workers: int) -> list[list[range]]:
-    """What a task reads: batches next to each other, as a Parquet row group is read as a whole; at most 64 MB of
-    pixels, and at least four chunks a worker. The batches are the same whatever the number of workers."""
-    batches = [range(images)[start : start + batch_size] for start in range(0, images, batch_size)]
-    count = max(1, min(64 * 2**20 // (batch_size * resolution**2 * 3), len(batches) // (4 * workers)))
-    return [batches[start : start + count] for start in range(0, len(batches), count)]
-
-
-def _read(source: Source, transform: ImageTransform, batches: list[range], pictures: list[int]) -> list[Read]:
-    return [_read_batch(source, transform, *each) for each in zip(batches, pictures, strict=True)]
-
-
-def _read_batch(source: Source, transform: ImageTransform, units: range, pictures: int) -> Read:
-    pixels, bad = [], []
-    for unit in units:
-        try:
-            pixels.append(transform(source.data(unit)).pixels)
-        except ImageError as error:
-            bad.append(Bad(source.id(unit), error.reason, str(error)))
-    size = transform.resolution
-    return Read(np.stack(pixels) if pixels else np.empty((0, size, size, 3), np.uint8), bad, pictures)
-
-
-def _named(bad: list[Bad], limit: int = 5) -> str:
-    names = [f"{entry.id} ({entry.reason})" for entry in bad[:limit]]
-    return ", ".join(names) + (f" and {len(bad) - limit} more" if len(bad) > limit else "")
-
-
-# --- measuring --------------------------------------------------------------------------------------------------
+    return reading.over(range(cfg.images), measure, source, transform, cfg.batch_size, actors, decoders)
 
 
 class Evaluator:
@@ -265,14 +212,18 @@ class Evaluator:
         side = cfg.transform.resolution
         self._reconstruct(torch.zeros(1, 3, side, side, device=self.device))  # what is slow the first time only
 
-    def measure(self, batches: list[Read]) -> Measured:
+    def measure(self, batches: list[Read], pictures: list[int]) -> Measured:
+        """
+        Args:
+            pictures: how many images of each batch to show.
+        """
         total = Measured()
-        for batch in batches:
-            total.merge(self._measure(batch))
+        for batch, shown in zip(batches, pictures, strict=True):
+            total.merge(self._measure(batch, shown))
         return total
 
     @torch.no_grad()
-    def _measure(self, batch: Read) -> Measured:
+    def _measure(self, batch: Read, pictures: int) -> Measured:
         if not len(batch.pixels):
             return Measured(bad=batch.bad)
         x = to_tensor(batch.pixels).to(self.device)
@@ -282,8 +233,8 @@ class Evaluator:
             for name, metric in self.metrics.items():
                 result.means[f"{which}/{name}"] = mean = metrics.Mean()
                 mean.add(metric(x, y).cpu())
-        if batch.pictures:
-            x, reconstruction, latent = (part[: batch.pictures].cpu() for part in (x, reconstruction, latent))
+        if pictures:
+            x, reconstruction, latent = (part[:pictures].cpu() for part in (x, reconstruction, latent))
             result.pictures.append((x, reconstruction, latent))
         return result
 

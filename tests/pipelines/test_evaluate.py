@@ -15,7 +15,8 @@ from litevae.autoencoder import LiteVAE
 from litevae.errors import UserError
 from litevae.perceptual import load_lpips
 from pipelines.config import Evaluate, main, validate
-from pipelines.evaluate import _chunks, evaluate
+from pipelines.evaluate import evaluate
+from pipelines.reading import chunks
 
 SIDE, GOOD = 64, 10
 
@@ -198,12 +199,12 @@ def test_chunks_cover_every_image_once_in_the_same_batches():
         (5000, 16, 256, 2),
         (50, 64, 8192, 1),
     ):
-        chunks = _chunks(images, batch_size, resolution, workers)
-        batches = [batch for chunk in chunks for batch in chunk]
+        parts = chunks(range(images), batch_size, resolution, workers)
+        batches = [batch for part in parts for batch in part]
         assert [unit for batch in batches for unit in batch] == list(range(images))
         assert all(batch.start % batch_size == 0 for batch in batches)
-        assert len(chunks) >= min(len(batches), 4 * workers)
-        assert all(len(chunk) == 1 or sum(map(len, chunk)) * resolution**2 * 3 <= 64 * 2**20 for chunk in chunks)
+        assert len(parts) >= min(len(batches), 4 * workers)
+        assert all(len(part) == 1 or sum(map(len, part)) * resolution**2 * 3 <= 64 * 2**20 for part in parts)
 
 
 def test_mistakes_are_refused_with_nothing_written(model, photos, tmp_path, capsys):
