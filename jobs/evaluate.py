@@ -1,16 +1,29 @@
-"""Measure an autoencoder's reconstructions.
+"""Measure an autoencoder's reconstructions, generated images, or latents.
 
 python jobs/evaluate.py model=runs/vae/model source.uri=/data/photos transform.resolution=256
+python jobs/evaluate.py samples samples source.uri=/data/photos transform.resolution=256   # FID, precision, recall, IS
+python jobs/evaluate.py latents /data/latents                                              # MMD to a Gaussian
 """
 
-from pipelines.config import Evaluate, main
+import sys
+
+from pipelines.config import Evaluate, EvaluateLatents, EvaluateSamples, Section, main
+
+ACTIONS: dict[str, tuple[type[Section], str]] = {
+    "samples": (EvaluateSamples, "samples.uri"),
+    "latents": (EvaluateLatents, "cache"),
+}
 
 
-def run(config: Evaluate) -> None:
-    from pipelines.evaluate import evaluate  # takes seconds; --help and typos do without
+def run(config: Section) -> None:
+    from pipelines import evaluate, judge, latents  # takes seconds; --help and typos do without
 
-    evaluate(config)
+    does = {Evaluate: evaluate.evaluate, EvaluateSamples: judge.samples, EvaluateLatents: latents.mmd}
+    does[type(config)](config)  # type: ignore[operator]
 
 
 if __name__ == "__main__":
+    action, *rest = sys.argv[1:] or [""]
+    if action in ACTIONS:
+        raise SystemExit(main(ACTIONS[action][0], run, rest, action, subject=ACTIONS[action][1]))
     raise SystemExit(main(Evaluate, run))

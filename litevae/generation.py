@@ -116,7 +116,7 @@ def _inception_in_hub() -> Path:
         if (folder / name).is_file():
             return folder / name
     raise WeightsMissing(
-        f"FID and Inception Score have no Inception weights: {folder / INCEPTION_FILES[0]} does not exist. Put the "
+        f"no Inception weights: {folder / INCEPTION_FILES[0]} does not exist. Put the "
         f"file there ({INCEPTION_URL}), set TORCH_HOME to the folder above a hub/checkpoints that has it, or name it: "
         f"inception=FILE"
     )

@@ -75,12 +75,17 @@ class Tracking(Section):
     experiment: str = Field("litevae", description="MLflow experiment")
 
 
-class Job(Section):
+class Tracked(Section):
     """What every job has."""
 
     root: str = Field("runs", description="folder for runs and the default MLflow database")
-    ray: Ray = Ray()
     tracking: Tracking = Tracking()
+
+
+class Job(Tracked):
+    """What every job on Ray has."""
+
+    ray: Ray = Ray()
 
 
 # --- train_vae ------------------------------------------------------------------------------------------------
@@ -369,7 +374,10 @@ class Sample(Job):
 
 
 class Evaluate(Job):
-    """Measure an autoencoder's reconstructions."""
+    """Measure an autoencoder's reconstructions.
+
+    Other things to judge: evaluate.py samples SAMPLES | latents CACHE (each has --help).
+    """
 
     model: str = Field("", description="model folder")
     source: Source = Source()
@@ -449,13 +457,47 @@ def main(
     """Parse the command line, run, and turn a UserError into one message and exit code 2.
 
     Args:
-        action: a job's second word (`verify`); a cache may then stand without its key.
+        action: a job's second word (`verify`).
+        subject: field that may be given as a bare word after it.
         switches: boolean fields that may be given as --field.
     """
     arguments = sys.argv[1:] if argv is None else argv
     try:
+class EvaluateSamples(Job):
+    """Judge generated images by a reference set: FID, Inception Score, precision and recall."""
+
+    samples: Source = Field(Source(), description="generated images, as they are; a sample job's grid.png is none")
+    source: Source = Field(Source(), description="the reference set")
+    transform: Transform = Field(Transform(), description="of the reference set; generated images have this resolution")
+    images: Count = Field(0, description="generated images, evenly spaced; 0: all")
+    reference_images: Count = Field(0, description="of the reference set, evenly spaced; 0: all")
+    pr_images: Positive = Field(10_000, description="of either set, evenly spaced, for precision and recall; at most")
+    batch_size: Positive = Field(32, description="images a forward pass")
+    inception: str = Field(
+        "", description="weights of the FID Inception; empty: torch hub's cache; with none its numbers are left out"
+    )
+    squeezenet: str = Field(
+        "", description="as loss.features.weights of train_vae: a Frechet distance under its name; empty: left out"
+    )
+    out: str = Field("evaluation-samples", description="folder for metrics.json")
+
+
+class EvaluateLatents(Tracked):
+    """Measure how far a cache's latents are from a standard Gaussian: MMD, as in the paper's Table 6."""
+
+    cache: str = Field("", description="cache folder, local or s3://")
+    images: Count = Field(10_000, description="rows, evenly spaced, at most; 0: all")
+    subset: Annotated[int, Field(ge=2)] = Field(1000, description="rows an MMD is of; the mean over subsets is shown")
+    sigmas: list[Annotated[float, Field(gt=0)]] = Field(
+        [25, 50, 100, 250, 500], min_length=1, description="bandwidths of the kernel (Table 6)"
+    )
+    draw: Literal["sample", "mean"] = Field("sample", description="latents drawn from the moments, or their mean")
+    seed: Count = Field(0, description="of the draws, of the subsets and of the Gaussian's draws")
+    out: str = Field("evaluation-latents", description="folder for metrics.json")
+
+
         if "--help" in arguments or "-h" in arguments:
-            print(usage(cls, action))
+            print(usage(cls, action, subject))
             return 0
         preset, overrides, show = None, [], False
         rest = iter(arguments)
@@ -471,7 +513,7 @@ def main(
             elif argument.removeprefix("--") in switches and argument.startswith("--"):
                 overrides.append(f"{argument[2:]}=true")
             elif action and "=" not in argument and not argument.startswith("-"):
-                overrides.append(f"cache={argument}")
+                overrides.append(f"{subject}={argument}")
             elif argument.startswith("-"):
                 raise UserError(
                     f"unknown option {argument}; there are --config, --print-config and --help; fields are key=value"
@@ -492,9 +534,11 @@ def main(
         return 130
 
 
-def usage(cls: type[BaseModel], action: str = "") -> str:
+def usage(cls: type[BaseModel], action: str = "", subject: str = "cache") -> str:
     job = preset_folder(cls).name
-    words = f"{job}.py {action} CACHE" if action else f"{job}.py [--config PRESET_OR_FILE.yaml]"
+    named = subject.partition(".")[0].upper()
+    words = f"{job}.py {action} {named}" if action else f"{job}.py [--config PRESET_OR_FILE.yaml]"
+    folders |= dict.fromkeys(("EvaluateSamples", "EvaluateLatents"), "evaluate")
     presets = ", ".join(sorted(path.stem for path in preset_folder(cls).glob("*.yaml"))) or "none"
     lines = [
         inspect.cleandoc(cls.__doc__ or ""),
@@ -515,6 +559,7 @@ def _fields(
 ) -> Iterator[tuple[str, str, str, str]]:
     for name, field in cls.model_fields.items():
         default = getattr(instance, name) if instance is not None else field.default
+    subject: str = "cache",
         if isinstance(default, BaseModel):
             if field.description:
                 yield f"{prefix}{name}", "section", "...", field.description

@@ -58,6 +58,11 @@ def chunks(units: Sequence[int], batch_size: int, resolution: int, workers: int)
     return [batches[start : start + count] for start in range(0, len(batches), count)]
 
 
+def spaced(units: Sequence[int], count: int) -> Sequence[int]:
+    """So many of them, evenly spaced: the first ones are of a few classes where classes come one after another."""
+    return units if count == len(units) else [units[number * len(units) // count] for number in range(count)]
+
+
 def named(bad: list[Bad], limit: int = 5) -> str:
     names = [f"{entry.id} ({entry.reason})" for entry in bad[:limit]]
     return ", ".join(names) + (f" and {len(bad) - limit} more" if len(bad) > limit else "")

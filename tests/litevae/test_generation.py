@@ -30,6 +30,7 @@ from litevae.generation import (
     precision_recall,
 )
 from litevae.perceptual import WeightsMissing
+from tests.networks import save_inception
 
 
 def features(count: int, dimension: int = 12, seed: int = 0, scale: float = 1.0, shift: float = 0.0) -> torch.Tensor:
@@ -199,18 +200,7 @@ def test_mmd_depends_on_the_seed_alone():
 
 @pytest.fixture(scope="module")
 def inception_file(tmp_path_factory) -> Path:
-    """Random weights, scaled so that features differ between images."""
-    path = tmp_path_factory.mktemp("weights") / "random.pth"
-    torch.save({}, path)
-    torch.manual_seed(0)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda *_: None)
-        network = FeatureExtractorInceptionV3("inception", ["2048"], str(path))
-    for module in network.modules():
-        if isinstance(module, torch.nn.Conv2d):
-            torch.nn.init.kaiming_normal_(module.weight)
-    torch.save(network.state_dict(), path)
-    return path
+    return save_inception(tmp_path_factory.mktemp("weights") / "random.pth")
 
 
 @pytest.fixture
