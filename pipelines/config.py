@@ -392,6 +392,39 @@ class Evaluate(Job):
     pictures: Positive = Field(8, description="rows of reconstructions.png, evenly spaced over the images")
 
 
+class EvaluateSamples(Job):
+    """Judge generated images by a reference set: FID, Inception Score, precision and recall."""
+
+    samples: Source = Field(Source(), description="generated images, as they are; a sample job's grid.png is none")
+    source: Source = Field(Source(), description="the reference set")
+    transform: Transform = Field(Transform(), description="of the reference set; generated images have this resolution")
+    images: Count = Field(0, description="generated images, evenly spaced; 0: all")
+    reference_images: Count = Field(0, description="of the reference set, evenly spaced; 0: all")
+    pr_images: Positive = Field(10_000, description="of either set, evenly spaced, for precision and recall; at most")
+    batch_size: Positive = Field(32, description="images a forward pass")
+    inception: str = Field(
+        "", description="weights of the FID Inception; empty: torch hub's cache; with none its numbers are left out"
+    )
+    squeezenet: str = Field(
+        "", description="as loss.features.weights of train_vae: a Frechet distance under its name; empty: left out"
+    )
+    out: str = Field("evaluation-samples", description="folder for metrics.json")
+
+
+class EvaluateLatents(Tracked):
+    """Measure how far a cache's latents are from a standard Gaussian: MMD, as in the paper's Table 6."""
+
+    cache: str = Field("", description="cache folder, local or s3://")
+    images: Count = Field(10_000, description="rows, evenly spaced, at most; 0: all")
+    subset: Annotated[int, Field(ge=2)] = Field(1000, description="rows an MMD is of; the mean over subsets is shown")
+    sigmas: list[Annotated[float, Field(gt=0)]] = Field(
+        [25, 50, 100, 250, 500], min_length=1, description="bandwidths of the kernel (Table 6)"
+    )
+    draw: Literal["sample", "mean"] = Field("sample", description="latents drawn from the moments, or their mean")
+    seed: Count = Field(0, description="of the draws, of the subsets and of the Gaussian's draws")
+    out: str = Field("evaluation-latents", description="folder for metrics.json")
+
+
 # --- reading ----------------------------------------------------------------------------------------------------
 
 ConfigT = TypeVar("ConfigT", bound=BaseModel)
@@ -433,6 +466,7 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 def preset_folder(cls: type[BaseModel]) -> Path:
     folders = {"TrainVAE": "train_vae", "TrainLDM": "train_ldm"}
     folders |= dict.fromkeys(("Encode", "Verify", "Repair", "Retry", "Inspect"), "encode_dataset")
+    folders |= dict.fromkeys(("EvaluateSamples", "EvaluateLatents"), "evaluate")
     return PRESETS / folders.get(cls.__name__, cls.__name__.lower())
 
 
@@ -453,6 +487,7 @@ def main(
     argv: list[str] | None = None,
     action: str = "",
     switches: Sequence[str] = (),
+    subject: str = "cache",
 ) -> int:
     """Parse the command line, run, and turn a UserError into one message and exit code 2.
 
@@ -463,39 +498,6 @@ def main(
     """
     arguments = sys.argv[1:] if argv is None else argv
     try:
-class EvaluateSamples(Job):
-    """Judge generated images by a reference set: FID, Inception Score, precision and recall."""
-
-    samples: Source = Field(Source(), description="generated images, as they are; a sample job's grid.png is none")
-    source: Source = Field(Source(), description="the reference set")
-    transform: Transform = Field(Transform(), description="of the reference set; generated images have this resolution")
-    images: Count = Field(0, description="generated images, evenly spaced; 0: all")
-    reference_images: Count = Field(0, description="of the reference set, evenly spaced; 0: all")
-    pr_images: Positive = Field(10_000, description="of either set, evenly spaced, for precision and recall; at most")
-    batch_size: Positive = Field(32, description="images a forward pass")
-    inception: str = Field(
-        "", description="weights of the FID Inception; empty: torch hub's cache; with none its numbers are left out"
-    )
-    squeezenet: str = Field(
-        "", description="as loss.features.weights of train_vae: a Frechet distance under its name; empty: left out"
-    )
-    out: str = Field("evaluation-samples", description="folder for metrics.json")
-
-
-class EvaluateLatents(Tracked):
-    """Measure how far a cache's latents are from a standard Gaussian: MMD, as in the paper's Table 6."""
-
-    cache: str = Field("", description="cache folder, local or s3://")
-    images: Count = Field(10_000, description="rows, evenly spaced, at most; 0: all")
-    subset: Annotated[int, Field(ge=2)] = Field(1000, description="rows an MMD is of; the mean over subsets is shown")
-    sigmas: list[Annotated[float, Field(gt=0)]] = Field(
-        [25, 50, 100, 250, 500], min_length=1, description="bandwidths of the kernel (Table 6)"
-    )
-    draw: Literal["sample", "mean"] = Field("sample", description="latents drawn from the moments, or their mean")
-    seed: Count = Field(0, description="of the draws, of the subsets and of the Gaussian's draws")
-    out: str = Field("evaluation-latents", description="folder for metrics.json")
-
-
         if "--help" in arguments or "-h" in arguments:
             print(usage(cls, action, subject))
             return 0
@@ -538,7 +540,6 @@ def usage(cls: type[BaseModel], action: str = "", subject: str = "cache") -> str
     job = preset_folder(cls).name
     named = subject.partition(".")[0].upper()
     words = f"{job}.py {action} {named}" if action else f"{job}.py [--config PRESET_OR_FILE.yaml]"
-    folders |= dict.fromkeys(("EvaluateSamples", "EvaluateLatents"), "evaluate")
     presets = ", ".join(sorted(path.stem for path in preset_folder(cls).glob("*.yaml"))) or "none"
     lines = [
         inspect.cleandoc(cls.__doc__ or ""),
@@ -559,7 +560,6 @@ def _fields(
 ) -> Iterator[tuple[str, str, str, str]]:
     for name, field in cls.model_fields.items():
         default = getattr(instance, name) if instance is not None else field.default
-    subject: str = "cache",
         if isinstance(default, BaseModel):
             if field.description:
                 yield f"{prefix}{name}", "section", "...", field.description
