@@ -1,19 +1,27 @@
-"""LiteVAE: wavelet-based autoencoders for latent diffusion (arXiv 2405.14477). Needs neither Ray nor MLflow."""
+"""LiteVAE: wavelet-based autoencoders for latent diffusion (arXiv 2405.14477). Needs neither Ray nor MLflow.
 
+The models, which diffusers finds here by name in the folders of pipelines, and how to load them.
+"""
+
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from litevae.errors import UserError
 
 if TYPE_CHECKING:
     from litevae.autoencoder import LiteVAE, load_autoencoder
+    from litevae.dit import DiT
+    from litevae.ldm import NormalizedAutoencoder, load_ldm
 
-__all__ = ["LiteVAE", "UserError", "load_autoencoder"]
+__all__ = ["DiT", "LiteVAE", "NormalizedAutoencoder", "UserError", "load_autoencoder", "load_ldm"]
+
+_MODULES = {"LiteVAE": "autoencoder", "load_autoencoder": "autoencoder", "DiT": "dit"}
+_MODULES |= {"NormalizedAutoencoder": "ldm", "load_ldm": "ldm"}
+_MODULES["ModelMixin"] = "autoencoder"  # what diffusers looks for in a library whose models it loads
 
 
 def __getattr__(name: str) -> Any:
     """torch and diffusers take seconds to import, and a job's --help or a typo in its config does not need them."""
-    if name in ("LiteVAE", "load_autoencoder"):
-        from litevae import autoencoder
-
-        return getattr(autoencoder, name)
+    if name in _MODULES:
+        return getattr(import_module(f"litevae.{_MODULES[name]}"), name)
     raise AttributeError(f"module 'litevae' has no attribute {name!r}")

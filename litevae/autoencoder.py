@@ -125,11 +125,7 @@ def load_autoencoder(folder: str | Path) -> ModelMixin:
             images, or weights that do not fit its config.
     """
     name = str(model_config(folder).get("_class_name", "model without a class name"))
-    family = None
-    if name == "LiteVAE":
-        family = LiteVAE
-    elif name.startswith(("Autoencoder", "AsymmetricAutoencoder", "VQModel")):
-        family = getattr(diffusers, name, None)
+    family = autoencoder_class(name)
     if family is None:
         raise UserError(
             f"{folder} holds a {name}, not a LiteVAE or an autoencoder of diffusers {diffusers.__version__}"
@@ -152,6 +148,14 @@ def load_autoencoder(folder: str | Path) -> ModelMixin:
     if other or (family is not LiteVAE and model.config.get("in_channels", 3) != 3):
         raise UserError(f"{folder} holds a {name}, which encodes video, sound or layers, not RGB images")
     return model.eval()
+
+
+def autoencoder_class(name: str) -> type[ModelMixin] | None:
+    """LiteVAE, or the autoencoder of diffusers of this name, if it is one."""
+    if name == "LiteVAE":
+        return LiteVAE
+    known = name.startswith(("Autoencoder", "AsymmetricAutoencoder", "VQModel"))
+    return getattr(diffusers, name, None) if known else None
 
 
 def encode_latents(model: ModelMixin, x: Tensor) -> Tensor:

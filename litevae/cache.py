@@ -653,10 +653,7 @@ class LatentCache:
         mean, logvar = stored.float().chunk(2, dim=1) if self.content == "moments" else (stored.float(), None)
         if draw == "sample" and logvar is not None and names:
             epochs = np.broadcast_to(epoch, len(names))
-            noise = np.stack(
-                [_noise(mean.shape[1:], seed, int(e), name) for e, name in zip(epochs, names, strict=True)]
-            )
-            mean = mean + (0.5 * logvar.clamp(*MAX_LOGVAR)).exp() * torch.from_numpy(noise)
+            mean = drawn(mean, logvar, seed, [(int(e), name) for e, name in zip(epochs, names, strict=True)])
         return self.normalize(mean) if normalize else mean
 
     def normalize(self, z: Tensor) -> Tensor:
@@ -754,6 +751,17 @@ class LatentCache:
         _checked(file, shard)
         self._checked.add(number)
         return file
+
+
+def drawn(mean: Tensor, logvar: Tensor, seed: int, rows: Sequence[tuple[int, str]]) -> Tensor:
+    """Latents drawn from posteriors (n, n_z, h, w), fp32. Noise is that of (seed, epoch, id), so that what is encoded
+    anew is drawn as a cache's row would be.
+
+    Args:
+        rows: epoch and id of each.
+    """
+    noise = np.stack([_noise(mean.shape[1:], seed, *row) for row in rows])
+    return mean + (0.5 * logvar.clamp(*MAX_LOGVAR)).exp() * torch.from_numpy(noise).to(mean.device)
 
 
 def _noise(shape: Sequence[int], seed: int, epoch: int, row: str) -> np.ndarray:

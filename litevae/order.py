@@ -46,6 +46,14 @@ class EpochOrder:
         window = int(np.searchsorted(starts, offset, side="right")) - 1
         return int(self._windows((epoch, window))[offset - starts[window]])
 
+    def window_at(self, position: int) -> tuple[int, np.ndarray]:
+        """Where the window of a position begins, and its groups: those whose rows are shuffled among each other."""
+        epoch, offset = divmod(position, self._rows)
+        order, edges, starts = self._layouts(epoch)
+        window = int(np.searchsorted(starts, offset, side="right")) - 1
+        groups = order[edges[window] : edges[window + 1] if window + 1 < len(edges) else None]
+        return epoch * self._rows + int(starts[window]), groups
+
     def _shuffle_groups(self, epoch: int) -> tuple[tuple[np.ndarray, np.ndarray, np.ndarray], int]:
         """The order of groups; the places there where windows begin; the rows before each window."""
         order = _permutation(len(self.groups), self.seed, epoch)

@@ -18,6 +18,7 @@ from pydantic_core import PydanticUndefined
 from litevae.errors import UserError
 
 PRESETS = Path(__file__).resolve().parent.parent / "jobs" / "configs"
+SECTIONS = {"train_vae", "encode_dataset", "train_ldm", "sample", "evaluate", "evaluate_samples"}  # of a recipe
 
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
@@ -209,6 +210,9 @@ class Loop(Section):
     keep: Positive = Field(2, description="checkpoints kept")
     log_every: Positive = Field(50, description="steps between logged metrics")
     max_restarts: Count = Field(3, description="worker failures survived")
+    max_skipped: Positive = Field(
+        20, description="steps in a row with NaN or infinite gradients, each of them skipped, after which a run stops"
+    )
 
 
 class TrainVAE(Job):
@@ -331,21 +335,70 @@ class Inspect(Section):
 # --- train_ldm ------------------------------------------------------------------------------------------------
 
 
+class Objective(Section):
+    prediction: Literal["epsilon", "v", "flow"] = Field(
+        "epsilon", description="epsilon: the noise (the paper, after Rombach); v; flow: rectified flow"
+    )
+    schedule: Literal["sqrt-linear", "cosine"] = Field(
+        "sqrt-linear", description="noise levels of epsilon and v; sqrt-linear: Rombach's 0.0015 to 0.0195"
+    )
+    zero_snr: bool = Field(False, description="v: the schedule ends in noise alone (arXiv 2305.08891)")
+    weighting: Literal["none", "min-snr"] = Field("none", description="epsilon and v: min-SNR (arXiv 2303.09556)")
+    gamma: Annotated[float, Field(gt=0)] = Field(5.0, description="of min-SNR")
+    times: Literal["uniform", "logit-normal"] = Field(
+        "uniform", description="flow: how often each noise level comes; logit-normal as in arXiv 2403.03206"
+    )
+
+
+class OnlineData(Section):
+    """mode=online and write-through: images that are encoded in the training loop."""
+
+    source: Source = Source()
+    resolution: Annotated[int, Field(ge=16, multiple_of=8)] = Field(256, description="pixels")
+    resize: Literal["shorter", "none"] = Field(
+        "shorter", description="shorter side to the resolution before the crop; none: crop the original pixels"
+    )
+    crop: Literal["center", "random"] = Field("center", description="random: online only, another one each time")
+    flip: bool = Field(False, description="mirror half of the images; online only")
+    loaders: Count = Field(2, description="decoding threads a worker; 0: between the steps")
+    max_bad: Fraction = Field(0.01, description="share of unreadable images that is skipped; above it training stops")
+    calibrate: Positive = Field(
+        2048, description="images, evenly spaced, that give the latents' mean and std (a cache has those of all)"
+    )
+    rows_per_shard: Positive = Field(512, description="write-through: as in encode_dataset; images are shuffled by 4")
+    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="of the encoder; as in train_vae")
+
+
 class TrainLDM(Job):
-    """Train a latent diffusion model on a latent cache."""
+    """Train a latent diffusion model on a latent cache, or on images that are encoded on the way."""
 
     name: str = Field(
         "ldm", description="run name; the same name again resumes", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
     )
     seed: Count = Field(0, description="seed of weights, data order and noise")
+    mode: Literal["cache", "online", "write-through"] = Field(
+        "cache",
+        description="latents from the cache; from data.source, encoded each time; or that, kept in the cache in the "
+        "first epoch and read from it later",
+    )
     cache: str = Field("", description="latent cache folder, local or s3://")
     cache_version: Count = Field(
         0, description="an earlier manifest's number, to go on after something was appended; 0: the newest"
     )
-    vae: str = Field("", description="model folder for pictures; empty: the one named in the cache's manifest")
-    unet: Literal["ldm-8", "small", "tiny"] = Field(
-        "ldm-8", description="ldm-8: Rombach's Table 14 (257.7 M); small: 16 M; tiny: 2 M"
+    cache_local: str = Field("", description="folder on each node that shards of an s3:// cache are brought to")
+    data: OnlineData = OnlineData()
+    vae: str = Field(
+        "", description="autoencoder's model folder; empty: the one named in the cache's manifest, if it is there"
     )
+    network: Literal["ldm-8", "ldm-4", "small", "tiny", "dit-s/2", "dit-b/2", "dit-l/2", "dit-xl/2"] = Field(
+        "ldm-8",
+        description="UNets: ldm-8 (Rombach's Table 14, 257.7 M), ldm-4 (his FFHQ and CelebA-HQ, 274.1 M), small "
+        "(16 M), tiny (2 M); DiT (arXiv 2212.09748): S 33 M, B 130 M, L 458 M, XL 675 M",
+    )
+    classes: Count = Field(0, description="number of classes; 0: unconditional")
+    label: str = Field("label", description="column with the class, an integer; rows without one train unconditionally")
+    label_dropout: Fraction = Field(0.1, description="share of labels dropped, for classifier-free guidance")
+    objective: Objective = Objective()
     draw: Literal["sample", "mean"] = Field(
         "sample", description="latents drawn anew from the moments each epoch, or their mean"
     )
@@ -353,8 +406,13 @@ class TrainLDM(Job):
     batch_size: Positive = Field(96, description="images a step, over all workers")
     optim: Optimizer = Optimizer(lr=9.6e-5, betas=(0.9, 0.999), weight_decay=0.01)
     loop: Loop = Loop(ema=0.9999)
+    more_ema: list[Fraction] = Field(
+        [], description="decays of further averages, each exported as a model of its own: model-ema-<decay>"
+    )
+    checkpointing: bool = Field(False, description="recompute activations in the backward pass: less memory, slower")
     sample_images: Count = Field(16, description="images in the picture at each validation")
-    sample_steps: Positive = Field(50, description="DDIM steps of that picture")
+    sample_steps: Positive = Field(50, description="sampler's steps for that picture")
+    sample_guidance: Weight = Field(1.0, description="classifier-free guidance of that picture; 1: none")
 
 
 # --- sample, evaluate -----------------------------------------------------------------------------------------
@@ -364,13 +422,26 @@ class Sample(Job):
     """Sample images from a latent diffusion model."""
 
     model: str = Field("", description="LDM folder (runs/<name>/model)")
-    out: str = Field("samples", description="folder for PNGs and grid.png")
-    images: Positive = Field(16, description="images to draw")
-    steps: Positive = Field(50, description="DDIM steps")
-    eta: Fraction = Field(0.0, description="DDIM's eta; 0: deterministic")
-    seed: Count = Field(0, description="image i depends on (seed, i) only, whatever the batch size")
+    out: str = Field(
+        "samples", description="folder, local or s3://, for the images and grid.png; the same folder again resumes"
+    )
+    images: Positive = Field(16, description="images to draw; more than before adds to those that are there")
+    sampler: Literal["auto", "ddim", "dpm++", "euler", "heun"] = Field(
+        "auto", description="ddim or dpm++ for epsilon and v; euler, heun or dpm++ for flow; auto: the first of them"
+    )
+    steps: Positive = Field(50, description="the sampler's steps; heun computes the network twice a step")
+    eta: Fraction = Field(0.0, description="ddim's eta; 0: deterministic")
+    classes: list[Count] = Field(
+        [], description="of a conditional model: image i is of the i-th of these, in turn; empty: of all its classes"
+    )
+    guidance: Weight = Field(1.0, description="classifier-free guidance towards the class; 1: none")
+    seed: Count = Field(0, description="image i depends on (seed, i) only, whatever the number of workers")
     batch_size: Positive = Field(16, description="images a forward pass; each is a full one, the last too")
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="as in train_vae")
+    format: Literal["png", "parquet"] = Field(
+        "png", description="png/000000.png ..., or parquet/part-000000.parquet ... with id, image, label, seed, number"
+    )
+    shard: Positive = Field(1024, description="images a Parquet file")
 
 
 class Evaluate(Job):
@@ -431,10 +502,10 @@ ConfigT = TypeVar("ConfigT", bound=BaseModel)
 
 
 def load(cls: type[ConfigT], preset: str | None = None, overrides: list[str] | None = None) -> ConfigT:
-    """Defaults, then preset (a name under jobs/configs/<job>/ or a YAML file), then `a.b=value` overrides."""
+    """Defaults, then preset (a name under jobs/configs/ or a YAML file), then `a.b=value` overrides."""
     values: dict[str, Any] = {}
     if preset:
-        values = _read_yaml(_find_preset(cls, preset))
+        values = _read_preset(cls, preset)
     for override in overrides or []:
         key, equals, text = override.partition("=")
         if not equals or not key:
@@ -463,11 +534,17 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def preset_folder(cls: type[BaseModel]) -> Path:
-    folders = {"TrainVAE": "train_vae", "TrainLDM": "train_ldm"}
-    folders |= dict.fromkeys(("Encode", "Verify", "Repair", "Retry", "Inspect"), "encode_dataset")
-    folders |= dict.fromkeys(("EvaluateSamples", "EvaluateLatents"), "evaluate")
-    return PRESETS / folders.get(cls.__name__, cls.__name__.lower())
+def job_of(cls: type[BaseModel]) -> str:
+    """The command that takes this config."""
+    names = {"TrainVAE": "train_vae", "TrainLDM": "train_ldm", "Encode": "encode_dataset"}
+    names |= dict.fromkeys(("Verify", "Repair", "Retry", "Inspect"), "encode_dataset")
+    names |= dict.fromkeys(("EvaluateSamples", "EvaluateLatents"), "evaluate")
+    return names.get(cls.__name__, cls.__name__.lower())
+
+
+def section_of(cls: type[BaseModel]) -> str:
+    """Where a recipe has it."""
+    return "evaluate_samples" if cls.__name__ == "EvaluateSamples" else job_of(cls)
 
 
 def dump(config: BaseModel) -> str:
@@ -537,15 +614,13 @@ def main(
 
 
 def usage(cls: type[BaseModel], action: str = "", subject: str = "cache") -> str:
-    job = preset_folder(cls).name
-    named = subject.partition(".")[0].upper()
+    job, named = job_of(cls), subject.partition(".")[0].upper()
     words = f"{job}.py {action} {named}" if action else f"{job}.py [--config PRESET_OR_FILE.yaml]"
-    presets = ", ".join(sorted(path.stem for path in preset_folder(cls).glob("*.yaml"))) or "none"
     lines = [
         inspect.cleandoc(cls.__doc__ or ""),
         "",
         f"usage: python jobs/{words} [--print-config] [key=value ...]",
-        *([] if action else [f"presets: {presets}"]),
+        *([f"presets: {', '.join(_presets(cls))}"] if section_of(cls) in SECTIONS else []),
         "",
     ]
     for name, kind, default, text in _fields(cls):
@@ -600,14 +675,25 @@ def _kind(annotation: Any, metadata: list[Any]) -> str:
     return " ".join([kind, *limits])
 
 
-def _find_preset(cls: type[BaseModel], name: str) -> Path:
-    named = preset_folder(cls) / f"{name}.yaml"
-    if named.is_file():
-        return named
-    if Path(name).is_file():
-        return Path(name)
-    have = ", ".join(sorted(path.stem for path in preset_folder(cls).glob("*.yaml"))) or "none"
-    raise UserError(f"--config {name}: neither a preset ({have}) nor a file")
+def _presets(cls: type[BaseModel]) -> list[str]:
+    """Recipes with a section for the job."""
+    return sorted(path.stem for path in PRESETS.glob("*.yaml") if section_of(cls) in _read_yaml(path))
+
+
+def _read_preset(cls: type[BaseModel], name: str) -> dict[str, Any]:
+    """Of a recipe, the job's section: jobs/configs/NAME.yaml, or any YAML file with sections of jobs; of another file,
+    all of it."""
+    path = named if (named := PRESETS / f"{name}.yaml").is_file() else Path(name)
+    if not path.is_file():
+        raise UserError(f"--config {name}: neither a preset ({', '.join(_presets(cls)) or 'none'}) nor a file")
+    values, section = _read_yaml(path), section_of(cls)
+    if section not in values and (path == named or (values and values.keys() <= SECTIONS)):
+        raise UserError(f"--config {name} has nothing for {section}; it is for {', '.join(values)}")
+    if section not in values:
+        return values
+    if not isinstance(values[section] or {}, dict):
+        raise UserError(f"{path}: expected `key: value` lines under {section}")
+    return values[section] or {}
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

@@ -85,6 +85,20 @@ def encode_dataset(config: Encode) -> dict[str, Any]:
         UserError: nothing to encode; `out` is a cache of something else; more images than the budget allows can't be
             read.
     """
+    out, plan, planned, share = plan_cache(config)
+    if share is None:
+        return _summary(out, cache.read_manifest(out), config.root)
+    committed = cache.committed(out)
+    todo = [Task(number) for number in range(len(planned)) if number not in committed]
+    return _tracked(config, config.model_dump(mode="json"), plan, planned, todo, out, share)
+
+
+def plan_cache(config: Encode) -> "tuple[str, dict[str, Any], Planned, cluster.Share | None]":
+    """Begin a cache, or go on with one: its folder, with plan and listing; and what Ray gives, unless it is finished.
+
+    Raises:
+        UserError: as `encode_dataset`.
+    """
     out = cluster.output_path("out", config.out, remote=True)
     if not config.model:
         raise UserError("model is empty; give a model folder, e.g. model=runs/vae/model")
@@ -101,9 +115,8 @@ def encode_dataset(config: Encode) -> dict[str, Any]:
             # what is there counts: another driver may have listed more, or less
             sources = [restore(listing, sources[0].uri) for listing in cache.read_listings(out)]
     planned = Planned(sources, plan["rows_per_shard"])
-    if "manifest.json" in files and (manifest := cache.read_manifest(out))["source"]["shards"] == len(planned):
-        return _summary(out, manifest, config.root)
-
+    if "manifest.json" in files and cache.read_manifest(out)["source"]["shards"] == len(planned):
+        return out, plan, planned, None
     share = cluster.start(config.ray)
     if not before:
         if config.precision == "auto":
@@ -113,9 +126,7 @@ def encode_dataset(config: Encode) -> dict[str, Any]:
         cache.write_plan(out, plan)
     if not storage.names(storage.join(out, "listing")):
         cache.write_listing(out, 1, sources[0].listing)
-    committed = cache.committed(out)
-    todo = [Task(number) for number in range(len(planned)) if number not in committed]
-    return _tracked(config, config.model_dump(mode="json"), plan, planned, todo, out, share)
+    return out, plan, planned, share
 
 
 def _inputs(
@@ -253,6 +264,7 @@ class Planned:
         self.sources = sources
         self._ends = [cut(source.groups, size) for source in sources]
         self._shards = np.cumsum([0, *map(len, self._ends)])
+        self.sizes = np.concatenate([np.diff(ends, prepend=0) for ends in self._ends])  # images of each shard
         self._units = np.cumsum([0, *(source.units for source in sources)])
         self.units = int(self._units[-1])
 
@@ -362,15 +374,7 @@ def _tracked(
     status: tracking.Status = "FAILED"
     try:
         result = _encode(plan, planned, todo, out, share)
-        about = {
-            "job": "encode_dataset",
-            "created": datetime.now(UTC).isoformat(timespec="seconds"),
-            "config": tracking.redact(settings),
-            "versions": _versions(),
-            "devices": result.pop("devices"),
-            "tracking": {"experiment": handle.experiment, "run_id": handle.run_id},
-        }
-        manifest = cache.write_manifest(out, plan, _source(planned), about)
+        manifest = finish(out, plan, planned, "encode_dataset", settings, handle, result.pop("devices"))
         summary = _summary(out, manifest, config.root) | result | {"link": tracking.link(handle)}
         numbers = ("images", "quarantined", "images_per_s", "bits_per_pixel", "decode_busy", "encode_busy")
         metrics = {f"encode/{key}": summary[key] for key in numbers}
@@ -392,6 +396,27 @@ def _tracked(
     finally:
         tracker.close()
         tracking.finish(handle, status)
+
+
+def finish(
+    out: str,
+    plan: dict[str, Any],
+    planned: "Planned",
+    job: str,
+    settings: dict[str, Any],
+    handle: tracking.RunHandle,
+    devices: Sequence[str],
+) -> dict[str, Any]:
+    """Write the manifest of a cache whose shards are all there, and say who made it."""
+    about = {
+        "job": job,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "config": tracking.redact(settings),
+        "versions": _versions(),
+        "devices": list(devices),
+        "tracking": {"experiment": handle.experiment, "run_id": handle.run_id},
+    }
+    return cache.write_manifest(out, plan, _source(planned), about)
 
 
 def tracking_folder(out: str, root: str) -> str:
@@ -427,7 +452,7 @@ def _encode(
     for commit in cache.read_commits(out, kept):
         _add(reasons, commit.get("reasons", {}))
         done += commit["units"][1] - commit["units"][0]
-    _check_budget(reasons, budget, out, total)
+    check_budget(reasons, budget, out, total)
     if kept and todo:
         print(f"{len(todo):,} of {len(planned):,} shards to do", flush=True)
     encoded, devices, busy = 0, set(), {"decode": 0.0, "encode": 0.0}
@@ -453,7 +478,7 @@ def _encode(
                 now = time.monotonic()
                 for stage in busy:
                     busy[stage] += row[f"{stage}_seconds"]
-                _check_budget(reasons, budget, out, total)
+                check_budget(reasons, budget, out, total)
                 shares = {f"{stage}_%": 100 * busy[stage] / slots[stage] / (now - start) for stage in busy}
                 progress.update(done, quarantined=sum(reasons.values()), **shares)
     except ray.exceptions.RayError as error:
@@ -669,8 +694,6 @@ class Encoder:
         self.name = torch.cuda.get_device_name() if gpu else platform.processor() or platform.machine()
         self._model: Callable[[torch.Tensor], torch.Tensor] | None = None
         self._threads, self._turn = threads, threading.Lock()
-        torch.backends.cudnn.deterministic = True
-        torch.backends.cudnn.allow_tf32 = False  # fp32 is fp32
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         error, commit, seconds = row["error"], {}, 0.0
@@ -749,11 +772,14 @@ class Encoder:
         for height, width in np.unique(sizes, axis=0).tolist():
             places = np.flatnonzero((sizes == (height, width)).all(axis=1))
             images = [pixels[starts[place] :][: counts[place]].reshape(height, width, 3) for place in places]
-            yield places, self._encode(images)
+            yield places, self.encode(images)
 
-    def _encode(self, images: list[np.ndarray]) -> np.ndarray:
-        """Every forward pass has the full batch size, the last one padded: it decides on kernels and so on a result's
-        last bits. Where a GPU's memory is too small for it, it is halved from there on."""
+    def encode(self, images: list[np.ndarray]) -> np.ndarray:
+        """uint8 (H, W, 3) images of one size -> fp32 (n, C, h, w).
+
+        Every forward pass has the full batch size, the last one padded: it decides on kernels and so on a result's last
+        bits. Where a GPU's memory is too small for it, it is halved from there on.
+        """
         parts: list[np.ndarray] = []
         done = 0
         while done < len(images):
@@ -778,7 +804,9 @@ class Encoder:
         """uint8 (N, H, W, 3) -> fp32 (N, C, h, w), of which only the mean where only that is stored."""
         if self._model is None:
             self._model = _load(self.plan, self.device)
-        with autocast(self.device, self.plan["precision"]):
+        # fp32 is fp32, and the same pixels give the same latents
+        exact = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
+        with exact, autocast(self.device, self.plan["precision"]):
             latents = self._model(to_tensor(torch.from_numpy(batch).to(self.device)))
         return latents.float().cpu().numpy()
 
@@ -850,7 +878,7 @@ def _largest_batch(plan: dict[str, Any], share: cluster.Share) -> int:
 
     def probe() -> int:
         encoder = Encoder("", plan | {"settings": settings}, True, 1)
-        encoder._encode([np.zeros((*largest, 3), dtype=np.uint8)])
+        encoder.encode([np.zeros((*largest, 3), dtype=np.uint8)])
         return encoder.batch_size
 
     return ray.get(ray.remote(num_gpus=share.resources["GPU"], num_cpus=0)(probe).remote())
@@ -859,7 +887,7 @@ def _largest_batch(plan: dict[str, Any], share: cluster.Share) -> int:
 # --- budget and summary -----------------------------------------------------------------------------------------
 
 
-def _check_budget(reasons: dict[str, int], budget: float, out: str, total: int) -> None:
+def check_budget(reasons: dict[str, int], budget: float, out: str, total: int) -> None:
     quarantined = sum(reasons.values())
     if quarantined > budget * total:
         raise UserError(

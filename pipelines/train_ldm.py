@@ -1,9 +1,9 @@
-"""Training a latent diffusion model on a latent cache, on Ray Train."""
+"""Training a latent diffusion model on Ray Train: on a latent cache, or on images that are encoded on the way."""
 
-import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,22 +11,35 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from litevae.autoencoder import count_parameters, fingerprint, load_autoencoder
+from litevae.autoencoder import (
+    count_parameters,
+    downsampling,
+    encode_latents,
+    fingerprint,
+    latent_content,
+    load_autoencoder,
+)
 from litevae.cache import LatentCache, Shape
-from litevae.diffusion import EMA, LDM, build_unet, noise_schedule, save_ldm, training_loss
+from litevae.denoiser import build_denoiser, null_class
+from litevae.diffusion import EMA, Objective, draws
 from litevae.errors import UserError
 from litevae.images import to_uint8
-from litevae.loader import LatentLoader
+from litevae.ldm import LDM, NormalizedAutoencoder, save_ldm
+from litevae.loader import stream
 from litevae.pictures import grid
 from litevae.precision import autocast
-from pipelines import checkpoint, cluster, tracking, training
-from pipelines.config import TrainLDM, validate, values_to_keep
+from pipelines import checkpoint, cluster, encode, tracking, training
+from pipelines.batches import Batch, make_feed
+from pipelines.config import Encode, TrainLDM, Views, validate, values_to_keep
+from pipelines.sources import Source, open_source
 
 # What may differ when a run goes on. `images` may only grow.
 FREE = (
-    "root", "ray", "images", "vae", "cache_version", "sample_images", "sample_steps",
-    "loop.val_every", "loop.checkpoint_every", "loop.keep", "loop.log_every", "loop.max_restarts",
+    "root", "ray", "images", "vae", "cache_version", "cache_local", "sample_images", "sample_steps", "sample_guidance",
+    "checkpointing", "data.loaders", "data.max_bad", "data.calibrate", "optim.lr", "optim.clip", "loop.precision",
+    "loop.val_every", "loop.checkpoint_every", "loop.keep", "loop.log_every", "loop.max_restarts", "loop.max_skipped",
 )  # fmt: skip
+BUCKETS = 4  # of noise levels, whose losses are logged apart
 
 
 def train_ldm(config: TrainLDM) -> dict[str, Any]:
@@ -36,148 +49,264 @@ def train_ldm(config: TrainLDM) -> dict[str, Any]:
         UserError: anything the user can mend, before Ray starts where it can be known then.
     """
     folder = os.path.join(cluster.output_path("root", config.root), config.name)
-    if not config.cache:
-        raise UserError("cache is empty; give a latent cache: cache=/data/cache (jobs/encode_dataset.py writes one)")
-    cache = LatentCache(config.cache, version=config.cache_version or None)
-    training.check_batch("batch_size", config.batch_size, len(cache), config.ray.workers, config.optim.accumulate)
-    unet = build_unet(config.unet, len(cache.mean), _shape(cache)[-1])
-    vae = _autoencoder(config, cache)
+    objective_of(config)
+    data, shape, about = {"cache": _cache, "online": _online, "write-through": _write_through}[config.mode](config)
+    training.check_batch("batch_size", config.batch_size, data["images"], config.ray.workers, config.optim.accumulate)
+    with torch.device("meta"):
+        network = build_denoiser(config.network, shape[0], shape[-1], config.classes)
+    if config.mode == "write-through":
+        data |= _begin_cache(config)
     share = cluster.start(config.ray)
     resumed = checkpoint.open_run(folder, config, FREE)
     if resumed:
         checkpoint.check_longer(folder, "images", config.images)
         checkpoint.write_config(folder, config)
     print(
-        f"train_ldm {config.name}: {len(cache):,} latents of {_shape(cache)} {cache.content}, UNet {config.unet} "
-        f"{count_parameters(unet):,} parameters, {config.images:,} images to see, {share.text}",
+        f"train_ldm {config.name}: {about}, {config.network} {count_parameters(network):,} parameters, "
+        f"{config.images:,} images to see, {share.text}",
         flush=True,
     )
     handle = tracking.start_run(
         config.tracking, config.root, "train_ldm", config.name, config.model_dump(mode="json"), folder, resume=resumed
     )
-    setup = {"config": values_to_keep(config), "cache": cache.path, "vae": vae, "folder": folder}
-    result = training.fit(_worker, setup, handle, share, config.loop) | {"parameters": count_parameters(unet)}
+    setup = {"config": values_to_keep(config), "folder": folder, "shape": shape, **data}
+    result = training.fit(_worker, setup, handle, share, config.loop) | {"parameters": count_parameters(network)}
     numbers = f"   loss {result['loss']:.4g}" if "loss" in result else ""
     print(f"model: {result['model']}{numbers}\nMLflow: {result['tracking']}", flush=True)
     return result
 
 
-def _shape(cache: LatentCache) -> Shape:
-    """
-    Raises:
-        UserError: rows differ in it.
-    """
+def objective_of(config: TrainLDM) -> Objective:
+    return Objective(**config.objective.model_dump())
+
+
+# --- what the three modes need --------------------------------------------------------------------------------------
+
+Found = tuple[dict[str, Any], Shape, str]  # what workers get, the shape of a latent, and words about both
+
+
+def _cache(config: TrainLDM) -> Found:
+    if not config.cache:
+        raise UserError("cache is empty; give a latent cache: cache=/data/cache (jobs/encode_dataset.py writes one)")
+    cache = LatentCache(config.cache, version=config.cache_version or None)
     if cache.shape is None:
         raise UserError(
             f"{cache.path} holds latents of {len(set(cache.group_shapes))} shapes, and train_ldm learns images of one; "
             f"encode with transform.buckets=false"
         )
-    return cache.shape
-
-
-def _autoencoder(config: TrainLDM, cache: LatentCache) -> str:
-    """Folder of the autoencoder that the cache was made with.
-
-    Raises:
-        UserError: it is not there, or is another one.
-    """
-    model = cache.manifest["model"]
-    folder = os.path.abspath(config.vae or model["path"])
-    if not os.path.isdir(folder):
-        raise UserError(f"the cache's autoencoder {folder} is not there; say where it is now with vae=FOLDER")
-    if fingerprint(folder) != model["fingerprint"]:
+    if config.classes:
+        _check_label(config, cache.manifest["columns"], cache.path)
+    vae = _vae(config.vae or cache.manifest["model"]["path"], "the cache's autoencoder ")
+    wanted = cache.manifest["model"]["fingerprint"]
+    if (found := fingerprint(vae)) != wanted:
         raise UserError(
-            f"{folder} is not the autoencoder that encoded {cache.path} (fingerprint {fingerprint(folder)[:12]}, the "
-            f"cache's is {model['fingerprint'][:12]}); give that one with vae=FOLDER, or encode the images again"
+            f"{vae} is not the autoencoder that encoded {cache.path} (fingerprint {found[:12]}, the cache's is "
+            f"{wanted[:12]}); give that one with vae=FOLDER, or encode the images again"
         )
+    about = f"{len(cache):,} latents of {cache.shape} {cache.content}"
+    data = {"cache": cache.path, "vae": vae, "fingerprint": wanted, "images": len(cache)}
+    return data, (len(cache.mean), *cache.shape[1:]), about
+
+
+def _online(config: TrainLDM) -> Found:
+    source = open_source(config.data.source, "data.source")
+    data, shape, about = _images(config, source)
+    return data | {"source": source}, shape, about
+
+
+def _write_through(config: TrainLDM) -> Found:
+    if not config.cache:
+        raise UserError("cache is empty; mode=write-through fills one: cache=/data/cache")
+    if config.data.crop != "center" or config.data.flip:
+        raise UserError(
+            "mode=write-through keeps one row an image: set data.crop=center and data.flip=false, or take mode=online"
+        )
+    return _images(config, open_source(config.data.source, "data.source"))
+
+
+def _images(config: TrainLDM, source: Source) -> Found:
+    if not config.vae:
+        raise UserError(f"vae is empty; mode={config.mode} encodes: vae=FOLDER of an autoencoder")
+    if config.classes:
+        _check_label(config, {field.name: str(field.type) for field in source.schema}, source.uri)
+    vae = _vae(config.vae)
+    model, side = load_autoencoder(vae), config.data.resolution
+    with torch.no_grad():
+        _, channels, height, width = encode_latents(model, torch.zeros(1, 3, side, side)).shape
+    shape = (channels // 2 if latent_content(model) == "moments" else channels, height, width)
+    words = f"{source.units:,} images at {side} px, encoded by {config.vae} ({config.mode}, f = {downsampling(model)})"
+    return {"vae": vae, "fingerprint": fingerprint(vae), "images": source.units}, shape, words
+
+
+def _begin_cache(config: TrainLDM) -> dict[str, Any]:
+    """The plan and the listing of the cache that this run fills: those of an encode job."""
+    data = config.data
+    job = Encode(
+        root=config.root,
+        ray=config.ray,
+        tracking=config.tracking,
+        source=data.source,
+        model=config.vae,
+        out=config.cache,
+        transform=Views(resolution=data.resolution, resize=data.resize),
+        rows_per_shard=data.rows_per_shard,
+        precision=data.precision,
+        error_budget=data.max_bad,
+    )
+    out, plan, _, _ = encode.plan_cache(job)
+    return {"cache": out, "plan": plan}
+
+
+def _check_label(config: TrainLDM, columns: dict[str, str], where: str) -> None:
+    if config.label not in columns:
+        raise UserError(
+            f"{where} has no column {config.label!r} for classes={config.classes}; it has "
+            f"{', '.join(columns) or 'none'}: set label=COLUMN, and carry it with the source's columns=[...]"
+        )
+    if not (kind := columns[config.label]).startswith(("int", "uint")):
+        raise UserError(f"column {config.label!r} of {where} holds {kind}; classes are integers from 0 on")
+
+
+def _vae(folder: str, what: str = "") -> str:
+    folder = os.path.abspath(folder)
+    if not os.path.isdir(folder):
+        raise UserError(f"{what}{folder} is not there; say where it is now with vae=FOLDER")
     return folder
 
 
+# --- in the workers ---------------------------------------------------------------------------------------------
+
+
 class Diffusion:
-    """The training task: UNet, its average, and latents drawn from the cache."""
+    """The training task: the network, its averages, and what feeds it."""
 
     def __init__(self, config: TrainLDM, setup: dict[str, Any], rank: int, world: int, device: torch.device):
         from ray.train.torch import prepare_model
 
-        self.config, self.device, self._rank, self._world = config, device, rank, world
-        self.cache = LatentCache(setup["cache"], version=config.cache_version or None)
-        self.digest = self.cache.manifest["digest"]
+        self.config, self.device, self._rank = config, device, rank
+        self._vae, self._fingerprint, self._shape = setup["vae"], setup["fingerprint"], setup["shape"]
+        self.feed = make_feed(config, setup, rank, world, device)
+        self.digest = self.feed.digest
         self.stages = [(config.images, config.batch_size)]
+        self.objective = objective_of(config)
         torch.manual_seed(config.seed)
-        self.unet = build_unet(config.unet, len(self.cache.mean), _shape(self.cache)[-1]).to(device)
-        self.net = prepare_model(self.unet)
-        self.scheduler = noise_schedule()
-        self.optimizer = training.adam(self.unet.parameters(), config.optim)
-        self.ema = EMA(self.unet, config.loop.ema) if config.loop.ema else None
-        self._vae = setup["vae"]
+        self.network = build_denoiser(config.network, self._shape[0], self._shape[-1], config.classes).to(device)
+        if config.checkpointing:
+            self.network.enable_gradient_checkpointing()
+        self.net = prepare_model(self.network)
+        self.optimizer = training.Adam(self.network, config.optim)
+        decays = [config.loop.ema] * bool(config.loop.ema) + config.more_ema
+        self.averages = {f"{decay:g}": EMA(self.network, decay) for decay in decays}
+        self._main = f"{config.loop.ema:g}"  # of the model that is sampled; "0" is none: the weights themselves
         if config.loop.compile:
             self.net = torch.compile(self.net)
 
     def begin(self, stage: int) -> None:
-        self.unet.train()
+        self.feed.begin()
+        self.network.train()
 
-    def batches(self, start: int, end: int, batch_size: int) -> Iterator[Tensor]:
-        config = self.config
-        loader = LatentLoader(self.cache, batch_size, config.seed, self._rank, self._world, config.draw)
-        loader.position = start
-        count = -(-(end - start) // batch_size)  # the last one is whole too, so that every step has the same size
-        return (batch["latents"] for batch in itertools.islice(loader, count))
+    def batches(self, start: int, end: int, batch_size: int) -> Iterator[Batch]:
+        """The feed's, with the noise that they get; made while the step before is computed, but for encoding."""
+        feed = self.feed.batches(start, end, batch_size)
+        for (batch,) in stream(self._with_noise, ([batch] for batch in feed), threads=1, ahead=1):
+            yield batch
 
-    def step(self, batch: Tensor, images: int) -> dict[str, Tensor]:
-        optim = self.config.optim
-        generator = torch.Generator().manual_seed(training.seed_for(self.config.seed, images, self._rank, 1))
-        values = training.Totals()
-        parts = batch.to(self.device, non_blocking=True).chunk(optim.accumulate)
-        for n, latents in enumerate(parts):
+    def _with_noise(self, batch: Batch) -> Batch:
+        noise, u, drop = draws(self.config.seed, batch["positions"], self._shape)
+        labels = batch["labels"]
+        if labels is not None:
+            labels = torch.where(drop < self.config.label_dropout, null_class(self.config.classes), labels)
+        return batch | {"noise": noise, "u": u, "labels": labels}
+
+    def step(self, batch: Batch, images: int) -> dict[str, Tensor]:
+        optim, values = self.config.optim, training.Totals()
+        noise, u = (batch[name].to(self.device, non_blocking=True) for name in ("noise", "u"))
+        labels = None if batch["labels"] is None else batch["labels"].to(self.device, non_blocking=True)
+        parts = list(
+            zip(*(_split(part, optim.accumulate) for part in (self.feed.latents(batch), noise, u, labels)), strict=True)
+        )
+        for n, part in enumerate(parts):
             with training.synced(self.net, n == len(parts) - 1):
                 with autocast(self.device, self.config.loop.precision):
-                    loss = training_loss(self.net, self.scheduler, latents, generator).mean()
+                    losses, errors, levels = self.objective.loss(self.net, *part)
+                loss = losses.mean()
                 (loss / len(parts)).backward()
-            values.add({"loss": loss})
+            values.add({"loss": loss} | _by_level(errors.detach(), levels))
         rate = optim.lr * training.learning_rate_factor(optim, images, self.config.images)
-        values.add(training.update(self.optimizer, self.unet, rate, optim.clip))
-        if self.ema is not None:
-            self.ema.update(self.unet)
+        values.add(self.optimizer.step(rate))
+        for average in self.averages.values():
+            average.update(self.network)
         return values.means()
 
     def count(self) -> dict[str, Tensor]:
-        return {}
+        return {"bad_images": torch.tensor(float(self.feed.bad()))}
 
     def check(self, means: dict[str, float]) -> None:
-        """Nothing besides the loss can go wrong here."""
+        self.feed.check(round(means["bad_images"] * self.feed.world))
+
+    def skipped(self) -> int:
+        return self.optimizer.skipped()
 
     def validate(self) -> tuple[dict[str, float], np.ndarray | None]:
         """Rank 0 draws a picture, of the same noise each time."""
         if self._rank or not self.config.sample_images:
             return {}, None
-        seeds = [(self.config.seed, n) for n in range(self.config.sample_images)]
-        self.unet.eval()
-        with self._averaged(), autocast(self.device, self.config.loop.precision):
-            images = self._ldm().sample(seeds, self.config.sample_steps)
-        self.unet.train()
-        return {}, grid(to_uint8(images), columns=max(1, round(len(seeds) ** 0.5)))
+        count, classes = self.config.sample_images, self.config.classes
+        options: dict[str, Any] = {"steps": self.config.sample_steps}
+        if classes:
+            labels = [n * classes // count % classes for n in range(count)]
+            options |= {"labels": labels, "guidance": self.config.sample_guidance}
+        self.network.eval()
+        with self._averaged(self._main), autocast(self.device, self.config.loop.precision):
+            images = self._ldm().sample([(self.config.seed, n) for n in range(count)], **options)
+        self.network.train()
+        return {}, grid(to_uint8(images), columns=max(1, round(count**0.5)))
 
     def state(self) -> dict[str, Any]:
-        state = {"unet": self.unet.state_dict(), "optimizer": self.optimizer.state_dict()}
-        return state | ({"ema": self.ema.state_dict()} if self.ema is not None else {})
+        averages = {decay: average.state_dict() for decay, average in self.averages.items()}
+        state = {"network": self.network.state_dict(), "optimizer": self.optimizer.state_dict(), "averages": averages}
+        return state | {"feed": self.feed.state()}
 
     def load(self, state: dict[str, Any]) -> None:
-        self.unet.load_state_dict(state["unet"])
+        self.network.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
-        if self.ema is not None:
-            self.ema.load_state_dict(state["ema"])
+        for decay, average in self.averages.items():
+            average.load_state_dict(state["averages"][decay])
+        self.feed.load(state["feed"])
 
-    def export(self, folder: Path) -> None:
-        with self._averaged():
+    def exports(self) -> dict[str, Callable[[Path], None]]:
+        """The model of the first average, or of the weights themselves, and one of each further average."""
+        further = list(self.averages)[bool(self.config.loop.ema) :]
+        names = {"model": self._main} | {f"model-ema-{decay}": decay for decay in further}
+        return {name: partial(self._save, decay) for name, decay in names.items()}
+
+    def _save(self, decay: str, folder: Path) -> None:
+        with self._averaged(decay):
             save_ldm(folder, self._ldm())
 
-    def _averaged(self) -> AbstractContextManager[None]:
-        return self.ema.swapped(self.unet) if self.ema is not None else nullcontext()
+    def _averaged(self, decay: str) -> AbstractContextManager[None]:
+        average = self.averages.get(decay)
+        return average.swapped(self.network) if average is not None else nullcontext()
 
     def _ldm(self) -> LDM:
-        vae = load_autoencoder(self._vae).to(self.device)
-        about = {"cache": self.cache.path, "cache_digest": self.digest, "config": values_to_keep(self.config)}
-        return LDM(self.unet, self.scheduler, vae, self.cache.mean, self.cache.std, about)
+        vae = NormalizedAutoencoder.of(load_autoencoder(self._vae), self.feed.mean, self.feed.std).to(self.device)
+        about = {"data": self.digest, "vae": self._fingerprint, "config": values_to_keep(self.config)}
+        return LDM(self.network, self.objective.scheduler(), vae, self.config.classes, about)
+
+
+def _split(values: Tensor | None, parts: int) -> tuple[Any, ...]:
+    return (None,) * parts if values is None else values.chunk(parts)
+
+
+def _by_level(errors: Tensor, levels: Tensor) -> dict[str, Tensor]:
+    """The error without weights in each quarter of the noise levels; NaN where the batch has none there."""
+    bucket = (levels * BUCKETS).long().clamp(max=BUCKETS - 1)
+    found = {}
+    for n in range(BUCKETS):
+        inside = bucket == n
+        mean = torch.where(inside, errors, 0).sum() / inside.sum()
+        found[f"loss_at_noise_{n / BUCKETS:.2f}-{(n + 1) / BUCKETS:.2f}"] = mean
+    return found
 
 
 def _worker(setup: dict[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Training LiteVAE on Ray Train: reconstruction, perceptual, KL, high-frequency and adversarial losses, in stages."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,11 @@ from litevae.diffusion import EMA
 from litevae.discriminators import UNetDiscriminator
 from litevae.errors import UserError
 from litevae.images import ImageError, ImageTransform, to_tensor
-from litevae.loader import stream
-from litevae.order import EpochOrder
 from litevae.perceptual import SqueezeNetFeatures, WeightsMissing, load_lpips
 from litevae.pictures import reconstruction_picture
 from litevae.precision import autocast
 from pipelines import checkpoint, cluster, tracking, training
+from pipelines.batches import Images
 from pipelines.config import TrainVAE, validate, values_to_keep
 from pipelines.sources import Source, open_source
 
@@ -130,48 +129,6 @@ def _check_stages(folder: str, config: TrainVAE) -> None:
 # --- in the workers -------------------------------------------------------------------------------------------------
 
 
-class Images:
-    """Positions of a source's endless order as training pixels; the next readable image stands in for a bad one."""
-
-    def __init__(self, source: Source, config: TrainVAE, resolution: int):
-        self._source, self._config = source, config
-        self._transform = ImageTransform(resolution, config.data.resize, config.data.crop, config.data.flip)
-        self.order = EpochOrder(source.groups, config.seed, source.window)
-        self.bad: dict[str, str] = {}
-
-    def pixels(self, place: tuple[int, int]) -> np.ndarray:
-        """uint8 HWC of a (position, row)."""
-        position, row = place
-        for _ in range(self._source.units):
-            try:
-                item = self._source.data(row)
-                return self._transform(item, seed=training.seed_for(self._config.seed, position)).pixels
-            except ImageError as error:
-                name = self._source.id(row)
-                if name not in self.bad:
-                    self.bad[name] = f"{error.reason}: {error}"
-                    print(f"skipped unreadable image {name} ({self.bad[name]})", flush=True)
-                row = (row + 1) % self._source.units
-        raise UserError(f"no image of {self._source.uri} can be read")
-
-    def batches(self, start: int, end: int, batch: int, rank: int, world: int) -> Iterator[list[np.ndarray]]:
-        steps = training.batch_positions(start, end, batch)
-        places = ([(position, self.order.index(position)) for position in step[rank::world]] for step in steps)
-        return stream(self.pixels, places, self._config.data.loaders)
-
-    def check(self, bad: int) -> None:
-        """
-        Raises:
-            UserError: more images are unreadable than the config allows.
-        """
-        if bad > self._config.data.max_bad * self._source.units:
-            some = "; ".join(f"{name} ({reason})" for name, reason in list(self.bad.items())[:3])
-            raise UserError(
-                f"{bad} of {self._source.units} images can't be read, more than data.max_bad="
-                f"{self._config.data.max_bad:g} allows: {some or 'named above'}. Remove them, or raise data.max_bad"
-            )
-
-
 class Objective(nn.Module):
     """The weighted sum of the generator's loss terms. Frozen backbones only: nothing here is trained."""
 
@@ -218,7 +175,7 @@ class Networks:
         self.model = build_model(config).to(device)
         self.net = prepare_model(self.model)
         self.objective = Objective(config, lpips).to(device)
-        self.optimizer = training.adam(self.model.parameters(), config.optim)
+        self.optimizer = training.Adam(self.model, config.optim)
         self.ema = EMA(self.model, config.loop.ema) if config.loop.ema else None
         self.disc: UNetDiscriminator | None = None
         adversarial = config.loss.adversarial
@@ -226,7 +183,7 @@ class Networks:
             torch.manual_seed(config.seed + 1)
             self.disc = UNetDiscriminator(adversarial.channels).to(device)
             self.disc_net = prepare_model(self.disc)
-            self.disc_optimizer = training.adam(self.disc.parameters(), config.optim, lr=adversarial.lr)
+            self.disc_optimizer = training.Adam(self.disc, config.optim, lr=adversarial.lr)
         if config.loop.compile:
             self.net = torch.compile(self.net)
         self.total = sum(stage.images for stage in config.stages)
@@ -262,7 +219,7 @@ class Networks:
                     fakes.append((x, reconstruction.detach()))
                 (loss / len(parts)).backward()
             values.add(terms | {"loss": loss})
-        values.add(training.update(self.optimizer, self.model, optim.lr * factor, optim.clip))
+        values.add(self.optimizer.step(optim.lr * factor))
         if self.ema is not None:
             self.ema.update(self.model)
         if gan:
@@ -282,7 +239,7 @@ class Networks:
                 loss = losses.hinge_discriminator(real, made)
                 (loss / len(fakes)).backward()
             values.add({"discriminator": loss, "logits_real": _mean(real), "logits_fake": _mean(made)})
-        training.update(self.disc_optimizer, self.disc, lr, self.config.optim.clip)
+        values.add({f"discriminator_{key}": value for key, value in self.disc_optimizer.step(lr).items()})
         return values.means()
 
     def averaged(self) -> AbstractContextManager[None]:
@@ -331,12 +288,15 @@ class Autoencoder(Networks):
 
     def begin(self, stage: int) -> None:
         resolution = self.config.stages[stage].resolution
-        self._images = Images(self.source, self.config, resolution)
+        data = self.config.data
+        transform = ImageTransform(resolution, data.resize, data.crop, data.flip)
+        self._images = Images(self.source, transform, self.config.seed, data.loaders, data.max_bad)
         self._validation = Validation(self._val, self.config, resolution, self._rank, self._world)
         self.model.train()
 
     def batches(self, start: int, end: int, batch_size: int) -> Iterator[list[np.ndarray]]:
-        return self._images.batches(start, end, batch_size, self._rank, self._world)
+        for batch in self._images.batches(start, end, batch_size, self._rank, self._world):
+            yield [picture.pixels for picture in batch]
 
     def count(self) -> dict[str, Tensor]:
         return {"bad_images": torch.tensor(float(len(self._images.bad)))}
@@ -344,10 +304,16 @@ class Autoencoder(Networks):
     def check(self, means: dict[str, float]) -> None:
         self._images.check(round(means["bad_images"] * self._world))
 
+    def skipped(self) -> int:
+        return max(self.optimizer.skipped(), self.disc_optimizer.skipped() if self.disc is not None else 0)
+
     def validate(self) -> tuple[dict[str, float], np.ndarray | None]:
         return self._validation.run(self) if self._validation.images else ({}, None)
 
-    def export(self, folder: Path) -> None:
+    def exports(self) -> dict[str, Callable[[Path], None]]:
+        return {"model": self._save}
+
+    def _save(self, folder: Path) -> None:
         """The trained model, averaged where there is an average, as a model folder."""
         with self.averaged():
             self.model.save_pretrained(folder)

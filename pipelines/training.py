@@ -11,7 +11,7 @@ import shutil
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
@@ -116,6 +116,9 @@ class Task(Protocol):
     def check(self, means: dict[str, float]) -> None:
         """Raise a UserError where logged metrics, the same on all ranks, show that it can't go on."""
 
+    def skipped(self) -> int:
+        """The longest run of steps since the last call that were skipped, as their gradients were not finite."""
+
     def validate(self) -> tuple[dict[str, float], np.ndarray | None]:
         """Metrics, the same on all ranks, and a picture (rank 0's is kept)."""
 
@@ -123,8 +126,8 @@ class Task(Protocol):
 
     def load(self, state: dict[str, Any]) -> None: ...
 
-    def export(self, folder: Path) -> None:
-        """Write what the run is for into an empty folder."""
+    def exports(self) -> dict[str, Callable[[Path], None]]:
+        """What the run is for: names of folders, and what writes each, `model` among them."""
 
 
 def run(
@@ -145,27 +148,35 @@ def run(
             if images >= end:
                 continue
             task.begin(number)
-            clock, since = time.monotonic(), images
+            clock, since, waited = time.monotonic(), images, 0.0
             # A stage's last batch is whole, so the next stage may begin some images late.
-            for batch in task.batches(max(images, begin), end, batch_size):
+            batches = iter(task.batches(max(images, begin), end, batch_size))
+            while True:
+                asked = time.monotonic()
+                if (batch := next(batches, None)) is None:
+                    break
+                waited += time.monotonic() - asked
                 before, images = images, images + batch_size
                 torch.manual_seed(seed_for(config.seed, before, rank))
                 totals.add(task.step(batch, before))
                 save = due(before, images, loop.checkpoint_every) or images >= end
                 if save or due(before, images, loop.log_every * batch_size):
                     means = mean_over_ranks(totals.means() | task.count())
-                    rates.append((images - since) / max(1e-9, time.monotonic() - clock))
+                    seconds = max(1e-9, time.monotonic() - clock)
+                    rates.append((images - since) / seconds)
                     task.check(means)
-                    if not np.isfinite(means["loss"]):
+                    if (skipped := task.skipped()) >= loop.max_skipped:
                         raise UserError(
-                            f"the loss is {means['loss']} after {images:,} images; the checkpoint at {saved:,} is "
-                            f"kept. Lower optim.lr, or set optim.clip=1 or loop.precision=fp32"
+                            f"{skipped} steps in a row, up to {images:,} images, had NaN or infinite gradients and "
+                            f"were skipped; the checkpoint at {saved:,} is kept. Lower optim.lr, or set optim.clip=1 "
+                            f"or loop.precision=fp32, and run again: it goes on from there"
                         )
                     if tracker is not None:
-                        values = {f"train/{key}": value for key, value in means.items()}
-                        tracker.metrics(values | {"train/images_per_second": rates[-1]}, images)
+                        values = {f"train/{key}": value for key, value in means.items() if np.isfinite(value)}
+                        speed = {"images_per_second": rates[-1], "waiting_for_data": waited / seconds}
+                        tracker.metrics(values | {f"train/{key}": value for key, value in speed.items()}, images)
                     numbers["loss"] = means["loss"]
-                    clock, since = time.monotonic(), images
+                    clock, since, waited = time.monotonic(), images, 0.0
                 if progress is not None:
                     progress.update(min(images, total), **numbers)
                 if due(before, images, loop.val_every) or images >= total:
@@ -175,14 +186,15 @@ def run(
                         tracker.metrics({f"val/{key}": value for key, value in values.items()}, images)
                         if picture is not None:
                             tracker.image("val/picture", picture, images)
-                    clock, since = time.monotonic(), images
+                    clock, since, waited = time.monotonic(), images, 0.0
                 if save:  # what was just checked: a checkpoint never holds a broken run
                     extra = {"images": images, "digest": task.digest, "config": values_to_keep(config)}
                     _report(images, checkpoint.save(task.state() | extra) if rank == 0 else None)
-                    saved, clock, since = images, time.monotonic(), images
+                    saved, clock, since, waited = images, time.monotonic(), images, 0.0
         if rank == 0 and tracker is not None:
-            checkpoint.publish(task.export, folder / "model")
-            tracker.artifacts(folder / "model", "model")
+            for name, write in task.exports().items():
+                checkpoint.publish(write, folder / name)
+                tracker.artifacts(folder / name, name)
     finally:
         if progress is not None:
             progress.close()
@@ -263,20 +275,48 @@ def learning_rate_factor(config: Optimizer, images: int, total: int) -> float:
     return 0.5 + 0.5 * float(np.cos(np.pi * min(1.0, progress)))
 
 
-def adam(parameters: Iterable[nn.Parameter], config: Optimizer, lr: float | None = None) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(
-        parameters, lr=lr or config.lr, betas=config.betas, weight_decay=config.weight_decay, foreach=True
-    )
+class Adam:
+    """AdamW that leaves the weights, and its own state, as they are where a gradient is NaN or infinite.
 
+    Nothing waits for the device to tell: the optimizer's kernel reads the verdict there, as it does from a GradScaler.
+    Gradients are the same on all ranks, and so is the verdict.
+    """
 
-def update(optimizer: torch.optim.Optimizer, model: nn.Module, lr: float, clip: float) -> dict[str, Tensor]:
-    """One optimizer step at this rate; the gradient's norm where it is clipped."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip) if clip else None
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return {} if norm is None else {"gradient_norm": norm}
+    def __init__(self, model: nn.Module, config: Optimizer, lr: float | None = None):
+        self._parameters = [p for p in model.parameters() if p.requires_grad]
+        self._clip = config.clip
+        self._optimizer = torch.optim.AdamW(
+            self._parameters, lr=lr or config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True
+        )
+        device = self._parameters[0].device
+        self._streak, self._longest = torch.zeros(2, device=device).unbind()
+
+    def step(self, lr: float) -> dict[str, Tensor]:
+        """One update at this rate. Returns the norm of the gradient before clipping, and whether it was skipped."""
+        gradients = [p.grad for p in self._parameters if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
+        if self._clip:
+            torch.nn.utils.clip_grads_with_norm_(self._parameters, self._clip, norm, foreach=True)
+        bad = (~norm.isfinite()).float()
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        self._optimizer.found_inf = bad  # type: ignore[attr-defined]
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        self._streak = (self._streak + bad) * bad
+        self._longest = torch.maximum(self._longest, self._streak)
+        return {"gradient_norm": norm, "skipped_steps": bad}
+
+    def skipped(self) -> int:
+        """The longest run of skipped steps since the last call, and up to it."""
+        longest, self._longest = int(self._longest), self._streak
+        return longest
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._optimizer.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._optimizer.load_state_dict(state)
 
 
 def synced(net: Any, last: bool) -> AbstractContextManager:
@@ -285,28 +325,30 @@ def synced(net: Any, last: bool) -> AbstractContextManager:
 
 
 def mean_over_ranks(tensors: dict[str, Tensor]) -> dict[str, float]:
-    """The mean of each number over all ranks; every rank calls this with the same keys."""
+    """The mean of each number over all ranks that have it; every rank calls this with the same keys."""
     values = {key: float(value) for key, value in tensors.items()}
     if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
         return values
     gathered: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(gathered, values)
-    return {key: sum(one[key] for one in gathered) / len(gathered) for key in values}
+    found = {key: [one[key] for one in gathered if np.isfinite(one[key])] for key in values}
+    return {key: sum(numbers) / len(numbers) if numbers else float("nan") for key, numbers in found.items()}
 
 
 class Totals:
-    """Sums of metrics, kept on the device, so that no step waits for it."""
+    """Means of metrics, kept on the device, so that no step waits for it. What is NaN or infinite does not count."""
 
     def __init__(self) -> None:
-        self._sums: dict[str, tuple[Tensor, int]] = {}
+        self._sums: dict[str, tuple[Tensor, Tensor]] = {}
 
     def add(self, values: dict[str, Tensor]) -> None:
         for key, value in values.items():
-            total, count = self._sums.get(key, (torch.zeros_like(value), 0))
-            self._sums[key] = total + value.detach(), count + 1
+            value, finite = value.detach(), value.isfinite()
+            total, count = self._sums.get(key, (torch.zeros_like(value), torch.zeros_like(value)))
+            self._sums[key] = total + torch.where(finite, value, 0), count + finite
 
     def means(self) -> dict[str, Tensor]:
-        """Since the last call."""
+        """Since the last call; NaN where nothing counts."""
         means = {key: total / count for key, (total, count) in self._sums.items()}
         self._sums.clear()
         return means

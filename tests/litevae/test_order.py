@@ -32,6 +32,23 @@ def test_any_position_directly():
         assert [ranks[i % workers][i // workers] for i in range(60)] == straight[7:67]
 
 
+def test_windows_tell_their_groups():
+    order = EpochOrder(GROUPS, seed=3, window=10)
+    starts = np.cumsum(GROUPS) - GROUPS
+    for epoch in (0, 2):
+        position, seen = epoch * ROWS, []
+        while position < (epoch + 1) * ROWS:
+            begin, groups = order.window_at(position)
+            assert begin == position
+            size = sum(GROUPS[group] for group in groups)
+            rows = sorted(order.index(position + n) for n in range(size))
+            assert rows == sorted(row for g in groups for row in range(starts[g], starts[g] + GROUPS[g]))
+            assert all(order.window_at(position + n)[0] == begin for n in range(size))
+            seen += [*groups]
+            position += size
+        assert sorted(seen) == [group for group, size in enumerate(GROUPS) if size or group in seen]
+
+
 @pytest.mark.parametrize(("size", "window"), [(8, 32), (8, 30), (8, 1), (100, 32)])
 def test_rows_stay_within_few_groups(size, window):
     groups = [size] * 20

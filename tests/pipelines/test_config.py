@@ -6,7 +6,20 @@ import pytest
 import yaml
 
 from litevae.errors import UserError
-from pipelines.config import PRESETS, Encode, Evaluate, Sample, TrainLDM, TrainVAE, dump, load, main, usage
+from pipelines.config import (
+    PRESETS,
+    Encode,
+    Evaluate,
+    EvaluateSamples,
+    Sample,
+    TrainLDM,
+    TrainVAE,
+    dump,
+    load,
+    main,
+    section_of,
+    usage,
+)
 
 JOBS = {"train_vae": TrainVAE, "encode_dataset": Encode, "train_ldm": TrainLDM, "sample": Sample, "evaluate": Evaluate}
 
@@ -60,8 +73,14 @@ def test_every_mistake_is_listed_at_once():
 
 
 def test_presets_that_are_no_presets(tmp_path):
-    with pytest.raises(UserError, match=r"--config nope: neither a preset \(demo, demo-gpu\) nor a file"):
+    shipped = "celebahq-256, demo, demo-gpu, ffhq-256, imagenet-256"
+    with pytest.raises(UserError, match=rf"--config nope: neither a preset \({shipped}\) nor a file"):
         load(TrainVAE, "nope")
+    (tmp_path / "recipe.yaml").write_text("sample: {steps: 20}\ntrain_vae:\n")
+    assert load(Sample, str(tmp_path / "recipe.yaml")).steps == 20
+    assert load(TrainVAE, str(tmp_path / "recipe.yaml")) == TrainVAE()
+    with pytest.raises(UserError, match="nothing for train_ldm; it is for sample, train_vae"):
+        load(TrainLDM, str(tmp_path / "recipe.yaml"))
     (tmp_path / "list.yaml").write_text("- a")
     with pytest.raises(UserError, match="found a list"):
         load(TrainVAE, str(tmp_path / "list.yaml"))
@@ -70,9 +89,15 @@ def test_presets_that_are_no_presets(tmp_path):
         load(TrainVAE, str(tmp_path / "code.yaml"))
 
 
-@pytest.mark.parametrize("path", sorted(PRESETS.glob("*/*.yaml")), ids=lambda p: f"{p.parent.name}/{p.stem}")
-def test_shipped_presets_are_valid(path):
-    load(JOBS[path.parent.name], path.stem)
+RECIPES = [
+    (path.stem, section) for path in sorted(PRESETS.glob("*.yaml")) for section in yaml.safe_load(path.read_text())
+]
+
+
+@pytest.mark.parametrize(("name", "section"), RECIPES)
+def test_shipped_presets_are_valid(name, section):
+    (cls,) = (cls for cls in (*JOBS.values(), EvaluateSamples) if section_of(cls) == section)
+    assert load(cls, name) != cls()
 
 
 @pytest.mark.parametrize("job", JOBS)

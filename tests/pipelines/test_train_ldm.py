@@ -1,37 +1,51 @@
-"""train_ldm on a real cache: it learns, goes on bit for bit, exports what `sample` takes, and refuses what is wrong."""
+"""train_ldm in its three modes: what it is fed, what a step does, runs that go on bit for bit, and what it refuses."""
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import skimage.data
 import torch
+from diffusers import DDPMScheduler
 from PIL import Image
 
 from litevae.autoencoder import LiteVAE
 from litevae.cache import LatentCache
-from litevae.diffusion import build_unet, load_ldm, noise_schedule
+from litevae.denoiser import build_denoiser
+from litevae.diffusion import draws
+from litevae.errors import UserError
+from litevae.ldm import load_ldm
+from pipelines import audit
 from pipelines.config import Encode, TrainLDM, load, main, validate
 from pipelines.encode import encode_dataset
 from pipelines.train_ldm import Diffusion, train_ldm
 
+REPO = Path(__file__).resolve().parents[2]
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 CONFIG = [
-    "unet=tiny", "batch_size=8", "images=32", "optim.lr=1e-3", "loop.precision=fp32", "loop.ema=0.9",
+    "network=tiny", "batch_size=8", "images=32", "optim.lr=1e-3", "loop.precision=fp32", "loop.ema=0.9",
     "loop.log_every=2", "loop.checkpoint_every=16", "loop.val_every=0", "sample_images=2", "sample_steps=2",
+    "data.resolution=64", "data.precision=fp32", "data.rows_per_shard=4", "data.loaders=1",
     "ray.gpu=false", "ray.cpus_per_worker=1", "tracking.enabled=false",
 ]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """(cache, model folder): 24 photos, encoded."""
+    """(cache, model folder, photos): 24 photos in two classes, encoded."""
     root = tmp_path_factory.mktemp("made")
-    (root / "photos").mkdir()
     coffee = skimage.data.coffee()
     for n in range(24):
-        Image.fromarray(coffee[10 * n : 10 * n + 64, 20 * n : 20 * n + 64]).save(root / "photos" / f"{n:02}.png")
+        (root / "photos" / "ab"[n % 2]).mkdir(parents=True, exist_ok=True)
+        photo = Image.fromarray(coffee[10 * n : 10 * n + 64, 20 * n : 20 * n + 64])
+        photo.save(root / "photos" / "ab"[n % 2] / f"{n:02}.png")
     torch.manual_seed(0)
     LiteVAE("S", block_out_channels=(8, 8, 8, 8), layers_per_block=1).save_pretrained(root / "vae")
     values = {
@@ -40,31 +54,58 @@ def made(tmp_path_factory):
         "ray": {"gpu": False, "cpus_per_worker": 1}, "tracking": {"enabled": False},
     }  # fmt: skip
     encode_dataset(validate(Encode, values))
-    return root / "cache", root / "vae"
+    return root / "cache", root / "vae", root / "photos"
 
 
 def configured(made, root, *more) -> TrainLDM:
     return load(TrainLDM, None, [*CONFIG, f"cache={made[0]}", f"root={root}", "name=run", *more])
 
 
+def encoding(made, mode, *more):
+    """Words of a config that encodes."""
+    return [f"mode={mode}", f"vae={made[1]}", f"data.source.uri={made[2]}", *more]
+
+
 @pytest.fixture
 def task(made, tmp_path, monkeypatch):
-    """The task as in worker `rank` of `world`, without Ray."""
+    """The task as in worker `rank` of `world`, without Ray Train; of several, none waits for the others."""
     import ray.train.torch
 
+    from pipelines import train_ldm
+
     monkeypatch.setattr(ray.train.torch, "prepare_model", lambda model: model)
+    monkeypatch.setattr(torch.distributed, "barrier", lambda: None)
 
     def make(*more, rank=0, world=1):
         config = configured(made, tmp_path, *more)
-        setup = {"cache": str(made[0]), "vae": str(made[1])}
+        kinds = {"cache": train_ldm._cache, "online": train_ldm._online, "write-through": train_ldm._write_through}
+        data, shape, _ = kinds[config.mode](config)
+        if config.mode == "write-through":
+            data |= train_ldm._begin_cache(config)
+        setup = data | {"shape": shape, "threads": 1, "handle": Handle}
         return Diffusion(config, setup, rank, world, torch.device("cpu"))
 
     return make
 
 
+class Handle:
+    experiment, run_id = "test", None
+
+
+def fed(one, start, end, batch_size=8):
+    """Latents and the batches they are of."""
+    if one.feed.world > 1:  # there is nobody to calibrate with
+        one.feed.load({"mean": torch.zeros(4), "std": torch.ones(4), "version": None})
+    one.begin(0)
+    return [(one.feed.latents(batch), batch) for batch in one.batches(start, end, batch_size)]
+
+
+# --- batches ------------------------------------------------------------------------------------------------------
+
+
 def test_batches_are_normalised_draws_of_the_cache_in_a_global_order(task, made):
     cache = LatentCache(made[0])
-    whole = list(task().batches(0, 48, 8))
+    whole = [latents for latents, _ in fed(task(), 0, 48)]
     assert [tuple(batch.shape) for batch in whole] == [(8, 4, 8, 8)] * 6
     epochs = torch.cat(whole).chunk(2)
     means = cache.latents(range(24), 0, 0, draw="mean")
@@ -72,62 +113,324 @@ def test_batches_are_normalised_draws_of_the_cache_in_a_global_order(task, made)
         nearest = torch.cdist(epoch.flatten(1), means.flatten(1)).argmin(dim=1)
         assert sorted(nearest.tolist()) == list(range(24))
     assert not torch.equal(*(e[e.flatten(1).sum(1).argsort()] for e in epochs))  # drawn anew
-    ranks = [list(task(rank=r, world=2).batches(0, 48, 8)) for r in (0, 1)]
-    for batch, parts in zip(whole, zip(*ranks, strict=True), strict=True):
-        assert torch.equal(batch, torch.stack(parts, dim=1).flatten(0, 1))
-    assert all(torch.equal(a, b) for a, b in zip(whole[3:], task().batches(24, 48, 8), strict=True))
-    assert torch.equal(next(task("draw=mean").batches(0, 8, 8))[:1], next(task("draw=mean").batches(0, 8, 8))[:1])
+    assert all(torch.equal(a, b) for a, (b, _) in zip(whole[3:], fed(task(), 24, 48), strict=True))
+    mean = fed(task("draw=mean"), 0, 8)[0][0]
+    assert torch.allclose(torch.cdist(mean.flatten(1), means.flatten(1)).amin(dim=1), torch.zeros(8), atol=1e-3)
+
+
+@pytest.mark.parametrize("mode", ["cache", "online", "write-through"])
+def test_ranks_make_up_the_global_batch_with_its_noise(task, made, tmp_path, mode):
+    words = ["classes=2", "label_dropout=0.3"]
+    if mode != "cache":
+        words += encoding(made, mode, "data.flip=true" if mode == "online" else f"cache={tmp_path / 'filled'}")
+    alone = task(*words)
+    alone.feed.load({"mean": torch.zeros(4), "std": torch.ones(4), "version": None})
+    whole = fed(alone, 8, 24)
+    halves = [fed(task(*words, rank=rank, world=2), 8, 24) for rank in (0, 1)]
+    for (latents, batch), *parts in zip(whole, *halves, strict=True):
+        together = torch.stack([part for part, _ in parts], dim=1).flatten(0, 1)
+        torch.testing.assert_close(together, latents, rtol=0, atol=2e-5)
+        for name in ("noise", "u", "labels"):
+            assert torch.equal(torch.stack([part[name] for _, part in parts], dim=1).flatten(0, 1), batch[name])
+        assert set(batch["labels"].tolist()) <= {0, 1, 1000}
+        assert torch.equal(batch["noise"][3], draws(0, [batch["positions"][3]], (4, 8, 8))[0][0])
+
+
+def test_labels_are_the_rows_and_are_dropped_as_often_as_asked(task, made):
+    names = {row["id"]: row["label"] for n in range(24) if (row := LatentCache(made[0]).row(n))}
+    assert set(names.values()) == {0, 1}
+    labels = torch.cat([batch["labels"] for _, batch in fed(task("classes=2", "label_dropout=0"), 0, 24)])
+    assert labels.bincount().tolist() == [12, 12]
+    for _, batch in fed(task("classes=2", "label_dropout=0.25"), 0, 48):
+        assert torch.equal(batch["labels"] == 1000, draws(0, batch["positions"], (1,))[2] < 0.25)
+    assert all(batch["labels"] is None for _, batch in fed(task(), 0, 16))
+    with pytest.raises(UserError, match="holds 1; with classes=1 it takes 0 to 0"):
+        fed(task("classes=1"), 0, 24)
+
+
+def test_online_gives_the_latents_of_the_cache(task, made):
+    """Row by row: the same draws of the same moments but for fp16, and nearly the same statistics."""
+    cache = LatentCache(made[0])
+    rows = {cache.row(n)["id"]: n for n in range(len(cache))}
+    one = task(*encoding(made, "online"))
+    for latents, batch in fed(one, 0, 48):
+        epochs, ids = zip(*batch["rows"], strict=True)
+        expected = cache.latents([rows[name] for name in ids], epochs, seed=0)
+        torch.testing.assert_close(latents, expected, rtol=2e-3, atol=4e-3)
+    torch.testing.assert_close(one.feed.mean, cache.mean, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(one.feed.std, cache.std, rtol=1e-3, atol=1e-4)
+    augmented = [latents for latents, _ in fed(task(*encoding(made, "online", "data.flip=true")), 0, 24)]
+    assert not torch.allclose(torch.cat(augmented), torch.cat([latents for latents, _ in fed(one, 0, 24)]), atol=0.1)
+
+
+def test_calibration_does_not_depend_on_the_number_of_workers(task, made, monkeypatch):
+    words = encoding(made, "online", "data.calibrate=20")
+    monkeypatch.setattr("pipelines.batches.CHUNK", 3)
+    parts = []
+    monkeypatch.setattr("pipelines.batches.gathered", lambda mine, world: parts.extend(mine) or [*parts])
+    feeds = [task(*words, rank=rank, world=2).feed for rank in (0, 1)]
+    for feed in feeds:
+        feed.begin()  # the second has what both found
+    parts.clear()
+    alone = task(*words).feed
+    alone.begin()
+    assert torch.equal(feeds[1].mean, alone.mean)
+    assert torch.equal(feeds[1].std, alone.std)
+
+
+# --- write-through ----------------------------------------------------------------------------------------------------
+
+
+def test_the_first_epoch_fills_the_cache_that_the_encode_job_would(task, made, tmp_path):
+    filled = tmp_path / "filled"
+    one = task(*encoding(made, "write-through", f"cache={filled}"))
+    seen = fed(one, 0, 72)
+    reference = encode_dataset(
+        load(Encode, None, [f"source.uri={made[2]}", f"model={made[1]}", f"out={tmp_path / 'reference'}",
+             "transform.resolution=64", "precision=fp32", "rows_per_shard=4", f"root={tmp_path}", "error_budget=0.01",
+             "ray.gpu=false", "ray.cpus_per_worker=1", "tracking.enabled=false"])
+    )  # fmt: skip
+    cache, other = LatentCache(filled), LatentCache(tmp_path / "reference")
+    assert [s["sha256"] for s in cache.manifest["shards"]] == [s["sha256"] for s in other.manifest["shards"]]
+    assert cache.manifest["digest"] == reference["digest"]
+    assert cache.manifest["run"]["job"] == "train_ldm"
+    assert audit.audit(str(filled), source=True).problems == {}
+
+    means = cache.normalize(cache.moments(range(24)).float().chunk(2, dim=1)[0])
+    for epoch in torch.cat([latents for latents, _ in seen]).chunk(3):
+        nearest = torch.cdist(epoch.flatten(1), means.flatten(1)).argmin(dim=1)
+        assert sorted(nearest.tolist()) == list(range(24))
+    epochs = [e[torch.cdist(e.flatten(1), means.flatten(1)).argmin(dim=1).argsort()] for e in
+              torch.cat([latents for latents, _ in seen]).chunk(3)]  # fmt: skip
+    for a, b in ((0, 1), (1, 2), (0, 2)):  # drawn anew also where the cache takes over
+        assert (epochs[a] - epochs[b]).abs().mean() > 1e-3
+
+
+def test_write_through_takes_up_what_is_there_and_leaves_what_an_encode_job_can_finish(task, made, tmp_path):
+    filled = tmp_path / "filled"
+    words = encoding(made, "write-through", f"cache={filled}")
+    whole = fed(task(*words), 0, 24)
+    dates = {path: path.stat().st_mtime_ns for path in (filled / "shards").iterdir()}
+    again = fed(task(*words), 0, 24)
+    assert all(torch.equal(a, b) for (a, _), (b, _) in zip(whole, again, strict=True))
+    assert {path: path.stat().st_mtime_ns for path in (filled / "shards").iterdir()} == dates
+
+    half = tmp_path / "half"
+    begun = task(*encoding(made, "write-through", f"cache={half}"), "images=8")
+    monkey = begun.feed
+    monkey._order.window = 4  # (a window is 32 images: all of them; of one shard here)
+    fed(begun, 0, 8)
+    with pytest.raises(UserError, match="unfinished"):
+        LatentCache(half)
+    commits = len(list((half / "commits").iterdir()))
+    assert 0 < commits < 6
+    words = [f"source.uri={made[2]}", f"model={made[1]}", f"out={half}", "transform.resolution=64", "precision=fp32"]
+    more = ["rows_per_shard=4", f"root={tmp_path}", "ray.gpu=false", "ray.cpus_per_worker=1", "tracking.enabled=false"]
+    assert encode_dataset(load(Encode, None, [*words, *more]))["encoded_now"] == 24 - 4 * commits
+    assert audit.audit(str(half), source=True).problems == {}
+
+
+def test_an_image_in_quarantine_is_stood_in_for(task, made, tmp_path):
+    photos = shutil.copytree(made[2], tmp_path / "photos")
+    (photos / "a" / "00.png").write_bytes(b"no image")
+    words = [f"vae={made[1]}", f"data.source.uri={photos}", "mode=write-through", f"cache={tmp_path / 'filled'}"]
+    seen = fed(task(*words, "data.max_bad=0.05"), 0, 48)
+    assert [len(latents) for latents, _ in seen] == [8] * 6
+    cache = LatentCache(tmp_path / "filled")
+    assert cache.manifest["counts"]["reasons"] == {"not_an_image": 1}
+    shutil.rmtree(tmp_path / "filled")
+    with pytest.raises(UserError, match="1 not_an_image"):
+        fed(task(*words, "data.max_bad=0"), 0, 48)
+
+
+# --- a step -------------------------------------------------------------------------------------------------------
 
 
 def test_a_step_is_adam_on_the_mean_squared_error_of_the_noise(task):
-    from pipelines.training import seed_for
-
     one = task("loop.ema=0")
-    z = next(one.batches(0, 8, 8))
+    ((z, batch),) = fed(one, 0, 8)
     torch.manual_seed(0)
-    reference = build_unet("tiny", 4, 8)
-    assert all(torch.equal(a, b) for a, b in zip(one.unet.parameters(), reference.parameters(), strict=True))
-    value = one.step(z, 0)["loss"]
+    reference = build_denoiser("tiny", 4, 8)
+    assert all(torch.equal(a, b) for a, b in zip(one.network.parameters(), reference.parameters(), strict=True))
+    value = one.step(batch, 0)["loss"]
 
-    generator = torch.Generator().manual_seed(seed_for(0, 0, 0, 1))
-    t = torch.randint(1000, (8,), generator=generator)
-    noise = torch.randn(z.shape, generator=generator)
-    a = noise_schedule().alphas_cumprod[t].view(-1, 1, 1, 1)
-    loss = (reference(a.sqrt() * z + (1 - a).sqrt() * noise, t).sample - noise).square().mean()
+    noise, u, _ = draws(0, range(8), z.shape[1:])
+    t = (u * 1000).long()
+    schedule = DDPMScheduler(1000, 0.0015, 0.0195, "scaled_linear")
+    loss = (reference(schedule.add_noise(z, noise, t), t).sample - noise).square().mean()
     optimizer = torch.optim.AdamW(reference.parameters(), lr=1e-3, betas=(0.9, 0.999), weight_decay=0.01)
     loss.backward()
     optimizer.step()
     assert torch.allclose(value, loss, rtol=1e-5)
-    for a, b in zip(one.unet.parameters(), reference.parameters(), strict=True):
+    for a, b in zip(one.network.parameters(), reference.parameters(), strict=True):
         assert torch.allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["objective.prediction=v", "objective.weighting=min-snr", "objective.schedule=cosine"],
+        ["objective.prediction=v", "objective.zero_snr=true", "classes=2"],
+        ["objective.weighting=min-snr", "checkpointing=true"],
+        ["objective.prediction=flow", "objective.times=logit-normal", "classes=2", "network=dit-s/2"],
+    ],
+)
+def test_micro_batches_change_nothing_but_rounding(task, words):
+    whole, parts = task(*words, "loop.ema=0"), task(*words, "loop.ema=0", "optim.accumulate=4")
+    for one in (whole, parts):
+        one.begin(0)
+        for n, batch in enumerate(one.batches(0, 16, 8)):
+            values = one.step(batch, 8 * n)
+        assert values["skipped_steps"] == 0
+    for a, b in zip(whole.network.parameters(), parts.network.parameters(), strict=True):
+        assert (a - b).abs().mean() < 1e-5
+
+
+def test_losses_of_noise_levels_make_up_the_loss(task):
+    one = task("batch_size=24")
+    ((_, batch),) = fed(one, 0, 24, 24)
+    values = one.step(batch, 0)
+    counts = (batch["u"] * 4).long().bincount(minlength=4)
+    levels = [values[f"loss_at_noise_{n / 4:.2f}-{(n + 1) / 4:.2f}"] for n in range(4)]
+    total = sum(count * level for count, level in zip(counts, levels, strict=True) if count) / 24
+    assert total.item() == pytest.approx(values["loss"].item(), rel=1e-4)
 
 
 def test_it_learns(task):
     one = task()
+    one.begin(0)
     losses = [float(one.step(batch, 8 * n)["loss"]) for n, batch in enumerate(one.batches(0, 480, 8))]
     assert np.mean(losses[-15:]) < 0.8 * np.mean(losses[:5])
 
 
-def test_a_run_that_goes_on_ends_like_one_that_was_not_interrupted(made, tmp_path, capsys):
-    whole = train_ldm(configured(made, tmp_path / "whole"))
-    train_ldm(configured(made, tmp_path / "parts", "images=16"))
-    parts = train_ldm(configured(made, tmp_path / "parts"))
+def test_a_poisoned_batch_is_skipped_and_many_of_them_stop_the_run(made, tmp_path, monkeypatch, capsys):
+    """In this process: Ray Train's parts are stood in for, the loop is the real one."""
+    monkeypatch.setattr("ray.train.torch.prepare_model", lambda model: model)
+    monkeypatch.setattr("ray.train.get_checkpoint", lambda: None)
+    monkeypatch.setattr("pipelines.training._report", lambda images, folder: saved.append(images))
+    from pipelines import train_ldm as module
+    from pipelines import training
+
+    poison, saved = {16}, []
+    original = Diffusion._with_noise
+
+    def poisoned(self, batch):
+        batch = original(self, batch)
+        if batch["positions"][0] in poison:
+            batch["noise"][0] = float("nan")
+        return batch
+
+    monkeypatch.setattr(Diffusion, "_with_noise", poisoned)
+    config = configured(made, tmp_path, "images=64", "loop.max_skipped=3", "loop.checkpoint_every=24")
+    data, shape, _ = module._cache(config)
+    handle = training.tracking.RunHandle("", None, "test", str(tmp_path / "run"))
+    setup = data | {"shape": shape, "threads": 1, "handle": handle, "live": False, "folder": str(tmp_path / "run")}
+    (tmp_path / "run").mkdir()
+
+    def run():
+        task = Diffusion(config, setup, 0, 1, torch.device("cpu"))
+        return training.run(task, "ldm", config, setup, 0, 1)
+
+    assert np.isfinite(run()["loss"])
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["train/skipped_steps"] for line in lines] == [0, 1, 0, 0, 0]  # steps 1-2, 3 (saved), 4, 5-6, 7-8
+    assert ["train/loss" in line for line in lines] == [True, False, True, True, True]
+    assert saved == [24, 48, 64]
+
+    poison.update(range(32, 64))
+    saved.clear()
+    with pytest.raises(UserError, match=r"4 steps in a row, up to 64 images.*checkpoint at 48 is kept"):
+        run()
+    assert saved == [24, 48]
+
+
+# --- whole runs ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["cache", "write-through"])
+def test_a_run_that_goes_on_ends_like_one_that_was_not_interrupted(made, tmp_path, capsys, mode):
+    def words(root):
+        return encoding(made, mode, f"cache={tmp_path / root / 'filled'}") if mode == "write-through" else []
+
+    more = ["more_ema=[0.1]", "classes=2"]
+    whole = train_ldm(configured(made, tmp_path / "whole", *words("whole"), *more))
+    train_ldm(configured(made, tmp_path / "parts", *words("parts"), *more, "images=16"))
+    parts = train_ldm(configured(made, tmp_path / "parts", *words("parts"), *more))
     assert whole["images"] == parts["images"] == 32
-    a, b = (tmp_path / part / "run" / "model" / "unet" / WEIGHTS for part in ("whole", "parts"))
-    assert a.read_bytes() == b.read_bytes()
+    for name in ("model", "model-ema-0.1"):
+        a, b = (tmp_path / part / "run" / name / "transformer" / WEIGHTS for part in ("whole", "parts"))
+        assert a.read_bytes() == b.read_bytes()
+    plain, more_ema = (
+        tmp_path / "whole" / "run" / name / "transformer" / WEIGHTS for name in ("model", "model-ema-0.1")
+    )
+    assert plain.read_bytes() != more_ema.read_bytes()
 
     ldm = load_ldm(tmp_path / "whole" / "run" / "model")
-    cache = LatentCache(made[0])
-    assert torch.equal(ldm.latent_mean, cache.mean)
-    assert torch.equal(ldm.latent_std, cache.std)
-    assert ldm.info["cache_digest"] == cache.manifest["digest"]
-    assert ldm.sample([0, 1], steps=2).shape == (2, 3, 64, 64)
+    if mode == "cache":
+        cache = LatentCache(made[0])
+        assert torch.equal(ldm.vae.mean.flatten(), cache.mean)
+        assert torch.equal(ldm.vae.std.flatten(), cache.std)
+        assert ldm.info["data"] == cache.manifest["digest"]
+    assert ldm.classes == 2
+    assert ldm.sample([0, 1], steps=2, labels=[0, 1], guidance=2.0).shape == (2, 3, 64, 64)
 
     root = tmp_path / "parts"
-    for more, message in (["images=16"], "was 32, and is 16"), (["seed=4"], "seed: was 0, is 4"):
-        words = [*CONFIG, f"cache={made[0]}", f"root={root}", "name=run", *more]
-        assert main(TrainLDM, train_ldm, words) == 2
+    for wrong, message in (["images=16"], "was 32, and is 16"), (["seed=4"], "seed: was 0, is 4"):
+        everything = [*CONFIG, f"cache={made[0]}", *words("parts"), *more, f"root={root}", "name=run", *wrong]
+        assert main(TrainLDM, train_ldm, everything) == 2
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["cache", "online", "write-through"])
+def test_runs_that_are_killed_end_like_one_that_was_not(made, tmp_path, mode):
+    """The driver, then a worker, by SIGKILL in the middle of an epoch, with two workers; the last part with one."""
+    import psutil
+
+    def command(root, *more):
+        words = [] if mode == "cache" else encoding(made, mode, f"cache={tmp_path / root / 'filled'}")
+        run = [*CONFIG, f"cache={made[0]}", *words, f"root={tmp_path / root}", "name=run", "images=160", "classes=2"]
+        job = REPO / "jobs" / "train_ldm.py"
+        return [sys.executable, str(job), *run, "loop.checkpoint_every=24", "ray.workers=2", *more]
+
+    def start(root, *more):
+        log = open(tmp_path / f"{root}.log", "a")  # noqa: SIM115 - the process has it
+        return subprocess.Popen(command(root, *more), stdout=log, stderr=log)
+
+    assert start("whole").wait(300) == 0
+    folder = tmp_path / "killed" / "run"
+
+    def checkpoints():
+        return len(list(folder.glob("checkpoint-*")))
+
+    def until(condition, process):
+        end = time.monotonic() + 240
+        while not condition():
+            assert time.monotonic() < end, (tmp_path / "killed.log").read_text()
+            assert process.poll() is None, (tmp_path / "killed.log").read_text()
+            time.sleep(0.05)
+
+    driver = start("killed")
+    until(lambda: checkpoints() >= 1, driver)
+    os.kill(driver.pid, signal.SIGKILL)
+    driver.wait()
+    driver = start("killed")
+
+    def workers():
+        children = psutil.Process(driver.pid).children(recursive=True)
+        return [child for child in children if "RayTrainWorker" in " ".join(child.cmdline())]
+
+    before = max(int(path.name[11:]) for path in folder.glob("checkpoint-*"))
+    until(lambda: max(int(path.name[11:]) for path in folder.glob("checkpoint-*")) > before, driver)
+    for victim in workers()[:1]:
+        victim.kill()
+    assert driver.wait(300) == 0, (tmp_path / "killed.log").read_text()
+    kind = "transformer"
+    a, b = (tmp_path / root / "run" / "model" / kind / WEIGHTS for root in ("whole", "killed"))
+    assert a.read_bytes() == b.read_bytes()
+
+
+# --- bad input ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -138,19 +441,25 @@ def test_a_run_that_goes_on_ends_like_one_that_was_not_interrupted(made, tmp_pat
         (["batch_size=64"], "larger than the data: 24 images"),
         (["vae={other}"], "is not the autoencoder that encoded"),
         (["vae=/nowhere"], "is not there; say where it is now with vae=FOLDER"),
-        (["unet=huge"], "unet"),
+        (["network=huge"], "network"),
+        (["classes=2", "label=kind"], "has no column 'kind' for classes=2"),
+        (["classes=2", "label=id"], "classes are integers"),
+        (["objective.zero_snr=true"], "zero_snr needs prediction=v"),
+        (["mode=online"], "data.source"),
+        (["mode=online", "data.source.uri={photos}"], "vae is empty; mode=online encodes"),
+        (["mode=online", "data.source.uri={photos}", "vae={other}", "data.resolution=24"], "multiple of 2"),
+        (["mode=write-through", "data.source.uri={photos}", "vae={vae}", "data.flip=true"], "one row an image"),
+        (["mode=write-through", "data.source.uri={photos}", "vae={vae}", "cache="], "write-through fills one"),
+        (["mode=write-through", "data.source.uri={photos}", "vae={other}"], "is a cache of something else"),
     ],
 )
 def test_bad_input_is_one_message_and_leaves_nothing(made, tmp_path, capsys, more, message):
     other = tmp_path / "other"
     LiteVAE("S", block_out_channels=(8, 8, 8, 8), layers_per_block=1).save_pretrained(other)
-    words = [
-        *CONFIG,
-        f"cache={made[0]}",
-        f"root={tmp_path / 'runs'}",
-        *(w.replace("{other}", str(other)) for w in more),
-    ]
-    assert main(TrainLDM, train_ldm, words) == 2
+    places = {"{other}": other, "{vae}": made[1], "{photos}": made[2]}
+    for place, path in places.items():
+        more = [word.replace(place, str(path)) for word in more]
+    assert main(TrainLDM, train_ldm, [*CONFIG, f"cache={made[0]}", f"root={tmp_path / 'runs'}", *more]) == 2
     err = capsys.readouterr().err
     assert err.startswith("error: ")
     assert message in err

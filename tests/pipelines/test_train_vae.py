@@ -19,11 +19,12 @@ from torchmetrics.functional.image import peak_signal_noise_ratio
 
 from litevae.autoencoder import WEIGHTS, LiteVAE, load_autoencoder
 from litevae.errors import UserError
-from litevae.images import to_tensor
+from litevae.images import ImageTransform, to_tensor
 from pipelines import checkpoint
+from pipelines.batches import Images
 from pipelines.config import TrainVAE, load, main
 from pipelines.sources import open_source
-from pipelines.train_vae import Images, Networks, Objective, build_model, train_vae
+from pipelines.train_vae import Networks, Objective, build_model, train_vae
 
 REPO = Path(__file__).resolve().parents[2]
 SMALL = [
@@ -89,14 +90,21 @@ def test_each_term_alone_moves_what_it_should(networks, term):
     encoder, decoder = ([v for k, v in gradients.items() if k.startswith(part)] for part in ("encoder", "decoder"))
     assert max(encoder) > 0
     assert (max(decoder) > 0) if term != "kl" else not decoder
-    discriminator = {"adversarial", "discriminator", "logits_real", "logits_fake"}
-    assert set(values) == {"loss", term} | (discriminator if term == "adversarial" else set())
+    steps = {"gradient_norm", "skipped_steps"}
+    discriminator = {
+        "adversarial",
+        "discriminator",
+        "logits_real",
+        "logits_fake",
+        *(f"discriminator_{s}" for s in steps),
+    }
+    assert set(values) == {"loss", term, *steps} | (discriminator if term == "adversarial" else set())
 
 
 def test_the_two_gan_steps_do_not_touch_each_other(networks):
     nets = networks(*only("adversarial"))
     fresh = networks(*only("adversarial"))
-    nets.optimizer.step = lambda: None  # the generator stands still
+    nets.optimizer.step = lambda lr: nets.model.zero_grad() or {}  # the generator stands still
     nets.step(batch(), 0)
     same = [torch.equal(a, b) for a, b in zip(nets.model.parameters(), fresh.model.parameters(), strict=True)]
     assert all(same)
@@ -160,11 +168,12 @@ def test_state_restores_every_network_and_optimizer(networks):
 
 
 def test_batches_of_ranks_make_up_the_global_batch(photos):
-    config = configured(photos, "data.loaders=2")
-    images = Images(open_source(config.data.train), config, 32)
-    whole = [pixels for step in images.batches(8, 40, 8, rank=0, world=1) for pixels in step]
+    config = configured(photos)
+    images = Images(open_source(config.data.train), ImageTransform(32, crop="random", flip=True), 0, 2, 0.01)
+    whole = [picture.pixels for step in images.batches(8, 40, 8, rank=0, world=1) for picture in step]
     halves = [list(images.batches(8, 40, 8, rank, 2)) for rank in (0, 1)]
-    interleaved = [p for a, b in zip(*halves, strict=True) for pair in zip(a, b, strict=True) for p in pair]
+    pairs = (pair for a, b in zip(*halves, strict=True) for pair in zip(a, b, strict=True))
+    interleaved = [picture.pixels for pair in pairs for picture in pair]
     assert all(np.array_equal(a, b) for a, b in zip(whole, interleaved, strict=True))
     assert len({pixels.tobytes() for pixels in whole}) == len(whole)
 
@@ -173,11 +182,10 @@ def test_an_unreadable_image_is_named_counted_and_replaced(photos, tmp_path, cap
     for n in range(8):
         (tmp_path / f"{n}.png").write_bytes((photos / f"{n:02}.png").read_bytes())
     (tmp_path / "5.png").write_bytes(b"\x89PNG broken")
-    config = configured(tmp_path, "data.loaders=0", "data.max_bad=0.5", "data.flip=false", "data.crop=center")
-    images = Images(open_source(config.data.train), config, 32)
+    images = Images(open_source(configured(tmp_path).data.train), ImageTransform(32), 0, 0, 0.5)
     (step,) = images.batches(0, 8, 8, rank=0, world=1)
     assert len(step) == 8
-    assert len({pixels.tobytes() for pixels in step}) == 7  # 6.png stands in
+    assert len({picture.pixels.tobytes() for picture in step}) == 7  # 6.png stands in
     assert list(images.bad) == ["5.png"]
     assert "skipped unreadable image 5.png" in capsys.readouterr().out
     images.check(4)

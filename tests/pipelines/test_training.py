@@ -1,8 +1,10 @@
 """The trainers' shared parts: batches, schedule, checkpoints, and when a run may go on."""
 
+import copy
 import os
 import pickle
 
+import numpy as np
 import pytest
 import torch
 
@@ -58,26 +60,75 @@ def test_totals_are_means_since_the_last_look():
     assert totals.means() == {}
 
 
+def test_what_is_not_finite_counts_neither_in_totals_nor_over_ranks(monkeypatch):
+    totals = training.Totals()
+    for value in (1.0, float("nan"), 3.0, float("inf")):
+        totals.add({"loss": torch.tensor(value), "empty": torch.tensor(float("nan"))})
+    means = totals.means()
+    assert float(means["loss"]) == 2
+    assert means["empty"].isnan()
+
+    def gather(into, values):
+        into[:] = [values, {"loss": 4.0, "empty": float("nan")}]
+
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    over_ranks = training.mean_over_ranks(means)
+    assert over_ranks["loss"] == 3
+    assert np.isnan(over_ranks["empty"])
+
+
+def linear(values):
+    model = torch.nn.Linear(len(values), 1, bias=False)
+    model.weight = torch.nn.Parameter(torch.tensor([values]))
+    return model
+
+
 def test_adam_is_torchs_adam_without_decay():
-    torch.manual_seed(0)
-    weights = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
-    ours = training.adam([weights[0]], Optimizer())
-    theirs = torch.optim.Adam([weights[1]], lr=1e-4, betas=(0.5, 0.9))
+    model, weight = linear([1.0, 1.0, 1.0]), torch.nn.Parameter(torch.ones(1, 3))
+    ours = training.Adam(model, Optimizer())
+    theirs = torch.optim.Adam([weight], lr=1e-4, betas=(0.5, 0.9))
     for _ in range(3):
-        for weight, optimizer in zip(weights, (ours, theirs), strict=True):
-            weight.grad = weight.detach().clone() * 2
-            optimizer.step()
-    assert torch.equal(*weights)
+        model.weight.grad, weight.grad = model.weight.detach() * 2, weight.detach() * 2
+        ours.step(1e-4)
+        theirs.step()
+    torch.testing.assert_close(model.weight, weight, rtol=0, atol=1e-7)
 
 
-def test_update_clips_and_reports_the_norm():
-    model = torch.nn.Linear(2, 1, bias=False)
-    model.weight.grad = torch.tensor([[3.0, 4.0]])
-    optimizer = torch.optim.SGD(model.parameters(), lr=9.0)
-    before = model.weight.detach().clone()
-    assert float(training.update(optimizer, model, lr=1.0, clip=1.0)["gradient_norm"]) == pytest.approx(5)
-    assert torch.allclose(before - model.weight, torch.tensor([[0.6, 0.8]]), atol=1e-4)
-    assert model.weight.grad is None
+def test_adam_clips_and_reports_the_norm():
+    model, clipped = linear([0.5, 0.5]), linear([0.5, 0.5])
+    model.weight.grad, clipped.weight.grad = torch.tensor([[0.6, 0.8]]), torch.tensor([[3.0, 4.0]])
+    ours = [training.Adam(each, Optimizer(clip=1.0)) for each in (model, clipped)]
+    norms = [float(each.step(1.0)["gradient_norm"]) for each in ours]
+    assert norms == pytest.approx([1, 5])
+    states = [each.state_dict()["state"][0]["exp_avg"] for each in ours]
+    torch.testing.assert_close(*states, rtol=1e-5, atol=0)
+    assert clipped.weight.grad is None
+
+
+def test_a_step_whose_gradient_is_not_finite_changes_nothing_and_is_counted():
+    model = linear([1.0, 2.0])
+    adam = training.Adam(model, Optimizer(clip=1.0))
+
+    def step(*gradient):
+        model.weight.grad = torch.tensor([gradient])
+        return float(adam.step(0.1)["skipped_steps"])
+
+    assert step(1.0, 1.0) == 0
+    before = copy.deepcopy([model.state_dict(), adam.state_dict()])
+    assert [step(1.0, float("nan")), step(float("inf"), 0.0)] == [1, 1]
+    after = [model.state_dict(), adam.state_dict()]
+    assert torch.equal(before[0]["weight"], after[0]["weight"])
+    for key in ("step", "exp_avg", "exp_avg_sq"):
+        assert torch.equal(before[1]["state"][0][key], after[1]["state"][0][key])
+    assert adam.skipped() == 2
+    assert adam.skipped() == 2  # they go on
+    assert step(1.0, 1.0) == 0
+    assert not torch.equal(before[0]["weight"], model.weight)
+    assert step(float("nan"), 1.0) == 1
+    assert adam.skipped() == 2
+    assert adam.skipped() == 1
 
 
 # --- checkpoints --------------------------------------------------------------------------------------------------

@@ -1,0 +1,215 @@
+"""A latent diffusion model with all that sampling needs, and its folder, which is a pipeline of diffusers."""
+
+import hashlib
+import inspect
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UNet2DModel
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.autoencoders.vae import AutoencoderMixin, DecoderOutput
+from diffusers.models.modeling_utils import ModelMixin
+from safetensors import SafetensorError
+from torch import Tensor
+
+from litevae.autoencoder import autoencoder_class, fingerprint
+from litevae.diffusion import Scheduler
+from litevae.dit import DiT
+from litevae.errors import UserError
+from litevae.sampling import Seed, sample_latents
+
+FORMAT = 2
+NETWORKS = {"UNet2DModel": UNet2DModel, "DiT": DiT}
+SCHEDULERS = {"DDIMScheduler": DDIMScheduler, "DPMSolverMultistepScheduler": DPMSolverMultistepScheduler}
+# diffusers' pipeline without and with classes, and what it calls the network and the autoencoder.
+PIPELINES = {False: ("LDMPipeline", "unet", "vqvae"), True: ("DiTPipeline", "transformer", "vae")}
+
+
+class NormalizedAutoencoder(ModelMixin, AutoencoderMixin, ConfigMixin):
+    """An autoencoder behind the normalisation of its latents: mean 0 and standard deviation 1 in each channel over the
+    data set, which is what diffusion models learn. diffusers' pipelines know one factor for all channels only; with
+    this as their autoencoder that is 1.
+
+    Args:
+        autoencoder_config: of a LiteVAE or of one of diffusers' autoencoders, `_class_name` included.
+        latents_mean, latents_std: of each channel of its latents, raw.
+    """
+
+    @register_to_config
+    def __init__(
+        self,
+        autoencoder_config: dict[str, Any],
+        latents_mean: Sequence[float],
+        latents_std: Sequence[float],
+        scaling_factor: float = 1.0,
+    ):
+        super().__init__()
+        name = str(autoencoder_config.get("_class_name"))
+        family = autoencoder_class(name)
+        if family is None:
+            raise UserError(f"{name} is neither LiteVAE nor an autoencoder of diffusers {diffusers.__version__}")
+        self.autoencoder = family.from_config(
+            {key: value for key, value in autoencoder_config.items() if key[0] != "_"}
+        )
+
+    @classmethod
+    def of(cls, autoencoder: ModelMixin, mean: Tensor, std: Tensor) -> "NormalizedAutoencoder":
+        """Around this very autoencoder."""
+        known = inspect.signature(type(autoencoder)).parameters  # AutoencoderTiny adds what it does not take
+        own = {key: value for key, value in autoencoder.config.items() if key in known}
+        own["_class_name"] = type(autoencoder).__name__
+        with torch.device("meta"):
+            model = cls(own, mean.tolist(), std.tolist())
+        model.autoencoder = autoencoder
+        return model.eval()
+
+    @property
+    def mean(self) -> Tensor:
+        """(1, C, 1, 1)"""
+        return torch.tensor(self.config.latents_mean).view(1, -1, 1, 1)
+
+    @property
+    def std(self) -> Tensor:
+        """(1, C, 1, 1)"""
+        return torch.tensor(self.config.latents_std).view(1, -1, 1, 1)
+
+    def decode(
+        self, z: Tensor, return_dict: bool = True, generator: torch.Generator | None = None
+    ) -> DecoderOutput | tuple[Tensor]:
+        """Normalised latents (N, C, h, w) -> images (N, 3, f h, f w). `generator` is unused; pipelines may pass one."""
+        sample = self.autoencoder.decode(z * self.std.to(z) + self.mean.to(z), return_dict=False)[0]
+        return DecoderOutput(sample=sample) if return_dict else (sample,)
+
+
+@dataclass
+class LDM:
+    """A latent diffusion model."""
+
+    network: UNet2DModel | DiT
+    scheduler: Scheduler  # of the objective that it learned
+    vae: NormalizedAutoencoder
+    classes: int = 0  # 0: unconditional
+    info: dict[str, Any] = field(default_factory=dict)  # whence it comes: digest of the data, config of the run, ...
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of one latent."""
+        config = self.network.config
+        return config.in_channels, config.sample_size, config.sample_size
+
+    def to(self, device: torch.device | str) -> "LDM":
+        self.network.to(device)
+        self.vae.to(device)
+        return self
+
+    def sample(self, seeds: Sequence[Seed], **options: Any) -> Tensor:
+        """Images (N, 3, f h, f w) in [-1, 1]; `options` are those of `sample_latents`."""
+        return self.decode(
+            sample_latents(self.network, self.scheduler, self.shape, seeds, classes=self.classes, **options)
+        )
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Normalised latents to images (N, 3, f h, f w) in [-1, 1]."""
+        return self.vae.decode(latents, return_dict=False)[0].float().clamp(-1, 1)
+
+
+def save_ldm(folder: str | Path, ldm: LDM) -> None:
+    """Write the folder of a diffusers pipeline, `LDMPipeline` or with classes `DiTPipeline`: `model_index.json`, a
+    folder for each part, and `ldm.json` last: without it there is no model. A process that loads it with
+    `DiffusionPipeline.from_pretrained` has to import litevae before.
+
+    DiTPipeline guides away from class 1000 whatever the model, so guidance there needs one of at most 1000 classes."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    marker = folder / "ldm.json"
+    marker.unlink(missing_ok=True)
+    pipeline, network, vae = PIPELINES[ldm.classes > 0]
+    parts = {network: ldm.network, "scheduler": ldm.scheduler, vae: ldm.vae}
+    index: dict[str, Any] = {"_class_name": pipeline, "_diffusers_version": diffusers.__version__}
+    for name, part in parts.items():
+        part.save_pretrained(folder / name)
+        index[name] = [type(part).__module__.partition(".")[0], type(part).__name__]
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    text = {"format": FORMAT, "classes": ldm.classes, "vae": fingerprint(folder / vae), "info": ldm.info}
+    unfinished = marker.with_suffix(".json.tmp")
+    unfinished.write_text(json.dumps(text, indent=2) + "\n")
+    os.replace(unfinished, marker)
+
+
+def load_ldm(folder: str | Path) -> LDM:
+    """The model of `save_ldm`, in eval mode, on the CPU.
+
+    Raises:
+        UserError: no such folder, one not written to its end, of another format, or with another autoencoder.
+    """
+    folder = Path(folder)
+    marker = folder / "ldm.json"
+    if not marker.is_file():
+        raise UserError(f"{folder} holds no latent diffusion model: it has no ldm.json (train_ldm writes it last)")
+    try:
+        about = json.loads(marker.read_text())
+        if (version := about["format"]) != FORMAT:
+            raise UserError(f"{marker} has format {version}; this version of litevae reads {FORMAT}")
+        classes, print_of_vae, info = int(about["classes"]), about["vae"], about["info"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{marker} is damaged ({error!r}); export the model again") from None
+    _, network, vae = PIPELINES[classes > 0]
+    if fingerprint(folder / vae) != print_of_vae:
+        raise UserError(f"{folder}/{vae} is not the autoencoder that this model was saved with")
+    scheduler_config = folder / "scheduler" / "scheduler_config.json"
+    scheduler = _class(scheduler_config, SCHEDULERS).from_pretrained(folder / "scheduler", local_files_only=True)
+    return LDM(
+        _load(_class(folder / network / "config.json", NETWORKS), folder / network),
+        scheduler,
+        _load(NormalizedAutoencoder, folder / vae),
+        classes,
+        info,
+    )
+
+
+def ldm_fingerprint(folder: str | Path) -> str:
+    """sha256 over all that decides what is drawn: network, noise levels, autoencoder and normalisation, classes.
+
+    Raises:
+        UserError: the folder is incomplete or damaged.
+    """
+    folder = Path(folder)
+    try:
+        classes = int(json.loads((folder / "ldm.json").read_text())["classes"])
+        scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder} is incomplete or damaged: {error!r}") from None
+    levels = {key: value for key, value in scheduler.items() if key == "_class_name" or key[0] != "_"}
+    parts = [classes, levels, *(fingerprint(folder / part) for part in PIPELINES[classes > 0][1:])]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _class(config: Path, known: dict[str, Any]) -> Any:
+    try:
+        name = json.loads(config.read_text())["_class_name"]
+        return known[name]
+    except OSError as error:
+        raise UserError(f"{config.parent.parent} is incomplete or damaged: {error}") from None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{config} is not of a {' or a '.join(known)}") from None
+
+
+def _load(family: Any, folder: Path) -> Any:
+    try:
+        model, report = family.from_pretrained(
+            folder, local_files_only=True, use_safetensors=True, output_loading_info=True, torch_dtype=torch.float32
+        )
+    except UserError:
+        raise
+    except (OSError, RuntimeError, TypeError, ValueError, LookupError, AttributeError, SafetensorError) as error:
+        raise UserError(f"{folder} is incomplete or damaged: {error}") from error
+    if wrong := [key for keys in report.values() for key in keys]:  # else diffusers leaves such tensors random
+        raise UserError(f"{folder}: the weights do not fit config.json, e.g. {wrong[0]} ({len(wrong)} tensors)")
+    return model.eval()
