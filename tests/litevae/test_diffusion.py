@@ -1,165 +1,253 @@
-"""Latent diffusion against hand-computed steps, closed forms and diffusers' own schedulers."""
+"""What a denoising network learns, against hand-computed values, diffusers' own schedulers and SciPy."""
 
-import json
-import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderTiny, DDIMScheduler, DDPMScheduler, UNet2DModel
-from safetensors.torch import load_file, save_file
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from scipy.special import expit
+from scipy.stats import kstest, norm
 from torch import nn
 
-from litevae.autoencoder import LiteVAE
-from litevae.diffusion import (
-    EMA,
-    LDM,
-    build_unet,
-    load_ldm,
-    noise_schedule,
-    sample_latents,
-    save_ldm,
-    training_loss,
-)
+from litevae.denoiser import build_denoiser
+from litevae.diffusion import EMA, Objective, draws
 from litevae.errors import UserError
 
-
-def noisy(module: nn.Module, scale: float = 0.05) -> nn.Module:
-    """Away from the zeros of the initialisation."""
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.add_(scale * torch.randn_like(parameter))
-    return module.eval()
-
-
-@pytest.fixture(scope="module")
-def unet():
-    torch.manual_seed(0)
-    return noisy(build_unet("tiny", latent_channels=4, size=8))
+SCHEDULES = {"sqrt-linear": "scaled_linear", "cosine": "squaredcos_cap_v2"}
+DISCRETE = [
+    Objective(prediction, schedule, zero_snr)
+    for prediction in ("epsilon", "v")
+    for schedule in SCHEDULES
+    for zero_snr in (False, True)
+    if prediction == "v" or not zero_snr
+]
 
 
-# --- the network
+def named(objective: Objective) -> str:
+    return f"{objective.prediction}-{objective.schedule}" + "-zero" * objective.zero_snr
 
 
-def rombach_unet_parameters(latent: int, width: int, multiples: tuple[int, ...], blocks: int) -> int:
-    """Parameters of latent-diffusion's UNetModel with attention at every level, counted layer by layer."""
-    time = 4 * width
-
-    def conv(i, o, k=3):
-        return k * k * i * o + o
-
-    def res(i, o):
-        skip = conv(i, o, 1) if i != o else 0
-        return 2 * i + conv(i, o) + conv(time, o, 1) + 2 * o + conv(o, o) + skip
-
-    def attention(c):
-        return 2 * c + conv(c, 3 * c, 1) + conv(c, c, 1)
-
-    total = conv(width, time, 1) + conv(time, time, 1) + conv(latent, width)
-    skips, c = [width], width
-    for level, multiple in enumerate(multiples):
-        for _ in range(blocks):
-            total += res(c, width * multiple) + attention(width * multiple)
-            c = width * multiple
-            skips.append(c)
-        if level + 1 < len(multiples):
-            total += conv(c, c)
-            skips.append(c)
-    total += 2 * res(c, c) + attention(c)
-    for level, multiple in reversed(list(enumerate(multiples))):
-        for _ in range(blocks + 1):
-            total += res(c + skips.pop(), width * multiple) + attention(width * multiple)
-            c = width * multiple
-        if level:
-            total += conv(c, c)
-    return total + 2 * c + conv(c, latent)
+def reference(objective: Objective) -> DDPMScheduler:
+    return DDPMScheduler(1000, 0.0015, 0.0195, SCHEDULES[objective.schedule], rescale_betas_zero_snr=objective.zero_snr)
 
 
-@pytest.mark.parametrize(("latent", "expected"), [(4, 257_733_124), (12, 257_769_996)])
-def test_ldm_8_has_the_published_size_and_structure(latent, expected):
-    with torch.device("meta"):
-        unet = build_unet("ldm-8", latent, 32)
-    assert sum(p.numel() for p in unet.parameters()) == expected
-    assert expected == rombach_unet_parameters(latent, 256, (1, 2, 4), 2)
-    attentions = [m for m in unet.modules() if type(m).__name__ == "Attention"]
-    assert len(attentions) == 6 + 1 + 9  # after each ResBlock of each level, and between the two in the middle
-    assert all(a.to_q.out_features // a.heads == 32 for a in attentions)
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize(("preset", "expected"), [("small", 16_141_444), ("tiny", 1_896_740)])
-def test_smaller_presets(preset, expected):
-    with torch.device("meta"):
-        unet = build_unet(preset, 4, 16)
-    assert sum(p.numel() for p in unet.parameters()) == expected
+class Answers(nn.Module):
+    """Says what it is told to, and notes what it was asked."""
+
+    def __init__(self, answer: torch.Tensor):
+        super().__init__()
+        self.answer, self.asked = answer, []
+
+    def forward(self, sample, timestep, **more):
+        self.asked.append((sample, timestep, more))
+        return type("Output", (), {"sample": self.answer})
 
 
-@pytest.mark.parametrize("preset", ["tiny", "small"])
-def test_latents_of_8_pixels_fit(preset):
-    assert build_unet(preset, 12, 8)(torch.randn(2, 12, 8, 8), 3).sample.shape == (2, 12, 8, 8)
+# --- noise levels, targets
 
 
-def test_sizes_that_can_not_be_halved_are_refused():
-    with pytest.raises(UserError, match="multiple of 4, and it is 10; encode at a resolution that is a multiple of 32"):
-        build_unet("small", 4, 10)
-    with pytest.raises(UserError, match="ldm-8, small, tiny"):
-        build_unet("ldm-9", 4, 8)
-
-
-def test_a_fresh_unet_predicts_zero():
-    latents = torch.randn(64, 4, 8, 8)
-    fresh = build_unet("tiny", 4, 8)
-    assert not fresh(latents, 7).sample.any()
-    loss = training_loss(fresh, noise_schedule(), latents, torch.Generator().manual_seed(0))
-    assert loss.mean().item() == pytest.approx(1, abs=0.05)  # the variance of the noise
-
-
-# --- training
-
-
-def test_schedule_is_linear_in_the_square_root():
+def test_sqrt_linear_levels_by_hand():
     betas = np.linspace(0.0015**0.5, 0.0195**0.5, 1000) ** 2
+    expected = torch.from_numpy(np.cumprod(1 - betas))
+    torch.testing.assert_close(Objective().scheduler().alphas_cumprod.double(), expected, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("objective", DISCRETE, ids=named)
+def test_epsilon_and_v_are_those_of_diffusers(objective):
+    z, noise = normal(6, 4, 8, 8), normal(6, 4, 8, 8, seed=1)
+    u = torch.tensor([0.0, 0.0004, 0.25, 0.5009, 0.9989, 1 - 2**-24])
+    noisy, timesteps, target, weights = objective.noised(z, noise, u)
+    assert timesteps.tolist() == [0, 0, 250, 500, 998, 999]
+    torch.testing.assert_close(noisy, reference(objective).add_noise(z, noise, timesteps))
+    velocity = reference(objective).get_velocity(z, noise, timesteps)
+    torch.testing.assert_close(target, noise if objective.prediction == "epsilon" else velocity)
+    assert weights.tolist() == [1] * 6
+
+
+def test_zero_snr_ends_in_noise_alone():
+    z, noise = normal(1, 4, 8, 8), normal(1, 4, 8, 8, seed=1)
+    noisy, timesteps, target, _ = Objective("v", zero_snr=True).noised(z, noise, torch.tensor([0.9999]))
+    assert timesteps.item() == 999
+    assert torch.equal(noisy, noise)
+    assert torch.equal(target, -z)
+
+
+def test_flow_is_that_of_diffusers():
+    z, noise, u = normal(4, 4, 8, 8), normal(4, 4, 8, 8, seed=1), torch.tensor([0.125, 0.25, 0.5, 0.75])
+    noisy, timesteps, target, _ = Objective("flow").noised(z, noise, u)
+    assert timesteps.tolist() == [125, 250, 500, 750]
+    torch.testing.assert_close(noisy, FlowMatchEulerDiscreteScheduler(1000).scale_noise(z, timesteps, noise))
+    for n, t in enumerate(timesteps):  # one step of Euler's along the target leads to the image
+        euler = FlowMatchEulerDiscreteScheduler(1000)
+        euler.set_timesteps(sigmas=[t.item() / 1000])
+        torch.testing.assert_close(euler.step(target[n], euler.timesteps[0], noisy[n]).prev_sample, z[n])
+
+
+def test_flow_goes_from_the_image_to_noise():
+    z, noise = normal(2, 4, 8, 8), normal(2, 4, 8, 8, seed=1)
+    for times in ("uniform", "logit-normal"):
+        noisy, timesteps, _, _ = Objective("flow", times=times).noised(z, noise, torch.tensor([0.0, 1 - 2**-24]))
+        assert torch.equal(noisy[0], z[0])
+        torch.testing.assert_close(noisy[1], noise[1], atol=0.05, rtol=0)
+        assert timesteps[0] == 0
+        assert 990 < timesteps[1] <= 1000
+
+
+def test_logit_normal_times_are_scipys():
+    u = torch.rand(2000, generator=torch.Generator().manual_seed(0))
+    z = torch.zeros(2000, 1, 1, 1)
+    times = Objective("flow", times="logit-normal").noised(z, z, u)[1] / 1000
+    np.testing.assert_allclose(times, expit(norm.ppf(u.double().numpy())), rtol=1e-5)
+    assert kstest(np.log(times / (1 - times)).numpy(), "norm").pvalue > 0.01
+
+
+# --- weights and the loss
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("prediction", ["epsilon", "v"])
+def test_min_snr_weighs_the_error_of_the_image(prediction, schedule):
+    """By its definition: as if the network predicted z, with weight min(SNR, gamma)."""
+    objective = Objective(prediction, schedule, weighting="min-snr", gamma=5.0)
+    z, noise = normal(5, 4, 8, 8).double(), normal(5, 4, 8, 8, seed=1).double()
+    u = torch.tensor([0.0003, 0.1, 0.3, 0.6, 0.95])
+    bars = reference(objective).alphas_cumprod.double()[(u * 1000).long()].view(-1, 1, 1, 1)
+    a, s, snr = bars.sqrt(), (1 - bars).sqrt(), (bars / (1 - bars)).flatten()
+    assert snr[0] > 5 > snr[-1]  # both sides of gamma
+
+    wrong = noise + 0.1 * normal(5, 4, 8, 8, seed=2)  # a network's noise, and the image that follows from it
+    x = a * z + s * noise
+    image = (x - s * wrong) / a
+    answer = wrong if prediction == "epsilon" else a * wrong - s * image
+    weighted, plain, _ = objective.loss(Answers(answer.float()), z.float(), noise.float(), u)
     torch.testing.assert_close(
-        noise_schedule().alphas_cumprod.double(), torch.from_numpy(np.cumprod(1 - betas)), rtol=1e-4, atol=1e-7
+        weighted.double(), snr.clamp(max=5) * ((image - z) ** 2).mean((1, 2, 3)), rtol=1e-3, atol=1e-9
+    )
+    assert torch.equal(
+        plain, replace(objective, weighting="none").loss(Answers(answer.float()), z.float(), noise.float(), u)[0]
     )
 
 
-def test_training_loss_is_the_error_of_the_noise(unet):
-    latents = torch.randn(5, 4, 8, 8, generator=torch.Generator().manual_seed(3))
-    loss = training_loss(unet, noise_schedule(), latents, torch.Generator().manual_seed(7))
-
-    draw = torch.Generator().manual_seed(7)
-    timesteps = torch.randint(0, 1000, (5,), generator=draw)
-    noise = torch.randn(5, 4, 8, 8, generator=draw)
-    reference = DDPMScheduler(1000, 0.0015, 0.0195, "scaled_linear", prediction_type="epsilon")
-    predicted = unet(reference.add_noise(latents, noise, timesteps), timesteps).sample
-    assert loss.shape == (5,)
-    torch.testing.assert_close(loss, ((predicted - noise) ** 2).flatten(1).mean(1))
+@pytest.mark.parametrize(("prediction", "expected"), [("epsilon", [5 / 9, 1.0]), ("v", [5 / 10, 0.25 / 1.25])])
+def test_min_snr_weights_by_hand(prediction, expected):
+    weights = Objective(prediction, weighting="min-snr", gamma=5.0)._weights(torch.tensor([9.0, 0.25]))
+    torch.testing.assert_close(weights, torch.tensor(expected))
 
 
-def test_training_loss_is_fp32_under_autocast(unet):
-    with torch.autocast("cpu", torch.bfloat16):
-        loss = training_loss(unet, noise_schedule(), torch.randn(2, 4, 8, 8), torch.Generator().manual_seed(0))
-    assert loss.dtype == torch.float32
+def test_a_loss_by_hand():
+    """z = 1, epsilon = -1, and a network that always says 1/2."""
+    z, noise, u = torch.ones(2, 1, 2, 2), -torch.ones(2, 1, 2, 2), torch.tensor([0.25, 0.75])
+    half = torch.full((2, 1, 2, 2), 0.5)
+    network = Answers(half)
+    loss, error, level = Objective("flow").loss(network, z, noise, u)
+    assert loss.tolist() == error.tolist() == [6.25, 6.25]  # the target is -2
+    assert level.tolist() == [0.25, 0.75]
+    assert [t.item() for t in network.asked[0][0][:, 0, 0, 0]] == [0.5, -0.5]
+    loss, _, level = Objective("epsilon").loss(Answers(half), z, noise, u)
+    assert level.tolist() == [0.25, 0.75]
+    assert loss.tolist() == [2.25, 2.25]
+    bars = np.cumprod(1 - np.linspace(0.0015**0.5, 0.0195**0.5, 1000) ** 2)[[250, 750]]
+    loss, *_ = Objective("v").loss(Answers(half), z, noise, u)
+    np.testing.assert_allclose(loss, (0.5 + bars**0.5 + (1 - bars) ** 0.5) ** 2, rtol=1e-4)
 
 
-def test_training_learns():
+def test_the_loss_is_one_value_an_image():
+    z, noise, u = normal(3, 4, 8, 8), normal(3, 4, 8, 8, seed=1), torch.tensor([0.1, 0.5, 0.9])
+    answer = normal(3, 4, 8, 8, seed=2)
+    loss, *_ = Objective().loss(Answers(answer), z, noise, u)
+    torch.testing.assert_close(loss, torch.stack([((a - b) ** 2).mean() for a, b in zip(answer, noise, strict=True)]))
+
+
+def test_the_loss_is_fp32_under_autocast():
+    network = build_denoiser("tiny", 4, 8)
+    for objective in (Objective(weighting="min-snr"), Objective("v"), Objective("flow", times="logit-normal")):
+        with torch.autocast("cpu", torch.bfloat16):
+            losses = objective.loss(network, normal(2, 4, 8, 8), normal(2, 4, 8, 8), torch.tensor([0.2, 0.7]))
+        assert [loss.dtype for loss in losses] == [torch.float32] * 3
+
+
+def test_labels_reach_the_network():
+    network = Answers(torch.zeros(2, 4, 8, 8))
+    z, u = normal(2, 4, 8, 8), torch.tensor([0.2, 0.7])
+    Objective().loss(network, z, z, u)
+    Objective().loss(network, z, z, u, torch.tensor([3, 1]))
+    assert network.asked[0][2] == {}
+    assert network.asked[1][2]["class_labels"].tolist() == [3, 1]
+
+
+@pytest.mark.parametrize(("objective", "expected"), [(Objective(), 1), (Objective("v"), 1), (Objective("flow"), 2)])
+def test_who_predicts_zero_errs_by_the_targets_variance(objective, expected):
+    z, (noise, u, _) = normal(200, 4, 8, 8), draws(0, range(200), (4, 8, 8))
+    loss, *_ = objective.loss(Answers(torch.zeros_like(z)), z, noise, u)
+    assert loss.mean().item() == pytest.approx(expected, abs=0.04)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v", "flow"])
+def test_training_learns(prediction):
     torch.manual_seed(0)
-    model, scheduler, generator = build_unet("tiny", 4, 8), noise_schedule(), torch.Generator().manual_seed(0)
+    model, objective = build_denoiser("tiny", 4, 8), Objective(prediction)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
-    latents = torch.randn(1, 4, 8, 8).expand(16, -1, -1, -1)
+    z = normal(1, 4, 8, 8).expand(16, -1, -1, -1)
     losses = []
-    for _ in range(30):
-        loss = training_loss(model, scheduler, latents, generator).mean()
+    for step in range(25):
+        noise, u, _ = draws(0, range(16 * step, 16 * step + 16), (4, 8, 8))
+        loss = objective.loss(model, z, noise, u)[0].mean()
         optimizer.zero_grad()
         loss.backward()
         assert all(p.grad is not None for p in model.parameters())
         optimizer.step()
         losses.append(loss.item())
-    assert np.mean(losses[-5:]) < 0.5 * np.mean(losses[:5])
+    assert np.mean(losses[-5:]) < 0.6 * np.mean(losses[:5])
+
+
+def test_what_does_not_go_together_is_refused():
+    for words, match in (
+        ({"zero_snr": True}, "zero_snr needs prediction=v: of noise alone, epsilon says nothing about the image"),
+        ({"prediction": "flow", "zero_snr": True}, "flow has such a level anyway"),
+        ({"prediction": "flow", "weighting": "min-snr"}, "flow takes times=logit-normal"),
+        ({"times": "logit-normal"}, "epsilon and v take weighting=min-snr"),
+    ):
+        with pytest.raises(UserError, match=match):
+            Objective(**words)
+
+
+# --- chance
+
+
+def test_draws_depend_on_seed_and_position_alone():
+    noise, u, dropped = draws(7, [5, 0, 2**40], (4, 8, 8))
+    assert noise.dtype == u.dtype == dropped.dtype == torch.float32
+    for n, position in enumerate((5, 0, 2**40)):
+        alone = draws(7, [position], (4, 8, 8))
+        assert all(torch.equal(a[0], b[n]) for a, b in zip(alone, (noise, u, dropped), strict=True))
+    for other in (draws(8, [5], (4, 8, 8)), draws(7, [6], (4, 8, 8))):
+        assert not torch.isclose(other[0][0], noise[0]).any()
+        assert other[1][0] != u[0]
+
+
+def test_draws_are_normal_and_uniform():
+    noise, u, dropped = (values.double().numpy() for values in draws(0, range(2000), (2, 2, 2)))
+    assert kstest(noise.ravel(), "norm").pvalue > 0.01
+    assert kstest(u, "uniform").pvalue > 0.01
+    assert kstest(dropped, "uniform").pvalue > 0.01
+    correlations = np.corrcoef(np.column_stack([u, dropped, noise.reshape(2000, -1)]).T)
+    assert np.abs(correlations - np.eye(10)).max() < 0.1
 
 
 # --- averaged weights
+
+
+def noisy(module: nn.Module, scale: float = 0.05) -> nn.Module:
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(scale * torch.randn_like(parameter))
+    return module
 
 
 def test_ema_follows_its_recurrence():
@@ -208,171 +296,3 @@ def test_ema_goes_on_from_its_state(tmp_path):
     assert all(torch.equal(value, other.average[name]) for name, value in ema.average.items())
     with pytest.raises(UserError, match="another model"):
         EMA(nn.Conv1d(1, 1, 1, bias=False), 0.9).load_state_dict(ema.state_dict())
-
-
-# --- sampling
-
-
-def draws(seed, count, shape):
-    generator = np.random.default_rng(seed)
-    return [torch.from_numpy(generator.standard_normal(shape, np.float32)) for _ in range(count)]
-
-
-@pytest.mark.parametrize("eta", [0.0, 0.7])
-def test_sampler_equals_ddim_by_hand(unet, eta):
-    steps, shape, seed = 8, (4, 8, 8), (5, 2)
-    bars = np.append(np.cumprod(1 - np.linspace(0.0015**0.5, 0.0195**0.5, 1000) ** 2), 1.0)  # [-1] is "no noise"
-    noises = draws(seed, steps + 1, shape)
-    x = noises[0][None].double()
-    times = [999 - 125 * k for k in range(steps)] + [-1]
-    for k in range(steps):
-        now, then = bars[times[k]], bars[times[k + 1]]
-        with torch.no_grad():
-            predicted = unet(x.float(), times[k]).sample.double()
-        sigma = eta * ((1 - then) / (1 - now)) ** 0.5 * (1 - now / then) ** 0.5  # DDIM, Eq. 16
-        clean = (x - (1 - now) ** 0.5 * predicted) / now**0.5
-        x = then**0.5 * clean + (1 - then - sigma**2) ** 0.5 * predicted + sigma * noises[k + 1].double()  # Eq. 12
-    got = sample_latents(unet, noise_schedule(), shape, [seed], steps, eta)
-    torch.testing.assert_close(got.double(), x, rtol=1e-3, atol=1e-3 * x.abs().max().item())
-
-
-def test_sampler_equals_diffusers_loop(unet):
-    scheduler = DDIMScheduler.from_config(noise_schedule().config)
-    scheduler.set_timesteps(10)
-    x = torch.stack([draws(seed, 1, (4, 8, 8))[0] for seed in (3, 4)])
-    with torch.no_grad():
-        for t in scheduler.timesteps:
-            x = scheduler.step(unet(x, t).sample, t, x).prev_sample
-    assert torch.equal(sample_latents(unet, noise_schedule(), (4, 8, 8), [3, 4], 10), x)
-
-
-class Gaussian(nn.Module):
-    """The exact noise predictor where every latent value is N(mean, std^2)."""
-
-    def __init__(self, mean: float, std: float):
-        super().__init__()
-        self.mean, self.std, self.bars = mean, std, noise_schedule().alphas_cumprod
-        self.device_of = nn.Parameter(torch.zeros(()))
-
-    def forward(self, x, t):
-        bar = self.bars[t]
-        noise = (1 - bar).sqrt() * (x - bar.sqrt() * self.mean) / (bar * self.std**2 + 1 - bar)
-        return type("Output", (), {"sample": noise})
-
-
-@pytest.mark.parametrize(("eta", "steps"), [(0.0, 250), (1.0, 1000)])
-def test_sampler_reaches_a_known_distribution(eta, steps):
-    x = sample_latents(Gaussian(2.0, 0.5), noise_schedule(), (4, 8, 8), range(64), steps, eta)
-    assert x.mean().item() == pytest.approx(2.0, abs=0.02)
-    assert x.std().item() == pytest.approx(0.5, abs=0.02)
-
-
-@pytest.mark.parametrize("eta", [0.0, 1.0])
-def test_an_image_depends_on_its_seed_only(unet, eta):
-    seeds = [(0, i) for i in range(5)]
-    exact = Gaussian(0.0, 1.0)  # element by element, so a batch can't matter by rounding
-    for model, tolerance in ((exact, 0), (unet, 2e-4)):  # convolutions block their sums by the batch's size
-        together = sample_latents(model, noise_schedule(), (4, 8, 8), seeds, 10, eta)
-        pairs = [sample_latents(model, noise_schedule(), (4, 8, 8), part, 10, eta) for part in (seeds[3:], seeds[:3])]
-        parts = torch.cat(pairs[::-1])
-        assert (together - parts).abs().max() <= tolerance * together.abs().max()
-    assert not torch.allclose(together[0], together[1])
-
-
-def test_steps_that_do_not_divide_the_schedule_are_refused(unet):
-    for steps, take in ((30, "25 or 40"), (600, "500 or 1000"), (2000, "1000"), (0, "1")):
-        with pytest.raises(UserError, match=f"steps={steps} does not divide the schedule's 1000; take {take}$"):
-            sample_latents(unet, noise_schedule(), (4, 8, 8), [0], steps)
-
-
-# --- the folder
-
-
-@pytest.fixture(scope="module")
-def ldm(unet):
-    torch.manual_seed(2)
-    vae = LiteVAE.from_preset("S", latent_channels=4, block_out_channels=(32, 32, 32, 32), layers_per_block=1).eval()
-    mean, std = torch.tensor([0.5, -1.0, 0.1, 3.0]), torch.tensor([2.0, 0.5, 1.25, 0.3])
-    return LDM(unet, noise_schedule(), vae, mean, std, {"cache": "abc", "config": {"seed": 0}})
-
-
-@pytest.fixture
-def folder(ldm, tmp_path):
-    save_ldm(tmp_path / "model", ldm)
-    return tmp_path / "model"
-
-
-def test_decoding_denormalises(ldm):
-    z = torch.randn(2, 4, 8, 8)
-    raw = torch.stack([z[:, c] * ldm.latent_std[c] + ldm.latent_mean[c] for c in range(4)], dim=1)
-    with torch.no_grad():
-        expected = ldm.vae.decode(raw).sample.clamp(-1, 1)
-    torch.testing.assert_close(ldm.decode(z), expected)
-
-
-def test_save_and_load_give_the_same_images(ldm, folder):
-    loaded = load_ldm(folder)
-    assert loaded.info == ldm.info
-    assert loaded.shape == (4, 8, 8)
-    assert not loaded.unet.training
-    assert not loaded.vae.training
-    images = loaded.sample([1, 2], steps=2)
-    assert images.shape == (2, 3, 64, 64)
-    assert torch.equal(images, ldm.sample([1, 2], steps=2))
-    assert not list(folder.rglob("*.bin"))
-    assert UNet2DModel.from_pretrained(folder / "unet").config.sample_size == 8
-
-
-def test_the_autoencoder_may_be_any_of_diffusers(ldm, tmp_path):
-    vae = AutoencoderTiny(encoder_block_out_channels=(16,) * 4, decoder_block_out_channels=(16,) * 4).eval()
-    other = LDM(ldm.unet, ldm.scheduler, vae, ldm.latent_mean, ldm.latent_std)
-    save_ldm(tmp_path, other)
-    images = load_ldm(tmp_path).sample([1], steps=2)
-    assert images.shape == (1, 3, 64, 64)
-    assert torch.equal(images, other.sample([1], steps=2))
-
-
-def test_saving_again_replaces_the_model(ldm, folder):
-    other = LDM(ldm.unet, ldm.scheduler, ldm.vae, ldm.latent_mean + 1, ldm.latent_std)
-    save_ldm(folder, other)
-    assert torch.equal(load_ldm(folder).latent_mean, ldm.latent_mean + 1)
-
-
-def test_an_unfinished_folder_is_refused(ldm, folder, monkeypatch):
-    monkeypatch.setattr(DDIMScheduler, "save_pretrained", lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        save_ldm(folder, ldm)
-    with pytest.raises(UserError, match=r"no ldm\.json"):
-        load_ldm(folder)
-
-
-def test_damaged_folders_are_refused(folder):
-    def refused(match):
-        with pytest.raises(UserError, match=match):
-            load_ldm(folder)
-
-    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
-    whole = weights.read_bytes()
-    weights.write_bytes(whole[: len(whole) // 2])
-    refused("incomplete or damaged")
-    weights.write_bytes(whole)
-    tensors = load_file(weights)
-    tensors.pop("conv_out.bias")
-    save_file(tensors, weights, metadata={"format": "pt"})
-    refused("do not fit")
-    weights.unlink()
-    refused("incomplete or damaged")
-    weights.write_bytes(whole)
-    assert load_ldm(folder)
-
-    marker = folder / "ldm.json"
-    about = json.loads(marker.read_text())
-    marker.write_text(json.dumps(about | {"format": 99}))
-    refused("format 99")
-    marker.write_text(json.dumps(about)[:40])
-    refused("damaged")
-    marker.write_text(json.dumps(about))
-
-    shutil.rmtree(folder / "vae")
-    LiteVAE.from_preset("S", latent_channels=4, block_out_channels=(32, 32, 32, 64)).save_pretrained(folder / "vae")
-    refused("not the autoencoder")
