@@ -1,119 +1,312 @@
 """Images from a latent diffusion model, drawn by a pool of workers.
 
 Image i of a job depends on (seed, i) alone: its noise is its own, and batches are cut by number and always full, so
-that it comes out bit for bit the same whatever the number of workers or of images. Another batch size, or device,
-changes the order of sums within a convolution, and with it single pixels by a level.
+that it comes out bit for bit the same whatever the number of workers or of images, and however often the job was
+killed. Another batch size, device, or number of threads of a worker (`ray.cpus_per_worker`) changes the order of sums
+within a convolution, and with it single pixels by a level.
+
+    out/sampling.json   what decides each pixel; written first, so that no other job goes on with these images
+    out/png/            000000.png ..., or
+    out/parquet/        part-000000.parquet ...; nothing else is in these folders, they can be a source of images
+    out/grid.png        the first images
+    out/samples.json    written last
+
+A file is whole or not there, and what is there is not drawn again.
 """
 
 import json
 import os
+import re
 import sys
 import time
-from collections.abc import Iterator
-from typing import Any
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from io import BytesIO
+from itertools import islice, repeat
+from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from PIL import Image
 
-from litevae.diffusion import check_steps, load_ldm
+from litevae import storage
 from litevae.errors import UserError
 from litevae.images import to_uint8
+from litevae.ldm import LDM, ldm_fingerprint, load_ldm
 from litevae.pictures import grid
 from litevae.precision import autocast
+from litevae.sampling import SAMPLERS, label_numbers, sampler_of
 from pipelines import cluster, config, outputs, tracking
 from pipelines.actors import pool, spread
 from pipelines.training import Progress
 
 GRID = 64  # the first so many images, in rows of 8
+ROW_GROUP = 128  # images
+WRITERS = 16  # files at a time
+
+# As Hugging Face lays images out; its datasets then give images rather than bytes.
+SCHEMA = pa.schema(
+    {
+        "id": pa.string(),
+        "image": pa.struct({"bytes": pa.binary(), "path": pa.string()}),
+        "label": pa.int64(),
+        "seed": pa.int64(),
+        "number": pa.int64(),
+    },
+    metadata={"huggingface": json.dumps({"info": {"features": {"image": {"_type": "Image"}}}})},
+)
+
+
+class Piece(NamedTuple):
+    """A file, and the numbers of the images in it."""
+
+    path: str
+    numbers: range
 
 
 def sample(cfg: config.Sample) -> dict[str, Any]:
-    """Leave 000000.png ..., grid.png and samples.json in `cfg.out`. Returns samples.json.
+    """Draw what is not in `cfg.out` yet, and leave grid.png and samples.json there. Returns samples.json.
 
     Raises:
-        UserError: bad config or model; `cfg.out` holds images of a larger job, which would be mixed with these.
+        UserError: bad config or model; `cfg.out` holds another job's images, or more than are asked for.
     """
-    out = cluster.output_path("out", cfg.out)
+    out = cluster.output_path("out", cfg.out, remote=True)
     if not cfg.model:
         raise UserError("model is empty; give the folder of a latent diffusion model: model=runs/ldm/model")
-    check_steps(load_ldm(cfg.model).scheduler, cfg.steps)
-    if os.path.exists(os.path.join(out, _name(cfg.images))):
-        raise UserError(
-            f"out={out} holds more than images={cfg.images}, from another job; empty it or take another folder"
-        )
-    cfg = cfg.model_copy(update={"model": os.path.abspath(cfg.model)})
+    job = _job(cfg, load_ldm(cfg.model))
+    cfg = cfg.model_copy(
+        update={"model": os.path.abspath(cfg.model), "sampler": job["sampler"], "classes": job["classes"]}
+    )
+    pieces = _pieces(cfg, out)
+    missing = _missing(pieces, job, out)
 
     share = cluster.start(cfg.ray)
-    os.makedirs(out, exist_ok=True)
+    storage.put_new(storage.join(out, "sampling.json"), _json(job))
+    _check_job(job, out)  # another job may have come between
+    storage.remove(storage.join(out, "samples.json"))
     name = os.path.basename(out)
-    run = tracking.start_run(cfg.tracking, cfg.root, "sample", name, cfg.model_dump(mode="json"), out, resume=False)
+    folder = os.path.join(os.path.abspath(cfg.root), name) if storage.remote(out) else out
+    run = tracking.start_run(cfg.tracking, cfg.root, "sample", name, cfg.model_dump(mode="json"), folder, resume=False)
     tracker = tracking.Tracker(run)
     status: tracking.Status = "FAILED"
     try:
-        actors = pool(Sampler, share, cfg, share)
+        drawn = sum(len(piece.numbers) for piece in missing)
         started = time.monotonic()
-        for number, image in _draw(cfg, actors):
-            outputs.write(os.path.join(out, _name(number)), image)
+        if missing:
+            actors = pool(Sampler, share, cfg, share, job["model"])
+            started = time.monotonic()
+            _draw(cfg, actors, missing)
         seconds = time.monotonic() - started
-        first = [_pixels(os.path.join(out, _name(number))) for number in range(min(cfg.images, GRID))]
-        picture = grid(np.stack(first), columns=8)
-        outputs.write(os.path.join(out, "grid.png"), outputs.png(picture))
+        picture = grid(np.stack([*_first(pieces, min(cfg.images, GRID))]), columns=8)
+        storage.put(storage.join(out, "grid.png"), outputs.png(picture))
         summary: dict[str, Any] = {
+            **job,
             "model": cfg.model,
+            "fingerprint": job["model"],
             "images": cfg.images,
-            "sampler": {"name": "DDIM", "steps": cfg.steps, "eta": cfg.eta, "seed": cfg.seed},
-            "batch_size": cfg.batch_size,
-            "images_per_s": cfg.images / seconds,
+            "drawn": drawn,
+            "images_per_s": drawn / seconds if drawn else 0.0,
             "run": tracking.link(run),
         }
-        outputs.write(os.path.join(out, "samples.json"), json.dumps(summary, indent=2).encode() + b"\n")
+        storage.put(storage.join(out, "samples.json"), _json(summary))
         tracker.metrics({"sample/images_per_s": summary["images_per_s"]}, step=0)
         tracker.image("samples", picture, step=0)
         status = "FINISHED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
     finally:
         tracker.close(status)
+    before = f"{cfg.images - drawn} of them drawn before" if drawn < cfg.images else "all drawn now"
     print(
-        f"{cfg.images} images, {summary['images_per_s']:.2f} a second, {cfg.steps} DDIM steps\n"
-        f"images    {out}/{_name(0)} ...\npicture   {out}/grid.png\nrun       {summary['run']}"
+        f"{cfg.images} images, {before}, {summary['images_per_s']:.2f} a second, {cfg.steps} {cfg.sampler} steps\n"
+        f"images    {os.path.dirname(pieces[0].path)}\npicture   {storage.join(out, 'grid.png')}\n"
+        f"run       {summary['run']}"
     )
     return summary
 
 
-def _draw(cfg: config.Sample, actors: list[Any]) -> Iterator[tuple[int, bytes]]:
-    """(number, PNG), in order."""
-    batches = [range(start, start + cfg.batch_size) for start in range(0, cfg.images, cfg.batch_size)]
+# --- what is to be drawn, and what is there -----------------------------------------------------------------------
+
+
+def _job(cfg: config.Sample, ldm: LDM) -> dict[str, Any]:
+    """All that decides the bytes of an image.
+
+    Raises:
+        UserError: the model can't be sampled so.
+    """
+    sampler = "" if cfg.sampler == "auto" else cfg.sampler
+    sampler_of(ldm.scheduler, sampler, cfg.steps, cfg.eta)
+    classes = cfg.classes or [*range(ldm.classes)]
+    label_numbers(classes or None, ldm.classes, len(classes), cfg.guidance)
+    job = {
+        "model": ldm_fingerprint(cfg.model),
+        "sampler": sampler or SAMPLERS[ldm.scheduler.config.prediction_type][0],
+        **cfg.model_dump(
+            mode="json", include={"steps", "eta", "guidance", "seed", "batch_size", "precision", "format"}
+        ),
+        "classes": classes,
+    }
+    return job | ({"shard": cfg.shard} if cfg.format == "parquet" else {})
+
+
+def _pieces(cfg: config.Sample, out: str) -> list[Piece]:
+    folder = storage.join(out, cfg.format)
+    if cfg.format == "png":
+        return [Piece(storage.join(folder, f"{n:06d}.png"), range(n, n + 1)) for n in range(cfg.images)]
+    parts = [range(start, min(start + cfg.shard, cfg.images)) for start in range(0, cfg.images, cfg.shard)]
+    return [Piece(storage.join(folder, f"part-{n:06d}.parquet"), part) for n, part in enumerate(parts)]
+
+
+def _check_job(job: dict[str, Any], out: str) -> bool:
+    """Whether this job was in `out` before.
+
+    Raises:
+        UserError: another one was.
+    """
+    path = storage.join(out, "sampling.json")
+    try:
+        before = json.loads(storage.read(path))
+        differs = [name for name in before.keys() | job.keys() if before.get(name) != job.get(name)]
+    except FileNotFoundError:
+        return False
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{path} is damaged ({error}); take another folder") from None
+    if differs:
+        lines = [f"  {name}: {before.get(name)} there, {job.get(name)} asked for" for name in sorted(differs)]
+        raise UserError(
+            f"out={out} holds images that were drawn otherwise; empty it or take another folder\n" + "\n".join(lines)
+        )
+    return True
+
+
+def _missing(pieces: Sequence[Piece], job: dict[str, Any], out: str) -> list[Piece]:
+    """What is to be drawn, in order.
+
+    Raises:
+        UserError: see `sample`.
+    """
+    folder = os.path.dirname(pieces[0].path)
+    there = [name for name in storage.names(folder) if re.search(r"\d{6,}\.(png|parquet)$", name)]
+    if not _check_job(job, out) and there:
+        raise UserError(f"out={out} holds images but no sampling.json that says what they are; take another folder")
+    by_name = {os.path.basename(piece.path): piece for piece in pieces}
+    missing = [by_name[name] for name in by_name.keys() - set(there)]
+    more = [name for name in there if name not in by_name]
+    # Only the last part may be of a job that asked for fewer images, or for more.
+    last = by_name.get(there[-1]) if there and job["format"] == "parquet" else None
+    if last is not None:
+        try:
+            rows = storage.read_footer(last.path).num_rows
+        except (OSError, pa.ArrowException):  # damaged
+            rows = 0
+        more += [there[-1]] * (rows > len(last.numbers))
+        missing += [last] * (rows < len(last.numbers))
+    if more:
+        raise UserError(
+            f"out={out} holds more than images={pieces[-1].numbers.stop}, e.g. in {more[-1]}; ask for as many, "
+            "empty it or take another folder"
+        )
+    return sorted(missing, key=lambda piece: piece.numbers.start)
+
+
+# --- drawing ------------------------------------------------------------------------------------------------------
+
+
+def _draw(cfg: config.Sample, actors: list[Any], missing: Sequence[Piece]) -> None:
+    """Draw the batches that these files need, and write each as soon as it is complete."""
+    size = cfg.batch_size
+    needed = sorted({number // size for piece in missing for number in piece.numbers})
+    batches = [range(n * size, (n + 1) * size) for n in needed]  # the last one is full, too
     drawn = spread(actors, lambda actor, batch: actor.draw.remote(batch), batches)
-    progress = Progress("sample", cfg.images, 0, sys.stderr.isatty())
-    for batch, images in zip(batches, drawn, strict=True):
-        wanted = range(batch.start, min(batch.stop, cfg.images))  # the last batch is a full one too
-        yield from zip(wanted, images, strict=False)
-        progress.update(wanted.stop)
+    waiting, held = deque(missing), dict[int, bytes]()
+    done = cfg.images - sum(len(piece.numbers) for piece in missing)
+    progress = Progress("sample", cfg.images, done, sys.stderr.isatty())
+    # Parts are written one after the other, or the last one there would not be the only one that may be incomplete.
+    with ThreadPoolExecutor(WRITERS if cfg.format == "png" else 1) as writers:
+        for batch, images in zip(batches, drawn, strict=True):
+            held |= dict(zip(batch, images, strict=True))
+            complete = []
+            while waiting and waiting[0].numbers.stop <= batch.stop:
+                complete.append(waiting.popleft())
+            files = [_file(cfg, piece, held) for piece in complete]
+            list(writers.map(storage.put, [piece.path for piece in complete], files))
+            done += sum(len(piece.numbers) for piece in complete)
+            held = {n: image for n, image in held.items() if waiting and n >= waiting[0].numbers.start}
+            progress.update(done)
     progress.close()
+
+
+def _file(cfg: config.Sample, piece: Piece, images: dict[int, bytes]) -> bytes:
+    if cfg.format == "png":
+        return images[piece.numbers.start]
+    rows = [
+        {
+            "id": f"{number:06d}",
+            "image": {"bytes": images[number], "path": f"{number:06d}.png"},
+            "label": label,
+            "seed": cfg.seed,
+            "number": number,
+        }
+        for number, label in zip(piece.numbers, _labels(cfg, piece.numbers) or repeat(None), strict=False)
+    ]
+    table = pa.Table.from_pylist(rows, SCHEMA)
+    sink = pa.BufferOutputStream()  # PNG does not get smaller
+    pq.write_table(table, sink, ROW_GROUP, compression="none", use_dictionary=["label"], write_page_checksum=True)
+    return sink.getvalue().to_pybytes()
+
+
+def _first(pieces: Sequence[Piece], count: int) -> Iterator[np.ndarray]:
+    """Pixels of the first images, as they were stored."""
+    stored = (image for piece in pieces for image in _images(piece.path))
+    for data in islice(stored, count):
+        yield np.asarray(Image.open(BytesIO(data)))
+
+
+def _images(path: str) -> Iterator[bytes]:
+    if path.endswith(".png"):
+        yield storage.read(path)
+        return
+    footer = storage.read_footer(path)
+    for group in range(footer.num_row_groups):
+        rows = storage.read_row_group(path, footer, group, ["image"])["image"].to_pylist()
+        yield from (row["bytes"] for row in rows)
+
+
+def _labels(cfg: config.Sample, numbers: range) -> list[int] | None:
+    return [cfg.classes[number % len(cfg.classes)] for number in numbers] if cfg.classes else None
+
+
+def _json(value: dict[str, Any]) -> bytes:
+    return json.dumps(value, indent=2).encode() + b"\n"
 
 
 class Sampler:
     """A worker: the model on one device."""
 
-    def __init__(self, cfg: config.Sample, share: cluster.Share):
+    def __init__(self, cfg: config.Sample, share: cluster.Share, fingerprint: str):
         torch.set_num_threads(share.threads)
+        if ldm_fingerprint(cfg.model) != fingerprint:
+            raise UserError(f"{cfg.model} is not the same model here as where the job was started")
         self.cfg, self.device = cfg, torch.device("cuda" if share.gpu else "cpu")
         self.ldm = load_ldm(cfg.model).to(self.device)
+        self.encoders = ThreadPoolExecutor(share.threads)
 
     def draw(self, numbers: range) -> list[bytes]:
         """The images of these numbers as PNG."""
-        seeds = [(self.cfg.seed, number) for number in numbers]
-        with autocast(self.device, self.cfg.precision):
-            images = self.ldm.sample(seeds, self.cfg.steps, self.cfg.eta)
+        cfg = self.cfg
+        with autocast(self.device, cfg.precision):
+            images = self.ldm.sample(
+                [(cfg.seed, number) for number in numbers],
+                steps=cfg.steps,
+                sampler=cfg.sampler,
+                eta=cfg.eta,
+                labels=_labels(cfg, numbers),
+                guidance=cfg.guidance,
+            )
         if not images.isfinite().all():
-            raise UserError(f"{self.cfg.model} draws NaN or infinite pixels: its training has diverged")
-        return [outputs.png(image) for image in to_uint8(images)]
-
-
-def _name(number: int) -> str:
-    return f"{number:06d}.png"
-
-
-def _pixels(path: str) -> np.ndarray:
-    with Image.open(path) as image:
-        return np.asarray(image)
+            raise UserError(f"{cfg.model} draws NaN or infinite pixels: its training has diverged")
+        return list(self.encoders.map(outputs.png, to_uint8(images)))

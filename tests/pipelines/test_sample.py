@@ -1,29 +1,45 @@
-"""sample: the same image from the same seed, whoever draws it and however many there are."""
+"""sample: the same image from the same seed, whoever draws it, however many there are, and whatever is killed."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
+from datasets import load_dataset
 from PIL import Image
 
+from litevae import storage
 from litevae.autoencoder import LiteVAE
-from litevae.diffusion import LDM, build_unet, load_ldm, noise_schedule, save_ldm
+from litevae.denoiser import build_denoiser
+from litevae.diffusion import Objective
 from litevae.errors import UserError
 from litevae.images import to_uint8
-from pipelines.config import Sample, main, validate
+from litevae.ldm import LDM, NormalizedAutoencoder, ldm_fingerprint, load_ldm, save_ldm
+from pipelines import sample as module
+from pipelines.config import Sample, Source, main, validate
 from pipelines.sample import sample
+from pipelines.sources import open_source
+
+JOB = Path(__file__).parents[2] / "jobs" / "sample.py"
 
 
-def make_ldm(poison: bool = False) -> LDM:
-    torch.manual_seed(0)
-    unet = build_unet("tiny", latent_channels=4, size=8)
+def make_ldm(poison: bool = False, classes: int = 0, objective: Objective | None = None, seed: int = 0) -> LDM:
+    torch.manual_seed(seed)
+    unet = build_denoiser("tiny", 4, 8, classes)
     for parameter in unet.parameters():
         torch.nn.init.normal_(parameter, std=0.05)
     if poison:
         torch.nn.init.constant_(unet.conv_out.bias, float("nan"))
     vae = LiteVAE.from_preset("S", latent_channels=4, block_out_channels=(32, 32, 32, 32), layers_per_block=1)
-    return LDM(unet, noise_schedule(), vae, torch.zeros(4), torch.ones(4))
+    scheduler = (objective or Objective()).scheduler()
+    return LDM(unet, scheduler, NormalizedAutoencoder.of(vae, torch.zeros(4), torch.ones(4)), classes)
 
 
 @pytest.fixture(scope="module")
@@ -33,32 +49,62 @@ def model(tmp_path_factory):
     return folder
 
 
-def config(model, out, /, **more) -> Sample:
-    values = {
+@pytest.fixture(scope="module")
+def by_class(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("by_class")
+    save_ldm(folder, make_ldm(classes=3, objective=Objective("flow")))
+    return folder
+
+
+def values(model, out, root) -> dict:
+    return {
         "model": str(model),
         "out": str(out),
-        "root": str(out / "runs"),
+        "root": str(root),
         "images": 5,
         "batch_size": 4,
         "steps": 4,
-        "eta": 1.0,
         "seed": 11,
         "precision": "fp32",
         "tracking": {"enabled": False},
         "ray": {"gpu": "no", "cpus_per_worker": 1},
     }
-    return validate(Sample, values | more)
+
+
+def config(model, out, /, **more) -> Sample:
+    return validate(Sample, values(model, out, Path(model).parent / "runs") | more)
 
 
 def pixels(folder, count: int) -> np.ndarray:
-    return np.stack([np.asarray(Image.open(folder / f"{number:06}.png")) for number in range(count)])
+    return np.stack([np.asarray(Image.open(folder / "png" / f"{number:06}.png")) for number in range(count)])
+
+
+def files(folder) -> dict[str, bytes]:
+    """What a job leaves, but for what tells times."""
+    found = {str(path.relative_to(folder)): path for path in Path(folder).rglob("*") if path.is_file()}
+    return {
+        name: path.read_bytes()
+        for name, path in sorted(found.items())
+        if not path.name.startswith((".tmp-", "samples", "metrics"))
+    }
+
+
+def stamps(folder) -> dict[str, tuple[int, int]]:
+    return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in Path(folder).glob("[!.]*")}
+
+
+def about(folder) -> dict:
+    return json.loads((folder / "samples.json").read_text())
 
 
 @pytest.fixture(scope="module")
 def five(model, tmp_path_factory):
     out = tmp_path_factory.mktemp("five")
-    sample(config(model, out))
+    sample(config(model, out, eta=1.0))
     return out
+
+
+# --- what is drawn
 
 
 def test_images_are_those_of_their_seeds(five, model):
@@ -71,33 +117,55 @@ def test_images_are_those_of_their_seeds(five, model):
     grid = np.asarray(Image.open(five / "grid.png"))
     assert grid.shape == (2 + 66, 2 + 5 * 66, 3)
     assert np.array_equal(grid[2:66, 2 + 66 : 2 + 66 + 64], got[1])
-    about = json.loads((five / "samples.json").read_text())
-    assert about["images"] == 5
-    assert about["sampler"] == {"name": "DDIM", "steps": 4, "eta": 1.0, "seed": 11}
-    assert sorted(path.name for path in five.glob("*.png")) == [*(f"{n:06}.png" for n in range(5)), "grid.png"]
+    told = {"sampler": "ddim", "steps": 4, "eta": 1.0, "seed": 11, "guidance": 1.0, "classes": [], "batch_size": 4}
+    told |= {"images": 5, "drawn": 5, "format": "png", "fingerprint": ldm_fingerprint(model), "model": str(model)}
+    assert told.items() <= about(five).items()
+    assert about(five)["images_per_s"] > 0
+    assert sorted(os.listdir(five / "png")) == [f"{n:06}.png" for n in range(5)]  # a source of images, of nothing else
 
 
 def test_more_images_and_workers_change_no_bit(five, model, tmp_path):
     ray = {"gpu": "no", "cpus_per_worker": 1, "workers": 2}
-    summary = sample(config(model, tmp_path, images=11, ray=ray))
+    summary = sample(config(model, tmp_path, images=11, ray=ray, eta=1.0))
     assert summary["images"] == 11
     for number in range(5):
-        name = f"{number:06}.png"
+        name = f"png/{number:06}.png"
         assert (tmp_path / name).read_bytes() == (five / name).read_bytes()
     assert len(np.unique(pixels(tmp_path, 11), axis=0)) == 11
-    with pytest.raises(UserError, match="holds more than images=10, from another job"):
-        sample(config(model, tmp_path, images=10))
+    with pytest.raises(UserError, match=r"holds more than images=10, e\.g\. in 000010\.png"):
+        sample(config(model, tmp_path, images=10, eta=1.0))
 
 
-def test_mistakes_are_refused_with_nothing_written(model, tmp_path, capsys):
-    def refused(match: str, **more) -> None:
+@pytest.mark.parametrize(
+    ("chosen", "sampler", "guidance", "labels"),
+    [([], "auto", 1.0, [0, 1, 2, 0, 1]), ([2, 0], "heun", 3.0, [2, 0, 2, 0, 2]), ([1000], "dpm++", 1.0, [1000] * 5)],
+)
+def test_classes_come_in_turn(by_class, tmp_path, chosen, sampler, guidance, labels):
+    sample(config(by_class, tmp_path, classes=chosen, sampler=sampler, guidance=guidance))
+    name = sampler.replace("auto", "euler")
+    expected = load_ldm(by_class).sample(
+        [(11, n) for n in range(5)], steps=4, sampler=name, labels=labels, guidance=guidance
+    )
+    assert np.abs(pixels(tmp_path, 5).astype(int) - to_uint8(expected)).max() <= 1
+    assert about(tmp_path)["sampler"] == name
+    assert about(tmp_path)["classes"] == (chosen or [0, 1, 2])
+
+
+def test_mistakes_are_refused_with_nothing_written(model, by_class, tmp_path, capsys):
+    def refused(match: str, model=model, **more) -> None:
         with pytest.raises(UserError, match=match):
             sample(config(model, tmp_path / "out", **more))
 
-    refused("model is empty", model="")
+    with pytest.raises(UserError, match="model is empty"):
+        sample(validate(Sample, {"model": "", "out": str(tmp_path / "out")}))
     refused("no latent diffusion model", model=str(tmp_path / "nowhere"))
-    refused("no latent diffusion model", model=str(model / "vae"))
+    refused("no latent diffusion model", model=str(model / "vqvae"))
     refused("take 2 or 4", steps=3)
+    refused("a model of epsilon takes ddim, dpm", sampler="heun")
+    refused("eta=0.5 is for sampler=ddim alone", by_class, eta=0.5)
+    refused("knows no classes", classes=[1])
+    refused("knows no classes", guidance=2)
+    refused("class 3: the model knows 0 to 2", by_class, classes=[0, 3])
     assert not (tmp_path / "out").exists()
     assert main(Sample, sample, ["model=nowhere", "images=2"]) == 2
     assert capsys.readouterr().err.startswith("error: nowhere holds no latent diffusion model")
@@ -107,4 +175,202 @@ def test_a_diverged_model_stops_it(tmp_path):
     save_ldm(tmp_path / "model", make_ldm(poison=True))
     with pytest.raises(UserError, match="NaN or infinite pixels: its training has diverged"):
         sample(config(tmp_path / "model", tmp_path / "out", images=1, batch_size=1))
-    assert not list((tmp_path / "out").glob("*.png"))
+    assert not (tmp_path / "out/png").exists()
+
+
+# --- Parquet
+
+
+@pytest.fixture(scope="module")
+def parts(by_class, tmp_path_factory):
+    out = tmp_path_factory.mktemp("parts")
+    sample(config(by_class, out, images=11, format="parquet", shard=3))
+    return out
+
+
+def test_parquet_holds_the_same_images(parts, by_class, tmp_path):
+    sample(config(by_class, tmp_path, images=11))
+    same = [(tmp_path / "png" / f"{n:06}.png").read_bytes() for n in range(11)]
+    assert sorted(os.listdir(parts / "parquet")) == [f"part-{n:06}.parquet" for n in range(4)]
+    assert [pq.read_metadata(path).num_rows for path in sorted((parts / "parquet").iterdir())] == [3, 3, 3, 2]
+    rows = pq.read_table(parts / "parquet").to_pydict()
+    assert rows == {
+        "id": [f"{n:06}" for n in range(11)],
+        "image": [{"bytes": data, "path": f"{n:06}.png"} for n, data in enumerate(same)],
+        "label": [n % 3 for n in range(11)],
+        "seed": [11] * 11,
+        "number": [*range(11)],
+    }
+    assert (parts / "grid.png").read_bytes() == (tmp_path / "grid.png").read_bytes()
+
+
+def test_parquet_is_a_source_for_us_and_for_datasets(parts, tmp_path):
+    source = open_source(Source(uri=f"{parts}/parquet", columns=["label"]))
+    rows = pq.read_table(parts / "parquet").to_pydict()
+    assert source.ids(0, source.units) == rows["id"]
+    assert [source.read(n).data for n in range(11)] == [image["bytes"] for image in rows["image"]]
+    assert [source.columns(n)["label"] for n in range(11)] == rows["label"]
+    loaded = load_dataset("parquet", data_files=f"{parts}/parquet/*.parquet", cache_dir=str(tmp_path), split="train")
+    assert loaded["label"][:] == rows["label"]
+    assert np.array_equal(np.asarray(loaded[4]["image"]), np.asarray(Image.open(parts / "grid.png"))[2:66, 266:330])
+
+
+def test_without_classes_labels_are_null(model, tmp_path):
+    sample(config(model, tmp_path, images=2, format="parquet"))
+    table = pq.read_table(tmp_path / "parquet")
+    assert table.schema.field("label").type == "int64"
+    assert table["label"].to_pylist() == [None, None]
+
+
+# --- going on
+
+
+def test_it_goes_on_with_what_is_missing(five, model, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    sample(config(model, out, eta=1.0))
+    kept, before = stamps(out / "png"), files(out)
+    (out / "png/000002.png").unlink()
+    (out / "grid.png").unlink()
+    summary = sample(config(model, out, eta=1.0))
+    assert (summary["drawn"], summary["images"]) == (1, 5)
+    assert files(out) == before == files(five)
+    now = stamps(out / "png")
+    assert now.pop("000002.png") != kept.pop("000002.png")
+    assert now == kept
+
+    monkeypatch.setattr(module, "pool", lambda *_: pytest.fail("nothing is to be drawn"))
+    assert sample(config(model, out, eta=1.0))["images_per_s"] == 0
+    assert "5 images, 5 of them drawn before" in capsys.readouterr().out
+
+
+def test_more_images_are_added(five, model, parts, by_class, tmp_path):
+    out = tmp_path / "png"
+    sample(config(model, out, images=3, eta=1.0))
+    kept = stamps(out / "png")
+    assert sample(config(model, out, images=5, eta=1.0))["drawn"] == 2
+    assert files(out) == files(five)
+    assert kept.items() <= stamps(out / "png").items()
+
+    out = tmp_path / "parquet"
+    sample(config(by_class, out, images=4, format="parquet", shard=3))
+    kept = stamps(out / "parquet")
+    summary = sample(config(by_class, out, images=11, format="parquet", shard=3))
+    assert summary["drawn"] == 8  # the second part had one image
+    assert files(out) == files(parts)
+    assert kept["part-000000.parquet"] == stamps(out / "parquet")["part-000000.parquet"]
+    for images in (4, 10):
+        with pytest.raises(UserError, match=f"holds more than images={images}, "):
+            sample(config(by_class, out, images=images, format="parquet", shard=3))
+
+
+def test_another_job_is_refused_with_what_differs(five, model, tmp_path):
+    save_ldm(tmp_path / "other", make_ldm(seed=1))
+    before = files(five)
+    for more, line in (
+        ({"seed": 12}, "seed: 11 there, 12 asked for"),
+        ({"steps": 5}, "steps: 4 there, 5 asked for"),
+        ({"eta": 0.5}, "eta: 1.0 there, 0.5 asked for"),
+        ({"eta": 0, "sampler": "dpm++"}, r"sampler: ddim there, dpm\+\+ asked for"),
+        ({"batch_size": 5}, "batch_size: 4 there, 5 asked for"),
+        ({"precision": "bf16"}, "precision: fp32 there, bf16 asked for"),
+        ({"format": "parquet"}, "format: png there, parquet asked for"),
+        ({"model": str(tmp_path / "other")}, f"model: {ldm_fingerprint(model)} there"),
+    ):
+        with pytest.raises(UserError, match=f"images that were drawn otherwise.*\n(.*\n)*  {line}"):
+            sample(config(model, five, **({"eta": 1.0} | more)))
+    assert files(five) == before
+    (tmp_path / "out/png").mkdir(parents=True)
+    (tmp_path / "out/png/000000.png").write_bytes(b"someone's")
+    with pytest.raises(UserError, match=r"images but no sampling\.json"):
+        sample(config(model, tmp_path / "out"))
+
+
+# --- kills
+
+
+LONGER = {"images": 48, "steps": 20}
+
+
+def start(model, out, root, more: dict) -> subprocess.Popen:
+    given = {name: value for name, value in values(model, out, root).items() if not isinstance(value, dict)}
+    words = [f"{name}={value}" for name, value in (given | LONGER | more).items()]
+    words += ["tracking.enabled=false", "ray.gpu='no'", "ray.cpus_per_worker=1"]
+    with open(f"{out}.log", "a") as log:
+        return subprocess.Popen([sys.executable, str(JOB), *words], stdout=log, stderr=log)
+
+
+def wait_for(condition, process: subprocess.Popen, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "nothing was drawn"
+        assert process.poll() is None, "the job ended before"
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize(("kind", "more"), [("png", {}), ("parquet", {"format": "parquet", "shard": 6})])
+def test_a_killed_job_goes_on(model, tmp_path, kind, more):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    sample(config(model, whole, **(LONGER | more)))
+    folder = killed / kind
+    process = start(model, killed, tmp_path, more)
+    wait_for(lambda: len(storage.names(str(folder))) >= 3, process)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    kept = stamps(folder)
+    count = len(stamps(whole / kind))
+    assert 3 <= len(kept) < count
+    assert not (killed / "samples.json").exists()
+    assert start(model, killed, tmp_path, more).wait(300) == 0
+    assert files(killed) == files(whole)
+    assert kept.items() <= stamps(folder).items()
+    assert about(killed)["drawn"] == 48 - len(kept) * (6 if kind == "parquet" else 1)
+
+
+def test_killed_workers_are_replaced(model, five, tmp_path, monkeypatch):
+    """Both, with SIGKILL, each as soon as a certain image has been written."""
+    import ray
+
+    real, put, actors = module.pool, storage.put, []
+
+    def processes():
+        return ray.get([actor.__ray_call__.remote(lambda _: os.getpid()) for actor in actors])
+
+    def pool(*arguments):
+        actors.extend(real(*arguments))
+        killed.update(zip(("000000.png", "000009.png"), processes(), strict=True))
+        return actors
+
+    def put_and_kill(path, data):
+        put(path, data)
+        if process := killed.get(os.path.basename(path)):
+            os.kill(process, signal.SIGKILL)
+
+    killed: dict[str, int] = {}
+    monkeypatch.setattr(module, "pool", pool)
+    monkeypatch.setattr(storage, "put", put_and_kill)
+    two = {"gpu": "no", "cpus_per_worker": 1, "workers": 2}
+    sample(config(model, tmp_path, images=19, ray=two, eta=1.0))
+    assert len(killed) == 2
+    assert not {*killed.values()} & {*processes()}
+    for number in range(5):
+        name = f"png/{number:06}.png"
+        assert (tmp_path / name).read_bytes() == (five / name).read_bytes()
+    assert len(np.unique(pixels(tmp_path, 19), axis=0)) == 19
+
+
+# --- S3
+
+
+def test_s3(five, model, s3, tmp_path):
+    out = f"{s3}/drawn"
+    sample(config(model, out, images=3, eta=1.0, root=str(tmp_path)))
+    summary = sample(config(model, out, eta=1.0, root=str(tmp_path)))
+    assert summary["drawn"] == 2
+    names = {name for name, _ in storage.walk(out)}
+    assert names == {*(f"png/{n:06}.png" for n in range(5)), "grid.png", "sampling.json", "samples.json"}
+    for name, data in files(five).items():
+        if not name.startswith("images/"):
+            assert storage.read(f"{out}/{name}") == data
+    assert (tmp_path / "drawn" / "metrics.jsonl").is_file()
+    with pytest.raises(UserError, match="holds more than images=4"):
+        sample(config(model, out, images=4, eta=1.0, root=str(tmp_path)))
