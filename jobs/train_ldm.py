@@ -1,6 +1,7 @@
-"""Train a latent diffusion model on a latent cache.
+"""Train a latent diffusion model on a latent cache, or on images that are encoded on the way.
 
 python jobs/train_ldm.py cache=/data/cache name=ldm
+python jobs/train_ldm.py mode=online data.source.uri=/data/photos vae=runs/vae/model data.crop=random name=ldm
 """
 
 from pipelines.config import TrainLDM, main

@@ -104,7 +104,7 @@ def _cache(config: TrainLDM) -> Found:
             f"{wanted[:12]}); give that one with vae=FOLDER, or encode the images again"
         )
     about = f"{len(cache):,} latents of {cache.shape} {cache.content}"
-    data = {"cache": cache.path, "vae": vae, "fingerprint": wanted, "images": len(cache)}
+    data = {"data": cache.path, "cache": cache.path, "vae": vae, "fingerprint": wanted, "images": len(cache)}
     return data, (len(cache.mean), *cache.shape[1:]), about
 
 
@@ -135,7 +135,7 @@ def _images(config: TrainLDM, source: Source) -> Found:
         _, channels, height, width = encode_latents(model, torch.zeros(1, 3, side, side)).shape
     shape = (channels // 2 if latent_content(model) == "moments" else channels, height, width)
     words = f"{source.units:,} images at {side} px, encoded by {config.vae} ({config.mode}, f = {downsampling(model)})"
-    return {"vae": vae, "fingerprint": fingerprint(vae), "images": source.units}, shape, words
+    return {"data": source.uri, "vae": vae, "fingerprint": fingerprint(vae), "images": source.units}, shape, words
 
 
 def _begin_cache(config: TrainLDM) -> dict[str, Any]:

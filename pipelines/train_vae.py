@@ -66,7 +66,8 @@ def train_vae(config: TrainVAE) -> dict[str, Any]:
         config.tracking, config.root, "train_vae", config.name, config.model_dump(mode="json"), folder, resume=resumed
     )
     setup = {
-        "config": values_to_keep(config), "source": source, "val": val, "folder": folder, "lpips": lpips,
+        "config": values_to_keep(config), "source": source, "data": source.uri, "val": val, "folder": folder,
+        "lpips": lpips,
     }  # fmt: skip
     result = training.fit(_worker, setup, handle, share, config.loop)
     numbers = "   ".join(f"{key} {result[key]:.4g}" for key in ("psnr", "ssim") if key in result)

@@ -36,7 +36,8 @@ def fit(
     """Run `worker` on every rank under Ray Train and return rank 0's result, model folder and link.
 
     A worker's death is survived `loop.max_restarts` times; a dead driver's run goes on when started again. What workers
-    get is `setup` (its `folder` is the run's, and takes the checkpoints) and what `work` needs besides.
+    get is `setup` (its `folder` is the run's, and takes the checkpoints; its `data` is where the images or latents are)
+    and what `work` needs besides.
 
     Raises:
         UserError: one that a worker returned as {"error": message}, since Ray Train tries again after what is raised.
@@ -140,6 +141,8 @@ def run(
     loop, total, folder = config.loop, sum(images for images, _ in task.stages), Path(setup["folder"])
     images = _resume(task, name, setup["folder"], rank)
     tracker = tracking.Tracker(setup["handle"]) if rank == 0 else None
+    if tracker is not None:
+        tracker.dataset(os.path.basename(setup["data"]), task.digest, setup["data"])
     progress = Progress(name, total, images, setup["live"]) if rank == 0 else None
     totals, rates, numbers, saved, end = Totals(), [0.0], dict[str, float](), images, 0
     try:
