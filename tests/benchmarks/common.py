@@ -13,7 +13,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 from PIL import Image, ImageOps
+
+from litevae import cache
 
 
 def arguments(text: str, place: str, **numbers: int) -> argparse.ArgumentParser:
@@ -56,6 +60,21 @@ def mosaics(files: Sequence[Path], count: int, folder: Path) -> list[Path]:
             whole.paste(part, (tile % 12 * 500, tile // 12 * 400))
         whole.save(folder / f"{n:03d}.jpg", quality=90)
     return jpegs(folder)
+
+
+def synthetic_cache(folder: Path, rows: int, shape: Sequence[int], shard: int = 500, **model: str) -> None:
+    """A cache of so many moments (C, h, w), normal numbers in fp16; `model` is what its manifest says of one."""
+    how = cache.layout("moments", "float16")
+    plan = {"model": model, "transform": {}, "latents": how, "precision": "fp32", "columns": {}}
+    schema = cache.row_schema(pa.schema([]))
+    same, none = dict.fromkeys(schema.names, 0) | {"flip": False}, cache.QUARANTINE.empty_table()
+    for number, start in enumerate(range(0, rows, shard)):
+        units = range(start, min(start + shard, rows))
+        values = np.random.default_rng(start).standard_normal((len(units), *shape)).astype(np.float16)
+        table = pa.Table.from_pylist([same | {"id": f"{unit:06d}", "unit": unit} for unit in units], schema=schema)
+        cache.commit_shard(str(folder), number, (units.start, units.stop), how, table, [values], none)
+    source = {"uri": "", "digest": "", "units": rows, "shards": -(-rows // shard)}
+    cache.write_manifest(str(folder), plan, source, {})
 
 
 def child(script: str, *arguments: object) -> subprocess.Popen:

@@ -15,12 +15,10 @@ from pathlib import Path
 import common
 import datasets
 import numpy as np
-import pyarrow as pa
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from litevae import cache
 from litevae.cache import LatentCache
 from litevae.loader import LatentLoader
 
@@ -29,25 +27,14 @@ BATCH, SHAPE, SHARD, PART = 64, (8, 32, 32), 500, 1000
 
 def write(folder, rows):
     """The same rows in every format. `datasets` reads our Parquet shards, and makes an Arrow copy of them."""
-    how = cache.layout("moments", "float16")
-    plan = {"model": {}, "transform": {}, "latents": how, "precision": "fp32", "columns": {}}
-    schema = cache.row_schema(pa.schema([]))
+    common.synthetic_cache(folder / "cache", rows, SHAPE, SHARD)
     for name in ("safetensors", "npy"):
         (folder / name).mkdir()
-    for start in range(0, rows, SHARD):
-        values = np.random.default_rng(start).standard_normal((min(SHARD, rows - start), *SHAPE)).astype(np.float16)
-        units = range(start, start + len(values))
-        same = dict.fromkeys(schema.names, 0) | {"flip": False}
-        table = pa.Table.from_pylist([same | {"id": f"{unit:06d}", "unit": unit} for unit in units], schema=schema)
-        place, span, none = str(folder / "cache"), (units.start, units.stop), cache.QUARANTINE.empty_table()
-        cache.commit_shard(place, start // SHARD, span, how, table, [values], none)
-        for unit, value in zip(units, values, strict=True):
-            np.save(folder / "npy" / f"{unit:06d}.npy", value)
-    source = {"uri": "", "digest": "", "units": rows, "shards": -(-rows // SHARD)}
-    cache.write_manifest(str(folder / "cache"), plan, source, {})
     for start in range(0, rows, PART):
         latents = LatentCache(folder / "cache").moments(range(start, min(start + PART, rows)))
         save_file({"latents": latents}, folder / "safetensors" / f"{start // PART:04d}.safetensors")
+        for unit, value in enumerate(latents.numpy(), start):
+            np.save(folder / "npy" / f"{unit:06d}.npy", value)
     hugging_face(folder)
 
 
