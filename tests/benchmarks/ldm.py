@@ -4,7 +4,7 @@ python tests/benchmarks/ldm.py loop [NETWORK:SIDE:BATCH:STEPS ...] [--repeats 3]
     `jobs/train_ldm.py` on a cache of synthetic latents and the same network in a plain torch loop, in turn. Of a run's
     equal intervals the first one warms up, and the median of the others is its rate.
 
-python tests/benchmarks/ldm.py modes PHOTOS [--images 24] [--batch 8] [--networks small] [--repeats 1]
+python tests/benchmarks/ldm.py modes PHOTOS [--images 32] [--batch 8] [--networks small] [--repeats 1]
     Training on images of a folder of JPEGs at 256 px, by three encoders of full size and random weights: online;
     write-through, all of its first epoch; from the cache that this filled.
 """
@@ -27,6 +27,7 @@ INTERVALS = 6  # of a run of `loop`; the first one warms up
 SHORT = {"LiteVAE-S": "S", "LiteVAE-B": "B", "SD-VAE": ""}
 OPTIM = {"lr": 1e-4, "betas": (0.9, 0.999), "weight_decay": 0.01}
 CLIP, DECAY = 1.0, 0.9999
+FORWARD = 32  # images of a forward pass of write-through, which pads the last one
 
 
 def main() -> None:
@@ -37,7 +38,7 @@ def main() -> None:
     part.add_argument("--repeats", type=int, default=3)
     part = parts.add_parser("modes")
     part.add_argument("photos", type=Path)
-    part.add_argument("--images", type=int, default=24)
+    part.add_argument("--images", type=int, default=32)
     part.add_argument("--batch", type=int, default=8)
     part.add_argument("--networks", nargs="+", default=["small"])
     part.add_argument("--encoders", nargs="+", choices=SHORT, default=[*SHORT])
@@ -169,6 +170,8 @@ def ours(folder, name, network, batch, steps):
 
 
 def modes(photos, images, batch, networks, encoders, repeats):
+    if images % FORWARD or images % batch:
+        sys.exit(f"--images {images} is not a multiple of {FORWARD} and of --batch {batch}")
     files = common.jpegs(photos)
     rows = []
     with tempfile.TemporaryDirectory() as temporary:
@@ -225,7 +228,7 @@ def three_modes(encoder, network, photos, batch, folder):
     count = len(common.jpegs(Path(photos)))
     words = [
         f"network={network}", f"batch_size={batch}", f"images={count}", f"vae={place / 'vae'}", f"root={place}",
-        "optim.clip=1", f"data.source.uri={photos}", "data.rows_per_shard=16", f"data.calibrate={batch}",
+        "optim.clip=1", f"data.source.uri={photos}", f"data.rows_per_shard={FORWARD}", f"data.calibrate={batch}",
         "tracking.enabled=false",
     ]  # fmt: skip
     found = {}
