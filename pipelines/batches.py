@@ -6,7 +6,10 @@ Every feed gives the same global batches for any number of workers, from any pos
 import hashlib
 import json
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,7 +17,7 @@ import torch
 from torch import Tensor
 
 from litevae import cache
-from litevae.autoencoder import encode_latents, latent_content, load_autoencoder
+from litevae.autoencoder import encode_latents, fingerprint, latent_content, load_autoencoder
 from litevae.cache import LatentCache, drawn, from_stored
 from litevae.denoiser import null_class
 from litevae.errors import UserError
@@ -28,7 +31,7 @@ from pipelines.sources import Source
 from pipelines.training import batch_positions, seed_for
 
 WINDOW = 8  # shards whose images are shuffled among each other in the first epoch of write-through
-CHUNK = 32  # images of a forward pass that calibrates
+CHUNK = 32  # images of a forward pass of the encoder
 
 Batch = dict[str, Any]
 
@@ -79,6 +82,10 @@ class Images:
         places = ([(position, self.order.index(position)) for position in step[rank::world]] for step in steps)
         return stream(self.load, places, self._loaders)
 
+    def count_bad(self, world: int) -> int:
+        """Unreadable images that any rank has met; all ranks call this together."""
+        return len(set(gathered([*self.bad], world)))
+
     def check(self, bad: int) -> None:
         """
         Raises:
@@ -90,6 +97,15 @@ class Images:
                 f"{bad} of {self._source.units} images can't be read, more than data.max_bad={self._max_bad:g} "
                 f"allows: {some or 'named above'}. Remove them, or raise data.max_bad"
             )
+
+
+def gathered(mine: list[Any], world: int) -> list[Any]:
+    """What all ranks have."""
+    if world == 1:
+        return mine
+    parts: list[Any] = [None] * world
+    torch.distributed.all_gather_object(parts, mine)
+    return [item for part in parts for item in part]
 
 
 # --- latents ----------------------------------------------------------------------------------------------------
@@ -115,7 +131,7 @@ def labels_of(values: Sequence[Any], config: TrainLDM) -> Tensor | None:
     if not config.classes:
         return None
     for value in values:
-        if value is not None and (not isinstance(value, int) or not 0 <= value < config.classes):
+        if value is not None and (not isinstance(value, Integral) or not 0 <= int(value) < config.classes):
             raise UserError(
                 f"column {config.label!r} holds {value!r}; with classes={config.classes} it takes 0 to "
                 f"{config.classes - 1}, or nothing"
@@ -159,11 +175,11 @@ class Feed(ABC):
         return batch["latents"].to(self.device, non_blocking=True)
 
     def bad(self) -> int:
-        """Images that this rank could not read so far."""
+        """Images that could not be read so far; all ranks call this together."""
         return 0
 
     def check(self, bad: int) -> None:  # noqa: B027 - a cache has no bad images
-        """Raise a UserError if so many over all ranks are too many."""
+        """Raise a UserError if so many are too many."""
 
     def state(self) -> dict[str, Any]:
         return {"mean": self.mean, "std": self.std}
@@ -177,9 +193,7 @@ class Cached(Feed):
 
     def __init__(self, config: TrainLDM, setup: dict[str, Any], rank: int, world: int, device: torch.device):
         super().__init__(config, rank, world, device)
-        self._cache = LatentCache(
-            setup["cache"], version=config.cache_version or None, local=config.cache_local or None
-        )
+        self._cache = LatentCache(setup["cache"], version=setup["version"], local=config.cache_local or None)
         self.digest, self.mean, self.std = self._cache.manifest["digest"], self._cache.mean, self._cache.std
 
     def begin(self) -> None:
@@ -217,10 +231,12 @@ class Encoding(Feed):
             return
         data, source = self.config.data, self.source
         centred = ImageTransform(data.resolution, data.resize)
-        count = min(data.calibrate, source.units)
-        units = [source.units * n // count for n in range(count)]
-        # The same sums for any number of workers: chunks are, and so is the order in which they are added.
-        mine = [units[n : n + CHUNK] for n in range(0, count, CHUNK)][self.rank :: self.world]
+        # Runs of neighbours, since a row group is read as a whole. The same sums for any number of workers: runs are,
+        # and so is the order in which they are added.
+        count = -(-min(data.calibrate, source.units) // CHUNK)
+        edges = [source.units * n // count for n in range(count + 1)]
+        runs = [range(start, min(end, start + CHUNK)) for start, end in pairwise(edges)]
+        mine = [list(run) for run in runs][self.rank :: self.world]
 
         def load(unit: int) -> np.ndarray | None:
             try:
@@ -244,15 +260,6 @@ class Encoding(Feed):
         """uint8 (H, W, 3) images -> fp32 (n, C, h, w), and whether they are "moments" or the "mean"."""
 
 
-def gathered(mine: list[Any], world: int) -> list[Any]:
-    """What all ranks have."""
-    if world == 1:
-        return mine
-    parts: list[Any] = [None] * world
-    torch.distributed.all_gather_object(parts, mine)
-    return [item for part in parts for item in part]
-
-
 class Online(Encoding):
     """Images through the encoder each time they come, with augmentation if wanted."""
 
@@ -260,6 +267,8 @@ class Online(Encoding):
         super().__init__(config, setup["source"], setup, rank, world, device)
         data = config.data
         self._images = Images(self.source, transform_of(config), config.seed, data.loaders, data.max_bad)
+        if fingerprint(setup["vae"]) != setup["fingerprint"]:
+            raise UserError(f"{setup['vae']} on this node is not the autoencoder that the job was started with")
         self._vae = load_autoencoder(setup["vae"]).to(device).requires_grad_(False)
         self._content = latent_content(self._vae)
 
@@ -284,12 +293,14 @@ class Online(Encoding):
 
     @torch.no_grad()
     def _encode(self, pixels: np.ndarray) -> Tensor:
-        with autocast(self.device, self.config.data.precision):
-            x = to_tensor(torch.from_numpy(pixels).to(self.device, non_blocking=True))
-            return encode_latents(self._vae, x).float()
+        parts = []
+        with encode.exact(), autocast(self.device, self.config.data.precision):
+            for part in torch.from_numpy(pixels).split(CHUNK):
+                parts.append(encode_latents(self._vae, to_tensor(part.to(self.device))).float())
+        return torch.cat(parts)
 
     def bad(self) -> int:
-        return len(self._images.bad)
+        return self._images.count_bad(self.world)
 
     def check(self, bad: int) -> None:
         self._images.check(bad)
@@ -305,15 +316,23 @@ class WriteThrough(Encoding):
 
     def __init__(self, config: TrainLDM, setup: dict[str, Any], rank: int, world: int, device: torch.device):
         self._out, self._plan, self._handle = setup["cache"], setup["plan"], setup["handle"]
-        self._planned = encode.Planned(encode.open_listings(self._out), self._plan["rows_per_shard"])
-        super().__init__(config, self._planned.sources[0], setup, rank, world, device)
-        self._order = EpochOrder(self._planned.sizes, config.seed, WINDOW * self._plan["rows_per_shard"])
+        listings = encode.open_listings(self._out)
+        super().__init__(config, listings[0], setup, rank, world, device)
+        # What is appended to the cache later is not for this run: neither inputs ...
+        self._listings = len(listings)
+        # ... nor, of the finished one, rows.
+        self._version: int | None = None
         self._encoder = encode.Encoder(self._out, self._plan, device.type == "cuda", setup["threads"])
         self._how = self._plan["latents"]
-        self._done: dict[int, int] = {}  # shards that are committed, and their generations
-        self._reasons: dict[str, int] = {}
+        self._done: set[int] = set()  # shards that are committed, the same on all ranks
+        self._reasons: dict[int, dict[str, int]] = {}  # of each shard: why images are in quarantine
         self._window: tuple[int, Window] | None = None
-        self._version: int | None = None  # of the finished cache: what is appended to it later is not for this run
+
+    def begin(self) -> None:
+        sources = encode.open_listings(self._out)[: self._listings]
+        self._planned = encode.Planned(sources, self._plan["rows_per_shard"])
+        self._order = EpochOrder(self._planned.sizes, self.config.seed, WINDOW * self._plan["rows_per_shard"])
+        super().begin()
 
     def encoded(self, pixels: list[np.ndarray]) -> tuple[np.ndarray, str]:
         return self._encoder.encode(pixels), self._how["content"]
@@ -321,26 +340,28 @@ class WriteThrough(Encoding):
     def batches(self, start: int, end: int, batch_size: int) -> Iterator[Batch]:
         first = -(-self._planned.units // batch_size) * batch_size  # where the first epoch's last batch ends
         if start < first:
-            self._done = cache.committed(self._out)
+            mine = [*cache.committed(self._out)] if self.rank == 0 else []  # one rank's: others may see more by now
+            self._done = set(gathered(mine, self.world))
             windows = self._windows(start, self._planned.units)
             todo = [[shard] for window in windows for shard in self._mine(window)]
             self._decoded = stream(self._decode, todo, min(self.config.data.loaders, 2), ahead=1)
             for step in batch_positions(start, min(end, first), batch_size):
                 yield self._first(step[self.rank :: self.world], step)
-        if end >= first:
-            if self._version is None:
-                self._finish()
+        reached = start + -(-(end - start) // batch_size) * batch_size
+        if reached >= first and self._version is None:
+            self._finish()
+        if end > first:
             opened = LatentCache(self._out, version=self._version, local=self.config.cache_local or None)
             start = max(start, first)
             # The draws of its first epoch have been seen.
             yield from from_cache(opened, self, len(opened) + start - first, start, end, batch_size)
 
     def state(self) -> dict[str, Any]:
-        return super().state() | {"version": self._version}
+        return super().state() | {"version": self._version, "listings": self._listings}
 
     def load(self, state: dict[str, Any]) -> None:
         super().load(state)
-        self._version = state["version"]
+        self._version, self._listings = state["version"], state["listings"]
 
     def _windows(self, start: int, end: int) -> Iterator[np.ndarray]:
         """The shards of each window that has a part of positions start ... end."""
@@ -351,7 +372,7 @@ class WriteThrough(Encoding):
 
     def _mine(self, shards: np.ndarray) -> list[int]:
         """Those of a window that this rank has to encode."""
-        return [int(shard) for shard in shards[self.rank :: self.world] if int(shard) not in self._done]
+        return [int(shard) for shard in shards if int(shard) not in self._done][self.rank :: self.world]
 
     def _decode(self, shard: int) -> dict[str, Any]:
         views = Views(**self._plan["settings"]["transform"])
@@ -382,31 +403,36 @@ class WriteThrough(Encoding):
         Raises:
             UserError: more images can't be encoded than the config allows.
         """
-        for shard in self._mine(shards):
+        errors = []
+        for _ in self._mine(shards):
             (row,) = next(self._decoded)
-            done = self._encoder(row)
-            if done["error"]:
-                raise UserError(done["error"])
-            self._done[shard] = 0
-        if self.world > 1:
-            torch.distributed.barrier()
+            if error := self._encoder(row)["error"]:
+                errors.append(error)
+                break
+        if errors := gathered(errors, self.world):  # and so no rank goes on before all shards are there
+            raise UserError(errors[0])
+        numbers = [int(shard) for shard in shards]
+        self._done |= {*numbers}
         generations = cache.committed(self._out)
-        commits = list(cache.read_commits(self._out, {int(shard): generations[int(shard)] for shard in shards}))
-        for commit in commits:
-            for reason, count in commit.get("reasons", {}).items():
-                self._reasons[reason] = self._reasons.get(reason, 0) + count
-        encode.check_budget(self._reasons, self.config.data.max_bad, self._out, self._planned.units)
+        commits = list(cache.read_commits(self._out, {shard: generations[shard] for shard in numbers}))
+        self._reasons |= {commit["shard"]: commit.get("reasons", {}) for commit in commits}
+        total: Counter[str] = sum(map(Counter, self._reasons.values()), Counter())
+        encode.check_budget(total, self.config.data.max_bad, self._out, self._planned.units, "data.max_bad")
         return Window(self._out, commits, self._how, self.config.label if self.config.classes else "")
 
     def _finish(self) -> None:
         """Rank 0 writes the manifest, which makes the cache complete."""
+        errors = []
         if self.rank == 0:
-            devices = [self._encoder.name]
-            settings = self._plan["settings"]
-            encode.finish(self._out, self._plan, self._planned, "train_ldm", settings, self._handle, devices)
-        if self.world > 1:
-            torch.distributed.barrier()
+            devices, settings = [self._encoder.name], self._plan["settings"]
+            try:
+                encode.finish(self._out, self._plan, self._planned, "train_ldm", settings, self._handle, devices)
+            except UserError as error:
+                errors.append(str(error))
+        if errors := gathered(errors, self.world):
+            raise UserError(errors[0])
         self._version = cache.read_manifest(self._out)["number"]
+        self._encoder.close()  # its memory is for training now
 
 
 class Window:

@@ -365,7 +365,9 @@ class OnlineData(Section):
     calibrate: Positive = Field(
         2048, description="images, evenly spaced, that give the latents' mean and std (a cache has those of all)"
     )
-    rows_per_shard: Positive = Field(512, description="write-through: as in encode_dataset; images are shuffled by 4")
+    rows_per_shard: Positive = Field(
+        512, description="write-through: as in encode_dataset; the first epoch shuffles within 8 shards"
+    )
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="of the encoder; as in train_vae")
 
 
@@ -544,7 +546,8 @@ def job_of(cls: type[BaseModel]) -> str:
 
 def section_of(cls: type[BaseModel]) -> str:
     """Where a recipe has it."""
-    return "evaluate_samples" if cls.__name__ == "EvaluateSamples" else job_of(cls)
+    names = {"EvaluateSamples": "evaluate_samples", "EvaluateLatents": "evaluate_latents"}
+    return names.get(cls.__name__, job_of(cls))
 
 
 def dump(config: BaseModel) -> str:

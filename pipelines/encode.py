@@ -19,6 +19,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -774,6 +775,10 @@ class Encoder:
             images = [pixels[starts[place] :][: counts[place]].reshape(height, width, 3) for place in places]
             yield places, self.encode(images)
 
+    def close(self) -> None:
+        """Give the model's memory back; it is loaded again when it is needed."""
+        self._model = None
+
     def encode(self, images: list[np.ndarray]) -> np.ndarray:
         """uint8 (H, W, 3) images of one size -> fp32 (n, C, h, w).
 
@@ -804,11 +809,14 @@ class Encoder:
         """uint8 (N, H, W, 3) -> fp32 (N, C, h, w), of which only the mean where only that is stored."""
         if self._model is None:
             self._model = _load(self.plan, self.device)
-        # fp32 is fp32, and the same pixels give the same latents
-        exact = torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
-        with exact, autocast(self.device, self.plan["precision"]):
+        with exact(), autocast(self.device, self.plan["precision"]):
             latents = self._model(to_tensor(torch.from_numpy(batch).to(self.device)))
         return latents.float().cpu().numpy()
+
+
+def exact() -> AbstractContextManager[None]:
+    """On a GPU, fp32 is fp32, and the same pixels give the same latents."""
+    return torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
 
 
 def _load(plan: dict[str, Any], device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -887,11 +895,15 @@ def _largest_batch(plan: dict[str, Any], share: cluster.Share) -> int:
 # --- budget and summary -----------------------------------------------------------------------------------------
 
 
-def check_budget(reasons: dict[str, int], budget: float, out: str, total: int) -> None:
+def check_budget(reasons: dict[str, int], budget: float, out: str, total: int, name: str = "error_budget") -> None:
+    """
+    Raises:
+        UserError: more images are in quarantine than the budget, a field of this name, allows.
+    """
     quarantined = sum(reasons.values())
     if quarantined > budget * total:
         raise UserError(
-            f"{quarantined} of {total} images could not be encoded ({_listed(reasons)}), more than error_budget="
+            f"{quarantined} of {total} images could not be encoded ({_listed(reasons)}), more than {name}="
             f"{budget:g} allows; they are listed in {out}/quarantine. Mend them, or raise the budget and "
             f"run again: it goes on"
         )

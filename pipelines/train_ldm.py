@@ -40,6 +40,7 @@ FREE = (
     "loop.val_every", "loop.checkpoint_every", "loop.keep", "loop.log_every", "loop.max_restarts", "loop.max_skipped",
 )  # fmt: skip
 BUCKETS = 4  # of noise levels, whose losses are logged apart
+PICTURES = 16  # drawn at a time
 
 
 def train_ldm(config: TrainLDM) -> dict[str, Any]:
@@ -51,9 +52,15 @@ def train_ldm(config: TrainLDM) -> dict[str, Any]:
     folder = os.path.join(cluster.output_path("root", config.root), config.name)
     objective_of(config)
     data, shape, about = {"cache": _cache, "online": _online, "write-through": _write_through}[config.mode](config)
+    if shape[1] != shape[2]:
+        raise UserError(f"{data['data']} holds latents of {shape[1]}x{shape[2]}; train_ldm learns square ones")
+    if len({f"{decay:g}" for decay in (config.loop.ema, *config.more_ema)}) <= len(config.more_ema):
+        raise UserError(f"more_ema={config.more_ema} names a decay twice, or loop.ema={config.loop.ema:g} again")
     training.check_batch("batch_size", config.batch_size, data["images"], config.ray.workers, config.optim.accumulate)
     with torch.device("meta"):
         network = build_denoiser(config.network, shape[0], shape[-1], config.classes)
+    if os.path.isdir(folder):
+        checkpoint.open_run(folder, config, FREE)  # refuses another run's name before a cache is begun
     if config.mode == "write-through":
         data |= _begin_cache(config)
     share = cluster.start(config.ray)
@@ -104,8 +111,8 @@ def _cache(config: TrainLDM) -> Found:
             f"{wanted[:12]}); give that one with vae=FOLDER, or encode the images again"
         )
     about = f"{len(cache):,} latents of {cache.shape} {cache.content}"
-    data = {"data": cache.path, "cache": cache.path, "vae": vae, "fingerprint": wanted, "images": len(cache)}
-    return data, (len(cache.mean), *cache.shape[1:]), about
+    data = {"data": cache.path, "cache": cache.path, "version": cache.manifest["number"], "images": len(cache)}
+    return data | {"vae": vae, "fingerprint": wanted}, (len(cache.mean), *cache.shape[1:]), about
 
 
 def _online(config: TrainLDM) -> Found:
@@ -216,7 +223,10 @@ class Diffusion:
         labels = batch["labels"]
         if labels is not None:
             labels = torch.where(drop < self.config.label_dropout, null_class(self.config.classes), labels)
-        return batch | {"noise": noise, "u": u, "labels": labels}
+        batch = batch | {"noise": noise, "u": u, "labels": labels}
+        if self.device.type == "cuda":  # or copies would wait for the step before
+            batch |= {name: value.pin_memory() for name, value in batch.items() if isinstance(value, Tensor)}
+        return batch
 
     def step(self, batch: Batch, images: int) -> dict[str, Tensor]:
         optim, values = self.config.optim, training.Totals()
@@ -242,7 +252,7 @@ class Diffusion:
         return {"bad_images": torch.tensor(float(self.feed.bad()))}
 
     def check(self, means: dict[str, float]) -> None:
-        self.feed.check(round(means["bad_images"] * self.feed.world))
+        self.feed.check(round(means["bad_images"]))
 
     def skipped(self) -> int:
         return self.optimizer.skipped()
@@ -254,13 +264,16 @@ class Diffusion:
         count, classes = self.config.sample_images, self.config.classes
         options: dict[str, Any] = {"steps": self.config.sample_steps}
         if classes:
-            labels = [n * classes // count % classes for n in range(count)]
-            options |= {"labels": labels, "guidance": self.config.sample_guidance}
+            options["guidance"] = self.config.sample_guidance
         self.network.eval()
+        images = []
         with self._averaged(self._main), autocast(self.device, self.config.loop.precision):
-            images = self._ldm().sample([(self.config.seed, n) for n in range(count)], **options)
+            ldm = self._ldm()
+            for part in torch.arange(count).split(PICTURES):
+                labels = {"labels": [n * classes // count % classes for n in part.tolist()]} if classes else {}
+                images.append(ldm.sample([(self.config.seed, n) for n in part.tolist()], **options, **labels))
         self.network.train()
-        return {}, grid(to_uint8(images), columns=max(1, round(count**0.5)))
+        return {}, grid(to_uint8(torch.cat(images)), columns=max(1, round(count**0.5)))
 
     def state(self) -> dict[str, Any]:
         averages = {decay: average.state_dict() for decay, average in self.averages.items()}

@@ -300,10 +300,10 @@ class Autoencoder(Networks):
             yield [picture.pixels for picture in batch]
 
     def count(self) -> dict[str, Tensor]:
-        return {"bad_images": torch.tensor(float(len(self._images.bad)))}
+        return {"bad_images": torch.tensor(float(self._images.count_bad(self._world)))}
 
     def check(self, means: dict[str, float]) -> None:
-        self._images.check(round(means["bad_images"] * self._world))
+        self._images.check(round(means["bad_images"]))
 
     def skipped(self) -> int:
         return max(self.optimizer.skipped(), self.disc_optimizer.skipped() if self.disc is not None else 0)

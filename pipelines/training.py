@@ -21,9 +21,11 @@ import torch
 from torch import Tensor, nn
 
 from litevae.errors import UserError
-from pipelines import checkpoint, tracking
+from pipelines import checkpoint, outputs, tracking
 from pipelines.cluster import Share
 from pipelines.config import Loop, Optimizer, TrainLDM, TrainVAE, values_to_keep
+
+ERROR = "error.txt"  # in the run's folder: what one of several workers has to tell
 
 
 def fit(
@@ -47,6 +49,8 @@ def fit(
 
     folder = setup["folder"]
     root, name = os.path.split(folder)
+    told = Path(folder) / ERROR
+    told.unlink(missing_ok=True)
     trainer = TorchTrainer(
         worker,
         train_loop_config=setup | {"handle": handle, "threads": share.threads, "live": sys.stderr.isatty()},
@@ -77,6 +81,7 @@ def fit(
             f"goes on from it"
         ) from error
     finally:
+        told.unlink(missing_ok=True)
         tracking.finish(handle, status)
     return result | {"model": os.path.join(folder, "model"), "tracking": tracking.link(handle)}
 
@@ -90,10 +95,17 @@ def work(task: Callable[..., "Task"], config: TrainVAE | TrainLDM, name: str, se
     context, device = ray.train.get_context(), ray.train.torch.get_device()
     rank, world = context.get_world_rank(), context.get_world_size()
     torch.set_num_threads(setup["threads"])
+    told = Path(setup["folder"]) / ERROR
+    if told.exists():
+        return {"error": told.read_text()}
     try:
         return run(task(config, setup, rank, world, device), name, config, setup, rank, world)
     except UserError as error:
-        return {"error": str(error)}
+        if world == 1:
+            return {"error": str(error)}
+        # The other ranks may wait for this one: so all are ended, and started once more to hear of it.
+        outputs.write(told, str(error).encode())
+        raise RuntimeError(str(error)) from None
 
 
 class Task(Protocol):
@@ -139,7 +151,7 @@ def run(
     Returns the last metrics.
     """
     loop, total, folder = config.loop, sum(images for images, _ in task.stages), Path(setup["folder"])
-    images = _resume(task, name, setup["folder"], rank)
+    images = begun = _resume(task, name, setup["folder"], rank)
     tracker = tracking.Tracker(setup["handle"]) if rank == 0 else None
     if tracker is not None:
         tracker.dataset(os.path.basename(setup["data"]), task.digest, setup["data"])
@@ -183,6 +195,9 @@ def run(
                 if progress is not None:
                     progress.update(min(images, total), **numbers)
                 if due(before, images, loop.val_every) or images >= total:
+                    if rank == 0:
+                        for exported, write in task.exports().items():
+                            checkpoint.publish(write, folder / exported)
                     values, picture = task.validate()
                     numbers |= values
                     if tracker is not None:
@@ -195,9 +210,10 @@ def run(
                     _report(images, checkpoint.save(task.state() | extra) if rank == 0 else None)
                     saved, clock, since, waited = images, time.monotonic(), images, 0.0
         if rank == 0 and tracker is not None:
-            for name, write in task.exports().items():
-                checkpoint.publish(write, folder / name)
-                tracker.artifacts(folder / name, name)
+            for exported, write in task.exports().items():
+                if images == begun:  # nothing was left to train, and so nothing to validate
+                    checkpoint.publish(write, folder / exported)
+                tracker.artifacts(folder / exported, exported)
     finally:
         if progress is not None:
             progress.close()

@@ -6,7 +6,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import mlflow
@@ -25,6 +27,7 @@ from litevae.diffusion import draws
 from litevae.errors import UserError
 from litevae.ldm import load_ldm
 from pipelines import audit
+from pipelines.batches import Online
 from pipelines.config import Encode, TrainLDM, load, main, validate
 from pipelines.encode import encode_dataset
 from pipelines.train_ldm import Diffusion, train_ldm
@@ -76,7 +79,6 @@ def task(made, tmp_path, monkeypatch):
     from pipelines import train_ldm
 
     monkeypatch.setattr(ray.train.torch, "prepare_model", lambda model: model)
-    monkeypatch.setattr(torch.distributed, "barrier", lambda: None)
 
     def make(*more, rank=0, world=1):
         config = configured(made, tmp_path, *more)
@@ -96,10 +98,44 @@ class Handle:
 
 def fed(one, start, end, batch_size=8):
     """Latents and the batches they are of."""
-    if one.feed.world > 1:  # there is nobody to calibrate with
-        one.feed.load({"mean": torch.zeros(4), "std": torch.ones(4), "version": None})
     one.begin(0)
     return [(one.feed.latents(batch), batch) for batch in one.batches(start, end, batch_size)]
+
+
+@pytest.fixture
+def ranks(task, monkeypatch):
+    """`fed` of two ranks, each in a thread; what they tell each other goes through memory."""
+
+    def feed_both(words, start, end, batch_size=8):
+        barrier, told, own = threading.Barrier(2, timeout=60), {}, threading.local()
+
+        def gathered(mine, world):
+            if world == 1:
+                return mine
+            told[own.rank] = mine
+            barrier.wait()
+            everything = [item for rank in range(world) for item in told[rank]]
+            barrier.wait()
+            return everything
+
+        def run(rank):
+            own.rank = rank
+            try:
+                return fed(ones[rank], start, end, batch_size)
+            except Exception:
+                barrier.abort()
+                raise
+
+        monkeypatch.setattr("pipelines.batches.gathered", gathered)
+        ones = [task(*words, rank=rank, world=2) for rank in (0, 1)]
+        with ThreadPoolExecutor(2) as threads:
+            results = [threads.submit(run, rank) for rank in (0, 1)]
+        errors = [error for result in results if (error := result.exception())]
+        if errors:  # the one that broke the barrier first
+            raise min(errors, key=lambda error: isinstance(error, threading.BrokenBarrierError))
+        return [result.result() for result in results]
+
+    return feed_both
 
 
 # --- batches ------------------------------------------------------------------------------------------------------
@@ -121,14 +157,12 @@ def test_batches_are_normalised_draws_of_the_cache_in_a_global_order(task, made)
 
 
 @pytest.mark.parametrize("mode", ["cache", "online", "write-through"])
-def test_ranks_make_up_the_global_batch_with_its_noise(task, made, tmp_path, mode):
+def test_ranks_make_up_the_global_batch_with_its_noise(task, ranks, made, tmp_path, mode):
     words = ["classes=2", "label_dropout=0.3"]
     if mode != "cache":
         words += encoding(made, mode, "data.flip=true" if mode == "online" else f"cache={tmp_path / 'filled'}")
-    alone = task(*words)
-    alone.feed.load({"mean": torch.zeros(4), "std": torch.ones(4), "version": None})
-    whole = fed(alone, 8, 24)
-    halves = [fed(task(*words, rank=rank, world=2), 8, 24) for rank in (0, 1)]
+    whole = fed(task(*words), 8, 24)
+    halves = ranks(words, 8, 24)
     for (latents, batch), *parts in zip(whole, *halves, strict=True):
         together = torch.stack([part for part, _ in parts], dim=1).flatten(0, 1)
         torch.testing.assert_close(together, latents, rtol=0, atol=2e-5)
@@ -165,19 +199,44 @@ def test_online_gives_the_latents_of_the_cache(task, made):
     assert not torch.allclose(torch.cat(augmented), torch.cat([latents for latents, _ in fed(one, 0, 24)]), atol=0.1)
 
 
-def test_calibration_does_not_depend_on_the_number_of_workers(task, made, monkeypatch):
-    words = encoding(made, "online", "data.calibrate=20")
+def test_calibration_does_not_depend_on_the_number_of_workers(task, ranks, made, monkeypatch):
     monkeypatch.setattr("pipelines.batches.CHUNK", 3)
-    parts = []
-    monkeypatch.setattr("pipelines.batches.gathered", lambda mine, world: parts.extend(mine) or [*parts])
-    feeds = [task(*words, rank=rank, world=2).feed for rank in (0, 1)]
-    for feed in feeds:
-        feed.begin()  # the second has what both found
-    parts.clear()
+    seen = []
+    original = Online.encoded
+    monkeypatch.setattr(
+        Online, "encoded", lambda self, pixels: seen.append((self, len(pixels))) or original(self, pixels)
+    )
+    words = encoding(made, "online", "data.calibrate=13")
+    ranks(words, 0, 8)
+    feeds = {id(feed): feed for feed, _ in seen}.values()
+    assert sorted(size for _, size in seen) == [3] * 5  # 13 images in runs of 3
     alone = task(*words).feed
     alone.begin()
-    assert torch.equal(feeds[1].mean, alone.mean)
-    assert torch.equal(feeds[1].std, alone.std)
+    for feed in feeds:
+        assert torch.equal(feed.mean, alone.mean)
+        assert torch.equal(feed.std, alone.std)
+
+
+def test_unreadable_images_count_once_whoever_meets_them(ranks, made, tmp_path):
+    photos = shutil.copytree(made[2], tmp_path / "photos")
+    (photos / "a" / "00.png").write_bytes(b"no image")
+    words = [f"vae={made[1]}", f"data.source.uri={photos}", "mode=online", "data.max_bad=0.05"]
+    kept = []
+
+    class Spy(Online):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            kept.append(self)
+
+        def batches(self, *arguments):
+            yield from super().batches(*arguments)
+            assert self.bad() == 1
+            self.check(self.bad())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pipelines.batches.Online", Spy)
+        ranks(words, 0, 96)
+    assert [len(feed._images.bad) for feed in kept] == [1, 1]  # both have met it
 
 
 # --- write-through ----------------------------------------------------------------------------------------------------
@@ -208,7 +267,9 @@ def test_the_first_epoch_fills_the_cache_that_the_encode_job_would(task, made, t
         assert (epochs[a] - epochs[b]).abs().mean() > 1e-3
 
 
-def test_write_through_takes_up_what_is_there_and_leaves_what_an_encode_job_can_finish(task, made, tmp_path):
+def test_write_through_takes_up_what_is_there_and_leaves_what_an_encode_job_can_finish(
+    task, made, tmp_path, monkeypatch
+):
     filled = tmp_path / "filled"
     words = encoding(made, "write-through", f"cache={filled}")
     whole = fed(task(*words), 0, 24)
@@ -218,10 +279,8 @@ def test_write_through_takes_up_what_is_there_and_leaves_what_an_encode_job_can_
     assert {path: path.stat().st_mtime_ns for path in (filled / "shards").iterdir()} == dates
 
     half = tmp_path / "half"
-    begun = task(*encoding(made, "write-through", f"cache={half}"), "images=8")
-    monkey = begun.feed
-    monkey._order.window = 4  # (a window is 32 images: all of them; of one shard here)
-    fed(begun, 0, 8)
+    monkeypatch.setattr("pipelines.batches.WINDOW", 1)
+    fed(task(*encoding(made, "write-through", f"cache={half}"), "images=8"), 0, 8)
     with pytest.raises(UserError, match="unfinished"):
         LatentCache(half)
     commits = len(list((half / "commits").iterdir()))
@@ -232,16 +291,55 @@ def test_write_through_takes_up_what_is_there_and_leaves_what_an_encode_job_can_
     assert audit.audit(str(half), source=True).problems == {}
 
 
+@pytest.mark.parametrize("window", [1, 2, 8])
+def test_the_first_epoch_ends_anywhere_for_any_number_of_workers(task, ranks, made, tmp_path, monkeypatch, window):
+    """24 images in batches of 10: the third batch reaches into the second epoch's windows."""
+    monkeypatch.setattr("pipelines.batches.WINDOW", window)
+    words = encoding(made, "write-through", "draw=mean")
+    whole = fed(task(*words, f"cache={tmp_path / 'one'}"), 0, 70, 10)
+    halves = ranks([*words, f"cache={tmp_path / 'two'}"], 0, 70, 10)
+    assert LatentCache(tmp_path / "one").manifest["digest"] == LatentCache(tmp_path / "two").manifest["digest"]
+    for (latents, _), *parts in zip(whole, *halves, strict=True):
+        together = torch.stack([part for part, _ in parts], dim=1).flatten(0, 1)
+        torch.testing.assert_close(together, latents, rtol=0, atol=1e-6)
+    later = fed(task(*words, f"cache={tmp_path / 'one'}"), 20, 70, 10)  # with everything there
+    assert all(torch.equal(a, b) for (a, _), (b, _) in zip(whole[2:], later, strict=True))
+
+
+def test_an_epoch_to_the_last_image_completes_the_cache(task, made, tmp_path):
+    fed(task(*encoding(made, "write-through", f"cache={tmp_path / 'filled'}")), 0, 24, 10)
+    assert len(LatentCache(tmp_path / "filled")) == 24
+
+
+def test_what_is_appended_to_the_cache_is_not_for_a_run_that_goes_on(task, made, tmp_path):
+    photos = shutil.copytree(made[2], tmp_path / "photos")
+    filled = tmp_path / "filled"
+    words = [f"vae={made[1]}", f"data.source.uri={photos}", "mode=write-through", f"cache={filled}"]
+    one = task(*words)
+    whole = fed(one, 0, 48)
+    shutil.copy(photos / "a" / "00.png", photos / "a" / "99.png")
+    more = ["transform.resolution=64", "precision=fp32", "rows_per_shard=4", f"root={tmp_path}", "append=true"]
+    common = ["ray.gpu=false", "ray.cpus_per_worker=1", "tracking.enabled=false"]
+    encode_dataset(load(Encode, None, [f"source.uri={photos}", f"model={made[1]}", f"out={filled}", *more, *common]))
+    assert len(LatentCache(filled)) == 25
+    for start, state in ((8, one.feed.state() | {"version": None}), (24, one.feed.state())):
+        again = task(*words)
+        assert again.digest == one.digest
+        again.feed.load(state)
+        for (a, _), (b, _) in zip(whole[start // 8 : 3 if start == 8 else 6], fed(again, start, 48), strict=False):
+            assert torch.equal(a, b)
+
+
 def test_an_image_in_quarantine_is_stood_in_for(task, made, tmp_path):
     photos = shutil.copytree(made[2], tmp_path / "photos")
     (photos / "a" / "00.png").write_bytes(b"no image")
     words = [f"vae={made[1]}", f"data.source.uri={photos}", "mode=write-through", f"cache={tmp_path / 'filled'}"]
-    seen = fed(task(*words, "data.max_bad=0.05"), 0, 48)
-    assert [len(latents) for latents, _ in seen] == [8] * 6
+    seen = fed(task(*words, "data.max_bad=0.05"), 0, 50, 10)  # also where an epoch's windows come into the next one
+    assert [len(latents) for latents, _ in seen] == [10] * 5
     cache = LatentCache(tmp_path / "filled")
     assert cache.manifest["counts"]["reasons"] == {"not_an_image": 1}
     shutil.rmtree(tmp_path / "filled")
-    with pytest.raises(UserError, match="1 not_an_image"):
+    with pytest.raises(UserError, match=r"1 not_an_image.*data.max_bad=0 "):
         fed(task(*words, "data.max_bad=0"), 0, 48)
 
 
@@ -443,6 +541,28 @@ def test_runs_that_are_killed_end_like_one_that_was_not(made, tmp_path, mode):
     assert all((a[name] - b[name]).abs().mean() < 1e-5 for name in a)
 
 
+@pytest.mark.slow
+def test_what_one_worker_alone_finds_ends_the_run_with_its_message(made, tmp_path, capsys):
+    cache = shutil.copytree(made[0], tmp_path / "cache")
+    started = time.monotonic()
+    words = [*CONFIG, f"cache={cache}", f"root={tmp_path / 'runs'}", "classes=1", "batch_size=2", "ray.workers=2"]
+    assert main(TrainLDM, train_ldm, [*words, "name=run"]) == 2
+    assert "column 'label' holds 1; with classes=1 it takes 0 to 0" in capsys.readouterr().err
+    assert time.monotonic() - started < 300  # not a collective's timeout, of 600 s
+    assert not (tmp_path / "runs" / "run" / "error.txt").exists()
+
+
+@pytest.mark.slow
+def test_compiled_and_recomputed_a_step_is_the_same(task):
+    plain, compiled = task("loop.ema=0"), task("loop.ema=0", "loop.compile=true", "checkpointing=true")
+    for one in (plain, compiled):
+        one.begin(0)
+        for n, batch in enumerate(one.batches(0, 16, 8)):
+            one.step(batch, 8 * n)
+    for a, b in zip(plain.network.parameters(), compiled.network.parameters(), strict=True):
+        assert (a - b).abs().mean() < 1e-5
+
+
 # --- bad input ----------------------------------------------------------------------------------------------------
 
 
@@ -455,6 +575,7 @@ def test_runs_that_are_killed_end_like_one_that_was_not(made, tmp_path, mode):
         (["vae={other}"], "is not the autoencoder that encoded"),
         (["vae=/nowhere"], "is not there; say where it is now with vae=FOLDER"),
         (["network=huge"], "network"),
+        (["more_ema=[0.5, 0.9]"], "names a decay twice, or loop.ema=0.9 again"),
         (["classes=2", "label=kind"], "has no column 'kind' for classes=2"),
         (["classes=2", "label=id"], "classes are integers"),
         (["objective.zero_snr=true"], "zero_snr needs prediction=v"),
