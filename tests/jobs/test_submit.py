@@ -210,6 +210,7 @@ def one_error(result: Result) -> str:
     return line
 
 
+@pytest.mark.slow
 def test_a_cache_is_the_same_both_ways(cluster: Cluster, photos: Path, model: Path, tmp_path: Path) -> None:
     def words(out: str) -> list[str]:
         return [

@@ -145,6 +145,7 @@ def test_decoding_is_not_done_in_the_encoder(folder, model, tmp_path, capsys):
     assert "ActorPoolMapOperator[Map(Encoder)]" in physical
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_equals_undisturbed(encoded, folder, model, tmp_path):
     out = tmp_path / "cache"
     job = start_job(folder, model, out, *MANY)

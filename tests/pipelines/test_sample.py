@@ -307,6 +307,7 @@ def wait_for(condition, process: subprocess.Popen, seconds: float = 120) -> None
         time.sleep(0.005)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "more"), [("png", {}), ("parquet", {"format": "parquet", "shard": 6})])
 def test_a_killed_job_goes_on(model, tmp_path, kind, more):
     whole, killed = tmp_path / "whole", tmp_path / "killed"

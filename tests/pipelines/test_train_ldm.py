@@ -447,7 +447,7 @@ def test_a_poisoned_batch_is_skipped_and_many_of_them_stop_the_run(made, tmp_pat
 # --- whole runs ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", ["cache", "write-through"])
+@pytest.mark.parametrize("mode", ["cache", pytest.param("write-through", marks=pytest.mark.slow)])
 def test_a_run_that_goes_on_ends_like_one_that_was_not_interrupted(made, tmp_path, capsys, mode):
     def words(root):
         return encoding(made, mode, f"cache={tmp_path / root / 'filled'}") if mode == "write-through" else []
@@ -533,6 +533,8 @@ def test_runs_that_are_killed_end_like_one_that_was_not(made, tmp_path, mode):
     models = [tmp_path / root / "run" / "model" / "transformer" / WEIGHTS for root in ("whole", "killed")]
     assert models[0].read_bytes() == models[1].read_bytes()
 
+    if mode != "write-through":
+        return
     # With another number of workers a batch is summed in another order, and that is all.
     for root, workers in (("whole", 2), ("killed", 1)):
         assert start(root, "images=176", f"ray.workers={workers}").wait(300) == 0

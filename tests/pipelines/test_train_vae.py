@@ -292,6 +292,7 @@ def test_two_ranks_train_validate_and_export(undisturbed, photos):
     assert sorted(p.name for p in (root / "run").glob("checkpoint-*"))[-1] == "checkpoint-000000000160"
 
 
+@pytest.mark.slow
 def test_a_killed_driver_goes_on_to_the_same_weights(undisturbed, photos, tmp_path):
     process = subprocess.Popen(
         command(photos, tmp_path), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
@@ -312,6 +313,7 @@ def test_a_killed_driver_goes_on_to_the_same_weights(undisturbed, photos, tmp_pa
     assert weights(tmp_path) == weights(undisturbed[0])
 
 
+@pytest.mark.slow
 def test_a_killed_worker_is_replaced_and_ends_with_the_same_weights(undisturbed, photos, tmp_path):
     process = subprocess.Popen(command(photos, tmp_path), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     wait_for(lambda: (tmp_path / "run" / "checkpoint-000000000048" / "state.pt").exists(), process)
