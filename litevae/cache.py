@@ -650,11 +650,15 @@ class LatentCache:
             UserError: these rows differ in shape.
         """
         stored, names = self._gather(indices)
-        mean, logvar = stored.float().chunk(2, dim=1) if self.content == "moments" else (stored.float(), None)
+        values = torch.from_numpy(_fp32(stored))
+        mean, logvar = values.chunk(2, dim=1) if self.content == "moments" else (values, None)
         if draw == "sample" and logvar is not None and names:
             epochs = np.broadcast_to(epoch, len(names))
             mean = drawn(mean, logvar, seed, [(int(e), name) for e, name in zip(epochs, names, strict=True)])
-        return self.normalize(mean) if normalize else mean
+        if not normalize:
+            return mean
+        channels = (value.numpy()[:, None, None] for value in (self.mean, self.std))
+        return torch.from_numpy((mean.numpy() - next(channels)) / next(channels))
 
     def normalize(self, z: Tensor) -> Tensor:
         """Raw latents (N, n_z, h, w) -> mean 0, standard deviation 1 a channel over the cache."""
@@ -761,7 +765,19 @@ def drawn(mean: Tensor, logvar: Tensor, seed: int, rows: Sequence[tuple[int, str
         rows: epoch and id of each.
     """
     noise = np.stack([_noise(mean.shape[1:], seed, *row) for row in rows])
-    return mean + (0.5 * logvar.clamp(*MAX_LOGVAR)).exp() * torch.from_numpy(noise).to(mean.device)
+    if mean.device.type != "cpu":
+        return mean + (0.5 * logvar.clamp(*MAX_LOGVAR)).exp() * torch.from_numpy(noise).to(mean.device)
+    # By NumPy, as in _fp32: this is what loaders' threads do, and with threads of torch's own in each of them OpenMP's
+    # in the training step would go to sleep at every barrier (BENCHMARKS.md).
+    noise *= np.exp(0.5 * logvar.numpy().clip(*MAX_LOGVAR))
+    noise += mean.numpy()
+    return torch.from_numpy(noise)
+
+
+def _fp32(stored: Tensor) -> np.ndarray:
+    if stored.dtype == torch.bfloat16:  # the upper half of an fp32
+        return (stored.view(torch.int16).numpy().view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    return stored.numpy().astype(np.float32)
 
 
 def _noise(shape: Sequence[int], seed: int, epoch: int, row: str) -> np.ndarray:
