@@ -1,8 +1,8 @@
 """Training a latent diffusion model: our loop beside a bare one, and a latent cache beside encoding on the way.
 
 python tests/benchmarks/ldm.py loop [NETWORK:SIDE:BATCH:STEPS ...] [--repeats 3]
-    `jobs/train_ldm.py` on a cache of synthetic latents and the same network in a plain torch loop, in turn. Of a run's
-    equal intervals the first one warms up, and the median of the others is its rate.
+    `jobs/train_ldm.py` on a cache of synthetic latents, its loop without Ray around it, and the same network in a plain
+    torch loop, in turn. Of a run's equal intervals the first one warms up, and the median of the others is its rate.
 
 python tests/benchmarks/ldm.py modes PHOTOS [--images 32] [--batch 8] [--networks small] [--repeats 1]
     Training on images of a folder of JPEGs at 256 px, by three encoders of full size and random weights: online;
@@ -44,7 +44,7 @@ def main() -> None:
     part.add_argument("--encoders", nargs="+", choices=SHORT, default=[*SHORT])
     part.add_argument("--repeats", type=int, default=1)
     part = parts.add_parser("child", help="of the processes that this starts")
-    part.add_argument("function", choices=("bare", "three_modes"))
+    part.add_argument("function", choices=("bare", "alone", "three_modes"))
     part.add_argument("values", type=json.loads)
     given = vars(parser.parse_args())
     name = given.pop("part")
@@ -75,25 +75,28 @@ def loop(settings, repeats):
         network, *numbers = setting.split(":")
         side, batch, steps = map(int, numbers)
         steps = max(1, steps // INTERVALS) * INTERVALS
-        found = {"bare": [], "ours": [], "waiting": []}
+        found = {"bare": [], "alone": [], "ours": [], "waiting": []}
         with tempfile.TemporaryDirectory() as temporary:
             folder = Path(temporary)
             write_synthetic(folder, side, batch)
             for repeat in range(repeats):
                 rate = child("bare", network=network, side=side, batch=batch, steps=steps)
                 found["bare"].append(rate)
+                words = words_of(folder, network, batch)
+                found["alone"].append(child("alone", words=words, batch=batch, steps=steps))
                 job = ours(folder, f"run{repeat}", network, batch, steps)
                 found["ours"].append(job["rate"])
                 found["waiting"].append(job["waiting"])
-                common.log(f"{setting}, {repeat + 1} of {repeats}: bare {rate:.2f}, job {job}")
-        ratios = [one / other for one, other in zip(found["ours"], found["bare"], strict=True)]
+                rates = f"bare {rate:.2f}, without Ray {found['alone'][-1]:.2f}, job {job}"
+                common.log(f"{setting}, {repeat + 1} of {repeats}: {rates}")
         row = [f"{network}, {side} x {side}, batch {batch}"]
-        row += [shown([rate / batch for rate in found[name]], 3) for name in ("bare", "ours")]
-        row += [shown(found["ours"]), f"{statistics.median(found['ours']) / statistics.median(found['bare']):.3f}"]
-        rows.append([*row, shown(ratios, 3), f"{100 * max(found['waiting']):.2f} %"])
+        row += [shown([rate / batch for rate in found[name]], 3) for name in ("bare", "alone", "ours")]
+        for name in ("alone", "ours"):
+            row.append(f"{statistics.median(found[name]) / statistics.median(found['bare']):.3f}")
+        rows.append([*row, f"{100 * max(found['waiting']):.2f} %"])
     print(f"{repeats} runs each, in turn; of each the median of {INTERVALS - 1} intervals; of those median (range)\n")
     common.table(
-        ["", "bare loop, steps/s", "**the job**, steps/s", "the job, images/s", "job / bare", "of each pair",
+        ["", "bare loop, steps/s", "our loop without Ray", "**the job**", "our loop / bare", "the job / bare",
          "waiting for data, at most"],
         rows,
     )  # fmt: skip
@@ -147,13 +150,44 @@ def bare(network, side, batch, steps):
     return statistics.median(rates[1:])
 
 
+def words_of(folder, network, batch):
+    optim = [f"optim.{key}={list(value) if isinstance(value, tuple) else value}" for key, value in OPTIM.items()]
+    return [
+        f"cache={folder / 'cache'}", f"root={folder}", f"network={network}", f"batch_size={batch}", *optim,
+        f"optim.clip={CLIP}", f"loop.ema={DECAY}", "sample_images=0",
+    ]  # fmt: skip
+
+
+def alone(words, batch, steps):
+    """images/s of the job's loop in this process."""
+    import ray.train.torch
+    import torch
+
+    from pipelines import train_ldm
+    from pipelines.config import TrainLDM, load
+
+    ray.train.torch.prepare_model = lambda model: model  # without Ray there is nothing to prepare for
+    torch.set_num_threads(os.cpu_count())
+    config = load(TrainLDM, None, words)
+    data, shape, _ = train_ldm._cache(config)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    task = train_ldm.Diffusion(config, data | {"shape": shape}, 0, 1, device)
+    task.begin(0)
+    rates, start, every = [], time.perf_counter(), steps // INTERVALS
+    for step, given in enumerate(task.batches(0, steps * batch, batch), 1):
+        task.step(given, (step - 1) * batch)
+        if step % every == 0:
+            synchronize(device)
+            rates.append(every * batch / (time.perf_counter() - start))
+            start = time.perf_counter()
+    return statistics.median(rates[1:])
+
+
 def ours(folder, name, network, batch, steps):
     """images/s of the job, and the share of time in which it waited for data."""
-    optim = [f"optim.{key}={list(value) if isinstance(value, tuple) else value}" for key, value in OPTIM.items()]
     words = [
-        f"cache={folder / 'cache'}", f"root={folder}", f"name={name}", f"network={network}", f"batch_size={batch}",
-        f"images={steps * batch}", *optim, f"optim.clip={CLIP}", f"loop.ema={DECAY}", "sample_images=0",
-        f"loop.log_every={steps // INTERVALS}", f"loop.checkpoint_every={steps * batch}", "loop.val_every=0",
+        *words_of(folder, network, batch), f"name={name}", f"images={steps * batch}", "loop.val_every=0",
+        f"loop.log_every={steps // INTERVALS}", f"loop.checkpoint_every={steps * batch}",
     ]  # fmt: skip
     process = common.child(str(REPO / "jobs/train_ldm.py"), *words)
     out, problems = process.communicate()
