@@ -8,6 +8,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import io
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -41,7 +42,7 @@ PROTOCOLS = {
 # --- networks -------------------------------------------------------------------------------------------------
 
 
-class FeatureNetwork(nn.Module):
+class FeatureNetwork(nn.Module, ABC):
     """Images to feature vectors, in fp32 under autocast too; nothing is trainable.
 
     Attributes:
@@ -57,9 +58,9 @@ class FeatureNetwork(nn.Module):
     sha256: str
     dimension: int
 
+    @abstractmethod
     def forward(self, pixels: np.ndarray) -> tuple[Tensor, Tensor | None]:
         """uint8 (N, H, W, 3) -> float32 features (N, D), and class logits (N, K) where the network has classes."""
-        raise NotImplementedError
 
     @property
     def device(self) -> torch.device:
