@@ -16,25 +16,49 @@ from diffusers.models.modeling_utils import ModelMixin
 from safetensors import SafetensorError
 from torch import Tensor
 
+from litevae.baselines import SD_SIZES, SDEncoder, WaveletEncoder
 from litevae.decoder import Decoder
-from litevae.encoder import SIZES, Encoder
+from litevae.encoder import AGGREGATORS, EXTRACTORS, SIZES, Encoder
 from litevae.errors import UserError
-from litevae.layers import bake
+from litevae.layers import NORMS, bake
+from litevae.wavelet import LEVELS, check_wavelet
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 INDEX = WEIGHTS + ".index.json"  # of weights in several files
 
 
+ENCODERS = (*SIZES, *SD_SIZES, "dwt", "dwt-2")
+_USUAL: dict[str, Any] = {
+    "shared_extractor": False,
+    "levels": (1, 2, 3),
+    "downsample": "conv",
+    "extractor": "unet",
+    "aggregator": "unet",
+}
+
+
 class LiteVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
     """LiteVAE (arXiv 2405.14477): wavelet encoder and SD-VAE decoder, f = 8. Drops into diffusers pipelines as `vae=`.
+    With the encoders that the paper compares it with, and the variants of both halves that it ablates.
 
     Args:
-        size: encoder "S", "B", "M" or "L" (Tables 23 and 24).
+        size: encoder "S", "B", "M" or "L" (Tables 23 and 24), or one of another kind: "sd-vae", "vae-small" (Table 2b;
+            its widths are ours), or wavelet bands as they are, "dwt" (n_z = 12) and "dwt-2" (n_z = 48) (Appendix B).
         latent_channels: n_z.
         wavelet: "haar", or any discrete wavelet of ptwt.
         downsample: how levels 1 and 2 come to f = 8, "conv" or "pool".
+        extractor: "unet", or "nafnet" (Table 18).
+        shared_extractor: one extractor for all levels (Table 19).
+        levels: the wavelet levels that the encoder sees (Table 21).
+        aggregator: "unet", or "vit" (Table 20).
+        vit_grid: the side of the latents that the ViT is trained for; at others its positions are interpolated.
+        conv1x1: a 1x1 convolution on the moments and one on the latent before the decoder, identities at the start
+            (Table 17).
         block_out_channels, layers_per_block: the decoder's widths, finest first, and depth, as in diffusers.
-        decoder_norm: "group" (SD-VAE), "smc" (Eq. 3), or "none" (an SMC decoder after `bake`).
+        decoder_norm: of the decoder's ResBlocks: "group" (SD-VAE), "smc" (Eq. 3), "batch", "instance", "layer", "rms",
+            or "none" (an SMC decoder after `bake`).
+        output: what the decoder's network gives, the "image", or its "wavelet" bands (Appendix G). `decode` gives
+            images either way.
         scaling_factor: for diffusers pipelines, which multiply latents by it.
     """
 
@@ -47,32 +71,77 @@ class LiteVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         latent_channels: int = 4,
         wavelet: str = "haar",
         downsample: str = "conv",
+        extractor: str = "unet",
+        shared_extractor: bool = False,
+        levels: Sequence[int] = (1, 2, 3),
+        aggregator: str = "unet",
+        vit_grid: int = 16,
+        conv1x1: bool = False,
         block_out_channels: Sequence[int] = (128, 256, 512, 512),
         layers_per_block: int = 2,
         decoder_norm: str = "group",
+        output: str = "image",
         in_channels: int = 3,
         scaling_factor: float = 1.0,
         force_upcast: bool = False,
     ):
         super().__init__()
         for name, value, known in (
-            ("size", size, tuple(SIZES)),
+            ("size", size, ENCODERS),
             ("downsample", downsample, ("conv", "pool")),
-            ("decoder_norm", decoder_norm, ("group", "smc", "none")),
+            ("extractor", extractor, tuple(EXTRACTORS)),
+            ("aggregator", aggregator, AGGREGATORS),
+            ("decoder_norm", decoder_norm, NORMS),
+            ("output", output, ("image", "wavelet")),
         ):
             if value not in known:
                 raise UserError(f"LiteVAE: {name}={value!r} is not one of {', '.join(known)}")
+        if not levels or list(levels) != sorted(set(levels) & set(range(1, LEVELS + 1))):
+            raise UserError(f"LiteVAE: levels={list(levels)} are not some of 1, 2, 3, each once and in this order")
         if len(block_out_channels) != 4:
             raise UserError(f"LiteVAE: block_out_channels has {len(block_out_channels)} widths; f = 8 takes exactly 4")
-        self.encoder = Encoder(latent_channels, SIZES[size], wavelet, downsample, in_channels)  # type: ignore[arg-type]
+        check_wavelet(wavelet)
+        variant: dict[str, Any] = {"shared_extractor": shared_extractor, "levels": tuple(levels)}
+        variant |= {"downsample": downsample, "extractor": extractor, "aggregator": aggregator}
+        if size not in SIZES and (other := [name for name, value in variant.items() if value != _USUAL[name]]):
+            raise UserError(
+                f"LiteVAE: {other[0]} is for sizes {', '.join(SIZES)}, and size={size!r} has no such choice"
+            )
+        self.encoder: Encoder | SDEncoder | WaveletEncoder
+        if size in SIZES:
+            self.encoder = Encoder(
+                latent_channels, SIZES[size], wavelet, in_channels=in_channels, vit_grid=vit_grid, **variant
+            )
+        elif size in SD_SIZES:
+            self.encoder = SDEncoder(latent_channels, SD_SIZES[size], in_channels=in_channels)
+        else:
+            self.encoder = WaveletEncoder(size == "dwt-2", wavelet, in_channels)
+            if latent_channels != (gives := self.encoder.latent_channels):
+                raise UserError(
+                    f"LiteVAE: size={size!r} gives {gives} latent channels, not latent_channels={latent_channels}; set "
+                    f"it to {gives}"
+                )
+            if conv1x1:
+                raise UserError(
+                    f"LiteVAE: conv1x1 is for encoders that learn, and size={size!r} does not; leave it out"
+                )
         self.decoder = Decoder(
             latent_channels,
             tuple(block_out_channels),
             layers_per_block,
             decoder_norm,  # type: ignore[arg-type]
             in_channels,
+            wavelet if output == "wavelet" else None,
         )
+        # diffusers' names
+        self.quant_conv = _identity_conv(2 * latent_channels) if conv1x1 else torch.nn.Identity()
+        self.post_quant_conv = _identity_conv(latent_channels) if conv1x1 else torch.nn.Identity()
         self.use_slicing = False
+
+    @property
+    def deterministic(self) -> bool:
+        """Whether the encoder gives a latent instead of a posterior: that of "dwt" and "dwt-2" does."""
+        return isinstance(self.encoder, WaveletEncoder)
 
     @classmethod
     def from_preset(cls, size: str, latent_channels: int = 4, **config: Any) -> "LiteVAE":
@@ -80,16 +149,21 @@ class LiteVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         return cls(size=size, latent_channels=latent_channels, **config)
 
     def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
-        """Image (N, C, H, W) in [-1, 1], H and W multiples of 8 -> posterior over (N, n_z, H/8, W/8)."""
-        moments = torch.cat([self.encoder(part) for part in self._slices(x)])
-        posterior = DiagonalGaussianDistribution(moments)
+        """Image (N, C, H, W) in [-1, 1], H and W multiples of 8 -> posterior over (N, n_z, H/8, W/8).
+
+        Of a deterministic encoder all of it is in one point, for `sample` too.
+        """
+        moments = torch.cat([self.quant_conv(self.encoder(part)) for part in self._slices(x)])
+        if self.deterministic:
+            moments = torch.cat([moments, torch.full_like(moments, -30)], dim=1)  # the least log-variance of diffusers
+        posterior = DiagonalGaussianDistribution(moments, deterministic=self.deterministic)
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
 
     def decode(
         self, z: Tensor, return_dict: bool = True, generator: torch.Generator | None = None
     ) -> DecoderOutput | tuple[Tensor]:
         """Latent (N, n_z, h, w) -> image (N, C, 8h, 8w). `generator` is unused; diffusers pipelines pass one."""
-        sample = torch.cat([self.decoder(part) for part in self._slices(z)])
+        sample = torch.cat([self.decoder(self.post_quant_conv(part)) for part in self._slices(z)])
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
     def forward(
@@ -115,6 +189,13 @@ class LiteVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
 
     def _slices(self, x: Tensor) -> tuple[Tensor, ...]:
         return x.split(1) if self.use_slicing else (x,)
+
+
+def _identity_conv(channels: int) -> torch.nn.Conv2d:
+    conv = torch.nn.Conv2d(channels, channels, 1)
+    torch.nn.init.dirac_(conv.weight)
+    torch.nn.init.zeros_(conv.get_parameter("bias"))
+    return conv
 
 
 def load_autoencoder(folder: str | Path) -> ModelMixin:
@@ -178,7 +259,9 @@ def encode_latents(model: ModelMixin, x: Tensor) -> Tensor:
 
 def latent_content(model: ModelMixin) -> Literal["moments", "mean"]:
     """What `encode_latents` gives: a posterior's "moments", or one latent, the "mean"."""
-    return "moments" if isinstance(model, LiteVAE) or "KL" in type(model).__name__ else "mean"
+    if isinstance(model, LiteVAE):
+        return "mean" if model.deterministic else "moments"
+    return "moments" if "KL" in type(model).__name__ else "mean"
 
 
 _MEASURED: WeakKeyDictionary[torch.nn.Module, int] = WeakKeyDictionary()
@@ -199,6 +282,8 @@ def downsampling(model: ModelMixin) -> int:
 
 def _encode(model: ModelMixin, x: Tensor) -> Tensor:
     encoded = model.encode(x, return_dict=False)[0]
+    if isinstance(model, LiteVAE) and model.deterministic:
+        return encoded.mode()
     return getattr(encoded, "parameters", encoded)
 
 

@@ -1,9 +1,12 @@
-"""The SD-VAE decoder, with GroupNorm as published or with self-modulated convolutions (paper, Section 4.2)."""
+"""The SD-VAE decoder, with GroupNorm as published, with self-modulated convolutions (paper, Section 4.2) or with other
+normalisations; of an image, or of its wavelet bands (Appendix G)."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from litevae.layers import Attention, Norm, ResBlock, carrier, group_norm
+from litevae.layers import Norm, ResBlock, carrier, group_norm, middle
+from litevae.wavelet import idwt
 
 # In a decoder narrower than SD-VAE's: with 32 groups of one channel, the last normalisation would take each channel's
 # mean away, and with it the image's brightness and colour.
@@ -14,7 +17,9 @@ class Decoder(nn.Module):
     """Latent (N, n_z, h, w) -> image (N, C, 8h, 8w), unbounded, trained towards [-1, 1].
 
     conv -> ResBlock, attention, ResBlock -> per level `layers` + 1 ResBlocks and (but for the last) nearest x2 with a
-    conv -> norm, SiLU, conv. `channels` are the widths, finest first. With norm="smc" the ResBlocks are self-modulated.
+    conv -> norm, SiLU, conv. `channels` are the widths, finest first. `norm` is that of the ResBlocks; attention and
+    the last layer keep GroupNorm. With a `wavelet`, the network leaves out the last upsampling and gives bands
+    (N, 4C, 4h, 4w), with LL on the image's scale, which the inverse transform makes the image of.
     """
 
     def __init__(
@@ -24,29 +29,32 @@ class Decoder(nn.Module):
         layers: int = 2,
         norm: Norm = "group",
         out_channels: int = 3,
+        wavelet: str | None = None,
     ):
         super().__init__()
+        self.wavelet = wavelet
+        ups = len(channels) - (1 if wavelet is None else 2)
         width = channels[-1]
         self.conv_in = carrier(latent_channels, width, 3)
-        self.mid = nn.Sequential(
-            ResBlock(width, width, norm, GROUP_WIDTH),
-            Attention(width, GROUP_WIDTH),
-            ResBlock(width, width, norm, GROUP_WIDTH),
-        )
+        self.mid = middle(width, norm, GROUP_WIDTH)
         self.up = nn.ModuleList()
         for level, out in enumerate(reversed(channels)):
             blocks: list[nn.Module] = []
             for _ in range(layers + 1):
                 blocks.append(ResBlock(width, out, norm, GROUP_WIDTH))
                 width = out
-            if level < len(channels) - 1:
+            if level < ups:
                 blocks.append(nn.Sequential(nn.Upsample(scale_factor=2), carrier(width, width, 3)))
             self.up.append(nn.Sequential(*blocks))
         self.norm_out = group_norm(width, GROUP_WIDTH)
-        self.conv_out = carrier(width, out_channels, 3)
+        self.conv_out = carrier(width, out_channels if wavelet is None else 4 * out_channels, 3)
 
     def forward(self, z: Tensor) -> Tensor:
         x = self.mid(self.conv_in(z))
         for level in self.up:
             x = level(x)
-        return self.conv_out(F.silu(self.norm_out(x)))
+        x = self.conv_out(F.silu(self.norm_out(x)))
+        if self.wavelet is None:
+            return x
+        with torch.autocast(x.device.type, enabled=False):
+            return (idwt(x.float(), self.wavelet) * 2).to(x.dtype)

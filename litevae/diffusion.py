@@ -139,7 +139,8 @@ def draws(seed: int, positions: Sequence[int], shape: Sequence[int]) -> tuple[Te
 
 
 class EMA:
-    """Exponential moving average of a module's parameters.
+    """Exponential moving average of a module's weights: parameters, and the running statistics of batch normalisation,
+    which go with them.
 
     The n-th update (from 0) keeps min(decay, (1 + n) / (10 + n)) of the average, so that a young average is not
     held back by the random start.
@@ -147,27 +148,28 @@ class EMA:
 
     def __init__(self, model: nn.Module, decay: float):
         self.decay, self.updates = decay, 0
-        self.average = {name: p.detach().clone() for name, p in model.named_parameters()}
+        weights = model.state_dict().items()
+        self.average = {name: value.clone() for name, value in weights if value.is_floating_point()}
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         """Call once after each optimizer step."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        torch._foreach_lerp_(list(self.average.values()), self._parameters(model), 1 - decay)
+        torch._foreach_lerp_(list(self.average.values()), self._weights(model), 1 - decay)
         self.updates += 1
 
     @contextmanager
     def swapped(self, model: nn.Module) -> Iterator[None]:
         """The averaged weights in `model`; its own come back on leaving, also by an exception."""
-        parameters = self._parameters(model)
-        own = [p.detach().clone() for p in parameters]
+        weights = self._weights(model)
+        own = [value.clone() for value in weights]
         with torch.no_grad():
-            torch._foreach_copy_(parameters, list(self.average.values()))
+            torch._foreach_copy_(weights, list(self.average.values()))
         try:
             yield
         finally:
             with torch.no_grad():
-                torch._foreach_copy_(parameters, own)
+                torch._foreach_copy_(weights, own)
 
     def state_dict(self) -> dict[str, Any]:
         return {"updates": self.updates, "average": dict(self.average)}
@@ -179,6 +181,6 @@ class EMA:
             self.average[name].copy_(value)
         self.updates = state["updates"]
 
-    def _parameters(self, model: nn.Module) -> list[Tensor]:
-        parameters = dict(model.named_parameters())
-        return [parameters[name] for name in self.average]
+    def _weights(self, model: nn.Module) -> list[Tensor]:
+        weights = model.state_dict()
+        return [weights[name] for name in self.average]

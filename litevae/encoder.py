@@ -1,12 +1,15 @@
 """The LiteVAE encoder: wavelet bands -> a feature extractor per level -> aggregation to moments (Section 4.1)."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from litevae.layers import ResBlock, carrier
+from litevae.features import FlatUNet, NAFNet, ViT
+from litevae.layers import carrier, small_posterior
 from litevae.wavelet import LEVELS, check_wavelet, wavelet_pyramid
 
 
@@ -27,39 +30,8 @@ SIZES = {
     "L": EncoderSize(64, (1, 2, 4), 64, (1, 2, 4)),
 }
 
-
-class FlatUNet(nn.Module):
-    """ADM's UNet without down- or upsampling (Appendix G): the width follows channels * mults down and up again, with
-    skips by concatenation. (N, in, H, W) -> (N, out, H, W)."""
-
-    def __init__(self, in_channels: int, out_channels: int, channels: int, mults: tuple[int, ...], blocks: int = 2):
-        super().__init__()
-        self.conv_in = carrier(in_channels, channels, 3)
-        widths, width = [], channels
-        self.down = nn.ModuleList()
-        for mult in mults:
-            for _ in range(blocks):
-                self.down.append(ResBlock(width, channels * mult))
-                width = channels * mult
-                widths.append(width)
-        self.mid = nn.Sequential(ResBlock(width, width), ResBlock(width, width))
-        self.up = nn.ModuleList()
-        for mult in reversed(mults):
-            for _ in range(blocks):
-                self.up.append(ResBlock(width + widths.pop(), channels * mult))
-                width = channels * mult
-        self.conv_out = carrier(width, out_channels, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.conv_in(x)
-        skips = []  # conv_in's own output is no skip: two blocks a level pop what two blocks pushed
-        for block in self.down:
-            x = block(x)
-            skips.append(x)
-        x = self.mid(x)
-        for block in self.up:
-            x = block(torch.cat([x, skips.pop()], dim=1))
-        return self.conv_out(x)
+EXTRACTORS: dict[str, type[FlatUNet | NAFNet]] = {"unet": FlatUNet, "nafnet": NAFNet}
+AGGREGATORS = ("unet", "vit")
 
 
 class Encoder(nn.Module):
@@ -67,6 +39,13 @@ class Encoder(nn.Module):
 
     H and W must be multiples of 8. Three separate extractors see the bands of levels 1, 2, 3; levels 1 and 2 come
     down to f = 8 by a learned 3x3 convolution of stride 4 and 2 ("conv") or by average pooling ("pool").
+
+    Args:
+        extractor: "unet", or "nafnet" (Table 18).
+        shared_extractor: one for all levels (Table 19).
+        levels: some of 1, 2, 3, in this order; the others are not seen (Table 21).
+        aggregator: "unet", or "vit" (Table 20), of 4 times the UNet's base width.
+        vit_grid: the side of a latent for which the ViT has positions.
     """
 
     def __init__(
@@ -76,25 +55,41 @@ class Encoder(nn.Module):
         wavelet: str = "haar",
         downsample: Literal["conv", "pool"] = "conv",
         in_channels: int = 3,
+        extractor: str = "unet",
+        shared_extractor: bool = False,
+        levels: Sequence[int] = (1, 2, 3),
+        aggregator: str = "unet",
+        vit_grid: int = 16,
     ):
         super().__init__()
         check_wavelet(wavelet)
-        self.wavelet = wavelet
+        self.wavelet, self.levels = wavelet, tuple(levels)
         bands = 4 * in_channels
         self.extractors = nn.ModuleList(
-            FlatUNet(bands, bands, size.extractor_channels, size.extractor_mults) for _ in range(LEVELS)
+            EXTRACTORS[extractor](bands, bands, size.extractor_channels, size.extractor_mults)
+            for _ in (self.levels[:1] if shared_extractor else self.levels)
         )
-        self.downsamplers = nn.ModuleList(
-            carrier(bands, bands, 3, stride) if downsample == "conv" else nn.AvgPool2d(stride) for stride in (4, 2)
+        self.downsamplers = nn.ModuleList(_downsampler(bands, 2 ** (LEVELS - n), downsample) for n in self.levels)
+        seen, moments = len(self.levels) * bands, 2 * latent_channels
+        self.aggregator: FlatUNet | ViT = (
+            ViT(seen, moments, 4 * size.aggregator_channels, vit_grid)
+            if aggregator == "vit"
+            else FlatUNet(seen, moments, size.aggregator_channels, size.aggregator_mults)
         )
-        self.aggregator = FlatUNet(LEVELS * bands, 2 * latent_channels, size.aggregator_channels, size.aggregator_mults)
-        # Starts with a posterior of std e^-3: at 1, noise drowns the mean until training has found that out.
-        nn.init.constant_(self.aggregator.conv_out.get_parameter("bias")[latent_channels:], -6.0)
+        small_posterior(self.aggregator.conv_out)
 
     def forward(self, x: Tensor) -> Tensor:
         with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             pyramid = wavelet_pyramid(x.float(), self.wavelet)
-        dtype = self.aggregator.conv_in.weight.dtype
-        features = [extract(bands.to(dtype)) for extract, bands in zip(self.extractors, pyramid, strict=True)]
-        features[:-1] = [down(f) for down, f in zip(self.downsamplers, features[:-1], strict=True)]
+        dtype = self.aggregator.conv_out.weight.dtype
+        features = [
+            down(extract(pyramid[level - 1].to(dtype)))
+            for level, extract, down in zip(self.levels, cycle(self.extractors), self.downsamplers, strict=False)
+        ]
         return self.aggregator(torch.cat(features, dim=1))
+
+
+def _downsampler(channels: int, stride: int, kind: str) -> nn.Module:
+    if stride == 1:
+        return nn.Identity()
+    return carrier(channels, channels, 3, stride) if kind == "conv" else nn.AvgPool2d(stride)

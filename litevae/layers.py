@@ -1,15 +1,17 @@
-"""Building blocks of the encoder and decoder: ResBlock, self-modulated convolution, attention."""
+"""Building blocks of the encoders and the decoder: ResBlock and its normalisations, self-modulated convolution,
+attention."""
 
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Norm = Literal["group", "smc", "none"]
+Norm = Literal["group", "smc", "batch", "instance", "layer", "rms", "none"]
+NORMS: tuple[str, ...] = get_args(Norm)
 
 
 class SMC(nn.Module):
@@ -47,19 +49,55 @@ class SMC(nn.Module):
         return plain.train(self.training)
 
 
-def carrier(in_channels: int, out_channels: int, kernel_size: int, stride: int = 1) -> nn.Conv2d:
+def carrier(
+    in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, padding: int | None = None
+) -> nn.Conv2d:
     """A convolution outside the residual branches, on the path that carries the signal. It starts out keeping the
     variance; PyTorch's default shrinks it threefold, and there are a dozen in a row between image and image."""
-    conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2)
+    conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, kernel_size // 2 if padding is None else padding)
     nn.init.normal_(conv.weight, std=(in_channels * kernel_size**2) ** -0.5)
     nn.init.zeros_(conv.get_parameter("bias"))
     return conv
+
+
+def small_posterior(conv: nn.Conv2d) -> None:
+    """Lets a layer that gives moments start with a posterior of std e^-3: at 1, noise drowns the mean until training
+    has found that out."""
+    nn.init.constant_(conv.get_parameter("bias")[conv.out_channels // 2 :], -6.0)
+
+
+class LayerNorm2d(nn.LayerNorm):
+    """Over the channels of each position of (N, C, H, W)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+
+
+class RMSNorm2d(nn.RMSNorm):
+    """Over the channels of each position of (N, C, H, W)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.to(self.weight.dtype)  # autocast brings the other normalisations to fp32, and not this one
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
 
 
 def group_norm(channels: int, group_width: int = 1, eps: float = 1e-6) -> nn.GroupNorm:
     """32 groups as in SD-VAE and ADM; fewer where they would be uneven or, below SD-VAE's 128 channels, narrower than
     `group_width`."""
     return nn.GroupNorm(math.gcd(32, channels if channels >= 128 else max(1, channels // group_width)), channels, eps)
+
+
+def normalisation(norm: Norm, channels: int, group_width: int = 1, eps: float = 1e-6) -> nn.Module:
+    """Over (N, C, H, W), with learned scales, and shifts but for RMS. Nothing for "smc" and "none"."""
+    if norm == "group":
+        return group_norm(channels, group_width, eps)
+    if norm == "batch":
+        return nn.BatchNorm2d(channels, eps)
+    if norm == "instance":
+        return nn.InstanceNorm2d(channels, eps, affine=True)
+    if norm == "layer":
+        return LayerNorm2d(channels, eps)
+    return RMSNorm2d(channels, eps) if norm == "rms" else nn.Identity()
 
 
 class ResBlock(nn.Module):
@@ -74,9 +112,9 @@ class ResBlock(nn.Module):
         conv: Callable[[int, int], SMC | nn.Conv2d] = (
             SMC if norm == "smc" else partial(nn.Conv2d, kernel_size=3, padding=1)
         )
-        self.norm1 = group_norm(in_channels, group_width) if norm == "group" else nn.Identity()
+        self.norm1 = normalisation(norm, in_channels, group_width)
         self.conv1 = conv(in_channels, out_channels)
-        self.norm2 = group_norm(out_channels, group_width) if norm == "group" else nn.Identity()
+        self.norm2 = normalisation(norm, out_channels, group_width)
         self.conv2 = conv(out_channels, out_channels)
         self.skip = nn.Identity() if in_channels == out_channels else carrier(in_channels, out_channels, 1)
         # As in ADM, a block adds nothing at the start. (A demodulated weight has no size of its own; its gain has.)
@@ -107,6 +145,15 @@ class Attention(nn.Module):
         q, k, v = (project(tokens).unsqueeze(1) for project in (self.to_q, self.to_k, self.to_v))
         out = F.scaled_dot_product_attention(q, k, v).squeeze(1)
         return x + self.to_out(out).transpose(1, 2).reshape(n, c, h, w)
+
+
+def middle(width: int, norm: Norm = "group", group_width: int = 1) -> nn.Sequential:
+    """ResBlock, attention, ResBlock: the middle of SD-VAE's encoder and decoder."""
+    return nn.Sequential(
+        ResBlock(width, width, norm, group_width),
+        Attention(width, group_width),
+        ResBlock(width, width, norm, group_width),
+    )
 
 
 def bake(module: nn.Module) -> None:

@@ -30,7 +30,16 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from litevae import LiteVAE, UserError, load_autoencoder
-from litevae.autoencoder import INDEX, WEIGHTS, downsampling, encode_latents, fingerprint, latent_content, model_config
+from litevae.autoencoder import (
+    INDEX,
+    WEIGHTS,
+    count_parameters,
+    downsampling,
+    encode_latents,
+    fingerprint,
+    latent_content,
+    model_config,
+)
 
 SHARED = Path(__file__).parents[3] / "shared"
 SMALL = {"block_out_channels": (32, 32, 32, 32), "layers_per_block": 1}
@@ -148,6 +157,115 @@ def test_slicing_changes_nothing(model, x):
     before = model(x, sample_posterior=False)[0]
     model.enable_slicing()
     assert torch.allclose(model(x, sample_posterior=False)[0], before, atol=1e-5)
+
+
+# Every encoder and decoder of the paper's tables, as values of the config
+SYSTEMS = {
+    **{f"LiteVAE-{size}": {"size": size} for size in "SBML"},
+    "SD-VAE": {"size": "sd-vae"},
+    "VAE-Small": {"size": "vae-small"},
+    "DWT": {"size": "dwt", "latent_channels": 12},
+    "DWT-2": {"size": "dwt-2", "latent_channels": 48},
+    "DWT db2": {"size": "dwt", "latent_channels": 12, "wavelet": "db2"},
+    "pooling": {"downsample": "pool"},
+    "1x1": {"conv1x1": True},
+    "SD-VAE 1x1": {"size": "vae-small", "conv1x1": True},
+    "NAFNet": {"extractor": "nafnet"},
+    "shared": {"shared_extractor": True},
+    "shared NAFNet, levels 2 and 3, ViT": {
+        "extractor": "nafnet",
+        "shared_extractor": True,
+        "levels": [2, 3],
+        "aggregator": "vit",
+    },
+    "ViT": {"aggregator": "vit", "vit_grid": 4},
+    "levels 2 and 3": {"levels": [2, 3]},
+    **{f"decoder {norm}": {"decoder_norm": norm} for norm in ("smc", "batch", "instance", "layer", "rms", "none")},
+    "bands": {"output": "wavelet"},
+    "SMC bands db2": {"output": "wavelet", "wavelet": "db2", "decoder_norm": "smc"},
+}
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_every_system_trains_is_saved_and_loaded(tmp_path, x, name):
+    torch.manual_seed(0)
+    model = LiteVAE(**{"size": "S"} | SMALL | SYSTEMS[name])
+    with torch.no_grad():
+        for p in model.parameters():  # at the start blocks add nothing, and gradients stop at their last layer
+            p.add_(0.05 * torch.randn_like(p))
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    before = {key: p.detach().clone() for key, p in model.named_parameters()}
+    with torch.autocast("cpu", torch.bfloat16):
+        image, posterior = model(x)
+    assert image.shape == x.shape
+    assert image.isfinite().all()
+    assert posterior.parameters.isfinite().all()
+    image, posterior = model(x)
+    (F.mse_loss(image, x) + 1e-3 * posterior.kl().mean()).backward()
+    gradients = {key: p.grad for key, p in model.named_parameters()}
+    assert not [key for key, g in gradients.items() if g is None or not g.isfinite().all()]
+    assert not [key for key, g in gradients.items() if g.ndim > 1 and not g.abs().sum() > 0]
+    optimizer.step()
+    assert not [key for key, p in model.named_parameters() if torch.equal(p, before[key])]
+
+    model.eval().save_pretrained(tmp_path)
+    with torch.no_grad():
+        expected = model(x, sample_posterior=False)[0]
+        for again in (load_autoencoder(tmp_path), LiteVAE.from_pretrained(tmp_path)):
+            assert torch.equal(again(x, sample_posterior=False)[0], expected)
+        assert downsampling(again) == 8
+        latents, channels = encode_latents(again, x), model.config.latent_channels
+        assert latents.shape == (2, channels if model.deterministic else 2 * channels, 8, 6)
+        assert latent_content(again) == ("mean" if model.deterministic else "moments")
+        torch.testing.assert_close(again.decode(latents[:, :channels]).sample, expected)
+        torch.testing.assert_close(model.bake()(x, sample_posterior=False)[0], expected, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", ["dwt", "dwt-2"])
+def test_an_encoder_without_parameters_gives_a_latent(x, size):
+    model = LiteVAE(size=size, latent_channels={"dwt": 12, "dwt-2": 48}[size], **SMALL)
+    assert (model.deterministic, count_parameters(model.encoder)) == (True, 0)
+    posterior = model.encode(x).latent_dist
+    assert torch.equal(posterior.sample(), posterior.mode())
+    assert torch.equal(posterior.mode(), encode_latents(model, x))
+    assert posterior.kl() == 0
+    mean, logvar = posterior.parameters.chunk(2, dim=1)  # who draws from the moments draws the same
+    assert torch.allclose(mean + (logvar / 2).exp() * torch.randn_like(mean), mean, atol=1e-5)
+    assert not LiteVAE(size="S", **SMALL).deterministic
+
+
+@torch.no_grad()
+def test_1x1_convolutions_start_as_identities_and_are_on_moments_and_latents(model, x):
+    convs = LiteVAE(size="S", conv1x1=True, **SMALL).eval()
+    assert convs.load_state_dict(model.state_dict(), strict=False).missing_keys == [
+        f"{name}.{leaf}" for name in ("quant_conv", "post_quant_conv") for leaf in ("weight", "bias")
+    ]
+    torch.testing.assert_close(convs(x, sample_posterior=False)[0], model(x, sample_posterior=False)[0])
+    for p in (*convs.quant_conv.parameters(), *convs.post_quant_conv.parameters()):
+        torch.nn.init.normal_(p)
+    moments, conv = encode_latents(model, x), convs.quant_conv
+    mixed = torch.einsum("oi,nihw->nohw", conv.weight[:, :, 0, 0], moments) + conv.bias.view(-1, 1, 1)
+    torch.testing.assert_close(encode_latents(convs, x), mixed)
+    z, conv = moments[:, :4], convs.post_quant_conv
+    mixed = torch.einsum("oi,nihw->nohw", conv.weight[:, :, 0, 0], z) + conv.bias.view(-1, 1, 1)
+    torch.testing.assert_close(convs.decode(z).sample, model.decode(mixed).sample)
+
+
+@torch.no_grad()
+def test_a_folder_from_before_there_were_variants(tmp_path, model, x):
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for key in ("extractor", "shared_extractor", "levels", "aggregator", "vit_grid", "conv1x1", "output"):
+        del config[key]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert torch.equal(load_autoencoder(tmp_path)(x, sample_posterior=False)[0], model(x, sample_posterior=False)[0])
+
+
+def test_a_shared_extractor_is_stored_once(tmp_path):
+    LiteVAE(size="S", shared_extractor=True, **SMALL).save_pretrained(tmp_path)
+    keys = {key.split(".")[2] for key in load_file(tmp_path / WEIGHTS) if key.startswith("encoder.extractors.")}
+    assert keys == {"0"}
 
 
 def test_it_is_the_vae_of_a_diffusers_pipeline(model):
@@ -384,10 +502,22 @@ def test_a_folder_without_some_weights_is_not_filled_with_random_ones(tmp_path, 
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"size": "XL"}, "size='XL' is not one of S, B, M, L"),
-        ({"decoder_norm": "batch"}, "decoder_norm='batch'"),
+        ({"size": "XL"}, "size='XL' is not one of S, B, M, L, sd-vae, vae-small, dwt, dwt-2"),
+        ({"decoder_norm": "weight"}, "decoder_norm='weight' is not one of group, smc, batch, instance, layer, rms"),
+        ({"extractor": "vit"}, "extractor='vit' is not one of unet, nafnet"),
+        ({"aggregator": "nafnet"}, "aggregator='nafnet' is not one of unet, vit"),
+        ({"output": "bands"}, "output='bands' is not one of image, wavelet"),
+        ({"levels": []}, r"levels=\[\] are not some of 1, 2, 3"),
+        ({"levels": [3, 2]}, "each once and in this order"),
+        ({"levels": [2, 4]}, r"levels=\[2, 4\]"),
         ({"block_out_channels": (8, 8)}, "exactly 4"),
         ({"wavelet": "hair"}, "unknown wavelet"),
+        ({"size": "sd-vae", "wavelet": "hair"}, "unknown wavelet"),
+        ({"size": "sd-vae", "levels": [2, 3]}, "levels is for sizes S, B, M, L, and size='sd-vae' has no such choice"),
+        ({"size": "dwt", "latent_channels": 12, "aggregator": "vit"}, "aggregator is for sizes S, B, M, L"),
+        ({"size": "dwt"}, "size='dwt' gives 12 latent channels, not latent_channels=4; set it to 12"),
+        ({"size": "dwt-2", "latent_channels": 12}, "set it to 48"),
+        ({"size": "dwt", "latent_channels": 12, "conv1x1": True}, "conv1x1 is for encoders that learn"),
     ],
 )
 def test_impossible_models_are_refused(config, message):

@@ -1,11 +1,13 @@
-"""The decoder against diffusers' with the same weights; self-modulated convolution against a slow copy of Eq. 3."""
+"""The decoder against diffusers' with the same weights; self-modulated convolution against a slow copy of Eq. 3;
+other normalisations; an output of wavelet bands."""
 
 import pytest
 import torch
 from diffusers.models.autoencoders.vae import Decoder as DiffusersDecoder
 
 from litevae.decoder import Decoder
-from litevae.layers import SMC, bake
+from litevae.layers import SMC, ResBlock, bake, normalisation
+from litevae.wavelet import dwt
 
 
 def diffusers_state(decoder: Decoder, channels: int, layers: int) -> dict[str, torch.Tensor]:
@@ -57,10 +59,20 @@ def test_equals_diffusers_decoder(channels, layers):
         assert torch.allclose(ours(z), theirs(z), atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize(("norm", "count"), [("group", 49_490_179), ("smc", 49_479_327)])
-def test_parameters_of_sd_vaes_decoder(norm, count):
+@pytest.mark.parametrize(
+    ("options", "count"),
+    [
+        ({}, 49_490_179),
+        ({"norm": "smc"}, 49_479_327),
+        ({"norm": "batch"}, 49_490_179),  # a scale and a shift per channel, as GroupNorm
+        ({"norm": "rms"}, 49_490_179 - 10_880),  # no shifts
+        # less a 3x3 convolution 256 -> 256 after the last upsampling; 9 more outputs of 128 channels
+        ({"wavelet": "haar"}, 49_490_179 - (256 * 256 * 9 + 256) + 9 * (128 * 9 + 1)),
+    ],
+)
+def test_parameters_of_sd_vaes_decoder(options, count):
     with torch.device("meta"):
-        assert sum(p.numel() for p in Decoder(4, norm=norm).parameters()) == count
+        assert sum(p.numel() for p in Decoder(4, **options).parameters()) == count
 
 
 def test_smc_is_equation_3():
@@ -114,3 +126,49 @@ def test_a_narrow_decoder_keeps_the_images_brightness():
     z = torch.randn(1, 4, 4, 4)
     with torch.no_grad():
         assert (decoder(z + 3) - decoder(z)).mean(dim=(2, 3)).abs().max() > 0.05
+
+
+def test_other_normalisations_are_where_smc_replaces_them():
+    kinds = {"batch": "BatchNorm2d", "instance": "InstanceNorm2d", "layer": "LayerNorm2d", "rms": "RMSNorm2d"}
+    for norm, kind in kinds.items():
+        with torch.device("meta"):
+            decoder = Decoder(4, (32, 32, 32, 32), layers=1, norm=norm)
+        blocks = [module for module in decoder.modules() if isinstance(module, ResBlock)]
+        assert {type(n).__name__ for block in blocks for n in (block.norm1, block.norm2)} == {kind}
+        groups = [n for n, module in decoder.named_modules() if isinstance(module, torch.nn.GroupNorm)]
+        assert groups == ["mid.1.norm", "norm_out"]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("norm", "over"), [("batch", (0, 2, 3)), ("instance", (2, 3)), ("layer", (1,)), ("rms", (1,)), ("group", None)]
+)
+def test_what_each_normalisation_is_over(norm, over):
+    module = normalisation(norm, 8, group_width=4)
+    for p in module.parameters():
+        torch.nn.init.normal_(p)
+    x = 3 * torch.randn(4, 8, 5, 6) + 2
+    if over is None:  # two groups
+        parts = [(p - p.mean((1, 2, 3), keepdim=True)) / p.std((1, 2, 3), keepdim=True) for p in x.split(4, dim=1)]
+        expected = torch.cat(parts, dim=1)
+    else:
+        mean = 0 if norm == "rms" else x.mean(over, keepdim=True)
+        expected = (x - mean) / (x - mean).square().mean(over, keepdim=True).sqrt()
+    expected = expected * module.weight.view(-1, 1, 1)
+    if norm != "rms":
+        expected = expected + module.bias.view(-1, 1, 1)
+    torch.testing.assert_close(module(x), expected, atol=2e-2 if over is None else 1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("wavelet", ["haar", "db2"])
+def test_a_decoder_of_bands_gives_the_image_of_them(wavelet):
+    decoder = Decoder(4, (32, 32, 32, 32), layers=1, wavelet=wavelet).eval()
+    randomize(decoder)
+    bands = []
+    decoder.conv_out.register_forward_hook(lambda _module, _inputs, output: bands.append(output))
+    image = decoder(torch.randn(2, 4, 4, 5))
+    assert (bands[0].shape, image.shape) == ((2, 12, 16, 20), (2, 3, 32, 40))
+    torch.testing.assert_close(dwt(image, wavelet) / 2, bands[0], atol=1e-5, rtol=1e-4)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert decoder(torch.randn(1, 4, 4, 4)).dtype == torch.bfloat16

@@ -283,6 +283,21 @@ def test_ema_swaps_in_and_back_even_after_an_error():
     assert all(torch.equal(value, averaged[name]) for name, value in ema.average.items())
 
 
+def test_ema_keeps_batch_normalisations_statistics_with_its_weights():
+    model = nn.Sequential(nn.BatchNorm1d(2))
+    ema, mean = EMA(model, decay=0.25), torch.zeros(2)
+    for n in range(3):
+        model(torch.randn(8, 2) + n)
+        ema.update(model)
+        decay = (0.1, 2 / 11, 0.25)[n]
+        mean = decay * mean + (1 - decay) * model[0].running_mean
+    own = model[0].running_mean.clone()
+    with ema.swapped(model):
+        assert torch.allclose(model[0].running_mean, mean)
+        assert model[0].num_batches_tracked == 3
+    assert torch.equal(model[0].running_mean, own)
+
+
 def test_ema_goes_on_from_its_state(tmp_path):
     model = nn.Linear(3, 2)
     ema = EMA(model, decay=0.9)

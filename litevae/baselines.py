@@ -1,0 +1,74 @@
+"""The encoders that the paper compares LiteVAE with: SD-VAE's, a small one, and fixed wavelet transforms."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from litevae.errors import UserError
+from litevae.layers import ResBlock, carrier, group_norm, middle, small_posterior
+from litevae.wavelet import LEVELS, wavelet_pyramid
+
+# Widths, finest first. Of VAE-Small the paper gives 6.75 M parameters alone (Table 2b). The widths are ours: with that
+# many at n_z = 4 (6,752,464), those nearest to SD-VAE's ratios 1:2:4:4 in multiples of 8, for even groups.
+SD_SIZES = {"sd-vae": (128, 256, 512, 512), "vae-small": (56, 104, 208, 240)}
+
+
+class SDEncoder(nn.Module):
+    """SD-VAE's encoder: image (N, C, H, W) in [-1, 1] -> moments (N, 2 n_z, H/8, W/8): mean, then log-variance.
+
+    conv -> per level `layers` ResBlocks and (but for the last) a convolution of stride 2 -> ResBlock, attention,
+    ResBlock -> norm, SiLU, conv. There is no 1x1 convolution on the moments (Appendix D.2).
+
+    Raises:
+        UserError: H or W is no multiple of 8.
+    """
+
+    def __init__(self, latent_channels: int, channels: tuple[int, ...], layers: int = 2, in_channels: int = 3):
+        super().__init__()
+        width = channels[0]
+        self.conv_in = carrier(in_channels, width, 3)
+        self.down = nn.ModuleList()
+        for level, out in enumerate(channels):
+            blocks: list[nn.Module] = []
+            for _ in range(layers):
+                blocks.append(ResBlock(width, out))
+                width = out
+            if level < len(channels) - 1:  # as SD-VAE's, a row and a column of zeros below and to the right only
+                blocks.append(nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), carrier(width, width, 3, stride=2, padding=0)))
+            self.down.append(nn.Sequential(*blocks))
+        self.mid = middle(width)
+        self.norm_out = group_norm(width)
+        self.conv_out = carrier(width, 2 * latent_channels, 3)
+        small_posterior(self.conv_out)
+        self.factor = 2 ** (len(channels) - 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[-2] % self.factor or x.shape[-1] % self.factor:
+            raise UserError(
+                f"image size {x.shape[-2]}x{x.shape[-1]} is no multiple of {self.factor}; resize or crop it first"
+            )
+        x = self.conv_in(x.to(self.conv_in.weight.dtype))
+        for level in self.down:
+            x = level(x)
+        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
+
+
+class WaveletEncoder(nn.Module):
+    """An encoder without parameters (Appendix B): image (N, C, H, W) in [-1, 1] -> latent (N, n_z, H/8, W/8).
+
+    The bands of level 3, divided by 8 (Table 11's DWT: n_z = 4C), and with `details` those of level 2 but for LL,
+    divided by 4, each 2x2 of them as channels (Table 12's DWT-2: n_z = 16C).
+    """
+
+    def __init__(self, details: bool, wavelet: str = "haar", in_channels: int = 3):
+        super().__init__()
+        self.details, self.wavelet, self.in_channels = details, wavelet, in_channels
+        self.latent_channels = (16 if details else 4) * in_channels
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            *_, finer, latent = wavelet_pyramid(x.float(), self.wavelet, LEVELS)
+        if self.details:
+            latent = torch.cat([latent, F.pixel_unshuffle(finer[:, self.in_channels :], 2)], dim=1)
+        return latent.to(x.dtype)

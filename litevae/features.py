@@ -1,0 +1,119 @@
+"""The encoder's networks over wavelet bands, for extraction and aggregation. None of them changes the resolution."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from litevae.layers import LayerNorm2d, ResBlock, carrier
+
+
+class FlatUNet(nn.Module):
+    """ADM's UNet without down- or upsampling (Appendix G): the width follows channels * mults down and up again, with
+    skips by concatenation. (N, in, H, W) -> (N, out, H, W)."""
+
+    def __init__(self, in_channels: int, out_channels: int, channels: int, mults: tuple[int, ...], blocks: int = 2):
+        super().__init__()
+        self.conv_in = carrier(in_channels, channels, 3)
+        widths, width = [], channels
+        self.down = nn.ModuleList()
+        for mult in mults:
+            for _ in range(blocks):
+                self.down.append(ResBlock(width, channels * mult))
+                width = channels * mult
+                widths.append(width)
+        self.mid = nn.Sequential(ResBlock(width, width), ResBlock(width, width))
+        self.up = nn.ModuleList()
+        for mult in reversed(mults):
+            for _ in range(blocks):
+                self.up.append(ResBlock(width + widths.pop(), channels * mult))
+                width = channels * mult
+        self.conv_out = carrier(width, out_channels, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x)
+        skips = []  # conv_in's own output is no skip: two blocks a level pop what two blocks pushed
+        for block in self.down:
+            x = block(x)
+            skips.append(x)
+        x = self.mid(x)
+        for block in self.up:
+            x = block(torch.cat([x, skips.pop()], dim=1))
+        return self.conv_out(x)
+
+
+class NAFNet(nn.Module):
+    """NAFNet's blocks in the place of `FlatUNet` (Appendix D.3): as wide as it is at its widest, and as many as it has
+    ResBlocks, in a row. The paper names the network and no sizes. (N, in, H, W) -> (N, out, H, W)."""
+
+    def __init__(self, in_channels: int, out_channels: int, channels: int, mults: tuple[int, ...], blocks: int = 2):
+        super().__init__()
+        width, depth = channels * max(mults), 2 * len(mults) * blocks + 2
+        self.conv_in = carrier(in_channels, width, 3)
+        self.blocks = nn.Sequential(*(NAFBlock(width) for _ in range(depth)))
+        self.conv_out = carrier(width, out_channels, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv_out(self.blocks(self.conv_in(x)))
+
+
+class NAFBlock(nn.Module):
+    """Chen et al. 2022: gates, products of two halves of the channels, instead of activations. Two residual branches:
+    norm -> 1x1 -> depthwise 3x3 -> gate -> scales from the map's means -> 1x1, and norm -> 1x1 -> gate -> 1x1. As
+    there, each starts at zero."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        double = 2 * channels
+        self.norm1 = LayerNorm2d(channels, eps=1e-6)
+        self.expand1 = nn.Conv2d(channels, double, 1)
+        self.depthwise = nn.Conv2d(double, double, 3, padding=1, groups=double)
+        self.scale = nn.Conv2d(channels, channels, 1)
+        self.project1 = nn.Conv2d(channels, channels, 1)
+        self.norm2 = LayerNorm2d(channels, eps=1e-6)
+        self.expand2 = nn.Conv2d(channels, double, 1)
+        self.project2 = nn.Conv2d(channels, channels, 1)
+        self.beta = nn.Parameter(torch.zeros(1, channels, 1, 1))
+        self.gamma = nn.Parameter(torch.zeros(1, channels, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = _gate(self.depthwise(self.expand1(self.norm1(x))))
+        x = x + self.beta * self.project1(h * self.scale(h.mean(dim=(2, 3), keepdim=True)))
+        return x + self.gamma * self.project2(_gate(self.expand2(self.norm2(x))))
+
+
+def _gate(x: Tensor) -> Tensor:
+    a, b = x.chunk(2, dim=1)
+    return a * b
+
+
+class ViT(nn.Module):
+    """A vision transformer on patches of one element (Appendix D.5): (N, in, H, W) -> (N, out, H, W).
+
+    Positions are learned on a `grid` x `grid` and interpolated for other sizes, so that it runs at any; but it is
+    trained for one, and the paper calls it resolution-dependent for that. The paper gives nothing but 0.84 M
+    parameters at 24 outputs. 4 layers of width 128 with a 3x3 convolution at the end, as in U-ViT, have them.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, width: int, grid: int = 16, depth: int = 4):
+        super().__init__()
+        self.embed = nn.Linear(in_channels, width)
+        self.positions = nn.Parameter(0.02 * torch.randn(1, width, grid, grid))
+        self.layers = nn.Sequential(
+            *(
+                nn.TransformerEncoderLayer(
+                    width, width // 32, 4 * width, dropout=0, activation="gelu", batch_first=True, norm_first=True
+                )
+                for _ in range(depth)
+            )
+        )
+        self.norm = nn.LayerNorm(width)
+        self.project = nn.Linear(width, out_channels)
+        self.conv_out = carrier(out_channels, out_channels, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, _, h, w = x.shape
+        positions: Tensor = self.positions
+        if positions.shape[-2:] != (h, w):
+            positions = F.interpolate(positions, size=(h, w), mode="bicubic")
+        tokens = self.embed(x.flatten(2).mT) + positions.flatten(2).mT
+        return self.conv_out(self.project(self.norm(self.layers(tokens))).mT.reshape(n, -1, h, w))
