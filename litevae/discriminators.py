@@ -1,8 +1,24 @@
 """Discriminators: an image batch to a tuple of logits, one tensor per head."""
 
+import math
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from litevae.errors import UserError
+
+
+class Discriminator(nn.Module):
+    """(N, in_channels, H, W) in [-1, 1] -> logits, a tuple of one tensor per head.
+
+    Attributes:
+        mixes_images: whether the images of a batch influence each other's logits. Real and made images then take a
+            forward each, or each would tell the other.
+    """
+
+    mixes_images: ClassVar[bool]
 
 
 class SpectralConv2d(nn.Conv2d):
@@ -50,7 +66,7 @@ class Block(nn.Module):
         return self.conv2(F.relu(h)) + self.skip(x)
 
 
-class UNetDiscriminator(nn.Module):
+class UNetDiscriminator(Discriminator):
     """UNet discriminator with a global and a per-pixel head: our fixed-depth variant of Schonfeld et al. (2020).
 
     (N, in_channels, H, W) -> logits ((N, 1), (N, 1, H, W)).
@@ -62,6 +78,7 @@ class UNetDiscriminator(nn.Module):
     multiples of 32 pool evenly. 31,481,602 parameters at 64 channels.
     """
 
+    mixes_images = False
     MULTIPLES = (1, 2, 4, 8, 16)
 
     def __init__(self, channels: int = 64, in_channels: int = 3) -> None:
@@ -90,3 +107,174 @@ class UNetDiscriminator(nn.Module):
             if skips:  # the image itself is not one
                 h = torch.cat([h, skip], dim=1)
         return self.global_head(features).flatten(1), self.pixel_head(h)
+
+
+class PatchDiscriminator(Discriminator):
+    """PatchGAN of Isola et al. (2017) with three strided layers, as Esser et al. (2021) use it.
+
+    (N, in_channels, H, W) -> logits ((N, 1, h, w),), each of a patch of 70 pixels; h is H / 8 - 2 where 8 divides H,
+    which is 24 at least. 4x4 convolutions of 1, 2, 4 and 8 times `channels`, batch norm on all but the first and the
+    last, leaky ReLU of slope 0.2, weights from N(0, 0.02) at the start. 2,765,633 parameters at 64 channels.
+
+    Batch norm knows the batch's statistics only, those of one worker, in eval mode too: theirs keeps running ones,
+    which no training step reads, and which DDP would overwrite between a forward and its backward.
+    """
+
+    mixes_images = True
+
+    def __init__(self, channels: int = 64, in_channels: int = 3) -> None:
+        super().__init__()
+        layers: list[nn.Module] = [nn.Conv2d(in_channels, channels, 4, 2, 1), nn.LeakyReLU(0.2)]
+        width = channels
+        for multiple, stride in ((2, 2), (4, 2), (8, 1)):
+            layers += [
+                nn.Conv2d(width, multiple * channels, 4, stride, 1, bias=False),
+                nn.BatchNorm2d(width := multiple * channels, track_running_stats=False),
+                nn.LeakyReLU(0.2),
+            ]
+        self.layers = nn.Sequential(*layers, nn.Conv2d(width, 1, 4, 1, 1))
+        for layer in self.layers:
+            if isinstance(layer, nn.Conv2d):
+                nn.init.normal_(layer.weight, 0, 0.02)
+            elif isinstance(layer, nn.BatchNorm2d):
+                nn.init.normal_(layer.weight, 1, 0.02)
+
+    def forward(self, x: Tensor) -> tuple[Tensor]:
+        return (self.layers(x),)
+
+
+class EqualizedConv2d(nn.Conv2d):
+    """A convolution of equalised learning rate (Karras et al. 2018): weights start from N(0, 1) and are divided by
+    the square root of their fan-in at run time; biases start at 0."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        stride: int = 1,
+        padding: int = 0,
+        bias: bool = True,
+    ) -> None:
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding, bias=bias)
+        _start_equalized(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, _equalized(self.weight), self.bias, self.stride, self.padding)
+
+
+class EqualizedLinear(nn.Linear):
+    """The same of a fully connected layer."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features)
+        _start_equalized(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, _equalized(self.weight), self.bias)
+
+
+def _start_equalized(layer: nn.Conv2d | nn.Linear) -> None:
+    nn.init.normal_(layer.weight)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+
+
+def _equalized(weight: Tensor) -> Tensor:
+    return weight / math.sqrt(weight[0].numel())
+
+
+class ResidualBlock(nn.Module):
+    """StyleGAN2's residual block of its discriminator: half the size, blurred before each strided layer."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.conv1 = EqualizedConv2d(in_channels, in_channels, 3, padding=1)
+        self.conv2 = EqualizedConv2d(in_channels, out_channels, 3, stride=2)
+        self.skip = EqualizedConv2d(in_channels, out_channels, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = leaky(self.conv1(x))
+        h = leaky(self.conv2(binomial_blur(h, padding=2)))
+        return (h + self.skip(binomial_blur(x, padding=1, stride=2))) * math.sqrt(0.5)
+
+
+def leaky(x: Tensor) -> Tensor:
+    """Leaky ReLU of slope 0.2 and StyleGAN2's gain."""
+    return F.leaky_relu(x, 0.2) * math.sqrt(2)
+
+
+def binomial_blur(x: Tensor, padding: int, stride: int = 1) -> Tensor:
+    """The filter [1, 3, 3, 1] / 8 along both axes, after `padding` (at most 3) zeros on every side.
+
+    It is the mean of two neighbours three times over: no kernel to keep as a buffer, which DDP would overwrite
+    between a forward and its backward.
+    """
+    for n in range(3):
+        x = F.avg_pool2d(x, 2, stride if n == 2 else 1, padding=int(n < padding))
+    return x
+
+
+def minibatch_deviation(x: Tensor, most: int = 4) -> Tensor:
+    """Mean standard deviation of features over a group of images (Karras et al. 2018): (N, C, H, W) to (N, 1, 1, 1).
+
+    Groups are as large as divides N, up to `most`, and stride over the batch as in StyleGAN2. In fp32.
+    """
+    size = max(size for size in range(1, most + 1) if len(x) % size == 0)
+    groups = x.float().unflatten(0, (size, -1))
+    deviation = (groups.var(0, correction=0) + 1e-8).sqrt().mean((1, 2, 3))
+    return deviation.repeat(size).view(-1, 1, 1, 1)
+
+
+class StyleGANDiscriminator(Discriminator):
+    """The residual discriminator of StyleGAN2 (Karras et al. 2020): our fixed-depth variant.
+
+    (N, in_channels, H, W), from 32 pixels a side -> logits ((N, 1),).
+
+    Its 128-pixel network (five residual blocks of 4, then 8 times `channels`, blurred downsampling, leaky ReLU,
+    equalised learning rate, minibatch standard deviation at 4x4) serves every resolution here, where theirs grows
+    a block at 256: what is left of other sizes is averaged to 4x4 (repeated below 128 pixels). 28,389,121 parameters
+    at 64 channels.
+    """
+
+    mixes_images = True
+    MULTIPLES: ClassVar[tuple[int, ...]] = (4, 8, 8, 8, 8, 8)
+    SIDE = 4  # of the map that the head takes
+
+    def __init__(self, channels: int = 64, in_channels: int = 3) -> None:
+        super().__init__()
+        widths = [channels * multiple for multiple in self.MULTIPLES]
+        last = widths[-1]
+        self.from_image = EqualizedConv2d(in_channels, widths[0], 1)
+        self.blocks = nn.Sequential(*map(ResidualBlock, widths[:-1], widths[1:]))
+        self.conv = EqualizedConv2d(last + 1, last, 3, padding=1)
+        self.linear1 = EqualizedLinear(last * self.SIDE**2, last)
+        self.linear2 = EqualizedLinear(last, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor]:
+        h = F.adaptive_avg_pool2d(self.blocks(leaky(self.from_image(x))), self.SIDE)
+        deviation = minibatch_deviation(h).to(h.dtype).expand(-1, 1, self.SIDE, self.SIDE)
+        h = leaky(self.conv(torch.cat([h, deviation], dim=1)))
+        return (self.linear2(leaky(self.linear1(h.flatten(1)))),)
+
+
+KINDS: dict[str, type[UNetDiscriminator | PatchDiscriminator | StyleGANDiscriminator]] = {
+    "unet": UNetDiscriminator,
+    "patch": PatchDiscriminator,
+    "stylegan": StyleGANDiscriminator,
+}
+
+
+def build_discriminator(kind: str, channels: int = 64) -> Discriminator:
+    """A discriminator of RGB images, its weights drawn from torch's global generator.
+
+    Args:
+        kind: ``unet`` (Schonfeld et al. 2020), ``patch`` (Isola et al. 2017) or ``stylegan`` (Karras et al. 2020).
+        channels: base width; 64 as published.
+
+    Raises:
+        UserError: there is no such kind.
+    """
+    if kind not in KINDS:
+        raise UserError(f"unknown discriminator {kind!r}; one of {', '.join(KINDS)}")
+    return KINDS[kind](channels)

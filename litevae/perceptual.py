@@ -4,6 +4,7 @@ import hashlib
 import importlib.util
 import pickle
 import textwrap
+from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -30,13 +31,20 @@ BACKBONES = {
     "alex": Backbone("alexnet", "alexnet-owt-7be5be79.pth", (1, 4, 7, 9, 11)),
     "squeeze": SQUEEZENET,
 }
+ESRGAN = Backbone("vgg19", "vgg19-dcbb9e9d.pth", (34,))  # conv5_4, before its ReLU
+
+RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
+MODELS = ("vgg16", "vgg19", "alexnet", "squeezenet1_0", "squeezenet1_1", *RESNETS)  # of `BackboneFeatures`
+# ImageNet's mean and deviation, which torchvision's backbones are trained with, of images in [-1, 1]
+MEAN = [2 * mean - 1 for mean in (0.485, 0.456, 0.406)]
+DEVIATION = [2 * deviation for deviation in (0.229, 0.224, 0.225)]
 
 
 class FeatureDistance(nn.Module):
     """Squared distance of unit-length features, weighted over channels, averaged over positions, summed over layers
     (Zhang et al. 2018): (N, 3, H, W) twice, in [-1, 1], of at least 32 pixels a side -> (N,).
 
-    In fp32 under autocast too. No parameter is trainable; gradients reach the images.
+    In fp32 under autocast too, and always in eval mode. No parameter is trainable; gradients reach the images.
 
     Attributes:
         name: what the number may be called.
@@ -50,39 +58,49 @@ class FeatureDistance(nn.Module):
         name: str,
         features: nn.Sequential,
         taps: Sequence[int],
-        shift: Sequence[float],
-        scale: Sequence[float],
+        shift: Sequence[float] = MEAN,
+        scale: Sequence[float] = DEVIATION,
         heads: Sequence[Tensor] | None = None,
         bgr: bool = False,
     ) -> None:
         super().__init__()
         self.name, self.taps, self.bgr = name, tuple(taps), bgr
-        self.features = features[: self.taps[-1] + 1].requires_grad_(False).eval()
+        self.features = features[: self.taps[-1] + 1].requires_grad_(False)
         self.register_buffer("shift", torch.tensor(shift).view(1, 3, 1, 1))
         self.register_buffer("scale", torch.tensor(scale).view(1, 3, 1, 1))
         for n, head in enumerate(heads or [torch.tensor(1 / len(self.taps))] * len(self.taps)):
             self.register_buffer(f"head{n}", head)
+        self.eval()
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
-            pairs = zip(self._units(x), self._units(y), strict=True)
-            layers = [
-                (self.get_buffer(f"head{n}") * (a - b).square()).sum(1).mean((1, 2)) for n, (a, b) in enumerate(pairs)
-            ]
+        pairs = zip(map(_unit, self.maps(x)), map(_unit, self.maps(y)), strict=True)
+        layers = [
+            (self.get_buffer(f"head{n}") * (a - b).square()).sum(1).mean((1, 2)) for n, (a, b) in enumerate(pairs)
+        ]
         return torch.stack(layers).sum(0)
+
+    def train(self, mode: bool = True) -> "FeatureDistance":
+        """A module that holds this one may train; the backbone's batch norm does not."""
+        return super().train(False)
 
     def standardized(self, x: Tensor) -> Tensor:
         """What the backbone takes: (N, 3, H, W) in [-1, 1] -> the same in its own scale and order of channels."""
         return ((x.flip(1) if self.bgr else x).float() - self.shift) / self.scale
 
-    def _units(self, x: Tensor) -> list[Tensor]:
-        h = self.standardized(x)
-        units = []
-        for n, layer in enumerate(self.features):
-            h = layer(h)
-            if n in self.taps:
-                units.append(h / (torch.linalg.vector_norm(h, dim=1, keepdim=True) + 1e-10))
-        return units
+    def maps(self, x: Tensor) -> list[Tensor]:
+        """The features that are compared, fp32 (N, C, h, w) each, of (N, 3, H, W) in [-1, 1]."""
+        found = []
+        with torch.autocast(x.device.type, enabled=False):
+            h = self.standardized(x)
+            for n, layer in enumerate(self.features):
+                h = layer(h)
+                if n in self.taps:
+                    found.append(h)
+        return found
+
+
+def _unit(h: Tensor) -> Tensor:
+    return h / (torch.linalg.vector_norm(h, dim=1, keepdim=True) + 1e-10)
 
 
 def load_lpips(net: str = "vgg", weights: str | Path = "") -> FeatureDistance:
@@ -102,20 +120,11 @@ def load_lpips(net: str = "vgg", weights: str | Path = "") -> FeatureDistance:
     package = importlib.util.find_spec("lpips")  # finds its files without importing it
     if package is None or package.origin is None:
         raise UserError("LPIPS needs the lpips package for its linear heads: pip install lpips")
-    path = Path(weights or Path(torch.hub.get_dir()) / "checkpoints" / backbone.file)
-    if not weights and not path.is_file():
-        raise WeightsMissing(
-            f"LPIPS ({net}) has no backbone weights: {path} does not exist. Put torchvision's "
-            f"{backbone.file} there (https://download.pytorch.org/models/{backbone.file}), set TORCH_HOME to the "
-            f"folder above a hub/checkpoints that has it, or name the file in the config"
-        )
+    path = _checkpoint(f"LPIPS ({net})", backbone, weights)
     features = _load_features(backbone.model, path)
     heads = load_state(Path(package.origin).parent / "weights" / "v0.1" / f"{net}.pth")
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    original = digest.startswith(backbone.file.removesuffix(".pth").rpartition("-")[2])
     return FeatureDistance(
-        f"lpips-{net}" if original else f"lpips-{net} on other weights {digest[:8]}",
+        _name(f"lpips-{net}", backbone, path),
         features,
         backbone.taps,
         shift=(-0.030, -0.088, -0.188),
@@ -143,6 +152,93 @@ class SqueezeNetFeatures(FeatureDistance):
         )
 
 
+class EsrganFeatures(FeatureDistance):
+    """ESRGAN's perceptual loss (Wang et al. 2018; Table 14): L1 of VGG19's conv5_4 features before their ReLU, averaged
+    over channels and positions: (N, 3, H, W) twice, in [-1, 1], of at least 16 pixels a side -> (N,).
+
+    Args:
+        features: of torchvision's VGG19.
+    """
+
+    def __init__(self, name: str, features: nn.Sequential) -> None:
+        super().__init__(name, features, ESRGAN.taps)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        (a,), (b,) = self.maps(x), self.maps(y)
+        return (a - b).abs().mean((1, 2, 3))
+
+
+def load_esrgan(weights: str | Path = "") -> EsrganFeatures:
+    """
+    Args:
+        weights: torchvision's checkpoint of VGG19; empty: the file that torch hub keeps of it.
+
+    Raises:
+        WeightsMissing: `weights` is empty and torch hub has no such file. Nothing is fetched.
+        UserError: the file at `weights` does not exist or holds something else.
+    """
+    path = _checkpoint("ESRGAN's loss", ESRGAN, weights)
+    features = _load_features(ESRGAN.model, path)
+    return EsrganFeatures(_name("esrgan-vgg19", ESRGAN, path), features)
+
+
+class BackboneFeatures(FeatureDistance):
+    """Distance on the last feature maps, before pooling and classifier, of a backbone of torchvision with any weights:
+    for evaluation where the published metrics' weights are missing. Not LPIPS, and not comparable between weights.
+
+    Its `name` is the model's with the first digits of the file's SHA-256; `maps` gives the one map.
+
+    Args:
+        model: one of `MODELS`; images are standardised by ImageNet's mean and deviation.
+        weights: a state dict of the model; what belongs to its classifier may be of any size, or missing.
+
+    Raises:
+        UserError: there is no such model here, or `weights` does not exist or holds something else.
+    """
+
+    def __init__(self, model: str, weights: str | Path) -> None:
+        if model not in MODELS:
+            raise UserError(f"unknown backbone {model!r}; one of {', '.join(MODELS)}")
+        path = Path(weights)
+        features = _load_features(model, path)
+        super().__init__(f"{model} {_digest(path)[:8]}", features, [len(features) - 1])
+        self.smallest = 63 if model == "alexnet" else 32
+
+    def maps(self, x: Tensor) -> list[Tensor]:
+        if min(x.shape[-2:]) < self.smallest:
+            size = "x".join(map(str, x.shape[-2:]))
+            raise UserError(f"{self.name} takes images of at least {self.smallest} pixels a side, not {size}")
+        return super().maps(x)
+
+    def distance(self, x: Tensor, y: Tensor) -> Tensor:
+        """(N, 3, H, W) twice, in [-1, 1] -> (N,): squared distance of unit-length features averaged over positions."""
+        return self(x, y)
+
+
+def _checkpoint(what: str, backbone: Backbone, weights: str | Path) -> Path:
+    """The file of a published backbone: the given one, or torch hub's."""
+    path = Path(weights or Path(torch.hub.get_dir()) / "checkpoints" / backbone.file)
+    if not weights and not path.is_file():
+        raise WeightsMissing(
+            f"{what} has no backbone weights: {path} does not exist. Put torchvision's "
+            f"{backbone.file} there (https://download.pytorch.org/models/{backbone.file}), set TORCH_HOME to the "
+            f"folder above a hub/checkpoints that has it, or name the file in the config"
+        )
+    return path
+
+
+def _name(name: str, backbone: Backbone, path: Path) -> str:
+    """`name` of the published weights; of others it says so."""
+    digest = _digest(path)
+    published = digest.startswith(backbone.file.removesuffix(".pth").rpartition("-")[2])
+    return name if published else f"{name} on other weights {digest[:8]}"
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def _load_features(model: str, path: Path) -> nn.Sequential:
     """The feature layers of a torchvision model; built without storage first, so nothing is drawn at random."""
     try:
@@ -150,9 +246,14 @@ def _load_features(model: str, path: Path) -> nn.Sequential:
     except ImportError:
         raise UserError("perceptual backbones are built by torchvision: pip install torchvision") from None
     with torch.device("meta"):
-        features = models.get_model(model, weights=None).features
-    prefix = "features."
-    state = {key.removeprefix(prefix): value for key, value in load_state(path).items() if key.startswith(prefix)}
+        network = models.get_model(model, weights=None)
+    state = load_state(path)
+    if model in RESNETS:
+        features = nn.Sequential(OrderedDict([*network.named_children()][:-2]))  # all but avgpool and fc
+        state = {key: value for key, value in state.items() if not key.startswith("fc.")}
+    else:
+        features, prefix = network.features, "features."
+        state = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     try:
         features.load_state_dict(state, assign=True)
     except RuntimeError as error:
