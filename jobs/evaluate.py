@@ -1,24 +1,31 @@
-"""Measure an autoencoder's reconstructions, generated images, or latents.
+"""Measure an autoencoder's reconstructions, generated images, latents, or what encoders and decoders cost.
 
 python jobs/evaluate.py model=runs/vae/model source.uri=/data/photos transform.resolution=256
 python jobs/evaluate.py samples samples source.uri=/data/photos transform.resolution=256   # FID, precision, recall, IS
 python jobs/evaluate.py latents /data/latents                                              # MMD to a Gaussian
+python jobs/evaluate.py complexity sd-vae,S,B,M,L batch_size=32                            # MACs, memory, images/s
 """
 
 import sys
 
-from pipelines.config import Evaluate, EvaluateLatents, EvaluateSamples, Section, main
+from pipelines.config import Evaluate, EvaluateComplexity, EvaluateLatents, EvaluateSamples, Section, main
 
 ACTIONS: dict[str, tuple[type[Section], str]] = {
     "samples": (EvaluateSamples, "samples.uri"),
     "latents": (EvaluateLatents, "cache"),
+    "complexity": (EvaluateComplexity, "models"),
 }
 
 
 def run(config: Section) -> None:
-    from pipelines import evaluate, judge, latents  # takes seconds; --help and typos do without
+    from pipelines import complexity, evaluate, judge, latents  # takes seconds; --help and typos do without
 
-    does = {Evaluate: evaluate.evaluate, EvaluateSamples: judge.samples, EvaluateLatents: latents.mmd}
+    does = {
+        Evaluate: evaluate.evaluate,
+        EvaluateSamples: judge.samples,
+        EvaluateLatents: latents.mmd,
+        EvaluateComplexity: complexity.complexity,
+    }
     does[type(config)](config)  # type: ignore[operator]
 
 

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 
 from litevae.errors import UserError
 from litevae.images import to_tensor
-from litevae.perceptual import SqueezeNetFeatures, WeightsMissing, load_state
+from litevae.perceptual import BackboneFeatures, SqueezeNetFeatures, WeightsMissing, load_state
 
 # The same file under the names that torch-fidelity and pytorch-fid give it; their last part begins its SHA-256.
 INCEPTION_FILES = ("weights-inception-2015-12-05-6726825d.pth", "pt_inception-2015-12-05-6726825d.pth")
 INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILES[0]}"
-SPLITS, NEIGHBOURS = 10, 3
+SPLITS, NEIGHBOURS, SUBSET = 10, 3, 1000
 SIGMAS = (25.0, 50.0, 100.0, 250.0, 500.0)
 
 PROTOCOLS = {
@@ -143,6 +143,37 @@ class SqueezeNetCaffe(FeatureNetwork):
         x = to_tensor(torch.tensor(pixels, device=self.device))
         with torch.autocast(x.device.type, enabled=False):
             return self.network.features(self.network.standardized(x)).mean((2, 3)), None
+
+    def distance(self, x: Tensor, y: Tensor) -> Tensor:
+        """As `SqueezeNetFeatures`: (N, 3, H, W) twice, in [-1, 1] -> (N,)."""
+        return self.network(x, y)
+
+
+class Backbone(FeatureNetwork):
+    """A classifier of torchvision that `BackboneFeatures` knows: its last feature maps, averaged over positions.
+
+    Raises:
+        UserError: `weights` does not exist or holds something else, or `model` is not known.
+    """
+
+    def __init__(self, model: str, weights: str | Path) -> None:
+        super().__init__()
+        self.network = BackboneFeatures(model, weights)
+        self.name = self.network.name
+        self.sha256 = _sha256(Path(weights))
+        side = self.network.smallest
+        self.dimension = self.network.maps(torch.zeros(1, 3, side, side))[-1].shape[1]
+        self.protocol = f"torchvision's {model} ({self.sha256[:8]}), last feature maps averaged, images not resized"
+
+    @torch.no_grad()
+    def forward(self, pixels: np.ndarray) -> tuple[Tensor, Tensor | None]:
+        x = to_tensor(torch.tensor(pixels, device=self.device))
+        with torch.autocast(x.device.type, enabled=False):
+            return self.network.maps(x)[-1].mean((2, 3)), None
+
+    def distance(self, x: Tensor, y: Tensor) -> Tensor:
+        """As `BackboneFeatures`: (N, 3, H, W) twice, in [-1, 1] -> (N,)."""
+        return self.network.distance(x, y)
 
 
 def _sha256(path: Path) -> str:
@@ -268,7 +299,7 @@ def _squared_distances(x: Tensor, y: Tensor) -> Tensor:
 
 
 def mmd(
-    latents: Tensor, sigmas: Sequence[float] = SIGMAS, subset: int = 1000, seed: int = 0
+    latents: Tensor, sigmas: Sequence[float] = SIGMAS, subset: int = SUBSET, seed: int = 0
 ) -> dict[float, tuple[float, float | None]]:
     """Squared maximum mean discrepancy (Gretton et al. 2012) of latents and a standard Gaussian, by bandwidth: mean and
     standard deviation over N // subset subsets; None where there is one. See PROTOCOLS.

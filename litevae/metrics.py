@@ -1,6 +1,9 @@
-"""Image quality under named protocols, one value per image, and their exact mean over a data set."""
+"""Image quality under named protocols, one value per image, and their exact mean over a data set; marks that an
+autoencoder leaves of its own."""
 
+import math
 from fractions import Fraction
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -16,6 +19,11 @@ PROTOCOLS = {
     "sigma 1.5, K1 0.01, K2 0.03, borders mirrored and counted, mean over pixels and channels",
     "bicubic": "antialiased bicubic (a = -0.5, as Pillow) down by the model's factor and up again, not "
     "quantised in between",
+    "artefacts": "reconstructions of the RGB cube's 8 corners and of mid grey, clipped, not quantised, borders of a "
+    "latent's element cropped away: RMS of the distance to each image's own mean colour, in levels of 0..255; and the "
+    "period in pixels of the strongest frequency of their summed power spectra",
+    "imbalance": "mean over images of the share of the squared magnitude of the decoder's last feature maps (before "
+    "its last normalisation), summed over channels, that the strongest 1 % of positions hold; of even maps 0.01",
 }
 
 
@@ -79,3 +87,53 @@ def bicubic_baseline(x: Tensor, factor: int = 8) -> Tensor:
         for target in (small, size):
             x = F.interpolate(x.float(), size=target, mode="bicubic", antialias=True)
     return x.clamp(-1, 1)
+
+
+# --- an autoencoder's own marks -------------------------------------------------------------------------------
+
+
+def constant_colours(side: int) -> Tensor:
+    """The 8 corners of the RGB cube and mid grey: (9, 3, side, side) in [-1, 1]."""
+    colours = [*product((-1.0, 1.0), repeat=3), (0.0, 0.0, 0.0)]
+    return torch.tensor(colours)[:, :, None, None].expand(-1, -1, side, side).contiguous()
+
+
+def artefacts(images: Tensor, border: int) -> tuple[float, float | None]:
+    """What an autoencoder adds to images of constant colour, of which nothing is in the image.
+
+    Args:
+        images: reconstructions (N, 3, H, W) in [-1, 1] of images that are constant each.
+        border: pixels of each side that are cropped away: padding makes borders different. Where it is a latent's
+            element and H and W are multiples of it, patterns of that period fall on one frequency.
+
+    Returns:
+        RMS of what is not the image's mean colour (the spectrum without its DC part), in levels of 0..255, and the
+        period in pixels of the strongest frequency; None where all is constant.
+
+    Raises:
+        UserError: NaN or infinite pixels; nothing is left within the borders.
+    """
+    height, width = (side - 2 * border for side in images.shape[-2:])
+    if min(height, width) < 2:
+        raise UserError(f"borders of {border} pixels leave nothing of {images.shape[-1]}x{images.shape[-2]}")
+    if not images.isfinite().all():
+        raise UserError("a reconstruction of constant colour has NaN or infinite pixels; the model's output is broken")
+    inner = images[..., border : border + height, border : border + width].double() * 127.5
+    waves = inner - inner.mean(dim=(2, 3), keepdim=True)
+    rms = waves.square().mean().sqrt().item()
+    power = torch.fft.rfft2(waves).abs().square().sum(dim=(0, 1))
+    if rms < 1e-6:  # rounding
+        return rms, None
+    row, column = divmod(int(power.argmax()), power.shape[1])
+    frequency = math.hypot(min(row, height - row) / height, column / width)
+    return rms, 1 / frequency
+
+
+def imbalance(maps: Tensor, share: float = 0.01) -> Tensor:
+    """How much of feature maps is in few places (Section 4.2): (N, C, H, W) -> (N,) float64, the share of their squared
+    magnitude, summed over channels, that the strongest `share` of positions (at least one) hold. Of even maps it is
+    `share`; 1: there is nothing elsewhere, or nothing at all."""
+    energy = maps.double().square().sum(1).flatten(1)
+    count = max(1, round(share * energy.shape[1]))
+    total = energy.sum(1)
+    return torch.where(total > 0, energy.topk(count, dim=1).values.sum(1) / total, 1.0)

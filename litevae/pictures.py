@@ -1,4 +1,4 @@
-"""Pictures for people: grids of images, and reconstructions beside what they came from."""
+"""Pictures for people: grids of images, reconstructions beside what they came from, and feature maps."""
 
 import numpy as np
 import torch
@@ -65,19 +65,59 @@ def reconstruction_picture(x: Tensor, reconstruction: Tensor, latents: Tensor) -
     colours, colours_are = latents_as_rgb(latents)
     size = (before.shape[2], before.shape[1])
     colours = np.stack([_resized(image, size) for image in colours])
-    columns = {
-        "input": before,
-        "reconstruction": after,
-        colours_are: colours,
-        f"error x{ERROR_SCALE}": error.clip(0, 255).astype(np.uint8),
-    }
-    scale = max(1, -(-_CELL // min(size)))
-    cells = np.stack(list(columns.values()), axis=1).reshape(-1, *before.shape[1:])
+    return _labelled(
+        {
+            "input": before,
+            "reconstruction": after,
+            colours_are: colours,
+            f"error x{ERROR_SCALE}": error.clip(0, 255).astype(np.uint8),
+        }
+    )
+
+
+def strongest_maps(maps: Tensor, channels: int = 4) -> Tensor:
+    """Of feature maps (N, C, H, W): the mean of their magnitudes over channels, then the magnitudes of the `channels`
+    channels (at most C) with the largest maxima, the largest first -> (N, 1 + channels, H, W) float32."""
+    found = []
+    for image in maps.detach().float().abs():  # one by one: the last maps are the largest tensors of a decoder
+        order = image.amax(dim=(1, 2)).argsort(descending=True, stable=True)[:channels]
+        found.append(torch.cat([image.mean(0, keepdim=True), image[order]]))
+    return torch.stack(found)
+
+
+def feature_map_picture(x: Tensor, maps: Tensor) -> np.ndarray:
+    """A row per image: input | mean over channels | channel of the largest maximum | of the second largest ...,
+    labelled (Figure 3) -> uint8 (height, width, 3). Of each map black is 0 and white its own maximum.
+
+    Args:
+        x: (N, 3, H, W) in [-1, 1].
+        maps: (N, 1 + channels, h, w); see `strongest_maps`.
+    """
+    images = to_uint8(x)
+    size = (images.shape[2], images.shape[1])
+    levels = (maps / maps.amax(dim=(2, 3), keepdim=True).clamp(min=1e-12) * 255).round().to(torch.uint8).cpu().numpy()
+    columns = {"input": images}
+    for n in range(maps.shape[1]):
+        shown = np.stack([_resized(level, size) for level in levels[:, n]])
+        columns["mean |map|" if n == 0 else f"{_ordinal(n)} maximum"] = shown[..., None].repeat(3, axis=3)
+    return _labelled(columns)
+
+
+def _ordinal(number: int) -> str:
+    return {1: "largest", 2: "2nd", 3: "3rd"}.get(number, f"{number}th")
+
+
+def _labelled(columns: dict[str, np.ndarray]) -> np.ndarray:
+    """Columns of images uint8 (N, H, W, 3) of one size, each below its label -> uint8 (height, width, 3)."""
+    first = next(iter(columns.values()))
+    height, width = first.shape[1:3]
+    scale = max(1, -(-_CELL // min(height, width)))
+    cells = np.stack(list(columns.values()), axis=1).reshape(-1, *first.shape[1:])
     sheet = grid(cells.repeat(scale, axis=1).repeat(scale, axis=2), len(columns))
     header = Image.new("RGB", (sheet.shape[1], _LABEL), "white")
     draw = ImageDraw.Draw(header)
     for number, label in enumerate(columns):
-        left = _GAP + number * (size[0] * scale + _GAP)
+        left = _GAP + number * (width * scale + _GAP)
         draw.text((left + 2, _LABEL // 2), label, fill="black", anchor="lm", font=ImageFont.load_default(11))
     return np.concatenate([np.asarray(header), sheet])
 

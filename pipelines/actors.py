@@ -5,27 +5,30 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 from litevae.errors import UserError
-from pipelines.cluster import Share
+from pipelines.cluster import Share, anywhere
 
 Item = TypeVar("Item")
 
 
-def pool(cls: type, share: Share, *arguments: Any) -> list[Any]:
+def pool(cls: type, share: Share, *arguments: Any, **options: Any) -> list[Any]:
     """An actor of `cls` per worker, ready. One that dies is started and its work done again, up to three times.
 
-    `arguments` are small: an actor can't be started again when those are in the object store and lost.
+    `arguments` are small: an actor can't be started again when those are in the object store and lost. `options` are
+    Ray's, beside or instead of those here.
 
     Raises:
         UserError: an actor could not be made, e.g. because its node does not have the model's folder.
     """
     import ray
 
-    actor = ray.remote(cls).options(
-        num_cpus=share.resources["CPU"],
-        num_gpus=share.resources.get("GPU", 0),
-        max_restarts=3,
-        max_task_retries=3,
-    )
+    given = {
+        "num_cpus": share.resources["CPU"],
+        "num_gpus": share.resources.get("GPU", 0),
+        "max_restarts": 3,
+        "max_task_retries": 3,
+        "scheduling_strategy": anywhere(),
+    }
+    actor = ray.remote(cls).options(**given | options)
     actors = [actor.remote(*arguments) for _ in range(share.workers)]
     try:
         ray.get([actor.__ray_ready__.remote() for actor in actors])

@@ -9,10 +9,14 @@ import os
 import secrets
 import sys
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from litevae import storage
 from litevae.errors import UserError
 from pipelines.config import Ray as RayConfig
+
+if TYPE_CHECKING:
+    import torch
 
 SPARE_CPUS = 2  # the training controller, and one data task beside the workers
 
@@ -41,10 +45,21 @@ class Share:
     threads: int
     gpus: float = 1.0  # of each worker, where there are GPUs
     decoders: int = 1  # decoding tasks at a time, a CPU each
+    jobs: int = 1  # of this size at a time
 
     @property
     def resources(self) -> dict[str, float]:
         return {"CPU": 1.0, "GPU": self.gpus} if self.gpu else {"CPU": 1.0}
+
+    def settle(self) -> "torch.device":
+        """In a worker that measures: its threads and device, which computes in fp32 what is fp32 (not TF32), and the
+        same each time."""
+        import torch
+
+        torch.set_num_threads(self.threads)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cudnn.deterministic = True
+        return torch.device("cuda" if self.gpu else "cpu")
 
     @property
     def text(self) -> str:
@@ -81,8 +96,19 @@ def output_path(field: str, path: str, remote: bool = False) -> str:
     return os.path.abspath(path)
 
 
-def start(config: RayConfig) -> Share:
+def anywhere() -> Any:
+    """Where a job's actors and tasks may run: wherever there is room. Of a trial of Ray Tune they would else wait for
+    room within what is reserved for the trial, for ever where that is the trial's own process only."""
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+    return PlacementGroupSchedulingStrategy(placement_group=None)
+
+
+def start(config: RayConfig, jobs: int = 1) -> Share:
     """Join the cluster of $RAY_ADDRESS or of the submitted job, else start one on this machine.
+
+    Args:
+        jobs: of this size at a time; 0: as many as GPUs hold, one without.
 
     Raises:
         UserError: the cluster can't hold the workers asked for.
@@ -103,7 +129,7 @@ def start(config: RayConfig) -> Share:
         else:
             ray.init(
                 address="local",  # or it joins whatever cluster was started last on this machine
-                num_cpus=max(os.cpu_count() or 1, config.workers + config.decode_tasks) + SPARE_CPUS,
+                num_cpus=max(os.cpu_count() or 1, (config.workers + config.decode_tasks) * max(1, jobs)) + SPARE_CPUS,
                 include_dashboard=True,  # without it Ray Train's controller logs an error a second
                 dashboard_host="127.0.0.1",
                 logging_level="ERROR",
@@ -117,12 +143,14 @@ def start(config: RayConfig) -> Share:
             f"ray.workers={config.workers} with {config.gpus_per_worker:g} GPU each, but the cluster has {gpus}; "
             f"lower it or set ray.gpu=no"
         )
-    needed = config.workers + SPARE_CPUS
+    jobs = jobs or (max(1, int(gpus / (config.workers * config.gpus_per_worker))) if gpu else 1)
+    needed = config.workers * jobs + SPARE_CPUS
     if cpus < needed:
         raise UserError(
-            f"ray.workers={config.workers} needs {needed} logical CPUs ({SPARE_CPUS} for the controller and data), but "
-            f"the cluster has {cpus}; lower ray.workers, or start Ray with --num-cpus={needed}"
+            f"ray.workers={config.workers}{f' for each of {jobs} trials at a time' if jobs > 1 else ''} needs {needed} "
+            f"logical CPUs ({SPARE_CPUS} for the controller and data), but the cluster has {cpus}; lower it, or start "
+            f"Ray with --num-cpus={needed}"
         )
-    threads = config.cpus_per_worker or max(1, (os.cpu_count() or 1) // config.workers)
+    threads = config.cpus_per_worker or max(1, (os.cpu_count() or 1) // (config.workers * jobs))
     decoders = config.decode_tasks or (max(1, cpus - needed) if gpu else -(-cpus // 8))
-    return Share(config.workers, gpu, threads, config.gpus_per_worker, decoders)
+    return Share(config.workers, gpu, threads, config.gpus_per_worker, decoders, jobs)

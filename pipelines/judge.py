@@ -23,9 +23,8 @@ from torch import Tensor
 
 from litevae import generation, storage
 from litevae.errors import UserError
-from litevae.generation import FeatureNetwork, FrechetStatistics, Inception, SqueezeNetCaffe
+from litevae.generation import FeatureNetwork, FrechetStatistics
 from litevae.images import ImageError, ImageTransform, Transformed
-from litevae.perceptual import WeightsMissing
 from pipelines import cluster, config, reading, scores, tracking
 from pipelines.actors import pool
 from pipelines.reading import Bad, Read, named, spaced
@@ -97,9 +96,9 @@ def samples(cfg: config.EvaluateSamples) -> dict[str, Any]:
     root = cluster.output_path("root", cfg.root)
     if cfg.transform.resolution < SMALLEST:
         raise UserError(f"transform.resolution={cfg.transform.resolution}: images are judged from {SMALLEST} px on")
-    weights = {name: os.path.abspath(path) for name in ("inception", "squeezenet") if (path := getattr(cfg, name))}
-    cfg = cfg.model_copy(update=weights)
-    networks, remarks = _networks(cfg.inception, cfg.squeezenet)
+    files = [path and os.path.abspath(path) for path in (cfg.inception, cfg.squeezenet, cfg.backbone)]
+    weights = [*files, cfg.backbone_model]
+    networks, remarks = check_networks(*weights)
     drawn = _drawn(cfg)
     reference = _set(
         open_source(cfg.source),
@@ -110,16 +109,11 @@ def samples(cfg: config.EvaluateSamples) -> dict[str, Any]:
     )
 
     share = cluster.start(cfg.ray)
-    os.makedirs(out, exist_ok=True)
-    shown = cfg.model_dump(mode="json")
-    run = tracking.start_run(cfg.tracking, cfg.root, "evaluate", os.path.basename(out), shown, out, resume=False)
-    tracker = tracking.Tracker(run)
-    status: tracking.Status = "FAILED"
-    try:
+    with tracking.tracked(cfg, "evaluate", os.path.basename(out), out) as (tracker, run):
         uri = reference.source.uri
         tracker.dataset(os.path.basename(uri), reference.source.digest, uri, context="reference")
         known = {network.name: network.sha256 for network in networks}
-        actors = pool(Extractor, share, share, cfg.inception, cfg.squeezenet, known)
+        actors = pool(Extractor, share, share, weights, known)
         kept = {network.name: Kept(os.path.join(root, "references"), reference, network) for network in networks}
         remarks += [remark for each in kept.values() if (remark := each.load())]
         if unknown := [network for network in networks if network.name not in reference.features]:
@@ -139,29 +133,23 @@ def samples(cfg: config.EvaluateSamples) -> dict[str, Any]:
             "run": tracking.link(run),
         }
         scores.leave(summary, out, tracker)
-        status = "FINISHED"
-    finally:
-        tracker.close(status)
     print(_report(summary, out))
     return summary
 
 
-def _networks(inception: str, squeezenet: str) -> tuple[list[FeatureNetwork], list[str]]:
-    """Those that there are weights for, and a line about one that is missing."""
-    found: list[FeatureNetwork] = []
-    remarks = []
-    try:
-        found.append(Inception(inception))
-    except WeightsMissing as error:
-        if not squeezenet:
-            raise UserError(
-                f"there is nothing to judge by: {error}. Or give squeezenet=FILE, the features of the Caffe "
-                f"SqueezeNet 1.1 under torchvision's names, for a Frechet distance under its own name"
-            ) from None
-        remarks.append(f"FID and Inception Score are left out: {error}")
-    if squeezenet:
-        found.append(SqueezeNetCaffe(squeezenet))
-    return found, remarks
+def check_networks(*weights: str) -> tuple[list[FeatureNetwork], list[str]]:
+    """As `scores.networks`.
+
+    Raises:
+        UserError: there are weights of none, or a file that is named does not exist or holds something else.
+    """
+    found, missing = scores.networks(*weights)
+    if not found:
+        raise UserError(
+            f"there is nothing to judge by: {missing[0]}. Or give squeezenet=FILE, the features of the Caffe "
+            f"SqueezeNet 1.1 under torchvision's names, or backbone=FILE, for a Frechet distance under its own name"
+        )
+    return found, [f"FID and Inception Score are left out: {line}" for line in missing]
 
 
 def _drawn(cfg: config.EvaluateSamples) -> Set:
@@ -249,15 +237,11 @@ def _extract(
 class Extractor:
     """A worker: the networks on one device."""
 
-    def __init__(self, share: cluster.Share, inception: str, squeezenet: str, weights: dict[str, str]):
-        torch.set_num_threads(share.threads)
-        device = torch.device("cuda" if share.gpu else "cpu")
-        if share.gpu:  # TF32 would be another number
-            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-            torch.backends.cudnn.deterministic = True
-        networks, remarks = _networks(inception, squeezenet)
-        if (here := {network.name: network.sha256 for network in networks}) != weights:
-            raise UserError(f"the driver has weights {weights}, this node {here}. {' '.join(remarks)}")
+    def __init__(self, share: cluster.Share, weights: list[str], known: dict[str, str]):
+        device = share.settle()
+        networks, remarks = check_networks(*weights)
+        if (here := {network.name: network.sha256 for network in networks}) != known:
+            raise UserError(f"the driver has weights {known}, this node {here}. {' '.join(remarks)}")
         self.networks = {network.name: network.to(device) for network in networks}
 
     def extract(
@@ -336,18 +320,12 @@ def _scores(network: FeatureNetwork, drawn: Set, reference: Set) -> list[Score]:
     own = network.name == "inception"
     suffix = "" if own else f"/{network.name}"
     by = "" if own else f" ({network.name})"
-    side, how = drawn.transform.resolution, _shown(reference.transform)
+    side, how = drawn.transform.resolution, scores.shown(reference.transform)
 
     def sets(count: int, of: int) -> str:
         return f"{count:,} generated images of {side} px, as they are, against {of:,} of {reference.source.uri}, {how}"
 
     counts = mine.statistics.count, theirs.statistics.count
-    few = []
-    if min(counts) <= network.dimension:
-        few = [
-            f"CAUTION: {min(counts):,} images make a singular covariance of {network.dimension:,} features: too large, "
-            f"and to be compared at equal N only"
-        ]
     distance = generation.frechet_distance(mine.statistics, theirs.statistics)
     found = [
         Score(
@@ -355,7 +333,14 @@ def _scores(network: FeatureNetwork, drawn: Set, reference: Set) -> list[Score]:
             "FID" if own else f"Frechet distance on {network.name} features",
             distance,
             None,
-            "; ".join([network.protocol, sets(*counts), generation.PROTOCOLS["frechet"], *few]),
+            "; ".join(
+                [
+                    network.protocol,
+                    sets(*counts),
+                    generation.PROTOCOLS["frechet"],
+                    *scores.caution(min(counts), network),
+                ]
+            ),
         )
     ]
     if mine.logits:
@@ -368,13 +353,6 @@ def _scores(network: FeatureNetwork, drawn: Set, reference: Set) -> list[Score]:
     for name, value in zip(("precision", "recall"), generation.precision_recall(of, kept), strict=True):
         found.append(Score(f"{name}/{network.name}", f"{name} ({network.name})", value, None, protocol))
     return found
-
-
-def _shown(transform: ImageTransform) -> str:
-    if transform.resize == "none":
-        return f"centre crop of {transform.resolution} px, not resized"
-    library = f"Pillow {transform.identity['Pillow']}"
-    return f"shorter side to {transform.resolution} px ({library}, antialiased bicubic), centre crop"
 
 
 def _report(summary: dict[str, Any], out: str) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from litevae import generation
 from litevae.cache import LatentCache, Shape
@@ -34,28 +35,11 @@ def mmd(cfg: config.EvaluateLatents) -> dict[str, Any]:
     parts = [chosen[start : start + PART] for start in range(0, len(chosen), PART)]
     raw = torch.cat([cache.latents(part, 0, cfg.seed, cfg.draw, normalize=False) for part in parts])
 
-    os.makedirs(out, exist_ok=True)
-    shown = cfg.model_dump(mode="json")
-    run = tracking.start_run(cfg.tracking, cfg.root, "evaluate", os.path.basename(out), shown, out, resume=False)
-    tracker = tracking.Tracker(run)
-    status: tracking.Status = "FAILED"
-    try:
+    with tracking.tracked(cfg, "evaluate", os.path.basename(out), out) as (tracker, run):
         digest = cache.manifest["digest"]
         tracker.dataset(os.path.basename(cache.path), digest, cache.path, context="evaluation")
-        size = "x".join(map(str, raw.shape[1:]))
-        subset = min(cfg.subset, len(raw))
-        count = len(raw) // subset
         drawn = "drawn from the moments" if cfg.draw == "sample" and cache.content == "moments" else "means"
-        about = f"{len(raw):,} latents of {size}, {drawn}, in {count} subset{'s' if count > 1 else ''} of {subset:,}"
-        kinds = {
-            "normalised": (cache.normalize(raw), "to mean 0 and standard deviation 1 a channel over the cache"),
-            "raw": (raw, "as the autoencoder gives them"),
-        }
-        found = [
-            Score(f"mmd/{kind}/{sigma:g}", f"MMD², {kind}, sigma {sigma:g}", value, std, f"{about}, {scale}; {MMD}")
-            for kind, (values, scale) in kinds.items()
-            for sigma, (value, std) in generation.mmd(values, cfg.sigmas, cfg.subset, cfg.seed).items()
-        ]
+        found = judged(raw, cache.normalize(raw), "the cache", drawn, cfg.sigmas, cfg.subset, cfg.seed)
         remarks = []
         if len(rows) < len(cache):
             remarks.append(f"only rows of the most frequent shape {shape}: {len(rows):,} of {len(cache):,}")
@@ -67,11 +51,39 @@ def mmd(cfg: config.EvaluateLatents) -> dict[str, Any]:
             "run": tracking.link(run),
         }
         scores.leave(summary, out, tracker)
-        status = "FINISHED"
-    finally:
-        tracker.close(status)
     print(f"{len(raw):,} of {len(cache):,} latents of {cache.path}\n\n{scores.report(summary, out)}")
     return summary
+
+
+def judged(
+    raw: Tensor,
+    normalised: Tensor,
+    over: str,
+    drawn: str,
+    sigmas: Sequence[float] = generation.SIGMAS,
+    subset: int = generation.SUBSET,
+    seed: int = 0,
+) -> list[Score]:
+    """The MMD of latents (N, C, h, w), normalised and raw, at each bandwidth, as mmd/<normalised|raw>/<bandwidth>.
+
+    Args:
+        over: what they are normalised over, and `drawn` how they came, for people.
+
+    Raises:
+        UserError: as `generation.mmd`.
+    """
+    size, subset = "x".join(map(str, raw.shape[1:])), min(subset, len(raw))
+    count = len(raw) // subset
+    about = f"{len(raw):,} latents of {size}, {drawn}, in {count} subset{'s' if count > 1 else ''} of {subset:,}"
+    kinds = {
+        "normalised": (normalised, f"to mean 0 and standard deviation 1 a channel over {over}"),
+        "raw": (raw, "as the autoencoder gives them"),
+    }
+    return [
+        Score(f"mmd/{kind}/{sigma:g}", f"MMD², {kind}, sigma {sigma:g}", value, std, f"{about}, {scale}; {MMD}")
+        for kind, (values, scale) in kinds.items()
+        for sigma, (value, std) in generation.mmd(values, sigmas, subset, seed).items()
+    ]
 
 
 def _largest_group(cache: LatentCache) -> tuple[Shape, Sequence[int]]:

@@ -7,6 +7,7 @@ import numpy as np
 
 from litevae.images import ImageError, ImageTransform
 from pipelines.actors import spread
+from pipelines.cluster import anywhere
 from pipelines.sources import Source
 
 
@@ -44,7 +45,7 @@ def over(
     import ray
 
     shared = ray.put(source)
-    read = ray.remote(_read).options(num_cpus=1)
+    read = ray.remote(_read).options(num_cpus=1, scheduling_strategy=anywhere())
     ahead = 1 + -(-decoders // len(actors))  # one is measured while the others are read
     parts = chunks(units, batch_size, transform.resolution, len(actors))
     return spread(actors, lambda actor, part: call(actor, read.remote(shared, transform, part), part), parts, ahead)

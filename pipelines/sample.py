@@ -89,10 +89,7 @@ def sample(cfg: config.Sample) -> dict[str, Any]:
     storage.remove(storage.join(out, "samples.json"))
     name = os.path.basename(out)
     folder = os.path.join(os.path.abspath(cfg.root), name) if storage.remote(out) else out
-    run = tracking.start_run(cfg.tracking, cfg.root, "sample", name, cfg.model_dump(mode="json"), folder, resume=False)
-    tracker = tracking.Tracker(run)
-    status: tracking.Status = "FAILED"
-    try:
+    with tracking.tracked(cfg, "sample", name, folder) as (tracker, run):
         drawn = sum(len(piece.numbers) for piece in missing)
         started = time.monotonic()
         if missing:
@@ -114,12 +111,6 @@ def sample(cfg: config.Sample) -> dict[str, Any]:
         storage.put(storage.join(out, "samples.json"), _json(summary))
         tracker.metrics({"sample/images_per_s": summary["images_per_s"]}, step=0)
         tracker.image("samples", picture, step=0)
-        status = "FINISHED"
-    except KeyboardInterrupt:
-        status = "KILLED"
-        raise
-    finally:
-        tracker.close(status)
     before = f"{cfg.images - drawn} of them drawn before" if drawn < cfg.images else "all drawn now"
     print(
         f"{cfg.images} images, {before}, {summary['images_per_s']:.2f} a second, {cfg.steps} {cfg.sampler} steps\n"

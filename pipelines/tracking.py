@@ -5,7 +5,8 @@ both to MLflow, as far as MLflow takes them. How much of metrics.jsonl has arriv
 in the same call, so a server that was away is caught up with and nothing is logged twice. A step that is already in
 metrics.jsonl is not logged again: a resumed run repeats the steps after its last checkpoint.
 
-On the driver: start_run, link, finish. In the driver or in rank 0 of the workers: Tracker(handle).
+On the driver: start_run, link, finish. In the driver or in rank 0 of the workers: Tracker(handle). A job whose driver
+does it all: tracked.
 """
 
 import json
@@ -20,6 +21,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -29,7 +31,7 @@ import numpy as np
 
 from litevae.errors import UserError
 from pipelines.cluster import output_path
-from pipelines.config import Tracking
+from pipelines.config import Tracked, Tracking
 
 # Seconds. MLflow's own defaults (120 s a request, 7 retries) block for 4 minutes where a server refuses and for 20
 # where it hangs; here one request is tried once, and what failed is tried again later.
@@ -85,10 +87,14 @@ def start_run(
     handle = RunHandle(uri, None, config.experiment, folder)
     if not uri:
         return handle
-    labels = {"litevae.job": job, "litevae.folder": folder, "mlflow.source.name": f"jobs/{job}.py", **(tags or {})}
+    labels = {"litevae.job": job, "litevae.folder": folder, "mlflow.source.name": f"jobs/{job}.py"}
+    labels |= config.tags | (tags or {}) | ({"mlflow.parentRunId": config.parent} if config.parent else {})
     # The first use of an SQLite store creates its tables: seconds on an idle disk.
     seconds = 3 * REQUEST_TIMEOUT if _is_server(uri) else 120
-    return _attempt(handle, seconds, partial(_open_run, handle, root, name, params, redact(labels), resume)) or handle
+    return (
+        _attempt(handle, seconds, partial(_open_run, handle, root, config.run or name, params, redact(labels), resume))
+        or handle
+    )
 
 
 def finish(handle: RunHandle, status: Status = "FINISHED") -> None:
@@ -135,6 +141,28 @@ def redact(value: Any) -> Any:
         return value
     value = re.sub(r"(?<=://)[^/?#\s]*@", "***@", value)
     return re.sub(r"(?i)([?&][^=&\s]*(?:key|secret|token|password|sig)[^=&\s]*=)[^&\s]+", r"\1***", value)
+
+
+@contextmanager
+def tracked(
+    cfg: Tracked, job: str, name: str, folder: str, resume: bool = False
+) -> Iterator[tuple["Tracker", RunHandle]]:
+    """The run of a job that logs from its driver alone, closed however the job ends: see `start_run`.
+
+    Raises:
+        UserError: as `start_run`.
+    """
+    run = start_run(cfg.tracking, cfg.root, job, name, cfg.model_dump(mode="json"), folder, resume=resume)
+    tracker = Tracker(run)
+    status: Status = "FAILED"
+    try:
+        yield tracker, run
+        status = "FINISHED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
+    finally:
+        tracker.close(status)
 
 
 class Tracker:
@@ -324,6 +352,28 @@ class Tracker:
         )
         tag = InputTag("mlflow.data.context", context)
         self._client.log_inputs(self._handle.run_id, [DatasetInput(dataset, [tag])])
+
+
+def replay(folder: str, tracker: Tracker, step: int, but: str = "") -> dict[str, float]:
+    """Log again what was logged in another run's folder: step 0 as `step`, other steps and pictures as they are.
+
+    Returns the last value of each metric.
+
+    Args:
+        but: beginning of the names of metrics to leave out.
+    """
+    last: dict[str, float] = {}
+    for line in Path(folder, "metrics.jsonl").read_bytes().splitlines():
+        at, _, values = _parse(line)
+        values = {key: value for key, value in values.items() if not (but and key.startswith(but))}
+        tracker.metrics(values, at or step)
+        last |= values
+    from PIL import Image
+
+    for path in sorted(Path(folder, "images").glob("*-" + "[0-9]" * 12 + ".png")):
+        with Image.open(path) as image:
+            tracker.image(path.stem[:-13], np.asarray(image), int(path.stem[-12:]) or step)
+    return last
 
 
 # --- MLflow -----------------------------------------------------------------------------------------------------

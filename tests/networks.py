@@ -26,3 +26,10 @@ def save_squeezenet(path: Path) -> Path:
     torch.manual_seed(0)
     torch.save(models.squeezenet1_1(weights=None).state_dict(), path)
     return path
+
+
+def save_resnet(path: Path) -> Path:
+    """Of a ResNet-18."""
+    torch.manual_seed(0)
+    torch.save(models.resnet18(weights=None).state_dict(), path)
+    return path

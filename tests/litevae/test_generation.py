@@ -21,6 +21,7 @@ from torchvision import models
 from litevae import generation
 from litevae.errors import UserError
 from litevae.generation import (
+    Backbone,
     FrechetStatistics,
     Inception,
     SqueezeNetCaffe,
@@ -29,8 +30,11 @@ from litevae.generation import (
     mmd,
     precision_recall,
 )
+from litevae.images import to_tensor
 from litevae.perceptual import WeightsMissing
 from tests.networks import save_inception
+
+MEAN, DEVIATION = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
 
 
 def features(count: int, dimension: int = 12, seed: int = 0, scale: float = 1.0, shift: float = 0.0) -> torch.Tensor:
@@ -306,3 +310,28 @@ def test_squeezenet_features_are_torchvisions(tmp_path):
         expected = reference.features(bgr - torch.tensor([103.939, 116.779, 123.68]).view(1, 3, 1, 1)).mean((2, 3))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
     assert "inception" not in network.name
+
+
+@pytest.mark.parametrize("name", ["resnet18", "squeezenet1_1"])
+def test_any_backbones_features_are_torchvisions(tmp_path, name):
+    torch.manual_seed(0)
+    reference = models.get_model(name, weights=None).eval()
+    torch.save(reference.state_dict(), tmp_path / "weights.pth")
+    network, pixels = Backbone(name, tmp_path / "weights.pth"), photos()
+    found, logits = network(pixels)
+    x = (torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255 - MEAN) / DEVIATION
+    with torch.no_grad():
+        if name == "resnet18":
+            reference.fc = torch.nn.Identity()
+            expected = reference(x)
+        else:
+            expected = reference.features(x).mean((2, 3))
+    assert logits is None
+    assert found.shape == (3, network.dimension)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert network.name == f"{name} {network.sha256[:8]}"
+    a, b = to_tensor(pixels[:1]), to_tensor(pixels[1:2])
+    torch.testing.assert_close(network.distance(a, b), network.distance(b, a))
+    assert network.distance(a, b) > 0
+    with pytest.raises(UserError, match="unknown backbone 'resnet'"):
+        Backbone("resnet", tmp_path / "weights.pth")

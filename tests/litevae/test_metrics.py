@@ -1,4 +1,5 @@
-"""PSNR, SSIM and their mean against torchmetrics, scikit-image and a plain computation; the baseline against Pillow."""
+"""PSNR, SSIM and their mean against torchmetrics, scikit-image and a plain computation; the baseline against Pillow;
+an autoencoder's marks against waves and maps made by hand."""
 
 import math
 
@@ -113,5 +114,68 @@ def test_bicubic_baseline_is_pillows():
     assert 15 < metrics.psnr(metrics.bicubic_baseline(x), x).item() < 30
 
 
+# --- an autoencoder's own marks -------------------------------------------------------------------------------
+
+
+def waves(row: float, column: float, height: int = 64, width: int = 80) -> torch.Tensor:
+    """Unit sine of so many periods a pixel down and to the right."""
+    y, x = torch.arange(height, dtype=torch.float64)[:, None], torch.arange(width, dtype=torch.float64)
+    return torch.sin(2 * math.pi * (row * y + column * x))
+
+
+@pytest.mark.parametrize(
+    ("row", "column", "period"), [(0, 1 / 8, 8), (1 / 4, 0, 4), (1 / 8, -1 / 16, 64 / 80**0.5), (1 / 2, 1 / 2, 2**0.5)]
+)
+def test_artefacts_are_stripes_amplitude_and_period(row, column, period):
+    wave = waves(row, column) if row < 1 / 2 else checkerboard()
+    images = torch.tensor([[-0.5, 0.0, 0.5], [0.9, -0.9, 0.1]], dtype=torch.float64)[:, :, None, None].repeat(
+        1, 1, 64, 80
+    )
+    images[0, 1] += 3 / 127.5 * wave  # 3 levels in one of six planes
+    found = metrics.artefacts(images, border=8)
+    power = 1 / 2 if row < 1 / 2 else 1
+    assert found == (pytest.approx(3 * math.sqrt(power / 6)), pytest.approx(period))
+
+
+def checkerboard(height: int = 64, width: int = 80) -> torch.Tensor:
+    return 1.0 - 2 * ((torch.arange(height)[:, None] + torch.arange(width)) % 2)
+
+
+def test_artefacts_of_several_waves_and_of_borders():
+    images = torch.zeros(1, 3, 64, 80, dtype=torch.float64)
+    images += (2 * waves(1 / 16, 0) + 1 * waves(0, 1 / 4)) / 127.5
+    assert metrics.artefacts(images, 8) == (pytest.approx(math.sqrt((4 + 1) / 2)), pytest.approx(16))
+    images[..., :8, :] = 1  # padding
+    images[..., -8:] = -1
+    assert metrics.artefacts(images, 8) == (pytest.approx(math.sqrt((4 + 1) / 2)), pytest.approx(16))
+    assert metrics.artefacts(images, 4)[0] > 10
+
+
+def test_constant_colours_have_no_artefacts():
+    colours = metrics.constant_colours(24)
+    assert colours.shape == (9, 3, 24, 24)
+    assert len({tuple(image[:, 5, 7].tolist()) for image in colours}) == 9
+    assert (colours[-1] == 0).all()
+    assert metrics.artefacts(colours, 8) == (0, None)
+    with pytest.raises(UserError, match="leave nothing of 24x24"):
+        metrics.artefacts(colours, 12)
+    colours[3, 0, 9, 9] = math.nan
+    with pytest.raises(UserError, match="NaN"):
+        metrics.artefacts(colours, 8)
+
+
+def test_imbalance_by_hand():
+    even = torch.full((1, 2, 10, 10), -0.5)
+    strong = torch.full((1, 2, 10, 10), 0.5)
+    strong[0, :, 3, 4] = torch.tensor([3.0, -4.0])  # 25 beside 99 times 1/2
+    alone = torch.zeros(1, 2, 10, 10)
+    alone[0, 1, 0, 9] = 7
+    expected = [0.01, 25 / (25 + 99 / 2), 1, 1]
+    assert metrics.imbalance(torch.cat([even, strong, alone, 0 * even])).tolist() == pytest.approx(expected)
+    two = torch.arange(1.0, 201.0).sqrt().view(1, 1, 20, 10)  # 1 % of 200 positions are two
+    assert metrics.imbalance(two).item() == pytest.approx((200 + 199) / (200 * 201 / 2))
+    assert metrics.imbalance(two, 0.5).item() == pytest.approx(sum(range(101, 201)) / (200 * 201 / 2))
+
+
 def test_every_metric_has_a_protocol():
-    assert {"psnr", "ssim", "bicubic"} <= metrics.PROTOCOLS.keys()
+    assert {"psnr", "ssim", "bicubic", "artefacts", "imbalance"} <= metrics.PROTOCOLS.keys()

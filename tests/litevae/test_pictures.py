@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from litevae.images import to_tensor
-from litevae.pictures import grid, latents_as_rgb, reconstruction_picture
+from litevae.pictures import feature_map_picture, grid, latents_as_rgb, reconstruction_picture, strongest_maps
 
 
 def test_grid_lays_images_out_row_by_row():
@@ -64,3 +64,34 @@ def test_reconstruction_picture_has_four_labelled_columns():
     assert (sheet[top : top + side, 2 + 3 * (side + 2) :][:, :side] == 0).all()  # the first image is perfect
     for k in range(4):
         assert (sheet[:header, 2 + k * (side + 2) :][:, :side] < 128).any()  # a label
+
+
+def test_strongest_maps_are_the_mean_and_the_channels_with_the_largest_maxima():
+    maps = torch.zeros(2, 5, 4, 6)
+    maps[0, 3, 1, 2], maps[0, 1, 0, 0], maps[0, 4] = -9, 5, 1
+    maps[1, 0, 3, 5] = 2
+    found = strongest_maps(maps.to(torch.bfloat16), channels=3)
+    assert found.shape == (2, 4, 4, 6)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found[0, 0], maps[0].abs().mean(0), rtol=1e-2, atol=1e-2)
+    assert torch.equal(found[0, 1:], maps[0, [3, 1, 4]].abs())
+    assert torch.equal(found[1, 1], maps[1, 0])
+    assert strongest_maps(maps, channels=9).shape == (2, 6, 4, 6)
+
+
+def test_feature_map_picture_scales_each_map_to_its_own_maximum():
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 64, 64, 3), dtype=np.uint8)
+    maps = torch.zeros(2, 3, 32, 32)  # half as many pixels as the image
+    maps[1, 0], maps[1, 1, 5, 6], maps[1, 1, 7, 8] = 0.1, 40, 20
+    sheet = feature_map_picture(to_tensor(pixels), maps)
+    side, second = 128, 16 + 2 + 130
+    assert sheet.shape == (16 + 2 + 2 * 130, 2 + 4 * 130, 3)
+    cell = [sheet[second : second + side, 2 + k * 130 :][:, :side] for k in range(4)]
+    assert np.array_equal(cell[0][::2, ::2], pixels[1])
+    assert (cell[1] == 255).all()
+    expected = np.zeros((32, 32), np.uint8)
+    expected[5, 6], expected[7, 8] = 255, 128
+    assert np.array_equal(cell[2][::4, ::4, 0], expected)
+    assert (cell[3] == 0).all()
+    for k in range(4):
+        assert (sheet[:16, 2 + k * 130 :][:, :side] < 128).any()  # a label

@@ -2,23 +2,31 @@
 
 import json
 import math
+import pickle
+import re
+import sys
 
 import numpy as np
 import pytest
 import skimage.data
 import torch
-from diffusers import AutoencoderTiny
+from diffusers import AutoencoderKL, AutoencoderTiny
 from PIL import Image
+from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 from litevae.autoencoder import LiteVAE
 from litevae.errors import UserError
+from litevae.generation import Backbone, SqueezeNetCaffe, mmd
+from litevae.images import to_tensor
 from litevae.perceptual import load_lpips
+from pipelines.cluster import start
 from pipelines.config import Evaluate, main, validate
-from pipelines.evaluate import evaluate
+from pipelines.evaluate import Measured, Total, _frechet, evaluate
 from pipelines.reading import chunks
+from tests.networks import save_resnet, save_squeezenet
 
-SIDE, GOOD = 64, 10
+SIDE, GOOD, MMD = 64, 10, 7
 
 
 @pytest.fixture(scope="module")
@@ -59,21 +67,31 @@ def config(model, photos, out, /, **more) -> Evaluate:
 
 
 @pytest.fixture(scope="module")
-def summary(model, photos, tmp_path_factory):
+def weights(tmp_path_factory):
+    """Random ones of two backbones, which judge in three ways."""
+    folder = tmp_path_factory.mktemp("weights")
+    squeezenet = str(save_squeezenet(folder / "squeezenet.pth"))
+    named = {"backbone": str(save_resnet(folder / "resnet.pth")), "backbone_model": "resnet18"}
+    return {"lpips": "squeeze", "lpips_weights": squeezenet, "squeezenet": squeezenet, **named}
+
+
+@pytest.fixture(scope="module")
+def summary(model, photos, weights, tmp_path_factory):
     out = tmp_path_factory.mktemp("one")
-    return evaluate(config(model, photos, out, tracking={"enabled": True})) | {"out": out}
+    more = {"tracking": {"enabled": True}, "resolutions": [96, 32], "mmd_images": MMD}
+    return evaluate(config(model, photos, out, **weights, **more)) | {"out": out}
 
 
-def crops(photos) -> np.ndarray:
-    """Shorter side to 64, centre crop, by Pillow alone."""
+def crops(photos, pixels: int = SIDE) -> np.ndarray:
+    """Shorter side to that, centre crop, by Pillow alone."""
     found = []
     for path in sorted(photos.glob("[0-9][0-9].png")):
         image = Image.open(path).convert("RGB")
-        scale = SIDE / min(image.size)
-        width, height = (max(SIDE, round(side * scale)) for side in image.size)
-        left, top = (width - SIDE) // 2, (height - SIDE) // 2
+        scale = pixels / min(image.size)
+        width, height = (max(pixels, round(side * scale)) for side in image.size)
+        left, top = (width - pixels) // 2, (height - pixels) // 2
         resized = image.resize((width, height), Image.Resampling.BICUBIC)
-        found.append(np.asarray(resized.crop((left, top, left + SIDE, top + SIDE))))
+        found.append(np.asarray(resized.crop((left, top, left + pixels, top + pixels))))
     return np.stack(found)
 
 
@@ -82,8 +100,8 @@ def bicubic(pixels: np.ndarray, factor: int = 8) -> np.ndarray:
     result = np.empty_like(pixels)
     for number, channel in np.ndindex(len(pixels), 3):
         image = Image.fromarray(pixels[number, :, :, channel].astype(np.float32))
-        small = image.resize((SIDE // factor, SIDE // factor), Image.Resampling.BICUBIC)
-        again = np.asarray(small.resize((SIDE, SIDE), Image.Resampling.BICUBIC))
+        small = image.resize([side // factor for side in image.size], Image.Resampling.BICUBIC)
+        again = np.asarray(small.resize(image.size, Image.Resampling.BICUBIC))
         result[number, :, :, channel] = again.round().clip(0, 255)
     return result
 
@@ -108,6 +126,85 @@ def test_values_are_those_of_each_image_measured_alone(summary, model, photos):
         assert summary[which]["ssim"] == pytest.approx(np.mean(ssims), abs=0.001)
 
 
+def test_distances_on_features_are_those_of_all_images_at_once(summary, model, photos, weights):
+    """Sums by torch-fidelity."""
+    pixels = crops(photos)
+    other = reconstruct(model, pixels)
+    pair = [to_tensor(each) for each in (pixels, other)]
+    networks = (SqueezeNetCaffe(weights["squeezenet"]), Backbone("resnet18", weights["backbone"]))
+    for network in networks:
+        sides = [fid_features_to_statistics(network(each)[0].double()) for each in (pixels, other)]
+        expected = fid_statistics_to_metric(*sides, verbose=False)["frechet_inception_distance"]
+        name = f"frechet/{network.name}"
+        assert expected > 1e-3
+        assert summary["reconstruction"][name] == pytest.approx(expected, rel=5e-3)
+        assert "CAUTION: 10 images make a singular covariance of 512 features" in summary["protocols"][name]
+        assert f"10 images, shorter side to {SIDE} px (Pillow" in summary["protocols"][name]
+        assert name not in summary["bicubic"]
+        distance = summary["reconstruction"][f"{network.name} feature distance"]
+        assert distance == pytest.approx(network.distance(*pair).mean().item(), rel=1e-3)
+    lpips = load_lpips("squeeze", weights["lpips_weights"])
+    assert lpips.name.startswith("lpips-squeeze on other weights")
+    with torch.no_grad():
+        bicubics = to_tensor(bicubic(pixels))
+        assert summary["bicubic"][lpips.name] == pytest.approx(lpips(pair[0], bicubics).mean().item(), rel=0.01)
+    assert _frechet("inception") == "rfid"
+    assert summary["reconstruction"].keys() <= summary["protocols"].keys()
+
+
+def test_scales_are_measured_at_each_resolution(summary, photos):
+    scales = summary["scales"]
+    assert [*scales] == ["32", "64", "96"]
+    assert scales["64"] == {key: summary[key] for key in ("images", "reconstruction", "bicubic")}
+    for pixels in (32, 96):
+        images = crops(photos, pixels)
+        errors = ((images.astype(float) - bicubic(images)) ** 2).mean(axis=(1, 2, 3))
+        found = scales[str(pixels)]
+        assert found["bicubic"]["psnr"] == pytest.approx((10 * np.log10(255**2 / errors)).mean(), abs=0.01)
+        assert found["reconstruction"].keys() == summary["reconstruction"].keys()
+
+
+def scored(summary) -> dict[str, float]:
+    return {score["name"]: score["value"] for score in summary["metrics"]}
+
+
+def test_mmd_is_of_the_first_images_latents(summary, model, photos):
+    """Drawn by hand; the fifth of these images can't be read."""
+    vae = LiteVAE.from_pretrained(model).eval()
+    with torch.no_grad():
+        mean, log = vae.encode(to_tensor(crops(photos)[: MMD - 1])).latent_dist.parameters.chunk(2, dim=1)
+    raw = mean + (0.5 * log).exp() * torch.randn(mean.shape, generator=torch.Generator().manual_seed(0))
+    channels = raw.transpose(0, 1).flatten(1)
+    shape = (1, -1, 1, 1)
+    normalised = (raw - channels.mean(1).view(shape)) / channels.std(1, correction=0).view(shape)
+    for kind, latents in (("raw", raw), ("normalised", normalised)):
+        for sigma, (value, _) in mmd(latents).items():
+            assert scored(summary)[f"mmd/{kind}/{sigma:g}"] == pytest.approx(value, rel=1e-3, abs=1e-7)
+    (protocol,) = {score["protocol"] for score in summary["metrics"] if score["name"].startswith("mmd/raw")}
+    assert "6 latents of 4x8x8, drawn from the posterior" in protocol
+
+
+def test_the_models_own_marks(summary, model, photos):
+    vae = LiteVAE.from_pretrained(model).eval()
+    maps = []
+    vae.decoder.norm_out.register_forward_pre_hook(lambda _, inputs: maps.append(inputs[0]))
+    colours = np.array([[r, g, b] for r in (-1, 1) for g in (-1, 1) for b in (-1, 1)] + [[0, 0, 0]], np.float32)
+    flat = torch.from_numpy(colours)[:, :, None, None].expand(-1, -1, SIDE, SIDE)
+    with torch.no_grad():
+        for x in (flat, to_tensor(crops(photos))):
+            y = vae.decode(vae.encode(x).latent_dist.mean).sample
+            if x is flat:
+                inner = y.clamp(-1, 1)[..., 8:-8, 8:-8].numpy() * 127.5
+    expected = np.sqrt(np.mean([[channel.var() for channel in image] for image in inner]))
+    assert expected > 0.01
+    assert scored(summary)["artefacts"] == pytest.approx(expected, rel=1e-3)
+    assert 2**0.5 <= scored(summary)["artefacts/period"] <= SIDE - 16
+    energy = np.sort((maps[1].numpy().astype(float) ** 2).sum(1).reshape(GOOD, -1))[:, ::-1]
+    expected = (energy[:, :41].sum(1) / energy.sum(1)).mean()  # 1 % of 64 x 64
+    assert expected > 0.012
+    assert scored(summary)["imbalance"] == pytest.approx(expected, rel=1e-4)
+
+
 def test_an_autoencoder_without_a_posterior_and_of_another_factor(photos, tmp_path, capsys):
     torch.manual_seed(0)
     three = {f"{side}_block_out_channels": (16,) * 3 for side in ("encoder", "decoder")}
@@ -123,7 +220,11 @@ def test_an_autoencoder_without_a_posterior_and_of_another_factor(photos, tmp_pa
         errors = ((pixels.astype(float) - others) ** 2).mean(axis=(1, 2, 3))
         assert summary[which]["psnr"] == pytest.approx((10 * np.log10(255**2 / errors)).mean(), abs=0.01)
     assert summary["downsampling"] == 4
-    assert "bicubic by 4" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "bicubic by 4" in printed
+    assert "no feature maps: the decoder has neither norm_out nor conv_norm_out" in printed
+    assert scored(summary).keys() == {"artefacts", "artefacts/period"}
+    assert not (tmp_path / "out" / "feature_maps.png").exists()
 
 
 def test_what_it_leaves(summary, model, photos):
@@ -142,6 +243,8 @@ def test_what_it_leaves(summary, model, photos):
     assert {"psnr", "ssim", "bicubic"} <= saved["protocols"].keys()
     rows = 6  # every other of 12 images gets one, up to 8
     assert Image.open(out / "reconstructions.png").size == (2 + 4 * 130, 16 + 2 + rows * 130)
+    assert Image.open(out / "feature_maps.png").size == (2 + 6 * 130, 16 + 2 + 4 * 130)
+    assert saved["pictures"] == ["reconstructions.png", "feature_maps.png"]
     assert not list(out.glob("*.tmp"))
 
 
@@ -153,28 +256,22 @@ def test_it_is_logged_to_mlflow(summary):
     assert run.info.status == "FINISHED"
     assert run.data.metrics["eval/reconstruction/psnr"] == summary["reconstruction"]["psnr"]
     assert run.data.metrics["eval/bicubic/ssim"] == summary["bicubic"]["ssim"]
+    assert run.data.metrics["eval/mmd/raw/25"] == scored(summary)["mmd/raw/25"]
+    curve = client.get_metric_history(run.info.run_id, "eval/scale/psnr")
+    assert [(each.step, each.value) for each in curve] == [
+        (int(pixels), each["reconstruction"]["psnr"]) for pixels, each in summary["scales"].items()
+    ]
     assert [dataset.dataset.digest for dataset in run.inputs.dataset_inputs] == [summary["source"]["digest"][:36]]
     assert "metrics.json" in [file.path for file in client.list_artifacts(run.info.run_id)]
 
 
-def test_two_workers_give_the_same_and_lpips_goes_by_its_weights(summary, model, photos, tmp_path, capsys):
-    import torchvision
-
-    torch.manual_seed(0)
-    weights = tmp_path / "squeezenet.pth"
-    torch.save(torchvision.models.squeezenet1_1(weights=None).state_dict(), weights)
+def test_two_workers_give_the_same_to_the_last_bit(summary, model, photos, weights, tmp_path, capsys):
     ray = {"gpu": "no", "cpus_per_worker": 1, "workers": 2, "decode_tasks": 1}
-    more = {"lpips": "squeeze", "lpips_weights": str(weights), "ray": ray, "pictures": 1}
-    two = evaluate(config(model, photos, tmp_path / "two", **more))
-    for which in ("reconstruction", "bicubic"):
-        for metric in ("psnr", "ssim"):
-            assert two[which][metric] == summary[which][metric]  # to the last bit
-    assert two["unreadable"] == summary["unreadable"]
-    lpips = load_lpips("squeeze", weights)
-    pixels = crops(photos)
-    pair = [torch.from_numpy(each).permute(0, 3, 1, 2).float() / 127.5 - 1 for each in (pixels, bicubic(pixels))]
-    assert lpips.name.startswith("lpips-squeeze on other weights")
-    assert two["bicubic"][lpips.name] == pytest.approx(lpips(*pair).mean().item(), rel=0.01)
+    more = {"ray": ray, "pictures": 1, "resolutions": [32], "mmd_images": MMD}
+    two = evaluate(config(model, photos, tmp_path / "two", **weights, **more))
+    for key in ("reconstruction", "bicubic", "metrics", "unreadable", "protocols"):
+        assert two[key] == summary[key]
+    assert two["scales"]["32"] == summary["scales"]["32"]
 
     printed = capsys.readouterr().out
     assert "PSNR (dB)" in printed
@@ -182,14 +279,64 @@ def test_two_workers_give_the_same_and_lpips_goes_by_its_weights(summary, model,
     assert "2 unreadable left out: 03a.jpg (not_an_image), 07a.png (corrupt)" in printed
     assert "1,038,308" in printed
     assert str(tmp_path / "two" / "reconstructions.png") in printed
+    for score in two["metrics"]:
+        assert re.search(rf"^{re.escape(score['title'])} +{re.escape(format(score['value'], '.5g'))}\b", printed, re.M)
+    flat = " ".join(printed.split())
+    for metric in two["reconstruction"]:
+        assert two["protocols"][metric].removesuffix(f"; {two['protocols']['images']}") in flat
 
 
-def test_lpips_without_weights_is_left_out_and_said(summary):
-    if summary["remarks"]:  # the developer may have them
-        assert summary["remarks"][0].startswith("no LPIPS: ")
-        assert summary["reconstruction"].keys() == {"psnr", "ssim"}
-    else:
-        assert "lpips-vgg" in summary["reconstruction"]
+def test_within_a_trial_of_tune(photos, tmp_path):
+    """An actor whose children Ray would place in what is reserved for itself; no MLflow, no weights, a model of
+    diffusers."""
+    import ray
+
+    torch.manual_seed(0)
+    blocks = {
+        f"{side}_block_types": [f"{name}Block2D"] * 2 for side, name in (("down", "DownEncoder"), ("up", "UpDecoder"))
+    }
+    kl = AutoencoderKL(block_out_channels=(32, 32), **blocks, layers_per_block=1, norm_num_groups=8)
+    kl.save_pretrained(tmp_path / "kl")
+    cfg = config(tmp_path / "kl", photos, tmp_path / "out", images=4)
+    start(cfg.ray)
+
+    class Trial:
+        def run(self):
+            return evaluate(cfg), "mlflow" in sys.modules
+
+    group = ray.util.placement_group([{"CPU": 0.01}])
+    within = ray.util.scheduling_strategies.PlacementGroupSchedulingStrategy(
+        group, placement_group_capture_child_tasks=True
+    )
+    trial = ray.remote(Trial).options(num_cpus=0.01, scheduling_strategy=within).remote()
+    try:
+        found, imported = ray.get(trial.run.remote(), timeout=300)
+    finally:
+        ray.kill(trial)
+        ray.util.remove_placement_group(group)
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text()) == found
+    assert (tmp_path / "out" / "feature_maps.png").is_file()
+    assert not imported
+    assert scored(found).keys() == {"artefacts", "artefacts/period", "imbalance"}
+    assert found["scales"] == {}
+    for name, remark in (("lpips-vgg", "no LPIPS: "), ("rfid", "no rFID: ")):  # the developer may have the weights
+        said = any(line.startswith(remark) for line in found["remarks"])
+        assert (name in found["reconstruction"]) != said
+    assert {"psnr", "ssim"} <= found["reconstruction"].keys()
+
+
+def test_what_is_kept_does_not_grow_with_the_images(weights):
+    total, sizes = Total([SqueezeNetCaffe(weights["squeezenet"])]), []
+    draw = np.random.default_rng(0)
+    for number in range(300):
+        values = {"reconstruction/psnr": draw.random(16), "bicubic/psnr": draw.random(16), "imbalance": draw.random(16)}
+        pair = draw.random((2, 16, 512), dtype=np.float32)
+        total.add(Measured(16, 1.0, 1.0, values, {"squeezenet-caffe": (pair[0], pair[1])}))
+        if number in (9, 299):
+            sizes.append(len(pickle.dumps(total)))
+    assert total.images == 4800
+    assert sizes[1] < sizes[0] + 100
+    assert total.numbers["reconstruction"].keys() == {"psnr", "frechet/squeezenet-caffe"}
 
 
 def test_chunks_cover_every_image_once_in_the_same_batches():
@@ -226,6 +373,9 @@ def test_mistakes_are_refused_with_nothing_written(model, photos, tmp_path, caps
     AutoencoderTiny(**five).save_pretrained(tmp_path / "tiny")
     refused("resolution=72: .*tiny takes multiples of 16", model=str(tmp_path / "tiny"), transform={"resolution": 72})
     refused("no weights file", lpips_weights=str(tmp_path / "no.pth"))
+    refused("no weights file", backbone=str(tmp_path / "no.pth"))
+    refused("resolutions=100: .* takes multiples of 8 px", resolutions=[96, 100])
+    refused("mmd_images=5, but 4 images are measured", images=4, mmd_images=5)
     assert not (tmp_path / "out").exists()
     refused("none of 1 images could be read: a.png", source={"uri": str(broken)})
     assert not (tmp_path / "out" / "metrics.json").exists()

@@ -19,11 +19,11 @@ from torch_fidelity.metric_prc import prc_features_to_metric
 from jobs.evaluate import ACTIONS
 from litevae.cache import LatentCache
 from litevae.errors import UserError
-from litevae.generation import Inception, SqueezeNetCaffe, mmd
+from litevae.generation import Backbone, Inception, SqueezeNetCaffe, mmd
 from pipelines import encode, judge, latents
 from pipelines.config import EvaluateLatents, EvaluateSamples, main, usage, validate
 from tests import encoding
-from tests.networks import save_inception, save_squeezenet
+from tests.networks import save_inception, save_resnet, save_squeezenet
 
 SIDE, REAL, FAKE = 48, 26, 23
 
@@ -43,6 +43,8 @@ def weights(tmp_path_factory):
     return {
         "inception": str(save_inception(folder / "inception.pth")),
         "squeezenet": str(save_squeezenet(folder / "squeezenet.pth")),
+        "backbone": str(save_resnet(folder / "resnet.pth")),
+        "backbone_model": "resnet18",
     }
 
 
@@ -109,7 +111,8 @@ def summary(fake, real, weights, tmp_path_factory):
 
 def test_numbers_are_torch_fidelitys(summary, fake, real, weights):
     found = values(summary)
-    for network in (Inception(weights["inception"]), SqueezeNetCaffe(weights["squeezenet"])):
+    resnet = Backbone(weights["backbone_model"], weights["backbone"])
+    for network in (Inception(weights["inception"]), SqueezeNetCaffe(weights["squeezenet"]), resnet):
         (generated, logits), (reference, _) = (network(pixels_of(folder)) for folder in (fake, real))
         both = [fid_features_to_statistics(each.double()) for each in (generated, reference)]
         expected = fid_statistics_to_metric(*both, verbose=False)["frechet_inception_distance"]
@@ -120,7 +123,7 @@ def test_numbers_are_torch_fidelitys(summary, fake, real, weights):
         if logits is not None:
             isc = isc_features_to_metric(logits)
             assert found[f"inception_score/{network.name}"] == pytest.approx(isc["inception_score_mean"], rel=1e-3)
-    assert len(found) == 7
+    assert len(found) == 10
     assert "fid" not in found  # these weights make none
     assert (summary["samples"]["images"], summary["reference"]["images"]) == (FAKE, REAL)
     assert [bad["id"] for bad in summary["reference"]["unreadable"]] == ["class0/05a.jpg"]
@@ -133,7 +136,12 @@ def test_protocols_name_what_the_numbers_depend_on(summary, fake, real, capsys):
         if not score["name"].startswith("inception_score"):
             assert f"against {REAL} of {real}, shorter side to {SIDE} px (Pillow" in score["protocol"]
         assert ("CAUTION: 23 images" in score["protocol"]) == score["name"].startswith("frechet")
-        library = "torch-fidelity 0" if "inception" in score["name"] else "SqueezeNet 1.1 (Caffe"
+        libraries = {
+            "inception": "torch-fidelity 0",
+            "squeezenet": "SqueezeNet 1.1 (Caffe",
+            "resnet18": "torchvision's",
+        }
+        (library,) = (text for name, text in libraries.items() if name in score["name"])
         assert library in score["protocol"]
     text = judge._report(summary, "out")
     assert "Frechet distance on squeezenet-caffe features" in text

@@ -19,8 +19,8 @@ from PIL import Image
 
 from litevae.errors import UserError
 from pipelines import tracking
-from pipelines.config import Tracking
-from pipelines.tracking import RunHandle, Tracker, finish, link, redact, start_run
+from pipelines.config import Tracked, Tracking
+from pipelines.tracking import RunHandle, Tracker, finish, link, redact, start_run, tracked
 
 PARAMS = {"seed": 3, "optim": {"lr": 1e-4, "betas": [0.5, 0.9]}, "stages": [{"images": 8}, {"images": 4}], "init": ""}
 
@@ -320,6 +320,26 @@ os.kill(os.getpid(), signal.SIGKILL)
     assert not list((folder / "images").iterdir())
     assert begin(folder).run_id == fresh.run_id
     assert begin(folder, job="evaluate").run_id not in (handle.run_id, fresh.run_id)
+
+
+@pytest.mark.parametrize(
+    ("error", "status"), [(None, "FINISHED"), (UserError("no"), "FAILED"), (KeyboardInterrupt(), "KILLED")]
+)
+def test_a_tracked_job_ends_its_run_however_it_ends(tmp_path: Path, error: BaseException | None, status: str) -> None:
+    cfg = Tracked(root=str(tmp_path))
+    with contextlib.nullcontext() if error is None else pytest.raises(type(error)):  # noqa: SIM117
+        with tracked(cfg, "evaluate", "mine", str(tmp_path / "out")) as (tracker, handle):
+            tracker.metrics({"eval/psnr": 3.0}, 0)
+            if error is not None:
+                raise error
+    assert client(handle.uri).get_run(handle.run_id).info.status == status
+    assert history(handle, "eval/psnr") == [(0, 3.0)]
+    run = client(handle.uri).get_run(handle.run_id)
+    assert (run.info.run_name, run.data.tags["litevae.job"], run.data.params["root"]) == (
+        "mine",
+        "evaluate",
+        str(tmp_path),
+    )
 
 
 def test_what_was_logged_without_mlflow_arrives_when_a_run_is_opened(tmp_path: Path) -> None:

@@ -1,0 +1,149 @@
+"""complexity: MACs of a small autoencoder counted by hand, and what else is measured as far as it has to hold."""
+
+import json
+
+import pytest
+import torch
+from diffusers import AutoencoderKL
+
+from jobs.evaluate import ACTIONS
+from litevae.autoencoder import LiteVAE
+from litevae.errors import UserError
+from pipelines.complexity import complexity
+from pipelines.config import EvaluateComplexity, main, usage, validate
+
+SIDE = 32
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """f = 2, one ResBlock a level in the encoder and two in the decoder, attention in the middle of both."""
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
+    model = AutoencoderKL(
+        block_out_channels=(16, 32), **blocks, layers_per_block=1, norm_num_groups=8, latent_channels=3
+    )
+    path = tmp_path_factory.mktemp("kl")
+    model.save_pretrained(path)
+    return path
+
+
+def config(models, out, /, **more) -> EvaluateComplexity:
+    values = {
+        "models": models,
+        "resolution": SIDE,
+        "batch_size": 8,
+        "repeats": 3,
+        "warmup": 1,
+        "out": str(out / "out"),
+        "root": str(out / "runs"),
+        "tracking": {"enabled": False},
+        "ray": {"gpu": "no", "cpus_per_worker": 1},
+    }
+    return validate(EvaluateComplexity, values | more)
+
+
+@pytest.fixture(scope="module")
+def summary(folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("out")
+    return complexity(config([str(folder), "S"], out, tracking={"enabled": True})) | {"at": out}
+
+
+def conv(channels: int, out: int, side: int, kernel: int = 3) -> int:
+    return channels * out * kernel**2 * side**2
+
+
+def attention(channels: int, side: int) -> int:
+    """Queries, keys, values and output are linear; scores of all pairs of positions, and sums weighted by them."""
+    return 4 * channels**2 * side**2 + 2 * channels * side**4
+
+
+def test_macs_are_those_counted_by_hand(summary, folder, tmp_path):
+    half = SIDE // 2
+    middle = 4 * conv(32, 32, half) + attention(32, half)
+    encoder = (
+        conv(3, 16, SIDE)
+        + 2 * conv(16, 16, SIDE)
+        + conv(16, 16, half)  # downsampling
+        + conv(16, 32, half)
+        + conv(32, 32, half)
+        + conv(16, 32, half, kernel=1)  # the ResBlock's shortcut
+        + middle
+        + conv(32, 6, half)
+        + conv(6, 6, half, kernel=1)
+    )
+    assert summary["complexity"][str(folder)]["gmacs"] * 1e9 == pytest.approx(encoder)
+    decoder = (
+        conv(3, 3, half, kernel=1)
+        + conv(3, 32, half)
+        + middle
+        + 4 * conv(32, 32, half)
+        + conv(32, 32, SIDE)  # upsampling
+        + conv(32, 16, SIDE)
+        + 3 * conv(16, 16, SIDE)
+        + conv(32, 16, SIDE, kernel=1)
+        + conv(16, 3, SIDE)
+    )
+    found = complexity(config([str(folder)], tmp_path, part="decoder", repeats=1))["complexity"][str(folder)]
+    assert found["gmacs"] * 1e9 == pytest.approx(decoder)
+    model = AutoencoderKL.from_pretrained(folder)
+    assert found["params_m"] * 1e6 == pytest.approx(sum(p.numel() for p in model.decoder.parameters()))
+
+
+def test_macs_of_litevae_are_those_of_its_convolutions(summary):
+    model, macs = LiteVAE("S", 4), []
+
+    def count(layer, inputs, output):
+        macs.append(output[0].numel() * layer.weight[0].numel())
+
+    for layer in model.encoder.modules():
+        if isinstance(layer, torch.nn.Conv2d):
+            layer.register_forward_hook(count)
+    with torch.no_grad():
+        model.encode(torch.zeros(1, 3, SIDE, SIDE))
+    assert summary["complexity"]["S"]["gmacs"] * 1e9 == pytest.approx(sum(macs))
+    assert summary["complexity"]["S"]["params_m"] == pytest.approx(1.038308)  # as the paper's Table 3 rounds it: 1.03
+
+
+def test_speed_memory_and_ratios(summary, folder):
+    for values in summary["complexity"].values():
+        for key in ("images_per_s", "latency_ms"):
+            assert 0 < values[f"{key}_low"] <= values[key] <= values[f"{key}_high"]
+    largest = 8 * 16 * SIDE**2 * 4  # bytes of the widest maps, in and out of a convolution
+    assert summary["complexity"][str(folder)]["memory_mb"] > 2 * largest / 1e6
+    assert summary["baseline"] == str(folder)
+    mine, base = summary["complexity"]["S"], summary["complexity"][str(folder)]
+    for key in ("params_m", "gmacs", "memory_mb", "images_per_s", "latency_ms"):
+        assert summary["against"]["S"][key] == pytest.approx(mine[key] / base[key])
+        assert key in summary["protocols"]
+    assert set(summary["against"][str(folder)].values()) == {1}
+    assert summary["machine"].startswith("1 thread of ")
+
+
+def test_it_is_written_and_logged(summary, folder):
+    from mlflow import MlflowClient
+
+    saved = json.loads((summary["at"] / "out" / "metrics.json").read_text())
+    assert saved == {key: value for key, value in summary.items() if key != "at"}
+    client = MlflowClient(f"sqlite:///{summary['at']}/runs/mlflow.db")
+    (run,) = client.search_runs([client.get_experiment_by_name("litevae").experiment_id])
+    assert run.info.status == "FINISHED"
+    assert run.data.metrics["eval/complexity/S/gmacs"] == summary["complexity"]["S"]["gmacs"]
+    assert f"eval/complexity/{str(folder)[1:]}/images_per_s_high" in run.data.metrics
+
+
+def test_mistakes_are_refused_with_nothing_written(folder, tmp_path, capsys):
+    def refused(match: str, *models: str, **more) -> None:
+        with pytest.raises(UserError, match=match):
+            complexity(config([*models], tmp_path, **more))
+
+    refused("'X' is neither a model folder nor one of S, B", "S", "X")
+    refused("models has S twice", "S", "B", "S")
+    refused("models has .* twice", str(folder), f"{folder}/")
+    refused("is not a model folder", str(tmp_path))
+    refused("resolution=36: S takes multiples of 8 px", str(folder), "S", resolution=36)
+    assert not (tmp_path / "out").exists()
+    kind, subject = ACTIONS["complexity"]
+    assert main(kind, complexity, ["--print-config", "sd-vae,S,dwt"], "complexity", subject=subject) == 0
+    assert "models:\n- sd-vae\n- S\n- dwt\n" in capsys.readouterr().out
+    assert "evaluate.py complexity MODELS" in usage(kind, "complexity", subject)
