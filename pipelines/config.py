@@ -12,13 +12,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticUndefined
 
 from litevae.errors import UserError
 
 PRESETS = Path(__file__).resolve().parent.parent / "jobs" / "configs"
-SECTIONS = {"train_vae", "encode_dataset", "train_ldm", "sample", "evaluate", "evaluate_samples"}  # of a recipe
+SECTIONS = {  # of a recipe
+    *("train_vae", "encode_dataset", "train_ldm", "sample", "sweep"),
+    *("evaluate", "evaluate_samples", "evaluate_complexity"),
+}
 
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
@@ -74,6 +77,9 @@ class Tracking(Section):
     enabled: bool = Field(True, description="false: metrics go to the run's metrics.jsonl only")
     uri: str = Field("", description="tracking server; empty: $MLFLOW_TRACKING_URI, else sqlite in <root>/mlflow.db")
     experiment: str = Field("litevae", description="MLflow experiment")
+    run: str = Field("", description="the run's name there; empty: the job's")
+    parent: str = Field("", description="id of the MLflow run that this one is a child of")
+    tags: dict[str, str] = Field({}, description="further tags of the run")
 
 
 class Tracked(Section):
@@ -97,8 +103,13 @@ class Decoder(Section):
         (128, 256, 512, 512), description="width per level, finest first; 4 levels: f = 8"
     )
     layers: Positive = Field(2, description="ResBlocks a level, less one (SD-VAE counts so: 2 means 3)")
-    norm: Literal["group", "smc"] = Field(
-        "group", description="group: as SD-VAE; smc: self-modulated convolution (Eq. 3)"
+    norm: Literal["group", "smc", "batch", "instance", "layer", "rms"] = Field(
+        "group",
+        description="in the ResBlocks; group: as SD-VAE; smc: self-modulated convolution instead (Eq. 3, Table 4); "
+        "layer and rms: over the channels of a position; batch: over each worker's images",
+    )
+    output: Literal["image", "wavelet"] = Field(
+        "image", description="wavelet: one Haar level's bands, which the inverse transform makes the image (Appendix G)"
     )
 
     @model_validator(mode="after")
@@ -109,12 +120,26 @@ class Decoder(Section):
 
 
 class VAE(Section):
-    encoder: Literal["S", "B", "M", "L"] = Field("B", description="encoder size (paper, Tables 23 and 24)")
+    encoder: Literal["S", "B", "M", "L", "sd-vae", "vae-small", "dwt", "dwt-2"] = Field(
+        "B",
+        description="LiteVAE S, B, M, L (Tables 23 and 24); the baselines sd-vae (34.16 M) and vae-small (Table 2); "
+        "not learned: dwt (12 latent channels) and dwt-2 (48; Tables 11 and 12)",
+    )
     latent_channels: Positive = Field(4, description="n_z: 4 or 12 in the paper")
     wavelet: str = Field("haar", description="any wavelet that ptwt knows; haar takes the fast path")
     downsample: Literal["conv", "pool"] = Field(
-        "conv", description="levels 1 and 2 to f = 8: learned 3x3 conv (matches L's count) or average pooling"
+        "conv", description="LiteVAE: levels 1 and 2 to f = 8: learned 3x3 conv (matches L's count) or average pooling"
     )
+    extractor: Literal["unet", "nafnet"] = Field("unet", description="LiteVAE: feature extraction (Table 18)")
+    shared_extractor: bool = Field(False, description="LiteVAE: one extractor for all wavelet levels (Table 19)")
+    levels: list[Annotated[int, Field(ge=1, le=3)]] = Field(
+        [1, 2, 3], min_length=1, description="LiteVAE: wavelet levels that are looked at (Table 21: [2, 3])"
+    )
+    aggregator: Literal["unet", "vit"] = Field("unet", description="LiteVAE: feature aggregation (Table 20)")
+    vit_grid: Positive = Field(
+        16, description="vit: side of the learned grid of positions; 16: 128 px; interpolated at other sizes"
+    )
+    conv1x1: bool = Field(False, description="1x1 convolutions around the latent (Table 17)")
     decoder: Decoder = Decoder()
     init: str = Field("", description="model folder to start from (its architecture must be this one); empty: random")
 
@@ -138,16 +163,44 @@ class Features(Term):
     )
 
 
+class Esrgan(Term):
+    weights: str = Field("", description="torchvision's VGG19 checkpoint; empty: torch hub's cache")
+
+
 class Adversarial(Term):
     adaptive: bool = Field(
         False,
         description="Rombach's gradient ratio (Eq. 2) times the weight; the paper found constant better (Table 8)",
     )
-    kind: Literal["unet"] = Field("unet", description="discriminator")
+    kind: Literal["unet", "patch", "stylegan"] = Field(
+        "unet", description="discriminator (Table 10): UNet with two heads, PatchGAN, StyleGAN2's"
+    )
+    loss: Literal["hinge", "logistic"] = Field("hinge", description="logistic: non-saturating (Table 16)")
     channels: Positive = Field(
-        64, description="the discriminator's first width (the paper leaves it open; 64 as Schonfeld 2020)"
+        64,
+        description="the discriminator's width (the paper leaves it open): 64 is Schonfeld's (2020) UNet, Isola's "
+        "PatchGAN (2,765,633 parameters) and StyleGAN2's of 256, 512, ... maps",
     )
     lr: Annotated[float, Field(gt=0)] = Field(1e-4, description="the discriminator's learning rate")
+    r1: Weight = Field(
+        0.0,
+        description="R1 penalty, gamma / 2 of Mescheder (2018): stylegan some 1 to 10; on maps of logits (unet, patch) "
+        "it sums over positions, so 1e-5; 0: none, as the paper",
+    )
+    r1_every: Positive = Field(16, description="steps between R1 penalties, each as many times as heavy (StyleGAN2)")
+    lecam: Weight = Field(0.0, description="LeCam regularisation (Tseng 2021); 0: none, as the paper")
+    cutmix: Fraction = Field(
+        0.0, description="unet: share of steps with CutMix and its consistency (Schonfeld 2020); 0: none, as the paper"
+    )
+    ratio_every: Count = Field(
+        0, description="steps between measurements of the adversarial gradient against the others' (Figure 7); 0: none"
+    )
+
+    @model_validator(mode="after")
+    def _unet_only(self) -> "Adversarial":
+        if self.cutmix and self.kind != "unet":
+            raise ValueError(f"cutmix takes a discriminator with a head per pixel: kind=unet, not {self.kind}")
+        return self
 
 
 class Losses(Section):
@@ -157,13 +210,20 @@ class Losses(Section):
     l2: Term = Term()
     lpips: Lpips = Lpips(weight=1.0)
     features: Features = Features()
+    esrgan: Esrgan = Field(
+        Esrgan(),
+        description="L1 of VGG19's conv5_4 before its activation (Table 14, after Wang 2018): instead of LPIPS",
+    )
+    ldl: Term = Field(
+        Term(), description="locally discriminative learning (Table 15, after Liang 2022); needs loop.ema"
+    )
     kl: Term = Field(Term(weight=2.1e-8), description="Rombach's 1e-6 on sums, as a mean over latents at n_z = 4")
     wavelet: Term = Field(
         Term(weight=1.0), description="Charbonnier on H, V, D of one Haar level; weight from open-litevae"
     )
     gaussian: Term = Field(Term(weight=0.5), description="L1 of x - blur(x), 5x5, sigma 1; weight from open-litevae")
     adversarial: Adversarial = Field(
-        Adversarial(weight=0.1, start=800_000), description="hinge GAN; the paper leaves weight and start open: ours"
+        Adversarial(weight=0.1, start=800_000), description="GAN; the paper leaves weight and start open: ours"
     )
 
 
@@ -233,6 +293,20 @@ class TrainVAE(Job):
     )
     loop: Loop = Loop()
     val_images: Positive = Field(256, description="validation images (the first ones of the source)")
+    begin: str = Field(
+        "", description="checkpoint folder of another run (runs/<name>/checkpoint-...) that a new run goes on from"
+    )
+
+    @model_validator(mode="after")
+    def _fits(self) -> "TrainVAE":
+        fixed = {"dwt": 12, "dwt-2": 48}.get(self.model.encoder)
+        if fixed and self.model.latent_channels != fixed:
+            raise ValueError(
+                f"model.encoder={self.model.encoder} has {fixed} latent channels: model.latent_channels={fixed}"
+            )
+        if self.loss.ldl.weight and not self.loop.ema:
+            raise ValueError("loss.ldl compares with the averaged model: set loop.ema, e.g. 0.999")
+        return self
 
 
 # --- encode_dataset -------------------------------------------------------------------------------------------
@@ -449,19 +523,36 @@ class Sample(Job):
 class Evaluate(Job):
     """Measure an autoencoder's reconstructions.
 
-    Other things to judge: evaluate.py samples SAMPLES | latents CACHE (each has --help).
+    Other things to judge: evaluate.py samples SAMPLES | latents CACHE | complexity MODELS (each has --help).
     """
 
-    model: str = Field("", description="model folder")
+    model: str = Field("", description="model folder: ours, or any autoencoder's of diffusers")
     source: Source = Source()
     transform: Transform = Transform()
+    resolutions: list[Annotated[int, Field(ge=32)]] = Field(
+        [],
+        description="further resolutions to measure the same images at, each once (scale dependency, Figures 5 and 8)",
+    )
     images: Count = Field(0, description="the first so many images; 0: all")
+    mmd_images: Count = Field(
+        0,
+        description="the first so many of them also give the MMD of latents to a Gaussian (Table 6), in memory; 0: no",
+    )
+    seed: Count = Field(0, description="of the posterior's and the Gaussian's draws of that, and of its subsets")
     batch_size: Positive = Field(16, description="images a forward pass")
     precision: Literal["auto", "fp32", "bf16"] = Field("fp32", description="as in train_vae")
     lpips: Literal["vgg", "alex", "squeeze"] = Field("vgg", description="LPIPS' backbone")
     lpips_weights: str = Field("", description="as loss.lpips.weights of train_vae; with none LPIPS is left out")
-    squeezenet: str = Field("", description="as loss.features.weights of train_vae; empty: that distance is left out")
-    out: str = Field("evaluation", description="folder for metrics.json and reconstructions.png")
+    inception: str = Field("", description="weights of the FID Inception; empty: torch hub's cache; with none no rFID")
+    squeezenet: str = Field(
+        "",
+        description="as loss.features.weights of train_vae: a feature distance and a Frechet distance; empty: left out",
+    )
+    backbone: str = Field(
+        "", description="weights of one more backbone: a feature distance and a Frechet distance under its name"
+    )
+    backbone_model: str = Field("resnet50", description="its name in torchvision: resnet50, vgg16, ...")
+    out: str = Field("evaluation", description="folder for metrics.json, reconstructions.png and feature_maps.png")
     pictures: Positive = Field(8, description="rows of reconstructions.png, evenly spaced over the images")
 
 
@@ -481,6 +572,8 @@ class EvaluateSamples(Job):
     squeezenet: str = Field(
         "", description="as loss.features.weights of train_vae: a Frechet distance under its name; empty: left out"
     )
+    backbone: str = Field("", description="weights of one more backbone, also for a Frechet distance under its name")
+    backbone_model: str = Field("resnet50", description="its name in torchvision: resnet50, vgg16, ...")
     out: str = Field("evaluation-samples", description="folder for metrics.json")
 
 
@@ -496,6 +589,107 @@ class EvaluateLatents(Tracked):
     draw: Literal["sample", "mean"] = Field("sample", description="latents drawn from the moments, or their mean")
     seed: Count = Field(0, description="of the draws, of the subsets and of the Gaussian's draws")
     out: str = Field("evaluation-latents", description="folder for metrics.json")
+
+
+class EvaluateComplexity(Job):
+    """Measure what encoders or decoders cost, one after the other: parameters, MACs, memory and speed (Table 3)."""
+
+    models: list[str] = Field(
+        ["sd-vae", "S", "B", "M", "L"],
+        min_length=1,
+        description="the first is the baseline: encoders as model.encoder of train_vae, with the SD-VAE decoder, or "
+        "model folders; also a,b,c",
+    )
+    latent_channels: Positive = Field(4, description="n_z of models that are not folders")
+    part: Literal["encoder", "decoder"] = Field("encoder", description="what is measured")
+    batch_size: Positive = Field(32, description="images a forward pass; latency is of one image")
+    resolution: Annotated[int, Field(ge=32)] = Field(256, description="pixels")
+    repeats: Positive = Field(10, description="timed forward passes; the median counts")
+    warmup: Positive = Field(2, description="untimed ones before")
+    precision: Literal["auto", "fp32", "bf16"] = Field("fp32", description="as in train_vae")
+    compile: bool = Field(False, description="torch.compile what is measured")
+    out: str = Field("evaluation-complexity", description="folder for metrics.json")
+
+    @field_validator("models", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        return value.split(",") if isinstance(value, str) else value
+
+
+# --- compare_runs ---------------------------------------------------------------------------------------------
+
+
+class Compare(Tracked):
+    """Compare runs of an MLflow experiment (tracking.experiment): a sweep's, or any by name."""
+
+    sweep: str = Field("", description="a sweep's name; with neither this nor runs: the newest sweep")
+    runs: list[str] = Field(
+        [], description="names or ids, * for any letters: [a, b], ['vae-*'], ['*']; runs but for the seed are one row"
+    )
+    unfinished: bool = Field(False, description="also runs that failed, were killed or still run, as rows of their own")
+    baseline: str = Field("", description="the row that the others are compared with; empty: the first")
+    metrics: list[str] = Field(
+        [], description="columns, e.g. [eval/*, train/images_per_second]; empty: eval/*, else val/*, else train/*"
+    )
+    test: Literal["welch", "paired"] = Field(
+        "welch", description="t-test over seeds, two-sided; paired: of the seeds that both rows have"
+    )
+    curves: list[str] = Field(
+        ["val/*", "eval/scale/*", "train/*"], description="metrics drawn over the images seen; eval/scale: over pixels"
+    )
+    pictures: Count = Field(1024, description="pixels of a row's picture, longer side, at most; 0: no pictures")
+    out: str = Field("comparison", description="folder for comparison.html, comparison.md and comparison.json")
+
+
+# --- sweep ------------------------------------------------------------------------------------------------------
+
+
+class Sweep(Job):
+    """Train and evaluate many autoencoders: a table of the paper, or any fields of train_vae.
+
+    What all trials have in common is given in sections named as jobs: train_vae.optim.lr=2e-4,
+    evaluate.squeezenet=FILE ... Trainings are kept in <root>/trained under the hash of their config, so that rows and
+    tables that have one in common train it once.
+    """
+
+    name: str = Field(
+        "",
+        description="of the sweep; the same name again resumes; empty: table-<table>-<scale>, or sweep",
+        pattern=r"^([A-Za-z0-9][A-Za-z0-9._-]*)?$",
+    )
+    table: str = Field("", description="table of the paper: 1, 2a, 2b, 3 to 22, figure-5, figure-8; empty: `space`")
+    rows: list[str] = Field([], description="rows of the table, also as patterns: ['LiteVAE*']; empty: all")
+    scale: Literal["paper", "small", "smoke"] = Field(
+        "small",
+        description="of a table: the paper's resolutions and steps; half and 1/50 of them with a smaller decoder; two "
+        "steps, to see that it runs",
+    )
+    seeds: list[Count] = Field([0], min_length=1, description="every row or point is trained with each of them")
+    data: TrainData = Field(TrainData(), description="of all trials; evaluation is on data.val")
+    train_vae: dict[str, Any] = Field({}, description="of all trials, e.g. train_vae.loss.lpips.weights=FILE")
+    evaluate: dict[str, Any] = Field({}, description="of all evaluations, e.g. evaluate.images=1000")
+    evaluate_complexity: dict[str, Any] = Field({}, description="of table 3, e.g. evaluate_complexity.batch_size=8")
+    encode_dataset: dict[str, Any] = Field({}, description="of tables 7 and 13")
+    train_ldm: dict[str, Any] = Field({}, description="of tables 7 and 13, e.g. train_ldm.images=1000000")
+    sample: dict[str, Any] = Field({}, description="of tables 7 and 13")
+    evaluate_samples: dict[str, Any] = Field({}, description="of tables 7 and 13, e.g. evaluate_samples.inception=FILE")
+    space: dict[str, Any] = Field(
+        {},
+        description="fields of train_vae to vary: a list of values, or {uniform: [a, b]}, {loguniform: [a, b]}, "
+        "{randint: [a, b]}; e.g. space.loss.wavelet.weight=[0,0.1,1] 'space.optim.lr={loguniform: [1e-5, 1e-3]}'",
+    )
+    search: Literal["grid", "random", "optuna"] = Field(
+        "grid", description="grid: every combination of lists; random, optuna: `trials` points"
+    )
+    trials: Positive = Field(8, description="points of random and optuna, and the population of pbt")
+    scheduler: Literal["none", "asha", "pbt"] = Field(
+        "none", description="asha stops poor trials early; pbt lets them go on from better ones with other values"
+    )
+    metric: Literal["psnr", "ssim"] = Field("psnr", description="what is best: of validations, and of the evaluation")
+    every: Count = Field(
+        0, description="asha, pbt: images between looks at the trials (validations); 0: an eighth of the run"
+    )
+    concurrent: Count = Field(0, description="trials at a time; 0: as many as GPUs hold, one without")
 
 
 # --- reading ----------------------------------------------------------------------------------------------------
@@ -538,15 +732,15 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 def job_of(cls: type[BaseModel]) -> str:
     """The command that takes this config."""
-    names = {"TrainVAE": "train_vae", "TrainLDM": "train_ldm", "Encode": "encode_dataset"}
+    names = {"TrainVAE": "train_vae", "TrainLDM": "train_ldm", "Encode": "encode_dataset", "Compare": "compare_runs"}
     names |= dict.fromkeys(("Verify", "Repair", "Retry", "Inspect"), "encode_dataset")
-    names |= dict.fromkeys(("EvaluateSamples", "EvaluateLatents"), "evaluate")
+    names |= dict.fromkeys(("EvaluateSamples", "EvaluateLatents", "EvaluateComplexity"), "evaluate")
     return names.get(cls.__name__, cls.__name__.lower())
 
 
 def section_of(cls: type[BaseModel]) -> str:
     """Where a recipe has it."""
-    names = {"EvaluateSamples": "evaluate_samples", "EvaluateLatents": "evaluate_latents"}
+    names = {f"Evaluate{what}": f"evaluate_{what.lower()}" for what in ("Samples", "Latents", "Complexity")}
     return names.get(cls.__name__, job_of(cls))
 
 

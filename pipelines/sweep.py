@@ -1,0 +1,468 @@
+"""Many trainings, each evaluated: a table of the paper, or points of any config fields, on Ray Tune.
+
+A *row* is what is asked for (a table's row, or a point, with a seed); a *trial* (trial.py) is one training and the rows
+that it serves. Trainings are kept under the hash of their config, in <root>/trained: a table that has one in common
+with an earlier table evaluates it, and a sweep that was killed goes on where it was. In MLflow each row is a run below
+the sweep's; it has the training's metrics and the evaluation's.
+"""
+
+import hashlib
+import itertools
+import json
+import logging
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from litevae.errors import UserError
+from litevae.perceptual import load_esrgan
+from pipelines import checkpoint, cluster, outputs, paper, tracking, trial
+from pipelines.config import (
+    Compare,
+    Encode,
+    Evaluate,
+    EvaluateComplexity,
+    EvaluateSamples,
+    Sample,
+    Sweep,
+    Tracked,
+    TrainLDM,
+    TrainVAE,
+    dump,
+    validate,
+    values_to_keep,
+)
+from pipelines.judge import check_networks
+from pipelines.sources import open_source
+from pipelines.train_vae import lpips_or_warning
+from pipelines.trial import RESULT, TRAINED, Row, Trial
+
+FREE = ("root", "ray", "concurrent", "data.loaders")  # what may differ when a sweep goes on
+DRAWS = ("uniform", "loguniform", "randint", "choice")
+STOPPED = "stopped.json"  # in the folder of a training that asha has stopped
+NETWORKS = ("inception", "squeezenet", "backbone", "backbone_model")  # of the judge of samples
+SHOWN = ("eval/params_m", "eval/reconstruction/", "eval/mmd/", "eval/fid", "eval/frechet/")
+
+
+def sweep(cfg: Sweep) -> list[dict[str, Any]]:
+    """Run the trials that are not done yet; leave results.json, configs/*.yaml, best.yaml and a comparison in
+    <root>/<name>. Returns the results, a dict a row.
+
+    Raises:
+        UserError: bad config, or a config of a trial; trials failed (after the others are done).
+    """
+    if bool(cfg.table) == bool(cfg.space):
+        raise UserError("give either table=... (of the paper) or space.FIELD=... (fields of train_vae to vary)")
+    if cfg.table and (cfg.search, cfg.scheduler) != ("grid", "none"):
+        raise UserError("a table's rows are all trained to their end: search and scheduler are for space.FIELD=...")
+    table = paper.table(cfg.table) if cfg.table else None
+    name = cfg.name or (f"table-{table.name}-{cfg.scale}" if table else "sweep")
+    root = cluster.output_path("root", cfg.root)
+    uri = tracking.tracking_uri(cfg.tracking, root) if cfg.tracking.enabled else ""  # trainings have another root
+    tracked = cfg.tracking.model_copy(update={"uri": uri})
+    cfg = cfg.model_copy(update={"name": name, "root": root, "tracking": tracked})
+    folder = os.path.join(root, name)
+    if table and table.kind == "complexity":
+        return _complexity(cfg, table, folder)
+    if not cfg.data.train.uri or not cfg.data.val.uri:
+        raise UserError("a sweep trains on data.train.uri=... and evaluates on data.val.uri=...")
+    trials, left_out = _of_table(cfg, table, folder) if table else (_of_space(cfg, folder), {})
+    # A population that waits for each other's places would have nobody to learn from.
+    share = cluster.start(cfg.ray, cfg.trials if cfg.scheduler == "pbt" else cfg.concurrent)
+    checkpoint.open_run(folder, cfg, FREE)
+    for row, train in ((row, each.train) for each in trials for row in each.rows):
+        path = os.path.join(folder, "configs", f"{_slug(row.label)}.yaml")
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        outputs.write(path, dump(validate(TrainVAE, train)).encode())
+    count = len(trials) or cfg.trials
+    print(f"sweep {name}: {count} trainings, {share.jobs} at a time, {share.text}", flush=True)
+    for left, reason in left_out.items():
+        print(f"left out: {left}: {reason}", flush=True)
+    if trials:
+        lpips_or_warning(validate(TrainVAE, trials[0].train))
+    run = tracking.start_run(cfg.tracking, root, "sweep", name, cfg.model_dump(mode="json"), folder)
+    status: tracking.Status = "FAILED"
+    try:
+        failed = _tune(cfg, trials, share, run, folder)
+        results = _results(folder, trials)
+        outputs.write(os.path.join(folder, "results.json"), json.dumps(results, indent=2).encode() + b"\n")
+        if results:
+            best = max(results, key=lambda result: result["metrics"][f"eval/reconstruction/{cfg.metric}"])
+            winner = values_to_keep(validate(TrainVAE, best["train_vae"] | {"name": f"{name}-best", "root": root}))
+            outputs.write(os.path.join(folder, "best.yaml"), yaml.safe_dump(winner, sort_keys=False).encode())
+        status = "FAILED" if failed else "FINISHED"
+    finally:
+        tracking.finish(run, status)
+    print(_report(cfg, results, folder), flush=True)
+    if results:
+        _compare(cfg, folder)
+    if failed:
+        again = "the same command tries them again" if trials else "they are not tried again"
+        raise UserError(f"{len(failed)} of {count} trainings failed; {again}:\n" + "\n".join(failed))
+    return results
+
+
+def _complexity(cfg: Sweep, table: paper.Table, folder: str) -> list[dict[str, Any]]:
+    """A table of what encoders cost: nothing is trained, and one job measures all rows, one after the other."""
+    from pipelines.complexity import complexity
+
+    rows = paper.chosen(table, cfg.rows)
+    own = {"models": [row.model for row in rows], "out": os.path.join(folder, "complexity")}
+    shared = {"root": cfg.root, "ray": cfg.ray.model_dump(mode="json"), "tracking": {"enabled": False}}
+    parts = paper.at_scale(cfg.scale, "evaluate_complexity"), cfg.evaluate_complexity, own, shared
+    job = validate(EvaluateComplexity, paper.merged(*parts))
+    checkpoint.open_run(folder, cfg, FREE)
+    run = tracking.start_run(cfg.tracking, cfg.root, "sweep", cfg.name, cfg.model_dump(mode="json"), folder)
+    status: tracking.Status = "FAILED"
+    try:
+        found = complexity(job)["complexity"]
+        results = []
+        for row in rows:
+            metrics = {f"eval/{name}": value for name, value in found[row.model].items()}
+            mine = Row(row.name, cfg.seeds[0], os.path.join(folder, "rows", _slug(row.name)), {})
+            where = trial.tracked(cfg, mine, run.run_id or "")
+            values = job.model_dump(mode="json", exclude={"models", "tracking"}) | {"model": row.model}
+            tracker = tracking.Tracker(
+                tracking.start_run(where, cfg.root, "evaluate", row.name, values, mine.folder, resume=False), False
+            )
+            tracker.metrics(metrics, 0)
+            tracker.close("FINISHED")
+            results.append({"row": row.name, "seed": mine.seed, "metrics": metrics, "remarks": []})
+        outputs.write(os.path.join(folder, "results.json"), json.dumps(results, indent=2).encode() + b"\n")
+        status = "FINISHED"
+    finally:
+        tracking.finish(run, status)
+    _compare(cfg, folder)
+    return results
+
+
+# --- what is to be trained --------------------------------------------------------------------------------------
+
+
+def _of_table(cfg: Sweep, table: paper.Table, folder: str) -> tuple[list[Trial], dict[str, str]]:
+    """Trials of a table, rows of one training together; and rows that can't be run here, with the reason."""
+    left_out: dict[str, str] = {}
+    trials: dict[str, Trial] = {}
+    for row in paper.chosen(table, cfg.rows):
+        values = paper.scaled(table, row, cfg.scale)
+        if reason := _missing(cfg, values["train_vae"]):
+            left_out[row.name] = reason
+            continue
+        jobs = _jobs(cfg, values, table.kind)
+        for seed in cfg.seeds:
+            train = _train(cfg, paper.merged(values["train_vae"], cfg.train_vae), seed)
+            where = os.path.join(folder, "rows", _slug(f"{row.name}, seed {seed}"))
+            trials.setdefault(train["name"], Trial(train)).rows.append(Row(row.name, seed, where, jobs, table.part))
+    if not trials:
+        raise UserError("; ".join(f"{row}: {reason}" for row, reason in left_out.items()))
+    return list(trials.values()), left_out
+
+
+def _of_space(cfg: Sweep, folder: str) -> list[Trial]:
+    """The points of a grid or of a random search, with every seed; none where Tune draws them as it goes."""
+    fields = dict(_fields(cfg.space))
+    if cfg.search == "grid" and (drawn := [key for key, values in fields.items() if isinstance(values, dict)]):
+        raise UserError(f"space.{drawn[0]} is drawn: set search=random or optuna, or give a list of values")
+    for key, values in fields.items():  # a wrong field or value is to be found before anything is trained
+        for value in values if isinstance(values, list) else next(iter(values.values())):
+            point(cfg, {key: value}, cfg.seeds[0], folder)
+    if cfg.search == "optuna" or cfg.scheduler == "pbt":
+        return []
+    if cfg.search == "grid":
+        points = [dict(zip(fields, values, strict=True)) for values in itertools.product(*fields.values())]
+    else:
+        generator = np.random.default_rng(cfg.seeds[0])
+        points = [{key: _drawn(values, generator) for key, values in fields.items()} for _ in range(cfg.trials)]
+    return [point(cfg, values, seed, folder) for values in points for seed in cfg.seeds]
+
+
+def point(cfg: Sweep, values: dict[str, Any], seed: int, folder: str, begin: str = "") -> Trial:
+    """The trial of a point: values of dotted fields of train_vae, over `cfg.train_vae`.
+
+    Args:
+        begin: checkpoint of another training that this one goes on from.
+
+    Raises:
+        UserError: the values make no config of train_vae.
+    """
+    shown = {key: f"{value:.4g}" if isinstance(value, float) else value for key, value in values.items()}
+    name = ", ".join(f"{key}={value}" for key, value in shown.items())
+    train = _train(cfg, paper.merged(cfg.train_vae, _nested(values)), seed, begin)
+    jobs = _jobs(cfg, {"evaluate": {"transform": {"resolution": train["stages"][-1]["resolution"]}}}, "vae")
+    return Trial(train, [Row(name, seed, os.path.join(folder, "rows", train["name"]), jobs)])
+
+
+def _train(cfg: Sweep, values: dict[str, Any], seed: int, begin: str = "") -> dict[str, Any]:
+    """A complete TrainVAE's values, named by the hash of what matters to the weights."""
+    own: dict[str, Any] = {"seed": seed, "data": cfg.data.model_dump(mode="json"), "begin": begin}
+    if cfg.scheduler != "none" or cfg.search == "optuna":
+        total, every = _lengths(cfg, values)
+        own["loop"] = {"val_every": every, "checkpoint_every": every, "keep": 1 + total // every}
+    kept = values_to_keep(validate(TrainVAE, paper.merged(values, own)))
+    kept = {key: value for key, value in kept.items() if key not in ("name", "root", "ray")}
+    digest = hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]
+    return kept | {"name": f"vae-{digest}", "root": os.path.join(cfg.root, "trained")}
+
+
+def _lengths(cfg: Sweep, values: dict[str, Any]) -> tuple[int, int]:
+    """Images of a training, and between looks at it."""
+    total = sum(stage.images for stage in validate(TrainVAE, values).stages)
+    return total, cfg.every or -(-total // 8)
+
+
+def _jobs(cfg: Sweep, values: dict[str, Any], kind: paper.Kind) -> dict[str, dict[str, Any]]:
+    """Values of the jobs after the training, checked; what only the trial knows is still open."""
+    val, train = (source.model_dump(mode="json") for source in (cfg.data.val, cfg.data.train))
+    classes: dict[str, type[Tracked]] = {"evaluate": Evaluate}
+    sources: dict[str, Any] = {"evaluate": {"source": val}}
+    if kind == "ldm":
+        classes |= {"encode_dataset": Encode, "train_ldm": TrainLDM}
+        classes |= {"sample": Sample, "evaluate_samples": EvaluateSamples}
+        sources |= {"encode_dataset": {"source": train}, "evaluate_samples": {"source": train}}
+    shared = {"root": cfg.root, "tracking": {"enabled": False}}
+    found = {}
+    for job, cls in classes.items():
+        parts = values.get(job, {}), sources.get(job, {}), getattr(cfg, job), shared
+        found[job] = validate(cls, paper.merged(*parts)).model_dump(mode="json")
+    if kind == "ldm":
+        check_networks(*(found["evaluate_samples"][key] for key in NETWORKS))
+    judged, units = found["evaluate"], open_source(cfg.data.val, "data.val").units
+    if "images" not in cfg.evaluate:  # a scale's number is at most
+        judged["images"] = min(judged["images"], units)
+    judged["mmd_images"] = min(judged["mmd_images"], judged["images"] or units)
+    return found
+
+
+def _missing(cfg: Sweep, values: dict[str, Any]) -> str:
+    """Why a row of a table can't be trained here."""
+    esrgan = validate(TrainVAE, paper.merged(values, cfg.train_vae)).loss.esrgan
+    if esrgan.weight:
+        try:
+            load_esrgan(esrgan.weights)
+        except UserError as error:
+            return f"{error}: train_vae.loss.esrgan.weights=FILE"
+    return ""
+
+
+def _fields(space: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted field, list of values or {kind of draw: arguments}).
+
+    Raises:
+        UserError: it is neither.
+    """
+    for key, value in space.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, list) and value:
+            yield name, [_number(item) for item in value]
+        elif isinstance(value, dict) and len(value) == 1 and (draw := next(iter(value))) in DRAWS:
+            arguments = value[draw]
+            if isinstance(arguments, list):
+                arguments = [_number(item) for item in arguments]
+            numbers = isinstance(arguments, list) and all(isinstance(item, int | float) for item in arguments)
+            if draw != "choice" and not (numbers and len(arguments) == 2 and arguments[0] < arguments[1]):
+                raise UserError(f"space.{name}: {draw} takes [least, largest], not {arguments}")
+            if draw == "loguniform" and arguments[0] <= 0:
+                raise UserError(f"space.{name}: loguniform takes numbers above 0, not {arguments}")
+            yield name, {draw: arguments}
+        elif isinstance(value, dict) and value:
+            yield from _fields(value, f"{name}.")
+        else:
+            kinds = ", ".join(f"{{{draw}: [a, b]}}" for draw in DRAWS)
+            raise UserError(f"space.{name}={value!r} is neither a list of values nor one of {kinds}")
+
+
+def _number(value: Any) -> Any:
+    """YAML takes 1e-4 for text."""
+    exponent = isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value)
+    return float(value) if exponent else value
+
+
+def _nested(values: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        *parents, last = key.split(".")
+        section = found
+        for parent in parents:
+            section = section.setdefault(parent, {})
+        section[last] = value
+    return found
+
+
+def _drawn(values: Any, generator: np.random.Generator) -> Any:
+    """One value of a field, drawn."""
+    kind, arguments = ("choice", values) if isinstance(values, list) else next(iter(values.items()))
+    if kind == "choice":
+        return arguments[generator.integers(len(arguments))]
+    if kind == "randint":
+        return int(generator.integers(arguments[0], arguments[1] + 1))
+    low, high = np.log(arguments) if kind == "loguniform" else arguments
+    value = generator.uniform(low, high)
+    return float(np.exp(value) if kind == "loguniform" else value)
+
+
+# --- on Ray Tune ------------------------------------------------------------------------------------------------
+
+
+def _tune(cfg: Sweep, trials: list[Trial], share: cluster.Share, run: tracking.RunHandle, folder: str) -> list[str]:
+    """Run what is not done. Returns what is to be said of the trainings that failed.
+
+    Of given trials those that are not done are run, which go on where they were; what Tune itself knows matters where
+    it draws the points (optuna) or moves them (pbt), and only then its own state is restored.
+    """
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the new output is not silent at verbose=0
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # what fails is said below
+    from ray import tune
+
+    setup = {
+        "cfg": cfg.model_dump(mode="json"),
+        "trials": [asdict(each) for each in trials],
+        "parent": run.run_id or "",
+        "folder": folder,
+        "ray": cfg.ray.model_dump(mode="json") | {"cpus_per_worker": share.threads},
+        "cwd": os.getcwd(),
+    }
+
+    def one(values: dict[str, Any]) -> None:
+        trial.run(values, setup)
+
+    left = [
+        number
+        for number, each in enumerate(trials)
+        if not all(row.done for row in each.rows) and not os.path.exists(os.path.join(each.folder, STOPPED))
+    ]
+    if trials and not left:
+        return []
+    trainable = tune.with_resources(one, {"CPU": 0.01})  # what trains asks for itself
+    path = os.path.join(folder, "tune")
+    if not trials and tune.Tuner.can_restore(path):
+        tuner = tune.Tuner.restore(path, trainable, resume_unfinished=True)
+    else:
+        tuner = tune.Tuner(
+            trainable,
+            param_space={"trial": tune.grid_search(left)} if trials else _space(cfg),
+            tune_config=_tune_config(cfg, share, bool(trials)),
+            run_config=tune.RunConfig(
+                name="tune", storage_path=folder, verbose=0, callbacks=[_stopped(trials)] if trials else None
+            ),
+        )
+    failed = []
+    for result in tuner.fit():
+        if result.error is not None:
+            found = re.search(r"litevae\.errors\.UserError: (.*)", str(result.error), re.S)
+            lines = str(result.error).strip().splitlines() or [repr(result.error)]
+            failed.append(f"  {_shown(result.config, trials)}: {found[1].strip() if found else lines[-1]}")
+    return failed
+
+
+def _stopped(trials: list[Trial]) -> Any:
+    """A callback of Tune that notes which trainings the scheduler has stopped: they are not to go on."""
+    from ray import tune
+
+    class Stopped(tune.Callback):
+        def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+            folder = folders[trial.config["trial"]]
+            if not os.path.exists(os.path.join(folder, TRAINED)):
+                outputs.write(os.path.join(folder, STOPPED), json.dumps(trial.last_result, default=str).encode())
+
+    folders = [each.folder for each in trials]
+    return Stopped()
+
+
+def _space(cfg: Sweep) -> dict[str, Any]:
+    return {"seed": cfg.seeds[0]} | {key: _domain(values) for key, values in _fields(cfg.space)}
+
+
+def _domain(values: Any) -> Any:
+    """What Tune and Optuna draw a field from."""
+    from ray import tune
+
+    kind, arguments = ("choice", values) if isinstance(values, list) else next(iter(values.items()))
+    if kind == "choice":
+        return tune.choice(arguments)
+    if kind == "randint":
+        return tune.randint(arguments[0], arguments[1] + 1)
+    return getattr(tune, kind)(*arguments)
+
+
+def _tune_config(cfg: Sweep, share: cluster.Share, given: bool) -> Any:
+    from ray import tune
+    from ray.tune.schedulers import ASHAScheduler, PopulationBasedTraining
+
+    best: dict[str, Any] = {"metric": cfg.metric, "mode": "max"}
+    total, every = _lengths(cfg, cfg.train_vae)
+    search = scheduler = None
+    if cfg.search == "optuna":
+        try:
+            from ray.tune.search.optuna import OptunaSearch
+
+            search = OptunaSearch(seed=cfg.seeds[0], **best)
+        except (ImportError, AssertionError):
+            raise UserError("search=optuna needs the package: pip install optuna") from None
+    if cfg.scheduler == "asha":
+        scheduler = ASHAScheduler(time_attr="images", grace_period=every, max_t=total + 1, reduction_factor=3, **best)
+    elif cfg.scheduler == "pbt":
+        mutations = {key: _domain(values) for key, values in _fields(cfg.space)}
+        scheduler = PopulationBasedTraining(
+            time_attr="images", perturbation_interval=every, hyperparam_mutations=mutations, **best
+        )
+    return tune.TuneConfig(
+        search_alg=search,
+        scheduler=scheduler,
+        num_samples=1 if given else cfg.trials,
+        max_concurrent_trials=share.jobs,
+        **({} if scheduler else best),
+    )
+
+
+def _shown(config: dict[str, Any] | None, trials: list[Trial]) -> str:
+    if config and "trial" in config:
+        return " and ".join(row.label for row in trials[config["trial"]].rows)
+    return ", ".join(f"{key}={value}" for key, value in (config or {}).items())
+
+
+# --- what comes of it -------------------------------------------------------------------------------------------
+
+
+def _results(folder: str, trials: list[Trial]) -> list[dict[str, Any]]:
+    """Of the rows that are done, in the order of the table or of their names."""
+    files = [os.path.join(row.folder, RESULT) for trial in trials for row in trial.rows]
+    files = files or sorted(map(str, Path(folder, "rows").glob(f"*/{RESULT}")))
+    return [json.loads(Path(file).read_text()) for file in files if os.path.exists(file)]
+
+
+def _report(cfg: Sweep, results: list[dict[str, Any]], folder: str) -> str:
+    """For a person: the metrics of every row, unless the comparison shows them."""
+    lines = [""]
+    if not cfg.tracking.enabled:
+        names = sorted({name for result in results for name in result["metrics"] if name.startswith(SHOWN)})
+        rows = [["", *(name.removeprefix("eval/").removeprefix("reconstruction/") for name in names)]]
+        for result in results:
+            cells = [f"{result['metrics'][name]:.4g}" if name in result["metrics"] else "-" for name in names]
+            rows.append([f"{result['row']}, seed {result['seed']}", *cells])
+        lines += [outputs.table(rows), ""]
+    lines += sorted({remark for result in results for remark in result["remarks"]})
+    lines.append(f"results  {folder}/results.json")
+    if results:
+        lines += [f"configs  {folder}/configs", f"best     {folder}/best.yaml (train_vae.py --config)"]
+    return "\n".join([*lines, ""])
+
+
+def _compare(cfg: Sweep, folder: str) -> None:
+    if cfg.tracking.enabled:
+        from pipelines.compare import compare
+
+        out = os.path.join(folder, "comparison")
+        where = {"root": cfg.root, "tracking": cfg.tracking.model_dump(), "out": out}
+        compare(validate(Compare, where | {"sweep": cfg.name}))
+
+
+def _slug(label: str) -> str:
+    """A file's name. Two labels do not give one."""
+    digest = hashlib.sha256(label.encode()).hexdigest()[:6]
+    return f"{re.sub(r'[^A-Za-z0-9._=-]+', '-', label).strip('-')[:80]}-{digest}"

@@ -1,0 +1,270 @@
+"""Sweeps: what is trained for a table or a space; every table end to end; kills, asha, optuna, pbt."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import mlflow
+import psutil
+import pytest
+import skimage.data
+import torch
+import yaml
+from PIL import Image
+from torchvision import models
+
+from litevae.autoencoder import load_autoencoder
+from pipelines import paper, sweep, trial
+from pipelines.config import Sweep, TrainVAE, load, main
+from tests.networks import save_squeezenet
+
+REPO = Path(__file__).resolve().parents[2]
+TINY = [  # of a space: seconds a training
+    "train_vae.model.encoder=S", "train_vae.model.decoder.channels=[8,8,8,8]", "train_vae.model.decoder.layers=1",
+    "train_vae.loss.lpips.weight=0", "train_vae.loss.adversarial.weight=0", "train_vae.loop.precision=fp32",
+    "train_vae.stages=[{resolution: 32, images: 32, batch_size: 8}]", "train_vae.val_images=4", "ray.gpu=false",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """Two folders of 24 and 12 crops of 72 px."""
+    root = tmp_path_factory.mktemp("photos")
+    for folder, image, count in (("train", skimage.data.astronaut(), 24), ("val", skimage.data.coffee(), 12)):
+        (root / folder).mkdir()
+        for n in range(count):
+            top, left = 50 * (n // 6), 60 * (n % 6)
+            Image.fromarray(image[top : top + 72, left : left + 72]).save(root / folder / f"{n:02}.png")
+    return root
+
+
+def configured(photos, root, *more) -> Sweep:
+    where = [f"root={root}", f"data.train.uri={photos}/train", f"data.val.uri={photos}/val"]
+    return load(Sweep, None, [*where, *more])
+
+
+def prepared(photos, root, *more) -> list[trial.Trial]:
+    """The trials, without running them."""
+    cfg = configured(photos, root, *more)
+    if cfg.table:
+        return sweep._of_table(cfg, paper.table(cfg.table), str(root))[0]
+    return sweep._of_space(cfg, str(root))
+
+
+# --- what is trained -----------------------------------------------------------------------------------------------
+
+
+def test_rows_of_one_training_share_it(photos, tmp_path):
+    trials = prepared(photos, tmp_path, "table=1", "scale=smoke")
+    assert {len(each.rows) for each in trials} == {1, 2}  # FFHQ and ImageNet are the same photos here
+    assert sum(len(each.rows) for each in trials) == 12
+    of_4 = prepared(photos, tmp_path, "table=9", "scale=smoke", "rows=[Baseline]")
+    of_15 = prepared(photos, tmp_path, "table=14", "scale=smoke", "rows=[LPIPS]")
+    assert of_4[0].train["name"] == of_15[0].train["name"]  # and tables share them, too
+
+
+@pytest.mark.parametrize("more", ["seeds=[1]", "data.flip=false", "train_vae.optim.lr=1e-3", "scale=small"])
+def test_another_training_has_another_name(photos, tmp_path, more):
+    first = prepared(photos, tmp_path, "table=9", "scale=smoke", "rows=[Baseline]")
+    other = prepared(photos, tmp_path, "table=9", "scale=smoke", "rows=[Baseline]", more)
+    assert first[0].train["name"] != other[0].train["name"]
+
+
+def test_where_it_runs_does_not_matter_to_its_name(photos, tmp_path):
+    first = prepared(photos, tmp_path, "table=9", "scale=smoke", "rows=[Baseline]")
+    other = prepared(photos, tmp_path / "elsewhere", "table=9", "scale=smoke", "rows=[Baseline]", "ray.gpu=false")
+    assert first[0].train["name"] == other[0].train["name"]
+
+
+def test_a_grid_is_every_combination_with_every_seed(photos, tmp_path):
+    space = "space={loss.wavelet.weight: [0, 1], optim.lr: [1e-4, 3e-4, 1e-3]}"
+    trials = prepared(photos, tmp_path, *TINY, space, "seeds=[0, 1]")
+    found = Counter((t.train["loss"]["wavelet"]["weight"], t.train["optim"]["lr"], t.train["seed"]) for t in trials)
+    assert len(found) == 12
+    assert {*found.values()} == {1}
+    assert trials[0].rows[0].name == "loss.wavelet.weight=0, optim.lr=0.0001"
+    assert {row.jobs["evaluate"]["transform"]["resolution"] for each in trials for row in each.rows} == {32}
+
+
+def test_random_points_are_in_range_and_the_same_again(photos, tmp_path):
+    space = ["space.optim.lr.loguniform=[1e-5, 1e-2]", "space.model.latent_channels.randint=[4, 6]", "search=random"]
+    draws = [prepared(photos, tmp_path, *TINY, *space, "trials=40") for _ in range(2)]
+    assert draws[0] == draws[1]
+    rates = sorted(each.train["optim"]["lr"] for each in draws[0])
+    assert 1e-5 <= rates[0] < 1e-4 < 1e-3 < rates[-1] <= 1e-2  # log-uniform: low ones are as likely
+    assert {each.train["model"]["latent_channels"] for each in draws[0]} == {4, 5, 6}
+
+
+def test_a_row_whose_weights_are_missing_is_left_out_with_the_reason(photos, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    cfg = configured(photos, tmp_path, "table=14", "scale=smoke")
+    trials, left_out = sweep._of_table(cfg, paper.table("14"), str(tmp_path))
+    assert [row.name for each in trials for row in each.rows] == ["LPIPS"]
+    assert [*left_out] == ["ESRGAN"]
+    assert "train_vae.loss.esrgan.weights=FILE" in left_out["ESRGAN"]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ([], "give either table="),
+        (["table=9", "space.optim.lr=[1]"], "give either table="),
+        (["table=99"], "table=99: there are 1, 2a"),
+        (["table=9", "rows=[Nothing]"], "table 9 has no 'Nothing'"),
+        (["table=9", "scheduler=asha"], "search and scheduler are for space"),
+        (["table=9", "data.val.uri="], r"data\.val\.uri=\.\.\."),
+        (["space.optim.lr.uniform=[1e-3, 1e-4]"], r"space\.optim\.lr: uniform takes \[least, largest\]"),
+        (["space.optim.lr.loguniform=[0, 1]", "search=random"], "numbers above 0"),
+        (["space.optim.lr.uniform=[1e-4, 1e-3]"], "is drawn: set search=random"),
+        (["space.optim.lr=fast"], "neither a list of values nor one of"),
+        (["space.optim.lrr=[1]"], r"unknown config key 'optim\.lrr'"),
+        (["space.model.encoder=[S, XL]"], r"model\.encoder: .*'XL'"),
+        (["table=9", "train_vae.optim.lrr=1"], r"unknown config key 'optim\.lrr'"),
+        (["table=9", "evaluate.imagess=1"], r"unknown config key 'imagess'; did you mean 'images'"),
+    ],
+)
+def test_mistakes_are_told_before_anything_runs(photos, tmp_path, more, message, capsys):
+    words = [f"root={tmp_path}", f"data.train.uri={photos}/train", f"data.val.uri={photos}/val", *more]
+    assert main(Sweep, sweep.sweep, words) == 2
+    error = capsys.readouterr().err
+    with pytest.raises(AssertionError, match=message):
+        raise AssertionError(error)
+    assert error.count("\n") == 1
+    assert not any(tmp_path.iterdir())
+
+
+# --- end to end ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """Random ones: nobody looks at the numbers."""
+    folder = tmp_path_factory.mktemp("weights")
+    torch.save(models.vgg19(weights=None).state_dict(), folder / "vgg19.pth")
+    squeezenet = save_squeezenet(folder / "squeezenet.pth")
+    return [
+        f"train_vae.loss.esrgan.weights={folder}/vgg19.pth",
+        f"evaluate.squeezenet={squeezenet}",
+        f"evaluate_samples.squeezenet={squeezenet}",
+    ]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
+def runs_of(root, name) -> tuple[mlflow.entities.Run, list[mlflow.entities.Run]]:
+    """A sweep's run and its rows'."""
+    client = mlflow.MlflowClient(f"sqlite:///{root}/mlflow.db")
+    found = client.search_runs([client.get_experiment_by_name("litevae").experiment_id])
+    rows = [run for run in found if run.data.tags.get("litevae.sweep") == name]
+    (parent,) = {run.data.tags["mlflow.parentRunId"] for run in rows}
+    return client.get_run(parent), rows
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("table", paper.tables())
+def test_every_table_of_the_paper_runs(photos, root, weights, table):
+    cfg = configured(photos, root, f"table={table}", "scale=smoke", "ray.gpu=false", "concurrent=2", *weights)
+    results = sweep.sweep(cfg)
+    wanted = paper.table(table)
+    assert [result["row"] for result in results] == [*wanted.rows]
+    folder = root / f"table-{wanted.name}-smoke"
+    page = (folder / "comparison" / "comparison.html").read_text()
+    assert all(row.replace("&", "&amp;") in page for row in wanted.rows)
+    parent, rows = runs_of(root, folder.name)
+    assert parent.info.status == "FINISHED"
+    assert sorted(run.data.tags["litevae.row"] for run in rows) == sorted(wanted.rows)
+    assert {run.info.status for run in rows} == {"FINISHED"}
+    for result in results:
+        metrics = result["metrics"]
+        if wanted.kind == "complexity":
+            assert metrics["eval/params_m"] == pytest.approx(wanted.rows[result["row"]].paper["params_m"], abs=0.011)
+            continue
+        assert torch.isfinite(torch.tensor([*metrics.values()])).all()
+        assert {"eval/reconstruction/psnr", "eval/reconstruction/frechet/squeezenet-caffe"} <= metrics.keys()
+        load_autoencoder(result["model"])
+        written = load(TrainVAE, str(next(folder.glob(f"configs/{sweep._slug(result['row'] + ', seed 0')}.yaml"))))
+        assert written.model.model_dump(mode="json") == result["train_vae"]["model"]
+        if wanted.kind == "ldm":
+            assert "eval/frechet/squeezenet-caffe" in metrics
+        if wanted.scales:
+            client = mlflow.MlflowClient(f"sqlite:///{root}/mlflow.db")
+            (run,) = [run for run in rows if run.data.tags["litevae.row"] == result["row"]]
+            steps = [m.step for m in client.get_metric_history(run.info.run_id, "eval/scale/psnr")]
+            assert len({*steps}) > 1
+        if table == "6":
+            assert "eval/mmd/raw/25" in metrics
+
+
+SPACE = "space.optim.lr=[1e-4, 1e-3, 1e-2]"
+
+
+@pytest.mark.slow
+def test_a_killed_sweep_goes_on_and_the_best_config_can_be_trained(photos, tmp_path):
+    words = [sys.executable, "jobs/sweep.py", f"root={tmp_path}", f"data.train.uri={photos}/train",
+             f"data.val.uri={photos}/val", "name=rates", SPACE, *TINY]  # fmt: skip
+    first = subprocess.Popen(words, cwd=REPO, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    end = time.monotonic() + 240
+    while not (done := [*tmp_path.glob("rates/rows/*/result.json")]) and time.monotonic() < end:
+        time.sleep(0.2)
+    assert done, "no row was done in time"
+    children = psutil.Process(first.pid).children(recursive=True)
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    for child in children:
+        try:
+            os.kill(child.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+    before = {path: path.stat().st_mtime_ns for path in done}
+    second = subprocess.run(words, cwd=REPO, capture_output=True, text=True, timeout=400)
+    assert second.returncode == 0, second.stderr
+    results = json.loads((tmp_path / "rates" / "results.json").read_text())
+    assert [result["train_vae"]["optim"]["lr"] for result in results] == [1e-4, 1e-3, 1e-2]
+    assert {path: path.stat().st_mtime_ns for path in done} == before  # what was done is not done again
+    assert len(runs_of(tmp_path, "rates")[1]) == 3
+    best = max(results, key=lambda result: result["metrics"]["eval/reconstruction/psnr"])
+    winner = load(TrainVAE, str(tmp_path / "rates" / "best.yaml"))
+    assert (winner.optim.lr, winner.name) == (best["train_vae"]["optim"]["lr"], "rates-best")
+
+
+@pytest.mark.slow
+def test_asha_stops_poor_trials_and_does_not_take_them_up_again(photos, tmp_path):
+    lengths = ["train_vae.stages=[{resolution: 32, images: 96, batch_size: 8}]", "every=16", "concurrent=3"]
+    space = ["space.optim.lr=[1e-9, 2e-9, 3e-3]", "scheduler=asha", "name=asha"]
+    cfg = configured(photos, tmp_path, *TINY, *lengths, *space)
+    results = sweep.sweep(cfg)
+    stopped = [*tmp_path.glob(f"trained/*/{sweep.STOPPED}")]
+    assert len(stopped) + len(results) == 3
+    assert stopped
+    assert 3e-3 in [result["train_vae"]["optim"]["lr"] for result in results]
+    again = sweep.sweep(cfg)
+    assert [result["row"] for result in again] == [result["row"] for result in results]
+
+
+@pytest.mark.slow
+def test_optuna_draws_points(photos, tmp_path):
+    more = ["space.optim.lr.loguniform=[1e-4, 1e-2]", "search=optuna", "trials=2", "name=optuna"]
+    results = sweep.sweep(configured(photos, tmp_path, *TINY, *more))
+    rates = {result["train_vae"]["optim"]["lr"] for result in results}
+    assert len(rates) == 2
+    assert all(1e-4 <= rate <= 1e-2 for rate in rates)
+
+
+@pytest.mark.slow
+def test_pbt_lets_poor_trials_go_on_from_better_ones(photos, tmp_path):
+    lengths = ["train_vae.stages=[{resolution: 32, images: 128, batch_size: 8}]", "every=32"]
+    space = ["space.optim.lr=[1e-9, 1e-3]", "scheduler=pbt", "trials=2", "name=pbt", "seeds=[3]"]
+    results = sweep.sweep(configured(photos, tmp_path, *TINY, *lengths, *space))
+    assert results
+    begun = [yaml.safe_load(path.read_text()).get("begin") for path in tmp_path.glob("trained/*/config.yaml")]
+    assert any(begun), "no trial went on from another's checkpoint"
+    for result in results:
+        assert result["train_vae"]["stages"][0]["images"] == 128
