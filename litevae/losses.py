@@ -174,7 +174,8 @@ class LeCam(nn.Module):
             heads = [torch.stack([head.float().mean() for head in logits]).mean() for logits in (real, fake)]
             now = self.average(torch.stack(heads))
             before = torch.where(self.means.isnan(), now, self.means)
-            self.means.copy_(before.lerp(now, 1 - self.decay))
+            # what is not finite belongs to a step that is skipped
+            self.means.copy_(torch.where(now.isfinite(), before.lerp(now, 1 - self.decay), self.means))
         mean_real, mean_fake = before
         terms = [
             F.relu(r.float() - mean_fake).square().mean() + F.relu(mean_real - f.float()).square().mean()
@@ -237,7 +238,10 @@ def gradient_norms(
     """
 
     def norm(loss: Tensor) -> Tensor:
-        (gradient,) = torch.autograd.grad(loss, last_layer, retain_graph=True)
+        if not loss.requires_grad:  # no term but the adversarial one counts
+            return last_layer.new_zeros(())
+        more = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
+        (gradient,) = torch.autograd.grad(loss, last_layer, **more)
         return torch.linalg.vector_norm(average(gradient.float())).detach()
 
     return norm(reconstruction), norm(adversarial)

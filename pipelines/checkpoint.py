@@ -42,7 +42,8 @@ def open_run(folder: str, config: BaseModel, may_change: Iterable[str]) -> bool:
         write_config(folder, config)
         return False
     try:
-        before = flatten(yaml.safe_load(path.read_text()))
+        # a field that is newer than the run had its default
+        before = flatten(values_to_keep(type(config)())) | flatten(yaml.safe_load(path.read_text()))
     except (yaml.YAMLError, AttributeError) as error:
         raise UserError(f"{path} is damaged: {error}; restore it, or choose another name") from None
     now = flatten(values_to_keep(config))

@@ -233,7 +233,8 @@ def comparison(
     differ = [name for name in names if len({*values[name]}) > 1]
     for number, row in enumerate(ran):
         row.params = [values[name][number] for name in differ]
-    drawn = sorted({name for run in runs for name in run.history}, key=lambda name: (name.startswith("train/"), name))
+    told = {name for run in runs for name, points in run.history.items() if any(value for _, value in points)}  # not 0
+    drawn = sorted(told, key=lambda name: (name.startswith("train/"), name))
     curves = {name: [[[*run.history.get(name, ())] for run in row.runs] for row in rows] for name in drawn}
     scales, sweeps = tagged(runs, "scale"), tagged(runs, "sweep")
     title = f"{_title(table.name)}: {table.title}" if table else f"Sweep {sweeps}" if sweeps else "Comparison of runs"

@@ -90,7 +90,7 @@ def sweep(cfg: Sweep) -> list[dict[str, Any]]:
     status: tracking.Status = "FAILED"
     try:
         failed = _tune(cfg, trials, share, run, folder)
-        results = _results(folder, trials)
+        results = _results(folder, trials, [*table.rows] if table else [])
         outputs.write(os.path.join(folder, "results.json"), json.dumps(results, indent=2).encode() + b"\n")
         if results:
             best = max(results, key=lambda result: result["metrics"][f"eval/reconstruction/{cfg.metric}"])
@@ -429,11 +429,12 @@ def _shown(config: dict[str, Any] | None, trials: list[Trial]) -> str:
 # --- what comes of it -------------------------------------------------------------------------------------------
 
 
-def _results(folder: str, trials: list[Trial]) -> list[dict[str, Any]]:
-    """Of the rows that are done, in the order of the table or of their names."""
+def _results(folder: str, trials: list[Trial], order: list[str]) -> list[dict[str, Any]]:
+    """Of the rows that are done, in the table's order, else in that of the points or of their folders."""
     files = [os.path.join(row.folder, RESULT) for trial in trials for row in trial.rows]
     files = files or sorted(map(str, Path(folder, "rows").glob(f"*/{RESULT}")))
-    return [json.loads(Path(file).read_text()) for file in files if os.path.exists(file)]
+    found = [json.loads(Path(file).read_text()) for file in files if os.path.exists(file)]
+    return sorted(found, key=lambda result: order.index(result["row"])) if order else found
 
 
 def _report(cfg: Sweep, results: list[dict[str, Any]], folder: str) -> str:

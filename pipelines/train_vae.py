@@ -1,7 +1,8 @@
 """Training LiteVAE on Ray Train: reconstruction, perceptual, KL, high-frequency and adversarial losses, in stages."""
 
+import inspect
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,10 @@ from torch import Tensor, nn
 from litevae import losses, metrics
 from litevae.autoencoder import LiteVAE, count_parameters, load_autoencoder, model_config
 from litevae.diffusion import EMA
-from litevae.discriminators import UNetDiscriminator
+from litevae.discriminators import Discriminator, build_discriminator
 from litevae.errors import UserError
 from litevae.images import ImageError, ImageTransform, to_tensor
-from litevae.perceptual import SqueezeNetFeatures, WeightsMissing, load_lpips
+from litevae.perceptual import SqueezeNetFeatures, WeightsMissing, load_esrgan, load_lpips
 from litevae.pictures import reconstruction_picture
 from litevae.precision import autocast
 from pipelines import checkpoint, cluster, tracking, training
@@ -33,8 +34,11 @@ FREE = (
 PICTURES = 8  # validation images shown
 
 
-def train_vae(config: TrainVAE) -> dict[str, Any]:
+def train_vae(config: TrainVAE, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
     """Train, or go on with, the run `config.name`; its model folder is root/name/model.
+
+    Args:
+        callbacks: of Ray Train.
 
     Raises:
         UserError: anything the user can mend, before Ray starts where it can be known then.
@@ -47,9 +51,19 @@ def train_vae(config: TrainVAE) -> dict[str, Any]:
             f"stages.{n}.batch_size", stage.batch_size, source.units, config.ray.workers, config.optim.accumulate
         )
     model = build_model(config)
-    lpips = _lpips_or_warning(config)
+    lpips = lpips_or_warning(config)
     if config.loss.features.weight:
         SqueezeNetFeatures(config.loss.features.weights)
+    if config.loss.esrgan.weight:
+        load_esrgan(config.loss.esrgan.weights)
+    _check_discriminator(config)
+    begin = os.path.abspath(config.begin) if config.begin else ""
+    own = list(Path(folder).glob(f"checkpoint-*/{checkpoint.STATE}"))  # then `begin` may be gone: its run keeps a few
+    if begin and not own and not os.path.isfile(os.path.join(begin, checkpoint.STATE)):
+        raise UserError(
+            f"begin={config.begin} is no checkpoint folder of a run (it has no {checkpoint.STATE}); give one as "
+            f"runs/<name>/checkpoint-..., which loop.keep of its run must have kept"
+        )
     share = cluster.start(config.ray)
     resumed = checkpoint.open_run(folder, config, FREE)
     if resumed:
@@ -67,9 +81,9 @@ def train_vae(config: TrainVAE) -> dict[str, Any]:
     )
     setup = {
         "config": values_to_keep(config), "source": source, "data": source.uri, "val": val, "folder": folder,
-        "lpips": lpips,
+        "lpips": lpips, "begin": begin,
     }  # fmt: skip
-    result = training.fit(_worker, setup, handle, share, config.loop)
+    result = training.fit(_worker, setup, handle, share, config.loop, callbacks)
     numbers = "   ".join(f"{key} {result[key]:.4g}" for key in ("psnr", "ssim") if key in result)
     print(f"model: {result['model']}   {numbers}\nMLflow: {result['tracking']}", flush=True)
     return result
@@ -87,22 +101,34 @@ def build_model(config: TrainVAE) -> LiteVAE:
         latent_channels=wanted.latent_channels,
         wavelet=wanted.wavelet,
         downsample=wanted.downsample,
+        extractor=wanted.extractor,
+        shared_extractor=wanted.shared_extractor,
+        levels=wanted.levels,
+        aggregator=wanted.aggregator,
+        vit_grid=wanted.vit_grid,
+        conv1x1=wanted.conv1x1,
         block_out_channels=wanted.decoder.channels,
         layers_per_block=wanted.decoder.layers,
         decoder_norm=wanted.decoder.norm,
+        output=wanted.decoder.output,
     )
     if not wanted.init:
         return model
     have = model_config(wanted.init)
     if (kind := have.get("_class_name")) != "LiteVAE":
         raise UserError(f"model.init={wanted.init} is a model of class {kind}, not LiteVAE")
-    own = {key: list(value) if isinstance(value, tuple) else value for key, value in model.config.items()}
+    # a folder from before a field was there has its default
+    have = {key: field.default for key, field in inspect.signature(LiteVAE.__init__).parameters.items()} | have
+    have, own = (
+        {key: list(value) if isinstance(value, tuple) else value for key, value in config.items()}
+        for config in (have, model.config)
+    )
     if different := [f"{k} {have.get(k)!r}, not {v!r}" for k, v in own.items() if k[0] != "_" and have.get(k) != v]:
         raise UserError(f"model.init={wanted.init} is another model: {'; '.join(different)}")
     return load_autoencoder(wanted.init)
 
 
-def _lpips_or_warning(config: TrainVAE) -> bool:
+def lpips_or_warning(config: TrainVAE) -> bool:
     """Whether LPIPS is on: without its backbone's weights the term is off, and said to be."""
     term = config.loss.lpips
     if not term.weight:
@@ -113,6 +139,20 @@ def _lpips_or_warning(config: TrainVAE) -> bool:
         print(f"warning: loss.lpips is off: {missing}", flush=True)
         return False
     return True
+
+
+def _check_discriminator(config: TrainVAE) -> None:
+    """It may come in late in the run, which is to hear of it before that."""
+    if not config.loss.adversarial.weight:
+        return
+    kind, resolution = config.loss.adversarial.kind, min(stage.resolution for stage in config.stages)
+    try:
+        build_discriminator(kind, 1)(torch.zeros(2, 3, resolution, resolution))
+    except RuntimeError:
+        raise UserError(
+            f"loss.adversarial.kind={kind} takes larger images than a stage's resolution of {resolution}: raise that, "
+            f"or take kind=unet"
+        ) from None
 
 
 def _check_stages(folder: str, config: TrainVAE) -> None:
@@ -139,31 +179,49 @@ class Objective(nn.Module):
         self.lpips = load_lpips(self.config.lpips.net, self.config.lpips.weights) if lpips else None
         features = self.config.features
         self.features = SqueezeNetFeatures(features.weights) if features.weight else None
+        self.esrgan = load_esrgan(self.config.esrgan.weights) if self.config.esrgan.weight else None
 
     def forward(
-        self, x: Tensor, reconstruction: Tensor, posterior: DiagonalGaussianDistribution, images: int
+        self,
+        x: Tensor,
+        reconstruction: Tensor,
+        posterior: DiagonalGaussianDistribution,
+        images: int,
+        averaged: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """(total but for the adversarial term, each term unweighted)."""
+        """(total but for the adversarial term, each term unweighted).
+
+        Args:
+            averaged: the averaged model's reconstruction, where LDL wants it (`wants_averaged`).
+        """
         terms = {
             "l1": lambda: losses.l1(reconstruction, x),
             "l2": lambda: losses.l2(reconstruction, x),
             "wavelet": lambda: losses.wavelet(reconstruction, x),
             "gaussian": lambda: losses.gaussian(reconstruction, x),
-            "kl": lambda: losses.kl(posterior),
         }
+        if not posterior.deterministic:
+            terms["kl"] = lambda: losses.kl(posterior)
         if self.lpips is not None:
             terms["lpips"] = lambda: self.lpips(reconstruction, x).mean()  # type: ignore[misc]
         if self.features is not None:
             terms["features"] = lambda: self.features(reconstruction, x).mean()  # type: ignore[misc]
-        values = {
-            name: term()
-            for name, term in terms.items()
-            if getattr(self.config, name).weight and images >= getattr(self.config, name).start
-        }
+        if self.esrgan is not None:
+            terms["esrgan"] = lambda: self.esrgan(reconstruction, x).mean()  # type: ignore[misc]
+        if averaged is not None:
+            terms["ldl"] = lambda: losses.ldl(x, reconstruction, averaged)
+        values = {name: term() for name, term in terms.items() if self._counts(name, images)}
         total = torch.zeros((), device=x.device)
         for name, value in values.items():
             total = total + getattr(self.config, name).weight * value
         return total, values
+
+    def wants_averaged(self, images: int) -> bool:
+        return self._counts("ldl", images)
+
+    def _counts(self, name: str, images: int) -> bool:
+        term = getattr(self.config, name)
+        return bool(term.weight) and images >= term.start
 
 
 class Networks:
@@ -178,13 +236,15 @@ class Networks:
         self.objective = Objective(config, lpips).to(device)
         self.optimizer = training.Adam(self.model, config.optim)
         self.ema = EMA(self.model, config.loop.ema) if config.loop.ema else None
-        self.disc: UNetDiscriminator | None = None
+        self.disc: Discriminator | None = None
+        self.lecam: losses.LeCam | None = None
         adversarial = config.loss.adversarial
         if adversarial.weight:
             torch.manual_seed(config.seed + 1)
-            self.disc = UNetDiscriminator(adversarial.channels).to(device)
+            self.disc = build_discriminator(adversarial.kind, adversarial.channels).to(device)
             self.disc_net = prepare_model(self.disc)
             self.disc_optimizer = training.Adam(self.disc, config.optim, lr=adversarial.lr)
+            self.lecam = losses.LeCam(_average, device=device) if adversarial.lecam else None
         if config.loop.compile:
             self.net = torch.compile(self.net)
         self.total = sum(stage.images for stage in config.stages)
@@ -199,49 +259,106 @@ class Networks:
         parts = np.split(np.stack(pixels), optim.accumulate)
         for n, part in enumerate(parts):
             x = to_tensor(torch.from_numpy(part).to(self.device, non_blocking=True))
+            averaged = self._averaged_reconstruction(x) if self.objective.wants_averaged(images) else None
             with training.synced(self.net, n == len(parts) - 1):
                 with autocast(self.device, self.config.loop.precision):
                     reconstruction, posterior = self.net(x)
                 reconstruction = reconstruction.float()
-                loss, terms = self.objective(x, reconstruction, posterior, images)
+                loss, terms = self.objective(x, reconstruction, posterior, images, averaged)
                 if gan:
-                    assert self.disc is not None
-                    self.disc.requires_grad_(False)
-                    with autocast(self.device, self.config.loop.precision):
-                        logits = self.disc(reconstruction)
-                    terms["adversarial"] = losses.hinge_generator(logits)
-                    weight = torch.tensor(adversarial.weight, device=self.device)
-                    if adversarial.adaptive:
-                        weight = weight * losses.adaptive_weight(
-                            loss, terms["adversarial"], self.model.decoder.conv_out.weight, _average
-                        )
-                        terms["adversarial_weight"] = weight
+                    weight, more = self._adversarial(loss, reconstruction, images)
+                    terms |= more
                     loss = loss + weight * terms["adversarial"]
                     fakes.append((x, reconstruction.detach()))
                 (loss / len(parts)).backward()
             values.add(terms | {"loss": loss})
         values.add(self.optimizer.step(optim.lr * factor))
+        _share_buffers(self.model)
         if self.ema is not None:
             self.ema.update(self.model)
         if gan:
-            values.add(self._discriminator_step(fakes, adversarial.lr * factor))
+            values.add(self._discriminator_step(fakes, images, adversarial.lr * factor))
         return values.means()
 
-    def _discriminator_step(self, fakes: list[tuple[Tensor, Tensor]], lr: float) -> dict[str, Tensor]:
+    def _adversarial(self, loss: Tensor, reconstruction: Tensor, images: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Weight of the adversarial term, and the term itself with what is to be known of it.
+
+        The gradients' ratio (Figure 7) is that of the weighted term to all others, at the decoder's last layer.
+        """
+        assert self.disc is not None
+        config = self.config.loss.adversarial
+        self.disc.requires_grad_(False)
+        with autocast(self.device, self.config.loop.precision):
+            logits = self.disc(reconstruction)
+        term = losses.hinge_generator(logits) if config.loss == "hinge" else losses.logistic_generator(logits)
+        values = {"adversarial": term}
+        weight = torch.tensor(config.weight, device=self.device)
+        if config.adaptive or self._due(config.ratio_every, images):
+            norms = losses.gradient_norms(loss, term, self.model.decoder.conv_out.weight, _average)
+            if config.adaptive:
+                values["adversarial_weight"] = weight = weight * losses.balance(*norms)
+            values["gradient_ratio"] = weight * norms[1] / norms[0]
+        return weight, values
+
+    def _discriminator_step(self, fakes: list[tuple[Tensor, Tensor]], images: int, lr: float) -> dict[str, Tensor]:
         assert self.disc is not None
         self.disc.requires_grad_(True)
         values = training.Totals()
         for n, (x, fake) in enumerate(fakes):
             with training.synced(self.disc_net, n == len(fakes) - 1):
-                # one forward for both: DDP wants one forward per backward, and nothing in it mixes images
-                with autocast(self.device, self.config.loop.precision):
-                    logits = self.disc_net(torch.cat([x, fake]))
-                real, made = zip(*(head.chunk(2) for head in logits), strict=True)
-                loss = losses.hinge_discriminator(real, made)
+                loss, terms = self._discriminator_loss(x, fake, images, n)
                 (loss / len(fakes)).backward()
-            values.add({"discriminator": loss, "logits_real": _mean(real), "logits_fake": _mean(made)})
+            values.add(terms)
         values.add({f"discriminator_{key}": value for key, value in self.disc_optimizer.step(lr).items()})
         return values.means()
+
+    def _discriminator_loss(self, x: Tensor, fake: Tensor, images: int, part: int) -> tuple[Tensor, dict[str, Tensor]]:
+        config = self.config.loss.adversarial
+        penalized = config.r1 > 0 and self._due(config.r1_every, images)
+        # the same on all ranks: each forward under DDP is a collective
+        mixed = np.random.default_rng(training.seed_for(self.config.seed, images, part)).random() < config.cutmix
+        mask = losses.cutmix_mask(len(x), *x.shape[-2:]).to(x.device) if mixed else None
+        batches = [x.requires_grad_(penalized), fake]
+        if mask is not None:
+            batches.append(losses.cutmix(x, fake, mask))
+        with autocast(self.device, self.config.loop.precision):
+            if self.disc.mixes_images:  # type: ignore[union-attr]
+                outputs = [self.disc_net(batch) for batch in batches]
+            else:  # one forward for all: DDP wants one forward per backward
+                heads = [head.chunk(len(batches)) for head in self.disc_net(torch.cat(batches))]
+                outputs = [tuple(head[n] for head in heads) for n in range(len(batches))]
+        real, made, *mixture = outputs
+        hinge = config.loss == "hinge"
+        loss = (losses.hinge_discriminator if hinge else losses.logistic_discriminator)(real, made)
+        values = {"discriminator": loss, "logits_real": _mean(real), "logits_fake": _mean(made)}
+        if mask is not None:
+            values["cutmix"] = losses.cutmix_discriminator(real, made, mixture[0], mask, config.loss)
+            loss = loss + values["cutmix"]
+        if self.lecam is not None:
+            values["lecam"] = self.lecam(real, made)
+            loss = loss + config.lecam * values["lecam"]
+        if penalized:
+            values["r1"] = losses.r1(real, x)
+            loss = loss + config.r1 * config.r1_every * values["r1"]
+            x.requires_grad_(False)
+        return loss, values
+
+    def _due(self, every: int, images: int) -> bool:
+        """Whether the step that begins after `images` is one of every so many of its stage; 0: none is."""
+        begin = 0
+        for stage in self.config.stages:
+            if images < begin + stage.images or stage is self.config.stages[-1]:
+                return every > 0 and (images - begin) // stage.batch_size % every == 0
+            begin += stage.images
+        return False
+
+    @torch.no_grad()
+    def _averaged_reconstruction(self, x: Tensor) -> Tensor:
+        assert self.ema is not None
+        # copies of buffers: a running mean is not to see the batch twice
+        state = self.ema.average | {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+        with autocast(self.device, self.config.loop.precision):
+            return torch.func.functional_call(self.model, state, (x, False))[0].float()
 
     def averaged(self) -> AbstractContextManager[None]:
         """Context with the weights to judge and to keep: the average where there is one."""
@@ -253,6 +370,8 @@ class Networks:
             state["ema"] = self.ema.state_dict()
         if self.disc is not None:
             state |= {"discriminator": self.disc.state_dict(), "disc_optimizer": self.disc_optimizer.state_dict()}
+        if self.lecam is not None:
+            state["lecam"] = self.lecam.state_dict()
         return state
 
     def load(self, state: dict[str, Any]) -> None:
@@ -263,10 +382,20 @@ class Networks:
         if self.disc is not None:
             self.disc.load_state_dict(state["discriminator"])
             self.disc_optimizer.load_state_dict(state["disc_optimizer"])
+        if self.lecam is not None:
+            self.lecam.load_state_dict(state["lecam"])
 
 
 def _mean(logits: tuple[Tensor, ...]) -> Tensor:
     return torch.stack([head.float().mean() for head in logits]).mean()
+
+
+def _share_buffers(model: nn.Module) -> None:
+    """Rank 0's running statistics (decoder.norm=batch) for all ranks, as DDP does only before the next step: what is
+    averaged and validated is then the same on all, and what a checkpoint holds."""
+    if torch.distributed.is_initialized():
+        for buffer in model.buffers():
+            torch.distributed.broadcast(buffer, 0)
 
 
 def _average(gradient: Tensor) -> Tensor:

@@ -9,9 +9,10 @@ import logging
 import os
 import shutil
 import sys
+import textwrap
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
@@ -34,12 +35,16 @@ def fit(
     handle: tracking.RunHandle,
     share: Share,
     loop: Loop,
+    callbacks: Sequence[Any] = (),
 ) -> dict[str, Any]:
     """Run `worker` on every rank under Ray Train and return rank 0's result, model folder and link.
 
     A worker's death is survived `loop.max_restarts` times; a dead driver's run goes on when started again. What workers
     get is `setup` (its `folder` is the run's, and takes the checkpoints; its `data` is where the images or latents are)
     and what `work` needs besides.
+
+    Args:
+        callbacks: of Ray Train; they hear of every checkpoint and the metrics at it.
 
     Raises:
         UserError: one that a worker returned as {"error": message}, since Ray Train tries again after what is raised.
@@ -63,6 +68,7 @@ def fit(
             failure_config=ray.train.FailureConfig(max_failures=loop.max_restarts),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=loop.keep),
             logging_config=ray.train.LoggingConfig(log_level="ERROR"),
+            callbacks=list(callbacks),
         ),
         torch_config=TorchConfig(timeout_s=600),
     )
@@ -151,7 +157,7 @@ def run(
     Returns the last metrics.
     """
     loop, total, folder = config.loop, sum(images for images, _ in task.stages), Path(setup["folder"])
-    images = begun = _resume(task, name, setup["folder"], rank)
+    images = begun = _resume(task, name, setup, rank)
     tracker = tracking.Tracker(setup["handle"]) if rank == 0 else None
     if tracker is not None:
         tracker.dataset(os.path.basename(setup["data"]), task.digest, setup["data"])
@@ -207,7 +213,7 @@ def run(
                     clock, since, waited = time.monotonic(), images, 0.0
                 if save:  # what was just checked: a checkpoint never holds a broken run
                     extra = {"images": images, "digest": task.digest, "config": values_to_keep(config)}
-                    _report(images, checkpoint.save(task.state() | extra) if rank == 0 else None)
+                    _report({"images": images} | numbers, checkpoint.save(task.state() | extra) if rank == 0 else None)
                     saved, clock, since, waited = images, time.monotonic(), images, 0.0
         if rank == 0 and tracker is not None:
             for exported, write in task.exports().items():
@@ -222,32 +228,42 @@ def run(
     return {"images": images, "images_per_second": float(np.median(rates[1:] or rates)), **numbers}
 
 
-def _resume(task: Task, name: str, folder: str, rank: int) -> int:
-    """Images seen at the latest checkpoint, which `task` then has; 0 where there is none."""
+def _resume(task: Task, name: str, setup: dict[str, Any], rank: int) -> int:
+    """Images seen at the run's latest checkpoint, else at the one that it begins with, which `task` has then; or 0."""
     import ray.train
 
-    found = ray.train.get_checkpoint()
-    if found is None:
+    found, begin = ray.train.get_checkpoint(), setup.get("begin", "")
+    if found is None and not begin:
         return 0
-    with found.as_directory() as path:
-        state = checkpoint.load(path)
-    if state["digest"] != task.digest:
-        raise UserError(
-            f"the data are not those that run {folder} was trained on: something was added, removed or changed. "
-            f"Start a new run (name=...), or bring the data back"
-        )
-    task.load(state)
+    if found is None:
+        state = checkpoint.load(begin)
+        try:
+            task.load(state)
+        except (RuntimeError, ValueError, KeyError) as error:
+            reason = f"it has no {error}" if isinstance(error, KeyError) else textwrap.shorten(str(error), 200)
+            raise UserError(
+                f"begin={begin} is a checkpoint of another model or of other networks beside it: {reason}"
+            ) from None
+    else:
+        with found.as_directory() as path:
+            state = checkpoint.load(path)
+        if state["digest"] != task.digest:
+            raise UserError(
+                f"the data are not those that run {setup['folder']} was trained on: something was added, removed or "
+                f"changed. Start a new run (name=...), or bring the data back"
+            )
+        task.load(state)
     if rank == 0:
         print(f"{name}: goes on after {state['images']:,} images", flush=True)
     return state["images"]
 
 
-def _report(images: int, folder: str | None) -> None:
+def _report(metrics: dict[str, Any], folder: str | None) -> None:
     """Hand a checkpoint folder (rank 0's; None elsewhere) to Ray Train; all ranks call this together."""
     import ray.train
 
     found = ray.train.Checkpoint.from_directory(folder) if folder else None
-    ray.train.report({"images": images}, checkpoint=found, checkpoint_dir_name=f"checkpoint-{images:012d}")
+    ray.train.report(metrics, checkpoint=found, checkpoint_dir_name=f"checkpoint-{metrics['images']:012d}")
     if folder:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -335,6 +351,9 @@ class Adam:
         return self._optimizer.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Moments only: rate, betas and decay stay this optimizer's, which may go on from another run's."""
+        groups = zip(state["param_groups"], self._optimizer.param_groups, strict=True)
+        state = state | {"param_groups": [own | {"params": theirs["params"]} for theirs, own in groups]}
         self._optimizer.load_state_dict(state)
 
 

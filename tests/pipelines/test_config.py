@@ -52,7 +52,7 @@ def test_numbers_as_people_write_them():
         ("optim.lrr=1", r"unknown config key 'optim\.lrr'; did you mean 'optim\.lr'\?"),
         ("optim.lr=fast", r"optim\.lr: .*valid number.*'fast'"),
         ("optim.lr=-1", r"optim\.lr: .*greater than 0"),
-        ("model.encoder=XL", r"model\.encoder: .*'S', 'B', 'M' or 'L'"),
+        ("model.encoder=XL", r"model\.encoder: .*'S', 'B', 'M', 'L', 'sd-vae'.*'XL'"),
         ("stages=[{resolution: 100, images: 5}]", r"stages\.0\.resolution: .*multiple of 8"),
         ("model.decoder.channels=[8, 8]", r"model\.decoder: .*exactly 4"),
         ("name=../elsewhere", "name: "),

@@ -11,20 +11,25 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+import ray.train.torch
 import skimage.data
 import torch
+import yaml
 from diffusers import AutoencoderTiny
 from PIL import Image
+from torch.nn.parallel import DistributedDataParallel
 from torchmetrics.functional.image import peak_signal_noise_ratio
+from torchvision import models
 
+from litevae import losses
 from litevae.autoencoder import WEIGHTS, LiteVAE, load_autoencoder
 from litevae.errors import UserError
 from litevae.images import ImageTransform, to_tensor
-from pipelines import checkpoint
+from pipelines import checkpoint, cluster, training
 from pipelines.batches import Images
 from pipelines.config import TrainVAE, load, main
 from pipelines.sources import open_source
-from pipelines.train_vae import Networks, Objective, build_model, train_vae
+from pipelines.train_vae import FREE, Networks, Objective, Validation, build_model, lpips_or_warning, train_vae
 
 REPO = Path(__file__).resolve().parents[2]
 SMALL = [
@@ -52,8 +57,6 @@ def configured(photos, *more) -> TrainVAE:
 @pytest.fixture
 def networks(photos, monkeypatch):
     """Networks as in a worker of one, without Ray."""
-    import ray.train.torch
-
     monkeypatch.setattr(ray.train.torch, "prepare_model", lambda model: model)
 
     def make(*more):
@@ -101,17 +104,6 @@ def test_each_term_alone_moves_what_it_should(networks, term):
     assert set(values) == {"loss", term, *steps} | (discriminator if term == "adversarial" else set())
 
 
-def test_the_two_gan_steps_do_not_touch_each_other(networks):
-    nets = networks(*only("adversarial"))
-    fresh = networks(*only("adversarial"))
-    nets.optimizer.step = lambda lr: nets.model.zero_grad() or {}  # the generator stands still
-    nets.step(batch(), 0)
-    same = [torch.equal(a, b) for a, b in zip(nets.model.parameters(), fresh.model.parameters(), strict=True)]
-    assert all(same)
-    assert not torch.equal(nets.disc.pixel_head.weight, fresh.disc.pixel_head.weight)
-    assert all(p.grad is None for p in [*nets.model.parameters(), *nets.disc.parameters()])
-
-
 def test_terms_start_when_they_are_due(networks):
     nets = networks("loss.kl.start=100", "loss.adversarial.start=200", "loss.adversarial.weight=1")
     assert [sorted({"kl", "adversarial"} & set(nets.step(batch(), seen))) for seen in (0, 100, 200)] == [
@@ -144,24 +136,439 @@ def test_accumulated_micro_batches_are_one_batch(networks):
     assert torch.allclose(*weights, atol=1e-6)
 
 
-def test_adaptive_weight_is_reported_and_bounded(networks):
-    values = networks("loss.adversarial.adaptive=true", "loss.adversarial.start=0").step(batch(), 0)
-    assert 0 < values["adversarial_weight"] <= 0.5 * 1e4 * 0.1
+# --- systems ---------------------------------------------------------------------------------------------------------
+
+DWT = ["model.encoder=dwt", "model.latent_channels=12"]
+DWT2 = ["model.encoder=dwt-2", "model.latent_channels=48"]
 
 
-def test_state_restores_every_network_and_optimizer(networks):
-    more = ["loss.adversarial.start=0", "loop.ema=0.9"]
-    nets, again = networks(*more), networks(*more, "seed=5")
-    nets.step(batch(0), 0)
-    again.load(checkpoint.load(checkpoint.save(nets.state())))
-    for one in (nets, again):
-        torch.manual_seed(3)
-        one.step(batch(1), 8)
-    for key, value in nets.model.state_dict().items():
-        assert torch.equal(value, again.model.state_dict()[key]), key
-    for key, value in nets.disc.state_dict().items():
-        assert torch.equal(value, again.disc.state_dict()[key]), key
-    assert all(torch.equal(v, again.ema.average[k]) for k, v in nets.ema.average.items())
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["model.encoder=B"],
+        *(pytest.param([f"model.encoder={size}"], marks=pytest.mark.slow) for size in ("M", "L", "sd-vae")),
+        ["model.encoder=vae-small"],
+        DWT,
+        DWT2,
+        ["model.extractor=nafnet"],
+        ["model.shared_extractor=true"],
+        ["model.levels=[2, 3]"],
+        ["model.aggregator=vit", "model.vit_grid=4"],
+        ["model.downsample=pool"],
+        ["model.conv1x1=true"],
+        ["model.wavelet=db2"],
+        *([f"model.decoder.norm={norm}"] for norm in ("smc", "batch", "instance", "layer", "rms")),
+        ["model.decoder.output=wavelet"],
+        ["model.decoder.output=wavelet", "model.wavelet=db2", "model.decoder.norm=smc", *DWT],
+        ["loop.precision=bf16", "model.aggregator=vit", "model.vit_grid=4", "model.decoder.norm=rms"],
+    ],
+    ids=" ".join,
+)
+def test_one_step_of_every_system(networks, more):
+    nets = networks("loss.l2.weight=1", "loss.adversarial.start=0", "loss.adversarial.adaptive=true", *more)
+    reached = set()
+    for name, p in nets.model.named_parameters():
+        p.register_post_accumulate_grad_hook(lambda p, name=name: reached.add(name))
+    values = nets.step(batch(), 0)
+    assert all(value.isfinite() for value in values.values()), values
+    terms = {"l1", "l2", "wavelet", "gaussian", "adversarial", "adversarial_weight", "gradient_ratio", "discriminator"}
+    assert terms <= set(values)
+    assert ("kl" in values) == (not nets.model.deterministic)
+    assert values["skipped_steps"] == 0
+    assert reached == {name for name, _ in nets.model.named_parameters()}  # DDP waits for those that get no gradient
+
+
+@pytest.mark.parametrize("decoder_norm", ["group", "batch"])
+def test_validation_takes_any_latent(networks, photos, decoder_norm):
+    nets = networks(*DWT2, f"model.decoder.norm={decoder_norm}", f"data.val.uri={photos}", "val_images=5")
+    nets.step(batch(), 0)
+    values, picture = Validation(open_source(nets.config.data.val), nets.config, 32, 0, 1).run(nets)
+    assert set(values) == {"psnr", "ssim"}
+    assert all(map(np.isfinite, values.values()))
+    assert picture is not None
+    assert nets.model.training
+
+
+# --- GANs ------------------------------------------------------------------------------------------------------------
+
+KINDS = [(kind, loss) for kind in ("unet", "patch", "stylegan") for loss in ("hinge", "logistic")]
+
+
+def gan(kind="unet", loss="hinge", *more):
+    return [f"loss.adversarial.kind={kind}", f"loss.adversarial.loss={loss}", "loss.adversarial.start=0", *more]
+
+
+def one_step(nets, seed=7, images=0, of=0):
+    torch.manual_seed(seed)
+    return nets.step(batch(of), images)
+
+
+@pytest.mark.parametrize(("kind", "loss"), KINDS)
+def test_the_two_gan_steps_do_not_touch_each_other(networks, kind, loss):
+    fresh = networks(*gan(kind, loss))
+    both, made, judged = (networks(*gan(kind, loss)) for _ in range(3))
+    made.disc_optimizer.step = lambda lr: made.disc.zero_grad() or {}  # only the generator moves
+    judged.optimizer.step = lambda lr: judged.model.zero_grad() or {}  # only the discriminator
+    for nets in (both, made, judged):
+        one_step(nets)
+        assert all(p.grad is None for p in [*nets.model.parameters(), *nets.disc.parameters()])
+
+    def same(one, other):
+        return [torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True)]
+
+    assert all(same(made.model, both.model))
+    assert all(same(judged.disc, both.disc))
+    assert all(same(judged.model, fresh.model))
+    assert all(same(made.disc, fresh.disc))
+    assert not all(same(both.disc, fresh.disc))
+    assert not all(same(both.model, fresh.model))
+
+
+@pytest.mark.parametrize(("kind", "loss"), KINDS)
+def test_the_discriminator_learns_to_tell_real_from_fake(networks, kind, loss):
+    nets = networks(*gan(kind, loss))
+    x = to_tensor(torch.from_numpy(np.stack(batch())))
+    with torch.no_grad():
+        fake = nets.model(x)[0]
+    for _ in range(25):
+        values = nets._discriminator_step([(x, fake)], 0, lr=0.005)
+    assert values["logits_real"] > values["logits_fake"] + 0.5
+
+
+@pytest.mark.parametrize("loss", ["hinge", "logistic"])
+def test_adaptive_weight_and_gradient_ratio_are_autograds(networks, loss):
+    """Of a UNet discriminator, in which nothing is drawn."""
+    nets, by_hand = (networks(*gan("unet", loss), "loss.adversarial.adaptive=true") for _ in range(2))
+    values = one_step(nets)
+    x = to_tensor(torch.from_numpy(np.stack(batch())))
+    torch.manual_seed(7)
+    y, posterior = by_hand.model(x)
+    others, _ = by_hand.objective(x, y, posterior, 0)
+    made = by_hand.disc(y)
+    per_head = [-head.mean() if loss == "hinge" else -torch.nn.functional.logsigmoid(head).mean() for head in made]
+    last = by_hand.model.decoder.conv_out.weight
+    a, b = (torch.autograd.grad(t, last, retain_graph=True)[0].norm() for t in (others, sum(per_head) / 2))
+    weight = 0.1 * 0.5 * a / (b + 1e-4)
+    torch.testing.assert_close(values["adversarial"], sum(per_head) / 2)
+    torch.testing.assert_close(values["adversarial_weight"], weight, rtol=1e-4, atol=0)
+    torch.testing.assert_close(values["gradient_ratio"], weight * b / a, rtol=1e-4, atol=0)
+    torch.testing.assert_close(values["loss"], others + weight * values["adversarial"], rtol=1e-4, atol=0)
+
+    constant = one_step(networks(*gan("unet", loss), "loss.adversarial.ratio_every=1"))
+    assert "adversarial_weight" not in constant
+    torch.testing.assert_close(constant["gradient_ratio"], 0.1 * b / a, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("option", "key"),
+    [("ratio_every=2", "gradient_ratio"), ("r1=1 loss.adversarial.r1_every=2", "r1")],
+    ids=["ratio", "r1"],
+)
+def test_what_is_due_every_so_many_steps_of_each_stage(networks, option, key):
+    stages = "stages=[{resolution: 32, images: 18, batch_size: 4}, {resolution: 32, images: 40, batch_size: 8}]"
+    nets = networks(*gan(), stages, *f"loss.adversarial.{option}".split())
+    positions = [0, 4, 8, 12, 16, 20, 28, 36]  # the first stage's last batch goes beyond it
+    assert [at for at in positions if key in one_step(nets, images=at)] == [0, 8, 16, 20, 36]
+
+
+def test_r1_is_autograds_and_moves_the_discriminator_alone(networks):
+    more = [*gan("stylegan", "logistic"), "optim.accumulate=2"]
+    penalty = ["loss.adversarial.r1=3", "loss.adversarial.r1_every=4"]
+    nets, by_hand, without = networks(*more, *penalty), networks(*more), networks(*more)
+    gradients = {}
+    for name, p in nets.disc.named_parameters():
+        p.register_post_accumulate_grad_hook(lambda p, name=name: gradients.update({name: p.grad.clone()}))
+    values = one_step(nets)
+    one_step(without)
+    for a, b in zip(nets.model.parameters(), without.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+    x = to_tensor(torch.from_numpy(np.stack(batch())))
+    torch.manual_seed(7)
+    fake = torch.cat([by_hand.model(part)[0].detach() for part in x.chunk(2)])
+    total, norms = torch.zeros(()), []
+    for real, made in zip(x.chunk(2), fake.chunk(2), strict=True):
+        real.requires_grad_()
+        (logits,), (lies,) = by_hand.disc(real), by_hand.disc(made)
+        softplus = torch.nn.functional.softplus
+        (slope,) = torch.autograd.grad(logits.sum(), real, create_graph=True)
+        norms.append(slope.square().sum() / 2)
+        total = total + (softplus(-logits).mean() + softplus(lies).mean()) / 2 + 3 * 4 * norms[-1]
+    (total / 2).backward()
+    torch.testing.assert_close(values["r1"], (norms[0] + norms[1]) / 2, rtol=1e-4, atol=0)
+    assert values["r1"] > 0
+    for name, p in by_hand.disc.named_parameters():
+        torch.testing.assert_close(gradients[name], p.grad, rtol=1e-3, atol=1e-6)
+
+
+def test_lecam_adds_to_the_discriminators_loss_and_remembers(networks):
+    nets, without = networks(*gan("patch"), "loss.adversarial.lecam=0.5"), networks(*gan("patch"))
+    assert "lecam" not in without.state()
+    assert nets.state()["lecam"]["means"].isnan().all()
+    values, plain = one_step(nets), one_step(without)
+    means = torch.stack([values["logits_real"], values["logits_fake"]])
+    torch.testing.assert_close(nets.state()["lecam"]["means"], means)  # the first step's are its own
+    assert values["lecam"] > 0
+    assert "lecam" not in plain
+    torch.testing.assert_close(values["discriminator"], plain["discriminator"])
+    changed = zip(nets.disc.parameters(), without.disc.parameters(), strict=True)
+    assert not all(torch.equal(a, b) for a, b in changed)
+    later = one_step(nets, images=4)
+    now = torch.stack([later["logits_real"], later["logits_fake"]])
+    torch.testing.assert_close(nets.state()["lecam"]["means"], 0.99 * means + 0.01 * now)
+
+
+def test_cutmix_is_drawn_alike_on_all_ranks_and_not_at_all_at_zero(networks, monkeypatch):
+    ranks = [networks(*gan(), "loss.adversarial.cutmix=0.5") for _ in range(2)]
+    keys = [[set(one_step(nets, rank, at, rank)) for rank, nets in enumerate(ranks)] for at in range(0, 20, 4)]
+    assert all(one == other for one, other in keys)
+    assert len({"cutmix" in one for one, _ in keys}) == 2
+
+    plain, always = networks(*gan()), networks(*gan(), "loss.adversarial.cutmix=1")
+    with_it = one_step(always)
+    draw = losses.cutmix_mask
+    monkeypatch.setattr(losses, "cutmix_mask", None)
+    without = one_step(plain)
+    monkeypatch.setattr(losses, "cutmix_mask", draw)
+    assert set(with_it) - set(without) == {"cutmix"}
+    assert with_it["cutmix"] > 0
+    torch.testing.assert_close(with_it["discriminator"], without["discriminator"])  # of whole images
+    assert with_it["discriminator_gradient_norm"] != without["discriminator_gradient_norm"]
+
+
+# --- LDL and ESRGAN --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("norm", ["group", "batch"])
+def test_ldl_is_of_the_averaged_models_reconstruction(networks, norm):
+    nets = networks("loss.ldl.weight=2", "loop.ema=0.9", "optim.lr=0.01", f"model.decoder.norm={norm}")
+    for n in range(3):
+        one_step(nets, images=4 * n, of=n)
+    x = to_tensor(torch.from_numpy(np.stack(batch())))
+    buffers = {name: buffer.clone() for name, buffer in nets.model.named_buffers()}
+    with torch.no_grad():
+        torch.manual_seed(7)
+        y = nets.model(x)[0]
+        with nets.averaged():
+            averaged = nets.model(x, sample_posterior=False)[0]
+    for name, buffer in nets.model.named_buffers():
+        buffer.copy_(buffers[name])
+    expected = losses.ldl(x, y, averaged)
+    assert expected > 0
+    assert not torch.allclose(expected, losses.ldl(x, y, y))
+    weights = {name: p.clone() for name, p in nets.ema.average.items()}
+    steps = nets.ema.updates
+    values = one_step(nets, images=12)
+    torch.testing.assert_close(values["ldl"], expected)
+    terms = {"l1": 1, "kl": 2.1e-8, "wavelet": 1, "gaussian": 0.5, "ldl": 2}
+    torch.testing.assert_close(values["loss"], sum(weight * values[name] for name, weight in terms.items()))
+    assert nets.ema.updates == steps + 1
+    assert any(not torch.equal(p, nets.ema.average[name]) for name, p in weights.items())
+    counted = [int(b) for name, b in nets.model.named_buffers() if name.endswith("num_batches_tracked")]
+    assert counted == [4] * len(counted)  # once a step, not twice
+    assert bool(counted) == (norm == "batch")
+
+
+@pytest.fixture(scope="module")
+def vgg19(tmp_path_factory):
+    """Random weights of its convolutions, in torchvision's names."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("vgg") / "vgg19.pth"
+    network = models.vgg19(weights=None).features
+    torch.save({f"features.{name}": value for name, value in network.state_dict().items()}, path)
+    return path, network
+
+
+def test_esrgans_loss_is_l1_of_vgg19s_last_convolution(networks, vgg19):
+    path, network = vgg19
+    nets = networks("loss.esrgan.weight=0.7", f"loss.esrgan.weights={path}")
+    torch.manual_seed(7)
+    x = to_tensor(torch.from_numpy(np.stack(batch())))
+    with torch.no_grad():
+        torch.manual_seed(7)
+        y = nets.model(x)[0]
+        mean, deviation = (torch.tensor(v).view(3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+        a, b = (network[:35](((image + 1) / 2 - mean) / deviation) for image in (x, y))
+    values = one_step(nets)
+    torch.testing.assert_close(values["esrgan"], (a - b).abs().mean(), rtol=1e-4, atol=0)
+    terms = {"l1": 1, "kl": 2.1e-8, "wavelet": 1, "gaussian": 0.5, "esrgan": 0.7}
+    torch.testing.assert_close(values["loss"], sum(weight * values[name] for name, weight in terms.items()))
+    assert all(p.grad is None for p in nets.objective.parameters())
+
+
+# --- state -----------------------------------------------------------------------------------------------------------
+
+R1 = ["loss.adversarial.r1=0.1", "loss.adversarial.r1_every=2"]
+VARIANTS = {
+    "patch": [*gan("patch", "logistic"), "loss.adversarial.lecam=0.1", "loop.ema=0.9"],
+    "stylegan": [*gan("stylegan", "logistic"), *R1],
+    "unet": [*gan(), "loss.adversarial.cutmix=0.5", "loss.adversarial.adaptive=true", "loss.adversarial.ratio_every=3"],
+    "late": [*gan("patch"), "loss.adversarial.start=8", "loss.adversarial.lecam=0.1", "optim.accumulate=2"],
+    "ldl": ["loss.ldl.weight=1", "loss.adversarial.weight=0", "loop.ema=0.9"],
+    "batch": ["loss.ldl.weight=1", "loop.ema=0.9", "model.decoder.norm=batch", *gan("patch")],
+}
+
+
+def assert_same(one, other, path=""):
+    if isinstance(one, dict):
+        assert one.keys() == other.keys(), path
+        for key in one:
+            assert_same(one[key], other[key], f"{path}.{key}")
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other), path
+        for n, (a, b) in enumerate(zip(one, other, strict=True)):
+            assert_same(a, b, f"{path}.{n}")
+    elif isinstance(one, torch.Tensor):
+        assert torch.equal(one.nan_to_num(), other.nan_to_num()), path  # NaN: LeCam's means before the first step
+    else:
+        assert one == other, path
+
+
+def advance(nets, start, end=16, rank=0):
+    for at in range(start, end, 4):
+        one_step(nets, training.seed_for(0, at, rank), at, at + rank)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_what_goes_on_ends_with_the_same_bits(networks, variant):
+    more = [*VARIANTS[variant], "stages=[{resolution: 32, images: 16, batch_size: 4}]"]
+    nets = networks(*more)
+    folders = {}
+    for at in (4, 12, 16):
+        advance(nets, at - 8 if at == 12 else at - 4, at)
+        folders[at] = checkpoint.save(nets.state())
+    again = networks(*more)  # from the first turn on in a state that has to be overwritten, all of it
+    for at, folder in folders.items():
+        again.load(checkpoint.load(folder))
+        assert_same(again.state(), checkpoint.load(folder))
+        advance(again, at)
+        assert_same(again.state(), nets.state())
+
+
+JOINT = {name: VARIANTS[name] for name in ("stylegan", "unet", "batch")}
+JOINT["patch"] = [*gan("patch"), *R1, "loss.adversarial.lecam=0.1", "optim.accumulate=2"]
+
+
+def as_rank(rank, folder, uri):
+    """One of two processes: each variant's steps on other images, and its state into `folder`."""
+    ray.train.torch.prepare_model = DistributedDataParallel
+    torch.distributed.init_process_group("gloo", f"file://{folder}/meet", rank=rank, world_size=2)
+    for name, more in JOINT.items():
+        stages = "stages=[{resolution: 32, images: 16, batch_size: 4}]"
+        nets = Networks(configured(uri, *more, stages), lpips=False, device=torch.device("cpu"))
+        advance(nets, 0, 12, rank)
+        with nets.averaged():
+            judged = {key: value.clone() for key, value in nets.model.state_dict().items()}
+        torch.save({"all": nets.state(), "judged": judged}, f"{folder}/{name}-{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_ranks_stay_alike(networks, photos, tmp_path):
+    torch.multiprocessing.spawn(as_rank, (str(tmp_path), str(photos)), nprocs=2)
+    for name in JOINT:
+        one, other = (torch.load(tmp_path / f"{name}-{rank}.pt") for rank in (0, 1))
+        assert_same(one, other, name)
+    alone = networks(*JOINT["patch"])
+    advance(alone, 0, 12)
+    joint = torch.load(tmp_path / "patch-0.pt")["all"]["discriminator"]
+    assert not all(torch.equal(joint[name], value) for name, value in alone.disc.state_dict().items())
+
+
+# --- runs that begin with another's checkpoint, and runs of older versions ------------------------------------------
+
+
+@pytest.fixture
+def begin(networks, tmp_path, monkeypatch):
+    """What a worker of a new run does with a checkpoint of another: (networks, images seen)."""
+    monkeypatch.setattr(ray.train, "get_checkpoint", lambda: None)
+
+    def resume(folder, *more):
+        nets = networks(*more)
+        nets.digest = "of other data"
+        return nets, training._resume(nets, "train_vae new", {"folder": str(tmp_path), "begin": str(folder)}, rank=0)
+
+    return resume
+
+
+def saved(nets, images=8):
+    advance(nets, 0, images)
+    return checkpoint.save(nets.state() | {"images": images, "digest": "of its data"})
+
+
+def test_a_run_begins_with_anothers_checkpoint(networks, begin, capsys):
+    nets = networks(*VARIANTS["patch"])
+    nets_again, images = begin(saved(nets), *VARIANTS["patch"], "loss.l1.weight=3", "optim.lr=0.01")
+    assert images == 8
+    assert "train_vae new: goes on after 8 images" in capsys.readouterr().out
+    assert_same(nets_again.state()["model"], nets.state()["model"])
+    assert_same(nets_again.state()["discriminator"], nets.state()["discriminator"])
+    assert_same(nets_again.state()["lecam"], nets.state()["lecam"])
+    assert begin("")[1] == 0
+
+
+def test_what_the_new_run_sets_of_the_optimizer_counts(networks, begin):
+    folder = saved(networks(*VARIANTS["ldl"], "optim.betas=[0.5, 0.9]"))
+    nets, _ = begin(folder, *VARIANTS["ldl"], "optim.betas=[0.8, 0.95]", "optim.weight_decay=0.1")
+    state = nets.state()["optimizer"]
+    assert state["param_groups"][0]["betas"] == (0.8, 0.95)
+    assert state["param_groups"][0]["weight_decay"] == 0.1
+    assert_same(state["state"], checkpoint.load(folder)["optimizer"]["state"])
+
+
+@pytest.mark.parametrize(
+    ("more", "reason"),
+    [
+        (["model.conv1x1=true"], "LiteVAE"),
+        (["model.encoder=dwt", "model.latent_channels=12"], "LiteVAE"),
+        (["loop.ema=0.9"], "it has no 'ema'"),
+        (["loss.adversarial.weight=0.1"], "it has no 'discriminator'"),
+    ],
+)
+def test_a_checkpoint_of_another_model_is_one_message(networks, begin, more, reason):
+    folder = saved(networks("loss.adversarial.weight=0"), 4)
+    with pytest.raises(UserError) as error:
+        begin(folder, "loss.adversarial.weight=0", *more)
+    assert str(error.value).startswith(f"begin={folder} is a checkpoint of another model")
+    assert reason in str(error.value)
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 500
+
+
+def test_a_run_with_checkpoints_of_its_own_no_longer_needs_what_it_began_with(photos, tmp_path, monkeypatch):
+    def started(_):
+        raise UserError("started")
+
+    monkeypatch.setattr(cluster, "start", started)
+    config = configured(photos, f"root={tmp_path}", "name=new", "begin=/gone")
+    with pytest.raises(UserError, match="begin=/gone is no checkpoint folder"):
+        train_vae(config)
+    own = tmp_path / "new" / "checkpoint-000000000008"
+    own.mkdir(parents=True)
+    torch.save({}, own / checkpoint.STATE)
+    with pytest.raises(UserError, match="^started$"):
+        train_vae(config)
+
+
+def test_a_run_from_before_a_field_was_there_had_its_default(photos, tmp_path):
+    folder = tmp_path / "run"
+    assert not checkpoint.open_run(str(folder), configured(photos), FREE)
+    values = yaml.safe_load((folder / "config.yaml").read_text())
+    newer = {"": ["begin"], "model": ["extractor", "levels"], "loss": ["esrgan", "ldl"]}
+    for section, names in newer.items():
+        for name in names:
+            del (values[section] if section else values)[name]
+    del values["loss"]["adversarial"]["r1"], values["model"]["decoder"]["output"]
+    (folder / "config.yaml").write_text(yaml.safe_dump(values))
+    assert checkpoint.open_run(str(folder), configured(photos), FREE)
+    for other, message in (
+        ("loss.adversarial.r1=1", "loss.adversarial.r1: was 0.0, is 1.0"),
+        ("model.levels=[2, 3]", r"model.levels: was \[1, 2, 3\], is \[2, 3\]"),
+        ("model.encoder=B", "model.encoder: was 'S', is 'B'"),
+        ("begin=/elsewhere", "begin: was '', is '/elsewhere'"),
+    ):
+        with pytest.raises(UserError, match=message):
+            checkpoint.open_run(str(folder), configured(photos, other), FREE)
 
 
 # --- images ---------------------------------------------------------------------------------------------------------
@@ -206,9 +613,24 @@ def test_an_unreadable_image_is_named_counted_and_replaced(photos, tmp_path, cap
         (["loss.features.weight=1", "loss.features.weights=/nowhere.pth"], "no weights file at /nowhere.pth"),
         (["model.init={init}"], "model.init={init} is another model: "),
         (["modell.encoder=S"], "unknown config key 'modell'"),
+        (["model.encoder=dwt"], "model.encoder=dwt has 12 latent channels: model.latent_channels=12"),
+        (["model.encoder=dwt", "model.latent_channels=12", "model.levels=[2, 3]"], "levels is for sizes S, B, M, L"),
+        (["model.levels=[]"], "model.levels: "),
+        (["model.levels=[4]"], "model.levels.0: "),
+        (["model.levels=[3, 2]"], "levels=[3, 2] are not some of 1, 2, 3"),
+        (["loss.adversarial.cutmix=0.5", "loss.adversarial.kind=patch"], "cutmix takes a discriminator with a head"),
+        (["loss.ldl.weight=1"], "set loop.ema"),
+        (
+            ["loss.adversarial.kind=stylegan", "stages=[{resolution: 16, images: 8, batch_size: 8}]"],
+            "takes larger images than a stage's resolution of 16",
+        ),
+        (["loss.esrgan.weight=1", "loss.esrgan.weights=/nowhere.pth"], "no weights file at /nowhere.pth"),
+        (["loss.esrgan.weight=1"], "Put torchvision's vgg19-dcbb9e9d.pth there"),
+        (["begin=/nowhere"], "begin=/nowhere is no checkpoint folder of a run"),
     ],
 )
-def test_bad_input_is_one_message_and_leaves_nothing(photos, tmp_path, capsys, more, message):
+def test_bad_input_is_one_message_and_leaves_nothing(photos, tmp_path, monkeypatch, capsys, more, message):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     init = tmp_path / "other"
     LiteVAE("S", latent_channels=12, block_out_channels=(8, 8, 8, 8)).save_pretrained(init)
     root = tmp_path / "runs"
@@ -217,18 +639,17 @@ def test_bad_input_is_one_message_and_leaves_nothing(photos, tmp_path, capsys, m
     err = capsys.readouterr().err
     assert err.startswith("error: ")
     assert message.replace("{init}", str(init)) in err
+    assert err.count("\n") == 1
     assert "Traceback" not in err
     assert not root.exists()
 
 
 def test_missing_lpips_weights_turn_the_term_off_and_say_so(photos, tmp_path, monkeypatch, capsys):
-    from pipelines.train_vae import _lpips_or_warning
-
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    assert not _lpips_or_warning(configured(photos, "loss.lpips.weight=1"))
+    assert not lpips_or_warning(configured(photos, "loss.lpips.weight=1"))
     assert "warning: loss.lpips is off" in capsys.readouterr().out
     with pytest.raises(UserError, match="no weights file"):  # one that was named must be there
-        _lpips_or_warning(configured(photos, "loss.lpips.weight=1", "loss.lpips.weights=/nowhere.pth"))
+        lpips_or_warning(configured(photos, "loss.lpips.weight=1", "loss.lpips.weights=/nowhere.pth"))
 
 
 def test_init_takes_the_weights_of_a_model_folder(photos, tmp_path):
@@ -239,6 +660,17 @@ def test_init_takes_the_weights_of_a_model_folder(photos, tmp_path):
     AutoencoderTiny().save_pretrained(tmp_path / "tiny")
     with pytest.raises(UserError, match="of class AutoencoderTiny, not LiteVAE"):
         build_model(configured(photos, f"model.init={tmp_path}/tiny"))
+
+
+def test_init_takes_a_folder_from_before_a_field_was_there(photos, tmp_path):
+    build_model(configured(photos, "seed=9")).save_pretrained(tmp_path)
+    values = json.loads((tmp_path / "config.json").read_text())
+    for name in ("levels", "extractor", "shared_extractor", "aggregator", "vit_grid", "conv1x1", "output"):
+        del values[name]
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    build_model(configured(photos, f"model.init={tmp_path}"))
+    with pytest.raises(UserError, match=r"is another model: levels \[1, 2, 3\], not \[2, 3\]"):
+        build_model(configured(photos, f"model.init={tmp_path}", "model.levels=[2, 3]"))
 
 
 # --- whole runs -----------------------------------------------------------------------------------------------------
@@ -328,3 +760,13 @@ def test_a_killed_worker_is_replaced_and_ends_with_the_same_weights(undisturbed,
     assert process.returncode == 0, shown
     assert "goes on after" in shown
     assert weights(tmp_path) == weights(undisturbed[0])
+
+
+@pytest.mark.slow
+def test_a_new_run_goes_on_from_anothers_checkpoint(undisturbed, photos, tmp_path):
+    begin = undisturbed[0] / "run" / "checkpoint-000000000160"
+    more = [f"begin={begin}", "loop.val_every=0"]
+    done = subprocess.run(command(photos, tmp_path, *more), capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "goes on after 160 images" in done.stdout
+    assert weights(tmp_path) == weights(undisturbed[0])  # nothing was left to train
