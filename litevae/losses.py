@@ -240,8 +240,9 @@ def gradient_norms(
     def norm(loss: Tensor) -> Tensor:
         if not loss.requires_grad:  # no term but the adversarial one counts
             return last_layer.new_zeros(())
-        more = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
-        (gradient,) = torch.autograd.grad(loss, last_layer, **more)
+        (gradient,) = torch.autograd.grad(
+            loss, [last_layer], retain_graph=True, allow_unused=True, materialize_grads=True
+        )
         return torch.linalg.vector_norm(average(gradient.float())).detach()
 
     return norm(reconstruction), norm(adversarial)

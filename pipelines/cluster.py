@@ -138,18 +138,19 @@ def start(config: RayConfig, jobs: int = 1) -> Share:
     total = ray.cluster_resources()
     cpus, gpus = int(total.get("CPU", 0)), int(total.get("GPU", 0))
     gpu = gpus > 0 if config.gpu == "auto" else bool(config.gpu)
-    if gpu and gpus < config.workers * config.gpus_per_worker:
+    if not jobs:  # as many as there is room for
+        room = min(gpus / config.gpus_per_worker, cpus - SPARE_CPUS) / config.workers if gpu else 1
+        jobs = max(1, int(room))
+    asked = f"ray.workers={config.workers}" + (f" of {jobs} trials at a time" if jobs > 1 else "")
+    if gpu and gpus < jobs * config.workers * config.gpus_per_worker:
         raise UserError(
-            f"ray.workers={config.workers} with {config.gpus_per_worker:g} GPU each, but the cluster has {gpus}; "
-            f"lower it or set ray.gpu=no"
+            f"{asked} with {config.gpus_per_worker:g} GPU each, but the cluster has {gpus}; lower it or set ray.gpu=no"
         )
-    jobs = jobs or (max(1, int(gpus / (config.workers * config.gpus_per_worker))) if gpu else 1)
     needed = config.workers * jobs + SPARE_CPUS
     if cpus < needed:
         raise UserError(
-            f"ray.workers={config.workers}{f' for each of {jobs} trials at a time' if jobs > 1 else ''} needs {needed} "
-            f"logical CPUs ({SPARE_CPUS} for the controller and data), but the cluster has {cpus}; lower it, or start "
-            f"Ray with --num-cpus={needed}"
+            f"{asked} needs {needed} logical CPUs ({SPARE_CPUS} for the controller and data), but the cluster has "
+            f"{cpus}; lower it, or start Ray with --num-cpus={needed}"
         )
     threads = config.cpus_per_worker or max(1, (os.cpu_count() or 1) // (config.workers * jobs))
     decoders = config.decode_tasks or (max(1, cpus - needed) if gpu else -(-cpus // 8))

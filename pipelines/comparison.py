@@ -113,6 +113,7 @@ class Row:
     cells: list[Cell] = field(default_factory=list)
     params: list[str] = field(default_factory=list)
     paper: Mapping[str, float] = field(default_factory=dict)
+    baseline: bool = False
 
     def value(self, read: Callable[[Run], str]) -> str:
         return ", ".join(dict.fromkeys(filter(None, map(read, self.runs))))
@@ -219,7 +220,11 @@ def comparison(
         raise UserError(f"baseline={baseline}: the rows are {listed((row.name for row in ran), 30)}")
     columns = _columns([run for row in ran for run in row.runs], metrics, table)
     for row in rows:
-        row.cells = [_cell(row, first, metric, test) for metric in columns]
+        # a table of several settings ("FFHQ 128: VAE", "ImageNet 256: VAE") has a baseline of each
+        alike = [other for other in (*ran, *rows) if table and not baseline and setting(other) == setting(row)]
+        against = next((other for other in alike if setting(row) and other.state in ("", "not run")), first)
+        row.baseline = row is against
+        row.cells = [_cell(row, against, metric, test) for metric in columns]
     for number, metric in enumerate(columns):
         cells = [row.cells[number] for row in ran if not row.state]
         means = [cell.mean for cell in cells if cell.mean is not None and math.isfinite(cell.mean)]
@@ -239,7 +244,13 @@ def comparison(
     scales, sweeps = tagged(runs, "scale"), tagged(runs, "sweep")
     title = f"{_title(table.name)}: {table.title}" if table else f"Sweep {sweeps}" if sweeps else "Comparison of runs"
     remarks = _remarks(rows, columns, test, repeated, table, scales)
-    return Comparison(clean(title), first.name, test, columns, rows, differ, curves, remarks)
+    chosen = [row.name for row in rows if row.baseline]
+    named = first.name if len(chosen) < 2 else "the first row of each setting"
+    return Comparison(clean(title), named, test, columns, rows, differ, curves, remarks)
+
+
+def setting(row: Row) -> str:
+    return row.name.rpartition(": ")[0]
 
 
 def _title(table: str) -> str:

@@ -27,6 +27,7 @@ class Row:
         at: resolution of the evaluation.
         values: of each job's config.
         model: of a complexity table: the encoder.
+        needs: the loss whose weights have to be there, as the row is about it.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Row:
     at: int = 256
     values: dict[str, Values] = field(default_factory=dict)
     model: str = ""
+    needs: str = ""
 
 
 @dataclass(frozen=True)
@@ -149,6 +151,7 @@ def _table(name: str, data: dict[str, Any], settings: dict[str, Any]) -> Table:
             whole.get("at", 256),
             {job: whole[job] for job in JOBS if job in whole},
             own.get("model", ""),
+            own.get("needs", ""),
         )
     more = {key: data[key] for key in ("scales", "part") if key in data}
     return Table(name, data["title"], data.get("kind", "vae"), metrics, rows, **more)

@@ -10,19 +10,22 @@ import hashlib
 import itertools
 import json
 import logging
+import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import yaml
 
+from litevae import storage
 from litevae.errors import UserError
-from litevae.perceptual import load_esrgan
-from pipelines import checkpoint, cluster, outputs, paper, tracking, trial
+from litevae.perceptual import WeightsMissing, load_esrgan, load_lpips
+from pipelines import checkpoint, cluster, outputs, paper, scores, tracking, trial
 from pipelines.config import (
     Compare,
     Encode,
@@ -38,14 +41,29 @@ from pipelines.config import (
     validate,
     values_to_keep,
 )
+from pipelines.config import Source as SourceConfig
 from pipelines.judge import check_networks
-from pipelines.sources import open_source
-from pipelines.train_vae import lpips_or_warning
+from pipelines.sources import Source, open_source
 from pipelines.trial import RESULT, TRAINED, Row, Trial
 
-FREE = ("root", "ray", "concurrent", "data.loaders")  # what may differ when a sweep goes on
+# What may differ when a sweep goes on: rows and seeds are done one by one.
+FREE = ("ray", "concurrent", "rows", "seeds", "data.loaders")
+RESERVED = (
+    "seed",
+    "name",
+    "root",
+    "ray",
+    "begin",
+    "tracking",
+    "data.train",
+    "data.val",
+)  # not of `train_vae` and `space`
+NOT_WEIGHTS = (
+    "name", "root", "ray", "data.loaders", "data.max_bad", "loop.log_every", "loop.keep", "loop.max_restarts",
+    "loop.max_skipped", "loop.checkpoint_every",
+)  # fmt: skip
 DRAWS = ("uniform", "loguniform", "randint", "choice")
-STOPPED = "stopped.json"  # in the folder of a training that asha has stopped
+STOPPED = "stopped.json"  # in a row's folder: asha has stopped its training
 NETWORKS = ("inception", "squeezenet", "backbone", "backbone_model")  # of the judge of samples
 SHOWN = ("eval/params_m", "eval/reconstruction/", "eval/mmd/", "eval/fid", "eval/frechet/")
 
@@ -64,14 +82,19 @@ def sweep(cfg: Sweep) -> list[dict[str, Any]]:
     table = paper.table(cfg.table) if cfg.table else None
     name = cfg.name or (f"table-{table.name}-{cfg.scale}" if table else "sweep")
     root = cluster.output_path("root", cfg.root)
+    sources = {name: _absolute(getattr(cfg.data, name)) for name in ("train", "val")}
     uri = tracking.tracking_uri(cfg.tracking, root) if cfg.tracking.enabled else ""  # trainings have another root
     tracked = cfg.tracking.model_copy(update={"uri": uri})
-    cfg = cfg.model_copy(update={"name": name, "root": root, "tracking": tracked})
+    data = cfg.data.model_copy(update=sources)
+    cfg = cfg.model_copy(update={"name": name, "root": root, "tracking": tracked, "data": data})
     folder = os.path.join(root, name)
     if table and table.kind == "complexity":
         return _complexity(cfg, table, folder)
     if not cfg.data.train.uri or not cfg.data.val.uri:
         raise UserError("a sweep trains on data.train.uri=... and evaluates on data.val.uri=...")
+    _check_fields(cfg)
+    judge = validate(Evaluate, cfg.evaluate)
+    scores.networks(judge.inception, judge.squeezenet, judge.backbone, judge.backbone_model)
     trials, left_out = _of_table(cfg, table, folder) if table else (_of_space(cfg, folder), {})
     # A population that waits for each other's places would have nobody to learn from.
     share = cluster.start(cfg.ray, cfg.trials if cfg.scheduler == "pbt" else cfg.concurrent)
@@ -84,27 +107,30 @@ def sweep(cfg: Sweep) -> list[dict[str, Any]]:
     print(f"sweep {name}: {count} trainings, {share.jobs} at a time, {share.text}", flush=True)
     for left, reason in left_out.items():
         print(f"left out: {left}: {reason}", flush=True)
-    if trials:
-        lpips_or_warning(validate(TrainVAE, trials[0].train))
+    lpips = validate(TrainVAE, cfg.train_vae).loss.lpips
+    if lpips.weight and (reason := _load("lpips", lpips.net, lpips.weights)):
+        print(f"warning: loss.lpips is off in all trainings: {reason}", flush=True)
     run = tracking.start_run(cfg.tracking, root, "sweep", name, cfg.model_dump(mode="json"), folder)
     status: tracking.Status = "FAILED"
     try:
         failed = _tune(cfg, trials, share, run, folder)
         results = _results(folder, trials, [*table.rows] if table else [])
         outputs.write(os.path.join(folder, "results.json"), json.dumps(results, indent=2).encode() + b"\n")
-        if results:
-            best = max(results, key=lambda result: result["metrics"][f"eval/reconstruction/{cfg.metric}"])
+        if best := _best(results, f"eval/reconstruction/{cfg.metric}"):
             winner = values_to_keep(validate(TrainVAE, best["train_vae"] | {"name": f"{name}-best", "root": root}))
             outputs.write(os.path.join(folder, "best.yaml"), yaml.safe_dump(winner, sort_keys=False).encode())
         status = "FAILED" if failed else "FINISHED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
     finally:
         tracking.finish(run, status)
     print(_report(cfg, results, folder), flush=True)
     if results:
         _compare(cfg, folder)
     if failed:
-        again = "the same command tries them again" if trials else "they are not tried again"
-        raise UserError(f"{len(failed)} of {count} trainings failed; {again}:\n" + "\n".join(failed))
+        again = "the same command goes on with them" if trials else "they are not tried again"
+        raise UserError(f"{len(failed)} of {count} trials failed; {again}:\n" + "\n".join(failed))
     return results
 
 
@@ -151,14 +177,14 @@ def _of_table(cfg: Sweep, table: paper.Table, folder: str) -> tuple[list[Trial],
     trials: dict[str, Trial] = {}
     for row in paper.chosen(table, cfg.rows):
         values = paper.scaled(table, row, cfg.scale)
-        if reason := _missing(cfg, values["train_vae"]):
+        train = paper.merged(values["train_vae"], cfg.train_vae)
+        if reason := _missing(train, row.needs):
             left_out[row.name] = reason
             continue
         jobs = _jobs(cfg, values, table.kind)
         for seed in cfg.seeds:
-            train = _train(cfg, paper.merged(values["train_vae"], cfg.train_vae), seed)
             where = os.path.join(folder, "rows", _slug(f"{row.name}, seed {seed}"))
-            trials.setdefault(train["name"], Trial(train)).rows.append(Row(row.name, seed, where, jobs, table.part))
+            _add(trials, Trial(_train(cfg, train, seed), [Row(row.name, seed, where, jobs, table.part)]))
     if not trials:
         raise UserError("; ".join(f"{row}: {reason}" for row, reason in left_out.items()))
     return list(trials.values()), left_out
@@ -166,20 +192,33 @@ def _of_table(cfg: Sweep, table: paper.Table, folder: str) -> tuple[list[Trial],
 
 def _of_space(cfg: Sweep, folder: str) -> list[Trial]:
     """The points of a grid or of a random search, with every seed; none where Tune draws them as it goes."""
-    fields = dict(_fields(cfg.space))
-    if cfg.search == "grid" and (drawn := [key for key, values in fields.items() if isinstance(values, dict)]):
+    fields, by_tune = dict(_fields(cfg.space)), cfg.search == "optuna" or cfg.scheduler == "pbt"
+    drawn = [key for key, values in fields.items() if isinstance(values, dict)]
+    if cfg.search == "grid" and drawn and not by_tune:
         raise UserError(f"space.{drawn[0]} is drawn: set search=random or optuna, or give a list of values")
+    if by_tune and len(cfg.seeds) > 1:
+        raise UserError(f"seeds={cfg.seeds}: optuna and pbt take one seed")
     for key, values in fields.items():  # a wrong field or value is to be found before anything is trained
         for value in values if isinstance(values, list) else next(iter(values.values())):
             point(cfg, {key: value}, cfg.seeds[0], folder)
-    if cfg.search == "optuna" or cfg.scheduler == "pbt":
+    if by_tune:
         return []
     if cfg.search == "grid":
         points = [dict(zip(fields, values, strict=True)) for values in itertools.product(*fields.values())]
     else:
         generator = np.random.default_rng(cfg.seeds[0])
         points = [{key: _drawn(values, generator) for key, values in fields.items()} for _ in range(cfg.trials)]
-    return [point(cfg, values, seed, folder) for values in points for seed in cfg.seeds]
+    trials: dict[str, Trial] = {}
+    for values in points:
+        for seed in cfg.seeds:
+            _add(trials, point(cfg, values, seed, folder))
+    return list(trials.values())
+
+
+def _add(trials: dict[str, Trial], new: Trial) -> None:
+    """One training for rows that have it in common; a point that is drawn twice is one row."""
+    known = trials.setdefault(new.train["name"], Trial(new.train))
+    known.rows += [row for row in new.rows if row.folder not in [other.folder for other in known.rows]]
 
 
 def point(cfg: Sweep, values: dict[str, Any], seed: int, folder: str, begin: str = "") -> Trial:
@@ -191,23 +230,52 @@ def point(cfg: Sweep, values: dict[str, Any], seed: int, folder: str, begin: str
     Raises:
         UserError: the values make no config of train_vae.
     """
-    shown = {key: f"{value:.4g}" if isinstance(value, float) else value for key, value in values.items()}
+    shown = {key: f"{value:.6g}" if isinstance(value, float) else value for key, value in values.items()}
     name = ", ".join(f"{key}={value}" for key, value in shown.items())
     train = _train(cfg, paper.merged(cfg.train_vae, _nested(values)), seed, begin)
+    if begin:  # the same values, come to from elsewhere
+        name += f" ({train['name']})"
     jobs = _jobs(cfg, {"evaluate": {"transform": {"resolution": train["stages"][-1]["resolution"]}}}, "vae")
     return Trial(train, [Row(name, seed, os.path.join(folder, "rows", train["name"]), jobs)])
 
 
 def _train(cfg: Sweep, values: dict[str, Any], seed: int, begin: str = "") -> dict[str, Any]:
     """A complete TrainVAE's values, named by the hash of what matters to the weights."""
-    own: dict[str, Any] = {"seed": seed, "data": cfg.data.model_dump(mode="json"), "begin": begin}
+    own: dict[str, Any] = {"seed": seed, "begin": begin}
     if cfg.scheduler != "none" or cfg.search == "optuna":
         total, every = _lengths(cfg, values)
         own["loop"] = {"val_every": every, "checkpoint_every": every, "keep": 1 + total // every}
-    kept = values_to_keep(validate(TrainVAE, paper.merged(values, own)))
-    kept = {key: value for key, value in kept.items() if key not in ("name", "root", "ray")}
-    digest = hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:12]
-    return kept | {"name": f"vae-{digest}", "root": os.path.join(cfg.root, "trained")}
+    config = validate(TrainVAE, paper.merged({"data": cfg.data.model_dump(mode="json")}, values, own))
+    if config.loss.lpips.weight and _missing(values, "lpips"):  # as the training would; here it is part of the name
+        values = paper.merged(values, {"loss": {"lpips": {"weight": 0.0}}})
+        return _train(cfg, values, seed, begin)
+    kept = values_to_keep(config)
+    named = checkpoint.flatten(kept) | {f"data.{name}": _digest(cfg, name) for name in ("train", "val")}
+    digest = hashlib.sha256(json.dumps({k: v for k, v in sorted(named.items()) if not _is(k, NOT_WEIGHTS)}).encode())
+    return kept | {"name": f"vae-{digest.hexdigest()[:12]}", "root": os.path.join(cfg.root, "trained")}
+
+
+def _is(field: str, names: Iterable[str]) -> bool:
+    return any(field == name or field.startswith(name + ".") for name in names)
+
+
+def _check_fields(cfg: Sweep) -> None:
+    """
+    Raises:
+        UserError: a section would be overwritten by what the sweep itself sets.
+    """
+    searched = cfg.scheduler != "none" or cfg.search == "optuna"
+    for section, values in (("train_vae", cfg.train_vae), ("space", _leaves(cfg.space))):
+        for field in checkpoint.flatten(values):
+            if _is(field, RESERVED):
+                own = field.partition(".")[0]
+                raise UserError(f"{section}.{field} is the sweep's own: set {'seeds' if own == 'seed' else own}")
+            if searched and _is(field, ("loop.val_every", "loop.checkpoint_every", "loop.keep")):
+                raise UserError(f"{section}.{field} follows from `every` where trials are looked at as they go")
+
+
+def _leaves(space: dict[str, Any]) -> dict[str, Any]:
+    return {key: 0 for key, _ in _fields(space)}
 
 
 def _lengths(cfg: Sweep, values: dict[str, Any]) -> tuple[int, int]:
@@ -232,22 +300,51 @@ def _jobs(cfg: Sweep, values: dict[str, Any], kind: paper.Kind) -> dict[str, dic
         found[job] = validate(cls, paper.merged(*parts)).model_dump(mode="json")
     if kind == "ldm":
         check_networks(*(found["evaluate_samples"][key] for key in NETWORKS))
-    judged, units = found["evaluate"], open_source(cfg.data.val, "data.val").units
+    judged, units = found["evaluate"], _source(cfg, "val").units
     if "images" not in cfg.evaluate:  # a scale's number is at most
         judged["images"] = min(judged["images"], units)
+    if judged["images"] > units:
+        raise UserError(f"evaluate.images={judged['images']}, but {cfg.data.val.uri} has {units}; 0 takes all")
     judged["mmd_images"] = min(judged["mmd_images"], judged["images"] or units)
     return found
 
 
-def _missing(cfg: Sweep, values: dict[str, Any]) -> str:
-    """Why a row of a table can't be trained here."""
-    esrgan = validate(TrainVAE, paper.merged(values, cfg.train_vae)).loss.esrgan
-    if esrgan.weight:
-        try:
-            load_esrgan(esrgan.weights)
-        except UserError as error:
-            return f"{error}: train_vae.loss.esrgan.weights=FILE"
+def _absolute(source: SourceConfig) -> SourceConfig:
+    """The same, wherever it is read."""
+    local = source.uri and not storage.remote(source.uri)
+    return source.model_copy(update={"uri": os.path.abspath(source.uri)}) if local else source
+
+
+def _source(cfg: Sweep, name: str) -> Source:
+    """data.train or data.val, listed once."""
+    return _listed(getattr(cfg.data, name).model_dump_json(), f"data.{name}")
+
+
+@cache
+def _listed(values: str, name: str) -> Source:
+    return open_source(SourceConfig.model_validate_json(values), name)
+
+
+def _digest(cfg: Sweep, name: str) -> str:
+    return _source(cfg, name).digest
+
+
+@cache
+def _load(loss: str, net: str, weights: str) -> str:
+    """What is said where a perceptual loss has no weights; empty where it has."""
+    try:
+        load_esrgan(weights) if loss == "esrgan" else load_lpips(net, weights)
+    except WeightsMissing as error:
+        return f"{error}: train_vae.loss.{loss}.weights=FILE"
     return ""
+
+
+def _missing(values: dict[str, Any], loss: str) -> str:
+    """Why what a row is about can't be trained here."""
+    if not loss:
+        return ""
+    term = getattr(validate(TrainVAE, values).loss, loss)
+    return _load(loss, getattr(term, "net", ""), term.weights)
 
 
 def _fields(space: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -264,6 +361,8 @@ def _fields(space: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
             arguments = value[draw]
             if isinstance(arguments, list):
                 arguments = [_number(item) for item in arguments]
+            if draw == "choice" and not (isinstance(arguments, list) and arguments):
+                raise UserError(f"space.{name}: choice takes a list of values, not {arguments}")
             numbers = isinstance(arguments, list) and all(isinstance(item, int | float) for item in arguments)
             if draw != "choice" and not (numbers and len(arguments) == 2 and arguments[0] < arguments[1]):
                 raise UserError(f"space.{name}: {draw} takes [least, largest], not {arguments}")
@@ -316,6 +415,7 @@ def _tune(cfg: Sweep, trials: list[Trial], share: cluster.Share, run: tracking.R
     it draws the points (optuna) or moves them (pbt), and only then its own state is restored.
     """
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the new output is not silent at verbose=0
+    os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # Ctrl-C is to end us, not only to end Tune's loop
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # what fails is said below
     from ray import tune
 
@@ -334,7 +434,7 @@ def _tune(cfg: Sweep, trials: list[Trial], share: cluster.Share, run: tracking.R
     left = [
         number
         for number, each in enumerate(trials)
-        if not all(row.done for row in each.rows) and not os.path.exists(os.path.join(each.folder, STOPPED))
+        if not all(row.done or os.path.exists(os.path.join(row.folder, STOPPED)) for row in each.rows)
     ]
     if trials and not left:
         return []
@@ -366,11 +466,16 @@ def _stopped(trials: list[Trial]) -> Any:
 
     class Stopped(tune.Callback):
         def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-            folder = folders[trial.config["trial"]]
-            if not os.path.exists(os.path.join(folder, TRAINED)):
-                outputs.write(os.path.join(folder, STOPPED), json.dumps(trial.last_result, default=str).encode())
+            mine = given[trial.config["trial"]]
+            if os.path.exists(os.path.join(mine.folder, TRAINED)):
+                return
+            at = {key: trial.last_result.get(key) for key in ("images", "psnr", "ssim")}
+            for row in mine.rows:
+                os.makedirs(row.folder, exist_ok=True)
+                outputs.write(os.path.join(row.folder, STOPPED), json.dumps(at).encode())
+                print(f"{row.label}: stopped after {at['images']:,} images, psnr {at['psnr']:.4g}", flush=True)
 
-    folders = [each.folder for each in trials]
+    given = trials
     return Stopped()
 
 
@@ -407,9 +512,14 @@ def _tune_config(cfg: Sweep, share: cluster.Share, given: bool) -> Any:
     if cfg.scheduler == "asha":
         scheduler = ASHAScheduler(time_attr="images", grace_period=every, max_t=total + 1, reduction_factor=3, **best)
     elif cfg.scheduler == "pbt":
-        mutations = {key: _domain(values) for key, values in _fields(cfg.space)}
+        # Values of a list stay in it; a drawn one is moved by a fifth, which is not to leave its range.
+        fields = dict(_fields(cfg.space))
         scheduler = PopulationBasedTraining(
-            time_attr="images", perturbation_interval=every, hyperparam_mutations=mutations, **best
+            time_attr="images",
+            perturbation_interval=every,
+            hyperparam_mutations={k: v if isinstance(v, list) else _domain(v) for k, v in fields.items()},
+            custom_explore_fn=partial(_within, fields=fields),
+            **best,
         )
     return tune.TuneConfig(
         search_alg=search,
@@ -418,6 +528,26 @@ def _tune_config(cfg: Sweep, share: cluster.Share, given: bool) -> Any:
         max_concurrent_trials=share.jobs,
         **({} if scheduler else best),
     )
+
+
+def _within(config: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
+    """Drawn values of a config, brought back into their ranges."""
+    for key, values in fields.items():
+        kind, arguments = ("choice", values) if isinstance(values, list) else next(iter(values.items()))
+        if kind != "choice":
+            value = min(max(config[key], arguments[0]), arguments[1])
+            config[key] = round(value) if kind == "randint" else value
+    return config
+
+
+def _best(results: list[dict[str, Any]], metric: str) -> dict[str, Any] | None:
+    """The first seed's result of the row that is best in the mean over its seeds."""
+    values: dict[str, list[float]] = {}
+    for result in results:
+        values.setdefault(result["row"], []).append(result["metrics"][metric])
+    means = {row: sum(found) / len(found) for row, found in values.items() if all(map(math.isfinite, found))}
+    row = max(means, key=lambda name: means[name], default=None)
+    return next((result for result in results if result["row"] == row), None)
 
 
 def _shown(config: dict[str, Any] | None, trials: list[Trial]) -> str:
@@ -460,7 +590,10 @@ def _compare(cfg: Sweep, folder: str) -> None:
 
         out = os.path.join(folder, "comparison")
         where = {"root": cfg.root, "tracking": cfg.tracking.model_dump(), "out": out}
-        compare(validate(Compare, where | {"sweep": cfg.name}))
+        try:
+            compare(validate(Compare, where | {"sweep": cfg.name}))
+        except UserError as error:  # all is done and in results.json
+            print(f"warning: no comparison: {error}", flush=True)
 
 
 def _slug(label: str) -> str:

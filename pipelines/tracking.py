@@ -354,25 +354,28 @@ class Tracker:
         self._client.log_inputs(self._handle.run_id, [DatasetInput(dataset, [tag])])
 
 
-def replay(folder: str, tracker: Tracker, step: int, but: str = "") -> dict[str, float]:
+def replay(folder: str, tracker: Tracker, step: int, training: bool = False) -> dict[str, float]:
     """Log again what was logged in another run's folder: step 0 as `step`, other steps and pictures as they are.
 
     Returns the last value of each metric.
 
     Args:
-        but: beginning of the names of metrics to leave out.
+        training: only what is of a training, not of evaluations that were logged in its folder.
     """
     last: dict[str, float] = {}
     for line in Path(folder, "metrics.jsonl").read_bytes().splitlines():
         at, _, values = _parse(line)
-        values = {key: value for key, value in values.items() if not (but and key.startswith(but))}
+        values = {key: value for key, value in values.items() if not (training and key.startswith("eval/"))}
         tracker.metrics(values, at or step)
         last |= values
     from PIL import Image
 
-    for path in sorted(Path(folder, "images").glob("*-" + "[0-9]" * 12 + ".png")):
+    for path in sorted(Path(folder, "images").glob(f"{'val-' if training else ''}*-" + "[0-9]" * 12 + ".png")):
+        key = path.stem[:-13]
         with Image.open(path) as image:
-            tracker.image(path.stem[:-13], np.asarray(image), int(path.stem[-12:]) or step)
+            tracker.image(
+                key.replace("-", "/", 1) if training else key, np.asarray(image), int(path.stem[-12:]) or step
+            )
     return last
 
 

@@ -4,6 +4,7 @@
 placement group, in which nothing else would find a CPU.
 """
 
+import fcntl
 import json
 import os
 import tempfile
@@ -119,9 +120,9 @@ def _work(trial: dict[str, Any], setup: dict[str, Any], reports: Any) -> dict[st
             with _logged(row):
                 _evaluate(cfg, mine.train, trained, row, setup["parent"])
         judged = json.loads(Path(row.folder, RESULT).read_text())["metrics"]
-        numbers = (f"{name} {judged[f'eval/reconstruction/{name}']:.4g}" for name in ("psnr", "ssim"))
-        print(f"{row.label}: {'  '.join(numbers)}", flush=True)
-    return trained["metrics"]
+        numbers = {name: judged[f"eval/reconstruction/{name}"] for name in ("psnr", "ssim")}
+        print(f"{row.label}: {'  '.join(f'{name} {value:.4g}' for name, value in numbers.items())}", flush=True)
+    return trained["metrics"] | numbers  # a training that only had its end missing has validated nothing
 
 
 @contextmanager
@@ -135,14 +136,17 @@ def _logged(row: Row) -> Iterator[None]:
 def _trained(cfg: Sweep, trial: Trial, parent: str, reports: Any) -> dict[str, Any]:
     """What is known of a training, which is done if it was not: its run folder, model, metrics, and whose run it is."""
     done, row = Path(trial.folder, TRAINED), trial.rows[0]
-    if not done.exists():
-        from pipelines.train_vae import train_vae
+    os.makedirs(os.path.dirname(trial.folder), exist_ok=True)
+    with open(f"{trial.folder}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another sweep may want the same one; given back however this process ends
+        if not done.exists():
+            from pipelines.train_vae import train_vae
 
-        config = validate(TrainVAE, trial.train | {"tracking": tracked(cfg, row, parent).model_dump()})
-        result = train_vae(config, [_reporter(reports)])
-        metrics = {key: value for key, value in result.items() if isinstance(value, int | float)}
-        about = {"folder": trial.folder, "model": result["model"], "metrics": metrics, "row": row.folder}
-        outputs.write(done, json.dumps(about).encode())
+            config = validate(TrainVAE, trial.train | {"tracking": tracked(cfg, row, parent).model_dump()})
+            result = train_vae(config, [_reporter(reports)])
+            metrics = {key: value for key, value in result.items() if isinstance(value, int | float)}
+            about = {"folder": trial.folder, "model": result["model"], "metrics": metrics, "row": row.folder}
+            outputs.write(done, json.dumps(about).encode())
     return json.loads(done.read_text())
 
 
@@ -157,13 +161,13 @@ def _evaluate(cfg: Sweep, values: dict[str, Any], trained: dict[str, Any], row: 
     folders = [out]
     if "train_ldm" in row.jobs:
         folders.append(_diffusion(row, trained))
-    own = trained["row"] == row.folder
+    own = trained["row"] == row.folder and b'"eval/' not in Path(trained["folder"], "metrics.jsonl").read_bytes()
     run_folder = trained["folder"] if own else os.path.join(row.folder, "run")
     run = tracking.start_run(tracked(cfg, row, parent), cfg.root, "train_vae", values["name"], values, run_folder)
     tracker = tracking.Tracker(run, system=False)
     images = trained["metrics"]["images"]
     if not own:
-        tracking.replay(trained["folder"], tracker, images, but="eval/")
+        tracking.replay(trained["folder"], tracker, images, training=True)
     metrics = {"eval/params_m": _parameters(trained["model"], row.part) / 1e6}
     tracker.metrics(metrics, images)
     for folder in folders:

@@ -65,6 +65,11 @@ def test_rows_of_a_table_differ_in_what_it_is_about():
     tuned = trained("5", "128-tuned", "paper")
     assert [(s.resolution, s.images // s.batch_size) for s in tuned.stages] == [(128, 100_000), (256, 50_000)]
     assert tuned == TrainVAE()  # what train_vae does where nothing is said
+    table = paper.table("7")
+    drawn = [validate(Sample, paper.scaled(table, row, "paper")["sample"]) for row in table.rows.values()]
+    assert [(sample.images, sample.steps, sample.eta) for sample in drawn] == [(50_000, 200, 1.0)] * 2 + [
+        (50_000, 200, 0.0)
+    ] * 2
     adaptive = trained("8", "Adaptive", "paper").loss.adversarial
     assert (adaptive.adaptive, adaptive.weight) == (True, 1.0)
 

@@ -63,9 +63,64 @@ def test_rows_of_one_training_share_it(photos, tmp_path):
     trials = prepared(photos, tmp_path, "table=1", "scale=smoke")
     assert {len(each.rows) for each in trials} == {1, 2}  # FFHQ and ImageNet are the same photos here
     assert sum(len(each.rows) for each in trials) == 12
-    of_4 = prepared(photos, tmp_path, "table=9", "scale=smoke", "rows=[Baseline]")
-    of_15 = prepared(photos, tmp_path, "table=14", "scale=smoke", "rows=[LPIPS]")
-    assert of_4[0].train["name"] == of_15[0].train["name"]  # and tables share them, too
+    of_9 = prepared(photos, tmp_path, "table=9", "scale=smoke", "rows=[Baseline]")
+    of_16 = prepared(photos, tmp_path, "table=16", "scale=smoke", "rows=[Hinge]")
+    assert of_9[0].train["name"] == of_16[0].train["name"]  # and tables share them, too
+
+
+def test_fields_of_data_can_be_varied(photos, tmp_path):
+    trials = prepared(photos, tmp_path, *TINY, "space.data.flip=[true, false]")
+    assert [each.train["data"]["flip"] for each in trials] == [True, False]
+    assert len({each.train["name"] for each in trials}) == 2
+
+
+def test_a_point_that_is_drawn_twice_is_trained_once(photos, tmp_path):
+    trials = prepared(photos, tmp_path, *TINY, "space.optim.lr=[1e-4, 1e-3]", "search=random", "trials=10")
+    assert len(trials) == 2
+    assert [len(each.rows) for each in trials] == [1, 1]
+
+
+def test_other_images_are_another_training(photos, tmp_path):
+    import shutil
+
+    copy = shutil.copytree(photos, tmp_path / "copy")
+    names = []
+    for _ in range(2):
+        sweep._listed.cache_clear()
+        names.append(prepared(copy, tmp_path, "table=9", "scale=smoke", "rows=[Baseline]")[0].train["name"])
+        shutil.copyfile(copy / "train" / "00.png", copy / "train" / "one-more.png")
+    assert names[0] != names[1]
+
+
+def test_lpips_without_weights_is_another_training(photos, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    sweep._load.cache_clear()
+    words = ["table=9", "scale=smoke", "rows=[Baseline]"]
+    off = prepared(photos, tmp_path, *words)[0].train
+    assert off["loss"]["lpips"]["weight"] == 0
+    same = prepared(photos, tmp_path, *words, "train_vae.loss.lpips.weight=0")[0].train
+    assert same["name"] == off["name"]
+
+
+def test_the_best_is_the_best_mean_over_seeds():
+    def result(row, value):
+        return {"row": row, "metrics": {"psnr": value}}
+
+    results = [
+        result("broken", float("nan")),
+        result("lucky", 9),
+        result("lucky", 1),
+        result("good", 6),
+        result("good", 7),
+    ]
+    assert sweep._best(results, "psnr") == result("good", 6)
+    assert sweep._best(results[:1], "psnr") is None
+
+
+def test_values_that_pbt_moves_stay_in_their_ranges():
+    fields = {"a": {"loguniform": [1e-4, 1e-2]}, "b": {"randint": [4, 6]}, "c": ["group", "smc"]}
+    moved = sweep._within({"a": 0.012, "b": 3.2, "c": "smc", "seed": 0}, fields)
+    assert moved == {"a": 1e-2, "b": 4, "c": "smc", "seed": 0}
 
 
 @pytest.mark.parametrize("more", ["seeds=[1]", "data.flip=false", "train_vae.optim.lr=1e-3", "scale=small"])
@@ -102,11 +157,14 @@ def test_random_points_are_in_range_and_the_same_again(photos, tmp_path):
 
 def test_a_row_whose_weights_are_missing_is_left_out_with_the_reason(photos, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    cfg = configured(photos, tmp_path, "table=14", "scale=smoke")
+    sweep._load.cache_clear()
+    torch.save(models.vgg19(weights=None).state_dict(), tmp_path / "vgg19.pth")
+    weights = f"train_vae.loss.esrgan.weights={tmp_path}/vgg19.pth"
+    cfg = configured(photos, tmp_path, "table=14", "scale=smoke", weights)
     trials, left_out = sweep._of_table(cfg, paper.table("14"), str(tmp_path))
-    assert [row.name for each in trials for row in each.rows] == ["LPIPS"]
-    assert [*left_out] == ["ESRGAN"]
-    assert "train_vae.loss.esrgan.weights=FILE" in left_out["ESRGAN"]
+    assert [row.name for each in trials for row in each.rows] == ["ESRGAN"]
+    assert [*left_out] == ["LPIPS"]
+    assert "train_vae.loss.lpips.weights=FILE" in left_out["LPIPS"]
 
 
 @pytest.mark.parametrize(
@@ -124,6 +182,13 @@ def test_a_row_whose_weights_are_missing_is_left_out_with_the_reason(photos, tmp
         (["space.optim.lr=fast"], "neither a list of values nor one of"),
         (["space.optim.lrr=[1]"], r"unknown config key 'optim\.lrr'"),
         (["space.model.encoder=[S, XL]"], r"model\.encoder: .*'XL'"),
+        (["space.optim.lr.choice=5", "search=random"], "choice takes a list of values"),
+        (["space.seed=[0, 1]"], r"space\.seed is the sweep's own: set seeds"),
+        (["table=9", "train_vae.data.train.uri=x"], r"train_vae\.data\.train\.uri is the sweep's own"),
+        (["space.loop.keep=[1, 2]", "scheduler=asha"], r"space\.loop\.keep follows from `every`"),
+        (["space.optim.lr=[1]", "search=optuna", "seeds=[0, 1]"], "optuna and pbt take one seed"),
+        (["table=9", "evaluate.images=1000"], r"evaluate\.images=1000, but .*has 12"),
+        (["table=9", "evaluate.squeezenet=nowhere.pth"], "no weights file at nowhere.pth"),
         (["table=9", "train_vae.optim.lrr=1"], r"unknown config key 'optim\.lrr'"),
         (["table=9", "evaluate.imagess=1"], r"unknown config key 'imagess'; did you mean 'images'"),
     ],
@@ -184,7 +249,7 @@ def test_every_table_of_the_paper_runs(photos, root, weights, table):
     cfg = configured(photos, root, f"table={table}", "scale=smoke", "ray.gpu=false", "concurrent=2", rows, *weights)
     results = sweep.sweep(cfg)
     wanted = paper.table(table)
-    chosen = [row.name for row in paper.chosen(wanted, cfg.rows)]
+    chosen = [row.name for row in paper.chosen(wanted, cfg.rows) if row.needs != "lpips"]  # there are no weights
     assert [result["row"] for result in results] == chosen
     folder = root / f"table-{wanted.name}-smoke"
     page = (folder / "comparison" / "comparison.html").read_text()
@@ -248,14 +313,13 @@ def test_a_killed_sweep_goes_on_and_the_best_config_can_be_trained(photos, tmp_p
 
 @pytest.mark.slow
 def test_asha_stops_poor_trials_and_does_not_take_them_up_again(photos, tmp_path):
-    lengths = ["train_vae.stages=[{resolution: 32, images: 96, batch_size: 8}]", "every=16", "concurrent=3"]
-    space = ["space.optim.lr=[1e-9, 2e-9, 3e-3]", "scheduler=asha", "name=asha"]
+    lengths = ["train_vae.stages=[{resolution: 32, images: 2400, batch_size: 8}]", "every=80", "concurrent=1"]
+    space = ["space.optim.lr=[3e-3, 1e-9]", "scheduler=asha", "name=asha"]
     cfg = configured(photos, tmp_path, *TINY, *lengths, *space)
     results = sweep.sweep(cfg)
-    stopped = [*tmp_path.glob(f"trained/*/{sweep.STOPPED}")]
-    assert len(stopped) + len(results) == 3
-    assert stopped
-    assert 3e-3 in [result["train_vae"]["optim"]["lr"] for result in results]
+    assert [result["train_vae"]["optim"]["lr"] for result in results] == [3e-3]
+    (stopped,) = tmp_path.glob(f"asha/rows/*/{sweep.STOPPED}")
+    assert 80 <= json.loads(stopped.read_text())["images"] < 2400
     again = sweep.sweep(cfg)
     assert [result["row"] for result in again] == [result["row"] for result in results]
 
@@ -271,11 +335,12 @@ def test_optuna_draws_points(photos, tmp_path):
 
 @pytest.mark.slow
 def test_pbt_lets_poor_trials_go_on_from_better_ones(photos, tmp_path):
-    lengths = ["train_vae.stages=[{resolution: 32, images: 128, batch_size: 8}]", "every=32"]
-    space = ["space.optim.lr=[1e-9, 1e-3]", "scheduler=pbt", "trials=2", "name=pbt", "seeds=[3]"]
+    lengths = ["train_vae.stages=[{resolution: 32, images: 2400, batch_size: 8}]", "every=240"]
+    space = ["space.optim.lr.loguniform=[1e-9, 1e-2]", "scheduler=pbt", "trials=2", "name=pbt"]
     results = sweep.sweep(configured(photos, tmp_path, *TINY, *lengths, *space))
     assert results
     begun = [yaml.safe_load(path.read_text()).get("begin") for path in tmp_path.glob("trained/*/config.yaml")]
     assert any(begun), "no trial went on from another's checkpoint"
     for result in results:
-        assert result["train_vae"]["stages"][0]["images"] == 128
+        assert result["train_vae"]["stages"][0]["images"] == 2400
+        assert 1e-9 <= result["train_vae"]["optim"]["lr"] <= 1e-2
