@@ -58,6 +58,7 @@ def attention(channels: int, side: int) -> int:
     return 4 * channels**2 * side**2 + 2 * channels * side**4
 
 
+@pytest.mark.slow
 def test_macs_are_those_counted_by_hand(summary, folder, tmp_path):
     half = SIDE // 2
     middle = 4 * conv(32, 32, half) + attention(32, half)
@@ -90,6 +91,7 @@ def test_macs_are_those_counted_by_hand(summary, folder, tmp_path):
     assert found["params_m"] * 1e6 == pytest.approx(sum(p.numel() for p in model.decoder.parameters()))
 
 
+@pytest.mark.slow
 def test_macs_of_litevae_are_those_of_its_convolutions(summary):
     model, macs = LiteVAE("S", 4), []
 
@@ -105,6 +107,7 @@ def test_macs_of_litevae_are_those_of_its_convolutions(summary):
     assert summary["complexity"]["S"]["params_m"] == pytest.approx(1.038308)  # as the paper's Table 3 rounds it: 1.03
 
 
+@pytest.mark.slow
 def test_speed_memory_and_ratios(summary, folder):
     for values in summary["complexity"].values():
         for key in ("images_per_s", "latency_ms"):
@@ -120,6 +123,7 @@ def test_speed_memory_and_ratios(summary, folder):
     assert summary["machine"].startswith("1 thread of ")
 
 
+@pytest.mark.slow
 def test_it_is_written_and_logged(summary, folder):
     from mlflow import MlflowClient
 

@@ -286,6 +286,7 @@ def test_two_workers_give_the_same_to_the_last_bit(summary, model, photos, weigh
         assert two["protocols"][metric].removesuffix(f"; {two['protocols']['images']}") in flat
 
 
+@pytest.mark.slow
 def test_within_a_trial_of_tune(photos, tmp_path):
     """An actor whose children Ray would place in what is reserved for itself; no MLflow, no weights, a model of
     diffusers."""

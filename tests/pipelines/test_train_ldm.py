@@ -407,7 +407,7 @@ def test_a_poisoned_batch_is_skipped_and_many_of_them_stop_the_run(made, tmp_pat
     """In this process: Ray Train's parts are stood in for, the loop is the real one."""
     monkeypatch.setattr("ray.train.torch.prepare_model", lambda model: model)
     monkeypatch.setattr("ray.train.get_checkpoint", lambda: None)
-    monkeypatch.setattr("pipelines.training._report", lambda images, folder: saved.append(images))
+    monkeypatch.setattr("pipelines.training._report", lambda metrics, folder: saved.append(metrics["images"]))
     from pipelines import train_ldm as module
     from pipelines import training
 
