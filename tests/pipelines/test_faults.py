@@ -32,8 +32,8 @@ TITLES = {"decode": "ray::Map(decode_shard)", "encoder": "ray::MapWorker(Map(Enc
 SIZES = ("rows_per_shard=3", "transform.resolution=96", "batch_size=16")  # a third of a second each
 TWO = ("ray.workers=2", "ray.decode_tasks=2")  # of each one for either node
 # `Job` has a method for each.
-KINDS = {"driver": 3, "starting": 1, "second": 1, "encoder": 7, "written": 2, "decode": 5, "stubborn": 1, "raylet": 4}
-KILLS = 25  # at least, on either storage
+KINDS = {"driver": 2, "starting": 1, "second": 1, "encoder": 4, "written": 2, "decode": 3, "stubborn": 1, "raylet": 2}
+KILLS = 16  # at least, on either storage
 PATIENCE = 120  # seconds; where nothing happens for that long, something hangs
 
 
