@@ -62,7 +62,7 @@ class LiteVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         scaling_factor: for diffusers pipelines, which multiply latents by it.
     """
 
-    _supports_gradient_checkpointing = False
+    _supports_gradient_checkpointing = True  # of ResBlocks
 
     @register_to_config
     def __init__(

@@ -54,6 +54,7 @@ QUARANTINE = pa.schema(
 )
 DTYPES = {"float16": "<f2", "bfloat16": "<u2", "float32": "<f4"}  # NumPy has no bfloat16: its bits
 CONTENT_COLUMN = {"moments": "moments", "mean": "latent"}
+_MEND = "`encode_dataset.py verify` names all such shards, `repair` encodes them again"
 
 Shape = tuple[int, int, int]
 
@@ -94,6 +95,12 @@ def unusable(values: np.ndarray, dtype: str = "float16") -> list[str | None]:
     largest = torch.finfo(getattr(torch, dtype)).max
     inside = np.abs(values).max(axis=axes, initial=0) <= largest
     return [None if f and i else "out_of_range" if f else "not_finite" for f, i in zip(finite, inside, strict=True)]
+
+
+def finite(values: np.ndarray, dtype: str) -> np.ndarray:
+    """Per row (N, ...) of stored latents, whether they are numbers all."""
+    each = (values & 0x7F80) != 0x7F80 if dtype == "bfloat16" else np.isfinite(values)
+    return each.reshape(len(values), -1).all(axis=1)
 
 
 def to_stored(values: np.ndarray, dtype: str) -> np.ndarray:
@@ -176,7 +183,7 @@ def read_shard(folder: str, commit: dict[str, Any], how: dict[str, Any]) -> tupl
     file = storage.join(folder, commit["file"])
     data = _checked(file, commit)
     with _damage_of(file):
-        table = pq.read_table(pa.BufferReader(data), page_checksum_verification=True)
+        table = storage.read_table(data)
     latents, start = [], 0
     for count, *shape in commit["shapes"]:
         latents.append(latents_of(table.slice(start, count), shape, how))
@@ -194,7 +201,10 @@ def read_quarantine(folder: str, commit: dict[str, Any]) -> pa.Table:
     if not commit["quarantined"]:
         return QUARANTINE.empty_table()
     record = commit["quarantine"]
-    return pq.read_table(pa.BufferReader(_checked(storage.join(folder, record["file"]), record)))
+    file = storage.join(folder, record["file"])
+    data = _checked(file, record)
+    with _damage_of(file):
+        return storage.read_table(data)
 
 
 @contextlib.contextmanager
@@ -252,7 +262,7 @@ def write_plan(folder: str, plan: dict[str, Any]) -> None:
     if storage.put_new(storage.join(folder, "plan.json"), _json(plan)):
         return
     before, now = read_plan(folder), json.loads(_json(plan))
-    if different := list(_differences(_identity(before), _identity(now))):
+    if different := list(_differences(_compared(before), _compared(now))):
         raise UserError(
             f"{folder} is a cache of something else; give another folder, or delete this one. What differs:\n  "
             + "\n  ".join(different)
@@ -281,7 +291,7 @@ def read_listings(folder: str) -> list[pa.Table]:
     for name in storage.names(storage.join(folder, "listing")):
         path = storage.join(folder, "listing", name)
         try:
-            found.append(pq.read_table(pa.BufferReader(storage.read(path)), page_checksum_verification=True))
+            found.append(storage.read_table(storage.read(path)))
         except (OSError, pa.ArrowException) as error:
             raise UserError(f"{path} is damaged: {error}; bring it back from a copy") from error
     return found
@@ -368,8 +378,11 @@ def read_commit(folder: str, shard: int, generation: int = 0) -> dict[str, Any]:
 
 def read_commits(folder: str, shards: dict[int, int]) -> Iterator[dict[str, Any]]:
     """Commits of shards and generations, in the order of shards."""
+    numbers = sorted(shards)
     with ThreadPoolExecutor(32) as threads:
-        yield from threads.map(lambda shard: read_commit(folder, shard, shards[shard]), sorted(shards))
+        for start in range(0, len(numbers), 10_000):  # not all of millions waiting at once
+            part = numbers[start : start + 10_000]
+            yield from threads.map(lambda shard: read_commit(folder, shard, shards[shard]), part)
 
 
 def statistics(latents: Sequence[np.ndarray], how: dict[str, Any]) -> dict[str, Any]:
@@ -473,6 +486,8 @@ def write_manifest(folder: str, plan: dict[str, Any], source: dict[str, Any], ru
 def _manifest_of(history: str, number: int) -> dict[str, Any] | None:
     try:
         return _read_json(storage.join(history, f"{number:06d}.json"))
+    except storage.Unavailable:
+        raise
     except UserError:
         return None
 
@@ -517,6 +532,8 @@ def read_manifest(folder: str | os.PathLike[str], number: int | None = None) -> 
 def _read_json(path: str) -> dict[str, Any]:
     try:
         value = json.loads(storage.read(path))
+    except UserError:
+        raise
     except FileNotFoundError:
         raise UserError(f"{path} is missing") from None
     except ValueError as error:
@@ -533,6 +550,12 @@ def _identity(plan: dict[str, Any]) -> dict[str, Any]:
         for key, value in plan.items()
         if key != "settings"
     }
+
+
+def _compared(plan: dict[str, Any]) -> dict[str, Any]:
+    """`_identity` for people: a plan that does not say how images were decoded is of those by Pillow."""
+    found = _identity(plan)
+    return found | {"transform": {"decode": "pillow"} | found["transform"]}
 
 
 def _differences(before: Any, now: Any, path: str = "") -> Iterable[str]:
@@ -559,8 +582,8 @@ class LatentCache:
 
     Args:
         path: cache folder, local or s3://.
-        verify: check what is read. Pages always have checksums; a whole shard's sha256 is checked when it is first
-            touched, where it is (or is brought) on a local disk.
+        verify: check what is read: that latents are finite, and where a shard is (or is brought) on a local disk, its
+            sha256 when it is first touched. Pages always have checksums.
         version: number of an earlier manifest, to read the cache as it was before something was appended.
         local: folder that shards of an s3:// cache are brought to, whole; without, row groups are read from the store.
 
@@ -591,6 +614,8 @@ class LatentCache:
         self.shape: Shape | None = tuple(latents["shape"]) if latents["shape"] else None
         self.mean = torch.tensor(latents["mean"], dtype=torch.float32)
         self.std = torch.tensor(latents["std"], dtype=torch.float32)
+        if not torch.cat([self.mean, self.std]).isfinite().all():
+            raise UserError(f"{self.path} has no mean and standard deviation: some latents are not finite; {_MEND}")
         self._shards = [shard for shard in self.manifest["shards"] if shard["rows"]]
         if not storage.remote(self.path):  # a store is asked when a row is
             for shard in self._shards:
@@ -717,7 +742,11 @@ class LatentCache:
             f"{name}\0{view}" if view else name
             for name, view in zip(table["id"].to_pylist(), table["view"].to_pylist(), strict=True)
         ]
-        return (latents_of(table, self.group_shapes[group], self._how), names), table.num_rows
+        values = latents_of(table, self.group_shapes[group], self._how)
+        if self.verify and not (good := finite(values, self._how["dtype"])).all():
+            file, row = self._file(self._shards[int(self._places[group, 0])]), names[int(good.argmin())]
+            raise UserError(f"{file}: the latents of {row!r} are not finite; {_MEND}")
+        return (values, names), table.num_rows
 
     def _load_columns(self, key: tuple[Any, ...]) -> tuple[dict[str, list[Any]], int]:
         group, *names = key

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from litevae.layers import Norm, ResBlock, carrier, group_norm, middle
+from litevae.layers import Norm, ResBlock, Upsample, carrier, group_norm, middle
 from litevae.wavelet import idwt
 
 # In a decoder narrower than SD-VAE's: with 32 groups of one channel, the last normalisation would take each channel's
@@ -44,7 +44,7 @@ class Decoder(nn.Module):
                 blocks.append(ResBlock(width, out, norm, GROUP_WIDTH))
                 width = out
             if level < ups:
-                blocks.append(nn.Sequential(nn.Upsample(scale_factor=2), carrier(width, width, 3)))
+                blocks.append(Upsample(width))
             self.up.append(nn.Sequential(*blocks))
         self.norm_out = group_norm(width, GROUP_WIDTH)
         self.conv_out = carrier(width, out_channels if wavelet is None else 4 * out_channels, 3)

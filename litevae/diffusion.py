@@ -86,8 +86,14 @@ class Objective:
         )
 
     @cached_property
-    def _alphas(self) -> Tensor:
-        return self.scheduler().alphas_cumprod
+    def _copies(self) -> dict[torch.device, Tensor]:
+        return {}
+
+    def _alphas(self, device: torch.device) -> Tensor:
+        """Copied to a device once: a step that copies from the host waits for all that the device has to do."""
+        if device not in self._copies:
+            self._copies[device] = self.scheduler().alphas_cumprod.to(device)
+        return self._copies[device]
 
     def noised(self, z: Tensor, noise: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Of latents (N, C, h, w), noise of that shape and uniform numbers (N,) in [0, 1) that choose noise levels:
@@ -97,7 +103,7 @@ class Objective:
             level = t.view(-1, 1, 1, 1)
             return (1 - level) * z + level * noise, t * STEPS, noise - z, torch.ones_like(t)
         timesteps = (u * STEPS).long().clamp(max=STEPS - 1)
-        squared = self._alphas.to(z.device)[timesteps]
+        squared = self._alphas(z.device)[timesteps]
         a, s = squared.sqrt().view(-1, 1, 1, 1), (1 - squared).sqrt().view(-1, 1, 1, 1)
         target = noise if self.prediction == "epsilon" else a * noise - s * z
         return a * z + s * noise, timesteps, target, self._weights(squared / (1 - squared))

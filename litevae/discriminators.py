@@ -1,6 +1,7 @@
 """Discriminators: an image batch to a tuple of logits, one tensor per head."""
 
 import math
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from litevae.errors import UserError
+from litevae.layers import pooled_conv, upsampled_conv
 
 
 class Discriminator(nn.Module):
@@ -51,8 +53,8 @@ class SpectralConv2d(nn.Conv2d):
 
 
 class Block(nn.Module):
-    """BigGAN's residual block without its resampling: two 3x3 convolutions, 1x1 on the skip, ReLU before each
-    convolution except, in the network's first block, before the first."""
+    """BigGAN's residual block: two 3x3 convolutions, 1x1 on the skip, ReLU before each convolution except, in the
+    network's first block, before the first."""
 
     def __init__(self, in_channels: int, out_channels: int, first: bool = False) -> None:
         super().__init__()
@@ -61,9 +63,34 @@ class Block(nn.Module):
         self.conv2 = SpectralConv2d(out_channels, out_channels, 3)
         self.skip = SpectralConv2d(in_channels, out_channels, 1)
 
+
+class DownBlock(Block):
+    """Means of 2x2 positions at the end: (N, C, H, W) -> (N, out, H / 2, W / 2), rounded up.
+
+    A 1x1 convolution of means is the mean of the convolutions, and cheaper.
+    """
+
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(x if self.first else F.relu(x))
-        return self.conv2(F.relu(h)) + self.skip(x)
+        h = F.relu(self.conv1(x if self.first else F.relu(x)))
+        if x.shape[-2] % 2 or x.shape[-1] % 2:
+            h = F.avg_pool2d(self.conv2(h), 2, ceil_mode=True)
+        else:
+            h = pooled_conv(h, self.conv2.normalized_weight(), self.conv2.bias)
+        return h + self.skip(F.avg_pool2d(x, 2, ceil_mode=True))
+
+
+class UpBlock(Block):
+    """Nearest upsampling at the start, to `size` of twice x's, or one less: (N, C, h, w) -> (N, out, *size).
+
+    A pixel's 1x1 convolution comes before its copies.
+    """
+
+    def forward(self, x: Tensor, size: Sequence[int]) -> Tensor:
+        if size[0] % 2 or size[1] % 2:
+            h = self.conv1(F.interpolate(F.relu(x), size=size, mode="nearest"))
+        else:
+            h = upsampled_conv(F.relu(x), self.conv1.normalized_weight(), self.conv1.bias)
+        return self.conv2(F.relu(h)) + F.interpolate(self.skip(x), size=size, mode="nearest")
 
 
 class UNetDiscriminator(Discriminator):
@@ -86,11 +113,11 @@ class UNetDiscriminator(Discriminator):
         widths = [channels * multiple for multiple in self.MULTIPLES]
         inputs = [in_channels, *widths[:-1]]
         self.down = nn.ModuleList(
-            Block(*width, first=not n) for n, width in enumerate(zip(inputs, widths, strict=True))
+            DownBlock(*width, first=not n) for n, width in enumerate(zip(inputs, widths, strict=True))
         )
         outputs = [*widths[-2::-1], channels]
         inputs = [widths[-1], *(2 * width for width in outputs[:-1])]  # with the skips
-        self.up = nn.ModuleList(Block(*width) for width in zip(inputs, outputs, strict=True))
+        self.up = nn.ModuleList(UpBlock(*width) for width in zip(inputs, outputs, strict=True))
         self.global_head = SpectralConv2d(widths[-1], 1, 1)
         self.pixel_head = nn.Conv2d(channels, 1, 1)
         nn.init.orthogonal_(self.pixel_head.weight)
@@ -98,12 +125,12 @@ class UNetDiscriminator(Discriminator):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         skips = [x]
         for block in self.down:
-            skips.append(F.avg_pool2d(block(skips[-1]), 2, ceil_mode=True))
+            skips.append(block(skips[-1]))
         h = skips.pop()
         features = 16 * F.relu(h).mean((2, 3), keepdim=True)  # 16 positions at 128 pixels
         for block in self.up:
             skip = skips.pop()
-            h = block(F.interpolate(h, size=skip.shape[-2:], mode="nearest"))
+            h = block(h, skip.shape[-2:])
             if skips:  # the image itself is not one
                 h = torch.cat([h, skip], dim=1)
         return self.global_head(features).flatten(1), self.pixel_head(h)

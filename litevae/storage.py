@@ -5,14 +5,15 @@ environment variables (AWS_ENDPOINT_URL for a store that is not Amazon's), as th
 
 `put_new` is the protocol's core: of several writers of one name exactly one wins, and no reader ever sees a part.
 
-What goes wrong with a store (no such bucket, refused, unreachable) is a UserError; a file that is not there is a
-FileNotFoundError.
+What goes wrong with a store (no such bucket, refused, unreachable) is a UserError, and Unavailable where it is not of
+one file alone; a file that is not there is a FileNotFoundError.
 """
 
 import contextlib
 import errno
 import io
 import os
+import platform
 import re
 import threading
 import time
@@ -24,19 +25,36 @@ from typing import IO, Any, Generic, TypeVar
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from litevae.errors import UserError
+from litevae.errors import UserError, redact
 
 K = TypeVar("K", bound=Hashable)
 T = TypeVar("T")
 
+SILENCE = 60  # seconds without a byte from S3, after which a request is given up, and made again
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 _MISSING = ("404", "NoSuchKey", "NotFound")
-_REFUSED = (
-    *("401", "403", "AccessDenied", "AllAccessDisabled", "ExpiredToken", "InvalidAccessKeyId", "InvalidObjectState"),
-    *("InvalidToken", "RequestTimeTooSkewed", "SignatureDoesNotMatch"),
-)
+_REFUSED = ("401", "403", "AccessDenied", "AllAccessDisabled", "InvalidObjectState")  # of one file, perhaps
+_UNKNOWN = ("ExpiredToken", "InvalidAccessKeyId", "InvalidToken", "SignatureDoesNotMatch")
 _TAKEN = ("412", "PreconditionFailed")
 _RACE = ("409", "ConditionalRequestConflict")  # Amazon: another conditional write is under way; ask again
+
+
+class Unavailable(UserError):
+    """A store that fails, can't be reached or does not know who asks: that holds for all its files, and may pass."""
+
+
+def full(error: BaseException) -> bool:
+    """Whether that is a full disk; some libraries have it in their message only."""
+    return getattr(error, "errno", None) in _FULL or any(os.strerror(number) in str(error) for number in _FULL)
+
+
+def unwritable(path: str, error: Exception) -> UserError:
+    """What to tell of a file that can't be written."""
+    hint = "; the file system must have hard links" if getattr(error, "errno", None) in _NO_LINKS else ""
+    hint = f"; {os.path.dirname(path)} is no folder" if isinstance(error, FileExistsError) else hint
+    hint = "; make room there and run again: what is done stays" if full(error) else hint
+    return UserError(f"{path} can't be written: {getattr(error, 'strerror', None) or error}{hint}")
 
 
 def remote(path: str) -> bool:
@@ -53,6 +71,8 @@ def absolute(path: str) -> str:
     if remote(path):
         if not _split(path)[0]:
             raise UserError(f"{path!r} names no bucket; give s3://bucket/folder")
+        if redact(path) != path:  # it would be kept with all that is made from it, and shown
+            raise UserError(f"{path!r}: no credentials in a path; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
         return path.rstrip("/")
     if scheme := re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", path):
         raise UserError(f"{path!r}: only local paths and s3:// can be used, not {scheme[0]}")
@@ -216,7 +236,32 @@ def read_row_group(
         _arrow_file(path, size, together) as file,
         pq.ParquetFile(file, metadata=footer, page_checksum_verification=True, pre_buffer=False) as parquet,
     ):
-        return parquet.read_row_group(group, columns=list(columns), use_threads=False)
+        return refuse_pickles(parquet.read_row_group(group, columns=list(columns), use_threads=False))
+
+
+def read_table(data: bytes) -> pa.Table:
+    """Of a whole Parquet file, its pages' checksums verified. ArrowException where it is damaged."""
+    return refuse_pickles(pq.read_table(pa.BufferReader(data), page_checksum_verification=True))
+
+
+def refuse_pickles(table: pa.Table) -> pa.Table:
+    """The same, if no type in it is defined in Python: to read a value of such a one may be to unpickle it, as of
+    Ray's, which is known to Arrow where Ray Data is imported. ArrowInvalid where one is."""
+    for field in table.schema:
+        if has_pickles(field.type):
+            raise pa.ArrowInvalid(f"column {field.name!r} is {field.type}: it may hold pickles, which are not read")
+    return table
+
+
+def has_pickles(kind: pa.DataType) -> bool:
+    """Whether it is or contains a type that is defined in Python."""
+    if isinstance(kind, pa.ExtensionType):
+        return True
+    if isinstance(kind, pa.BaseExtensionType):
+        return has_pickles(kind.storage_type)
+    if isinstance(kind, pa.DictionaryType):
+        return has_pickles(kind.value_type)
+    return any(has_pickles(kind.field(number).type) for number in range(kind.num_fields))
 
 
 def _arrow_file(path: str, size: int | None, ahead: tuple[int, int] | None = None) -> pa.NativeFile:
@@ -245,9 +290,7 @@ def _temporary(path: str, data: bytes) -> Iterator[str]:
             os.fsync(file.fileno())
         yield temporary
     except OSError as error:
-        hint = "; the file system must have hard links" if error.errno in _NO_LINKS else ""
-        hint = f"; {folder} is no folder" if isinstance(error, FileExistsError) else hint
-        raise UserError(f"{path} can't be written: {error.strerror}{hint}") from error
+        raise unwritable(path, error) from error
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
@@ -283,7 +326,7 @@ def _store() -> Any:
             session=session,
             config_kwargs={
                 "connect_timeout": 5,
-                "read_timeout": 60,
+                "read_timeout": SILENCE,
                 "retries": {"mode": "standard", "total_max_attempts": 4},
                 "max_pool_connections": 64,  # of all threads together
             },
@@ -343,6 +386,10 @@ def _head(path: str) -> Any:
         return _call(path, "head_object", Bucket=bucket, Key=key)
     except FileNotFoundError:
         return None
+    except UserError as error:
+        if _code(error.__cause__ or error) == "403":  # a HEAD's answer does not say why; this one's does
+            _listing(path, MaxKeys=1)
+        raise
 
 
 def _put_new(path: str, data: bytes) -> bool:
@@ -410,17 +457,21 @@ def _explained(path: str) -> Iterator[None]:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path) from error
         if code == "NoSuchBucket":
             raise UserError(f"{path}: {endpoint} has no bucket {bucket!r}; check it and AWS_ENDPOINT_URL") from error
-        if code in _REFUSED:
+        if code == "RequestTimeTooSkewed":
+            now = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
+            clock = f"the clock of {platform.node()} ({now}) is not that of {endpoint}"
+            raise Unavailable(f"{path}: {clock} ({code}); set it, e.g. by NTP") from error
+        if code in (*_REFUSED, *_UNKNOWN):
             reason = (
                 f"{endpoint} refuses access ({code}: {error}); check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and the"
             )
-            raise UserError(f"{path}: {reason} bucket's permissions") from error
+            raise (Unavailable if code in _UNKNOWN else UserError)(f"{path}: {reason} bucket's permissions") from error
         if isinstance(error, botocore.NoCredentialsError | botocore.PartialCredentialsError):
-            raise UserError(f"{path}: no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY") from error
+            raise Unavailable(f"{path}: no credentials; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY") from error
         if isinstance(error, botocore.ConnectionError | botocore.HTTPClientError | TimeoutError):
-            raise UserError(f"{path}: {endpoint} can't be reached ({error}); check AWS_ENDPOINT_URL") from error
+            raise Unavailable(f"{path}: {endpoint} can't be reached ({error}); check AWS_ENDPOINT_URL") from error
         reason = f"{code}: {error}" if code else str(error) or type(error).__name__
-        raise UserError(f"{path}: {endpoint} fails ({reason}); check AWS_ENDPOINT_URL, or try again later") from error
+        raise Unavailable(f"{path}: {endpoint} fails ({reason}); check AWS_ENDPOINT_URL, or try again later") from error
 
 
 class _Remote(io.RawIOBase):

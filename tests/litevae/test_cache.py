@@ -236,6 +236,13 @@ def test_another_plan_is_refused(tmp_path):
     assert str(error.value).count("\n") == 2
 
 
+def test_a_plan_that_does_not_say_how_images_were_decoded_means_pillow(tmp_path):
+    cache.write_plan(str(tmp_path), plan_of())
+    now = plan_of()["transform"] | {"decode": "fast"}
+    with pytest.raises(UserError, match='transform.decode: "pillow" in the cache, "fast" now'):
+        cache.write_plan(str(tmp_path), plan_of(transform=now))
+
+
 def test_unfinished_or_wrong_caches_are_refused(tmp_path, made):
     with pytest.raises(UserError, match="does not exist"):
         LatentCache(tmp_path / "nowhere")

@@ -3,8 +3,10 @@ other normalisations; an output of wavelet bands."""
 
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers.models.autoencoders.vae import Decoder as DiffusersDecoder
 
+from litevae import layers
 from litevae.decoder import Decoder
 from litevae.layers import SMC, ResBlock, bake, normalisation
 from litevae.wavelet import dwt
@@ -57,6 +59,29 @@ def test_equals_diffusers_decoder(channels, layers):
     z = torch.randn(2, 4, 5, 4)
     with torch.no_grad():
         assert torch.allclose(ours(z), theirs(z), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("size", [(2, 5, 7, 4), (3, 5, 16, 18)])  # few positions, and many
+@pytest.mark.parametrize(
+    ("fast", "plain"),
+    [
+        (layers.upsampled_conv, lambda x, w, b: F.conv2d(F.interpolate(x, scale_factor=2.0), w, b, padding=1)),
+        (layers.pooled_conv, lambda x, w, b: F.avg_pool2d(F.conv2d(x, w, b, padding=1), 2)),
+    ],
+)
+def test_resampling_convolutions_are_the_plain_ones(fast, plain, size):
+    generator = torch.Generator().manual_seed(0)
+    n, c, h, w = size
+    shape = (n, c, h, w) if fast is layers.upsampled_conv else (n, c, 2 * h, 2 * w)
+    results = []
+    for function in (fast, plain):
+        generator.manual_seed(0)
+        given = [torch.randn(*s, dtype=torch.float64, generator=generator, requires_grad=True)
+                 for s in (shape, (6, c, 3, 3), (6,))]  # fmt: skip
+        y = function(*given)
+        y.backward(torch.randn(y.shape, dtype=torch.float64, generator=generator))
+        results.append([y, *(tensor.grad for tensor in given)])
+    torch.testing.assert_close(*results)
 
 
 @pytest.mark.parametrize(

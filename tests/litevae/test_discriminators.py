@@ -102,6 +102,32 @@ def test_unet_takes_any_size(size):
     assert per_pixel.shape == (2, 1, size, size)
 
 
+@pytest.mark.parametrize(("count", "size"), [(2, 32), (3, 45), (8, 64)])  # few positions, odd sizes, many positions
+def test_unet_is_the_network_written_out(count, size):
+    model, x = discriminator().double().eval(), images(count, size).double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+
+    def convolved(layer: SpectralConv2d, h: torch.Tensor) -> torch.Tensor:
+        return F.conv2d(h, layer.normalized_weight(), layer.bias, padding=layer.padding)
+
+    def block(part: nn.Module, h: torch.Tensor, first: bool) -> torch.Tensor:
+        inner = convolved(part.conv1, h if first else h.relu())
+        return convolved(part.conv2, inner.relu()) + convolved(part.skip, h)
+
+    maps = [x]
+    for n, part in enumerate(model.down):
+        maps.append(F.avg_pool2d(block(part, maps[-1], n == 0), 2, ceil_mode=True))
+    h = maps.pop()
+    overall = convolved(model.global_head, 16 * h.relu().mean((2, 3), keepdim=True)).flatten(1)
+    for part in model.up:
+        skip = maps.pop()
+        h = block(part, F.interpolate(h, size=skip.shape[-2:], mode="nearest"), False)
+        h = torch.cat([h, skip], dim=1) if maps else h
+    torch.testing.assert_close(model(x), (overall, model.pixel_head(h)))
+
+
 def test_global_logit_keeps_its_scale_with_the_resolution():
     model = discriminator(16).eval()
     tile = torch.full((1, 3, 128, 128), 0.3)

@@ -2,6 +2,7 @@
 
 import copy
 import csv
+import dataclasses
 import io
 import math
 import struct
@@ -13,11 +14,13 @@ from pathlib import Path
 import numpy as np
 import PIL
 import pytest
+import simplejpeg
 import torch
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image, ImageCms, ImageOps, features
 from skimage import data as photos
 from skimage.color import lab2rgb
 
+from litevae import images
 from litevae.errors import UserError
 from litevae.images import ImageError, ImageTransform, decode, to_tensor, to_uint8
 
@@ -363,7 +366,30 @@ def test_identity_tells_transforms_apart(photo):
         ImageTransform(128, both=True),
     ]
     others += [ImageTransform(128, buckets=True), ImageTransform(128, buckets=True, bucket_step=32)]
+    others += [ImageTransform(128, decode="fast"), ImageTransform(128, decode="scaled")]
     assert all(other.identity != identity for other in others)
+    assert others[-1].identity != others[-2].identity
+    assert {name: others[-2].identity[name] for name in ("decode", "simplejpeg")} == {
+        "decode": "fast",
+        "simplejpeg": simplejpeg.__version__,
+    }
+    assert torch.__version__.startswith(others[-2].identity["PyTorch"])
+
+
+def test_identity_of_pillows_pixels_is_that_of_old_caches():
+    assert ImageTransform(128, decode="pillow").identity == {
+        "steps": "exif, srgb, alpha on white, bicubic antialiased, crop, flip",
+        "resolution": 128,
+        "resize": "shorter",
+        "crop": "center",
+        "flip": False,
+        "crops": 1,
+        "both": False,
+        "buckets": False,
+        "bucket_step": 64,
+        "Pillow": PIL.__version__,
+        "libjpeg-turbo": features.version("libjpeg_turbo"),
+    }
 
 
 def test_tensor_and_back():
@@ -387,8 +413,261 @@ def test_a_real_jpeg_equals_pillows_reading():
     assert 10 * np.log10(255**2 / error.mean()) > 45  # `fit` crops at a fraction of a pixel elsewhere
 
 
+# --- the faster ways -------------------------------------------------------------------------------------------
+
+
+def psnr(found, expected):
+    error = np.square(np.asarray(found, dtype=float) - expected).mean()
+    return 10 * np.log10(255**2 / error) if error else np.inf
+
+
+def agree(data, transform, floor, seed=0):
+    """Every view is Pillow's, but for rounding; what else is known of it is the same."""
+    reference = dataclasses.replace(transform, decode="pillow").all(data, seed)
+    views = transform.all(data, seed)
+    for view, expected in zip(views, reference, strict=True):
+        assert view.pixels.dtype == np.uint8
+        assert view.pixels.flags.c_contiguous
+        assert psnr(view.pixels, expected.pixels) >= floor
+        assert dataclasses.replace(view, pixels=expected.pixels) == expected
+    return views
+
+
+def exif(orientation):
+    found = Image.Exif()
+    found[0x0112] = orientation
+    return found
+
+
+PHOTOS = {
+    "astronaut": photos.astronaut,  # 512 x 512
+    "coffee": photos.coffee,  # 400 x 600
+    "chelsea": photos.chelsea,  # 300 x 451
+    "rocket": photos.rocket,  # 427 x 640
+}
+SIZES = [(375, 500), (500, 375), (427, 640), (640, 480), (300, 300), (111, 97), (1000, 391)]  # height, width
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("name", PHOTOS)
+def test_fast_agrees_with_pillow_to_60_db(name, size):
+    image = Image.fromarray(PHOTOS[name]()).resize(size[::-1], Image.Resampling.LANCZOS)
+    transforms = [ImageTransform(side, decode="fast") for side in (64, 128, 256)]
+    transforms.append(ImageTransform(128, buckets=True, bucket_step=32, decode="fast"))
+    transforms.append(ImageTransform(96, crop="random", crops=3, both=True, decode="fast"))
+    for data in (encoded(image, "JPEG", quality=90), encoded(image)):
+        for transform in transforms:
+            agree(data, transform, 60)
+        if min(size) >= 97:
+            agree(data, ImageTransform(97, resize="none", crop="random", flip=True, decode="fast"), np.inf)
+
+
+@pytest.mark.parametrize("subsampling", [0, 1, 2])
+@pytest.mark.parametrize("quality", [30, 75, 98])
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize("gray", [False, True])
+def test_fast_decodes_jpegs_as_pillow_does(photo, quality, subsampling, progressive, gray):
+    image = photo.convert("L") if gray else photo
+    options = {"quality": quality, "subsampling": subsampling, "progressive": progressive}
+    data = encoded(image.crop((0, 0, 289, 193)), "JPEG", **options)
+    agree(data, ImageTransform(193, resize="none", decode="fast"), np.inf)
+    agree(data, ImageTransform(64, decode="fast"), 60)
+
+
+@pytest.mark.parametrize("mode", ["fast", "scaled"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_every_orientation_however_it_is_decoded(photo, orientation, mode):
+    data = encoded(photo, "JPEG", quality=95, exif=exif(orientation))
+    for transform in (
+        ImageTransform(64, decode=mode),
+        ImageTransform(96, crop="random", crops=2, decode=mode),
+        ImageTransform(64, buckets=True, bucket_step=16, decode=mode),
+    ):
+        agree(data, transform, 60 if mode == "fast" else 40)
+    agree(data, ImageTransform(64, resize="none", crop="random", decode=mode), np.inf)
+
+
+def test_orientation_in_xmp_of_a_jpeg(photo):
+    xmp = b'<x:xmpmeta><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+    data = encoded(photo, "JPEG", xmp=xmp)
+    (view,) = agree(data, ImageTransform(64, decode="fast"), 60)
+    assert (view.height, view.width) == photo.size
+
+
+@pytest.mark.parametrize("mode", ["fast", "scaled"])
+def test_cmyk_is_left_to_pillow(photo, mode, monkeypatch):
+    def refuse(*args, **options):
+        raise AssertionError("not for simplejpeg")
+
+    monkeypatch.setattr(simplejpeg, "decode_jpeg", refuse)
+    agree(encoded(photo.convert("CMYK"), "JPEG", quality=95), ImageTransform(200, resize="none", decode=mode), np.inf)
+
+
+@pytest.mark.parametrize("gray", [False, True])
+def test_profiles_are_applied_to_what_is_decoded_fast(photo, gray):
+    image, profile = (photo.convert("L"), gray_profile(1.4)) if gray else (photo, swapped_profile())
+    data, plain = encoded(image, "JPEG", icc_profile=profile), encoded(image, "JPEG")
+    (view,) = agree(data, ImageTransform(200, resize="none", decode="fast"), np.inf)
+    assert psnr(view.pixels, ImageTransform(200, resize="none")(plain).pixels) < 30
+    agree(data, ImageTransform(64, decode="fast"), 60)
+    for wrong in (b"not a profile", swapped_profile() if gray else gray_profile(1.4)):
+        agree(encoded(image, "JPEG", icc_profile=wrong), ImageTransform(200, resize="none", decode="fast"), np.inf)
+
+
+def test_a_profile_of_srgb_is_not_applied_in_vain(photo, monkeypatch):
+    data = encoded(photo, "JPEG", icc_profile=ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    agree(data, ImageTransform(200, resize="none", decode="fast"), 60)
+    agree(data, ImageTransform(64, decode="scaled"), 60)
+    other = encoded(photo, "JPEG", icc_profile=swapped_profile())
+    applied = []
+    monkeypatch.setattr(images, "_converted", lambda image, *_: applied.append(image) or image)
+    ImageTransform(64, decode="fast")(data)
+    assert not applied
+    ImageTransform(64, decode="fast")(other)
+    assert applied
+
+
+def test_conversions_are_kept_by_profile_and_mode(photo):
+    first = encoded(photo, "JPEG", icc_profile=swapped_profile())
+    second = encoded(photo.convert("L"), "JPEG", icc_profile=gray_profile(1.4))
+    for data in (first, second, first, second):
+        image = Image.open(io.BytesIO(data))
+        profile = ImageCms.ImageCmsProfile(io.BytesIO(image.info["icc_profile"]))
+        expected = ImageCms.profileToProfile(image, profile, ImageCms.createProfile("sRGB"), outputMode="RGB")
+        np.testing.assert_array_equal(np.asarray(decode(data)), np.asarray(expected))
+
+
+@pytest.mark.parametrize("mode", ["fast", "scaled"])
+def test_damaged_jpegs_have_pillows_reasons(photo, mode):
+    whole = encoded(photo, "JPEG", quality=90)
+    middle = len(whole) // 2
+    damaged = [whole[:middle], whole[:-2], whole[:200], whole[:3], whole[:middle] + b"\xff\xd9"]
+    damaged += [whole[:middle] + bytes(50) + whole[middle + 50 :], whole + b"more", b"\xff\xd8\xff" + bytes(100)]
+    for data in damaged:
+        assert outcome(data, mode) == outcome(data, "pillow")
+    assert outcome(whole[:middle], mode)[0] == "corrupt"
+
+
+@pytest.mark.parametrize("mode", ["fast", "scaled"])
+def test_a_turned_jpeg_whose_exif_pillow_can_not_write_is_refused_alike(photo, mode):
+    fields = exif(6)
+    fields[0x0128] = 2  # ResolutionUnit, a short integer ...
+    data = encoded(photo, "JPEG", exif=fields)
+    assert data.count(b"\x01\x28\x00\x03") == 1
+    data = data.replace(b"\x01\x28\x00\x03", b"\x01\x28\x00\x07")  # ... said to be bytes
+    assert outcome(data, mode) == outcome(data, "pillow")
+    assert outcome(data, mode)[0] == "corrupt"
+
+
+def outcome(data, mode):
+    """Why it is refused, or of what size and colours it is."""
+    try:
+        view = ImageTransform(64, decode=mode)(data)
+    except ImageError as error:
+        return error.reason, str(error)
+    return view.height, view.width, view.crop_top, view.crop_left, *(view.pixels.mean((0, 1)).round(-1))
+
+
+def test_a_jpeg_that_states_another_size_to_each_reader_is_pillows(photo, monkeypatch):
+    """It could take more memory than Pillow's limit allows."""
+    monkeypatch.setattr(simplejpeg, "decode_jpeg_header", lambda data: (60000, 60000, "YCbCr", "420"))
+    monkeypatch.setattr(simplejpeg, "decode_jpeg", None)
+    agree(encoded(photo, "JPEG"), ImageTransform(64, decode="fast"), 60)
+
+
+@pytest.mark.parametrize("mode", ["fast", "scaled"])
+@pytest.mark.parametrize("format", ["PNG", "JPEG"])
+def test_a_long_strip_is_not_resized_whole(format, mode):
+    strip = Image.fromarray(np.linspace(0, 255, 60_000).astype(np.uint8)[:, None]).convert("RGB")
+    data = encoded(strip, format)
+    agree(data, ImageTransform(256, decode=mode), np.inf)
+    with pytest.raises(ImageError, match="less than the crop"):
+        ImageTransform(256, resize="none", decode=mode)(data)
+    wide = Image.fromarray(photos.coffee()).resize((2000, 200))
+    agree(encoded(wide, format), ImageTransform(64, crop="random", crops=2, decode=mode), np.inf)
+
+
+# What scaled decoding comes to: pixels of the photo, and of what is decoded of it for 64 pixels, by OVERSAMPLING.
+SCALED = [
+    ((3000, 2250), (375, 282)),
+    ((2250, 3000), (282, 375)),
+    ((1501, 1999), (188, 250)),
+    ((1023, 767), (256, 192)),
+    ((511, 300), (256, 150)),
+    ((250, 251), (250, 251)),
+    ((60, 90), (60, 90)),
+]
+
+
+@pytest.mark.parametrize(("size", "decoded"), SCALED)
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+def test_scaled_decodes_fewer_pixels(size, decoded, orientation, monkeypatch):
+    decode_jpeg, shapes = simplejpeg.decode_jpeg, []
+
+    def spy(*args, **options):
+        shapes.append((pixels := decode_jpeg(*args, **options)).shape)
+        return pixels
+
+    image = Image.fromarray(photos.coffee()).resize(size[::-1], Image.Resampling.LANCZOS)
+    data = encoded(image, "JPEG", quality=92, exif=exif(orientation))
+    monkeypatch.setattr(simplejpeg, "decode_jpeg", spy)
+    (view,) = agree(data, ImageTransform(64, decode="scaled"), 40)
+    assert (view.height, view.width) == (size if orientation < 5 else size[::-1])
+    assert shapes == [(*decoded, 3)]
+    shapes.clear()
+    agree(data, ImageTransform(64, decode="fast"), 60)
+    assert shapes == [(*size, 3)]
+
+
+@pytest.mark.parametrize("size", [(1600, 1600), (1593, 1601), (1599, 1207), (1207, 2393)])
+def test_scaled_keeps_the_phase_at_sides_that_eighths_do_not_fit(size):
+    """Without it this is at 30 dB: what is decoded would be stretched by up to a pixel."""
+    tiles = np.tile(photos.astronaut(), (3, 5, 1))[: size[0], : size[1]]
+    agree(encoded(Image.fromarray(tiles), "JPEG", quality=92), ImageTransform(128, decode="scaled"), 42)
+
+
+def test_decoding_opens_no_threads(tmp_path):
+    """OpenMP's in a loader's thread slow the training step beside it (BENCHMARKS.md)."""
+    code = """if True:
+        import os, sys, threading
+        import torch
+        from litevae.images import ImageTransform
+
+        torch.set_num_threads(4)
+        datas = [open(name, "rb").read() for name in sys.argv[1:]]
+
+        def work():
+            for mode in ("fast", "scaled"):
+                for options in ({}, {"crop": "random", "crops": 2, "both": True}, {"buckets": True}):
+                    for data in datas:
+                        ImageTransform(256, decode=mode, **options).all(data, 0)
+
+        def threads(do):
+            before = len(os.listdir("/proc/self/task"))
+            thread = threading.Thread(target=lambda: (do(), found.append(len(os.listdir("/proc/self/task")))))
+            thread.start()
+            thread.join()
+            return found.pop() - before - 1  # but for itself
+
+        found = []
+        print(threads(work), threads(lambda: torch.ones(2000, 2000) + 1))
+    """
+    if not Path("/proc/self/task").is_dir():
+        pytest.skip("threads are counted in /proc")
+    image = Image.fromarray(photos.coffee())
+    for n, (size, format, turn) in enumerate(
+        [((500, 375), "JPEG", 1), ((375, 500), "JPEG", 1), ((1801, 1203), "JPEG", 6), ((1203, 1801), "PNG", 1)]
+    ):
+        image.resize(size).save(tmp_path / f"{n}.img", format, exif=exif(turn))
+    command = [sys.executable, "-c", code, *sorted(map(str, tmp_path.iterdir()))]
+    ours, torchs = map(int, subprocess.run(command, check=True, capture_output=True, text=True).stdout.split())
+    assert ours == 0
+    assert torchs > 0  # it would have been seen
+
+
 # --- the collection of odd files ------------------------------------------------------------------------------
 
+MODES = ("pillow", "fast", "scaled")
 # What is refused, and why; every other file decodes to what `reading` makes of it.
 REFUSED = {
     "float32.tiff": "unsupported",  # no range defined: 0..1, 0..255, metres?
@@ -475,9 +754,10 @@ def reading(row):
 def test_odd_files_are_read_as_pillow_reads_them_or_refused_with_the_right_reason(row):
     data = (NASTY / row["file"]).read_bytes()
     if reason := REFUSED.get(row["file"]):
-        with pytest.raises(ImageError) as error:
-            ImageTransform(64)(data)
-        assert error.value.reason == reason, str(error.value)
+        for mode in MODES:
+            with pytest.raises(ImageError) as error:
+                ImageTransform(64, decode=mode)(data)
+            assert error.value.reason == reason, str(error.value)
         assert row["rgb"] != "yes" or row["file"] == "float32.tiff"  # Pillow fails as well
         return
     image = decode(data)
@@ -486,9 +766,11 @@ def test_odd_files_are_read_as_pillow_reads_them_or_refused_with_the_right_reaso
     assert expected.shape == (image.height, image.width, 3)
     tolerance = {"LAB": 3, "RGBA": 1, "P": 1}.get(row["mode"], 0)  # other arithmetic of alpha and LAB
     assert np.abs(np.asarray(image, dtype=float) - expected).max() <= tolerance
-    for view in ImageTransform(64, crop="random", crops=2, both=True, buckets=True, bucket_step=16).all(data, seed=0):
-        assert (view.height, view.width) == (image.height, image.width)
-        assert view.pixels.shape[0] * view.pixels.shape[1] <= 64**2
+    for mode in MODES:
+        transform = ImageTransform(64, crop="random", crops=2, both=True, buckets=True, bucket_step=16, decode=mode)
+        for view in agree(data, transform, {"pillow": np.inf, "fast": 60, "scaled": 38}[mode]):
+            assert (view.height, view.width) == (image.height, image.width)
+            assert view.pixels.shape[0] * view.pixels.shape[1] <= 64**2
 
 
 def test_the_tables_name_files_that_are_there():
