@@ -1,0 +1,396 @@
+"""The encode job beside its two halves alone, a DataLoader loop, and plain Ray Data; and the job's peak memory.
+
+Every run is a process of its own: `python -m pipelines.benchmark.encoding SYSTEM`, which gets its `Given` as a request.
+"""
+
+import os
+import secrets
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from litevae import cache
+from litevae.autoencoder import LiteVAE, encode_latents, load_autoencoder
+from litevae.errors import UserError
+from litevae.images import ImageTransform, to_tensor
+from litevae.precision import autocast
+from pipelines.benchmark import meter
+from pipelines.config import Encode, load
+from pipelines.decode import transform_of, views_of
+from pipelines.encode import Encoder, encode_dataset
+
+SIDE = 256
+BATCH = {"cpu": 16, "cuda": 64}  # also a shard's, so that all systems finish their files equally often
+SECONDS = 10.0  # that each half is measured alone, at most
+MOSAICS = 4  # of 24 megapixels, each again and again
+JOB = Path(__file__).resolve().parents[2] / "jobs" / "encode_dataset.py"
+TIMES = (1, 4, 16)  # so many times the images, for memory
+KINDS = {"ray::MapWorker": "encoder", "ray::Map(": "decode task", "raylet": "raylet", "gcs_server": "GCS"}
+MODULE = "pipelines.benchmark.encoding"
+
+SYSTEMS = {
+    "decode": "decode alone",
+    "encode": "encode alone",
+    "both": "both at the same time, unconnected: the slower",
+    "job": "**the job**",
+    "loop": "DataLoader + loop + pyarrow",
+    "ray_data": "Ray Data, write_parquet",
+}
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a system's process is to do.
+
+    Attributes:
+        photos: folder of JPEGs.
+        out: where it writes; of the halves the cache whose plan they take.
+        decoders: processes that decode.
+        seconds: of a half.
+    """
+
+    photos: str
+    model: str
+    out: str
+    device: str
+    decoders: int
+    seconds: float = 0.0
+
+    @property
+    def batch(self) -> int:
+        return BATCH[self.device]
+
+    @property
+    def files(self) -> list[Path]:
+        return sorted(Path(self.photos).iterdir())
+
+
+# --- the job beside others ----------------------------------------------------------------------------------------
+
+
+def encode(setting: meter.Setting) -> Iterator[meter.Table]:
+    """A table of photos, and one of images as large as cameras make them."""
+    count, device = setting.config.encode_images, setting.device.type
+    if count < 2 * BATCH[device]:
+        raise UserError(f"encode_images={count} are too few for a rate on this device: {2 * BATCH[device]} and more")
+    files, place = setting.photos(), setting.place / "encode"
+    place.mkdir()
+    decoders = max(1, setting.threads - 2) if device == "cuda" else 1  # one and one of a thread on a CPU: two cores
+    model = _model(setting, place)
+    sources = {
+        "photos": meter.linked(files, count, place / "photos"),
+        "24-megapixel JPEGs": meter.linked(meter.mosaics(files, MOSAICS, place / "mosaics"), count, place / "large"),
+    }
+    plan = str(place / "first")  # the job's own, of a batch; which also compiles kernels and reads libraries
+    warm = str(meter.linked(files, BATCH[device], place / "warm"))
+    run_system("job", Given(warm, model, plan, device, decoders), plan)
+    for number, (title, folder) in enumerate(sources.items()):
+        runs = [
+            _round(Given(str(folder), model, plan, device, decoders), place / f"{number}-{n}", min(SECONDS, count / 20))
+            for n in range(setting.config.repeats)
+        ]
+        yield _table(setting, title, count, decoders, cache.read_plan(plan), runs)
+
+
+def _table(
+    setting: meter.Setting, title: str, count: int, decoders: int, plan: dict[str, Any], runs: list[dict[str, float]]
+) -> meter.Table:
+    def of(key: str) -> list[float]:
+        return [run[key] for run in runs]
+
+    slower = [min(run["decode"], run["encode"]) for run in runs]
+    model = setting.config.model or "LiteVAE-S with random weights"
+    table = meter.Table(
+        f"The encode job, {title}",
+        f"images/s at {SIDE} px; {model}, {plan['precision']}; {count} images a run, {len(runs)} runs of each in turn: "
+        f"median (range). Everything gets {decoders} decoding process{'es' * (decoders > 1)} and one that encodes, of "
+        f"a thread each. The job and its halves decode with decode={plan['settings']['transform']['decode']} and "
+        f"encode with kernels={plan['kernels']}, as the job does by itself; the loop and Ray Data take Pillow and "
+        f"PyTorch, channels last. Rates of whole systems are steady ones, by the times at which files of "
+        f"{BATCH[setting.device.type]} were finished, the first quarter left out. A whole run is a process's, start "
+        f"and end included.",
+        ["", "images/s", "times the slower half's", "a whole run, s"],
+        samples={"runs": runs, "plan": {name: plan[name] for name in ("precision", "kernels", "transform")}},
+    )
+    for system, name in SYSTEMS.items():
+        whole = meter.spread(of(f"{system} whole")) if f"{system} whole" in runs[0] else ""
+        table.rows.append([name, meter.spread(of(system)), f"{meter.ratio(of(system), slower):.2f}", whole])
+    return table
+
+
+def _model(setting: meter.Setting, place: Path) -> str:
+    if setting.config.model:
+        return os.path.abspath(setting.config.model)
+    torch.manual_seed(0)
+    LiteVAE("S").save_pretrained(place / "vae")
+    return str(place / "vae")
+
+
+def _round(given: Given, out: Path, seconds: float) -> dict[str, float]:
+    """Every system once: its images/s, and the seconds of a whole run."""
+    found = halves(given, seconds)
+    for system in ("job", "loop", "ray_data"):
+        start = time.perf_counter()
+        done = run_system(system, given, f"{out}-{system}")
+        found[f"{system} whole"] = time.perf_counter() - start
+        found[system] = steady(done)
+    return found
+
+
+def halves(given: Given, seconds: float) -> dict[str, float]:
+    """Images/s of decoding alone, of encoding alone, and of the slower where both go on unconnected."""
+    found: dict[str, float] = {}
+    with ExitStack() as stack, ThreadPoolExecutor(given.decoders + 1) as pool:
+        decoders = [stack.enter_context(meter.Child(MODULE, "decode")) for _ in range(given.decoders)]
+        encoders = [stack.enter_context(meter.Child(MODULE, "encode"))]
+
+        def rates(children: list[meter.Child], seconds: float) -> list[float]:
+            request = asdict(given) | {"seconds": seconds}
+            return [answer["rate"] for answer in pool.map(lambda child: child.ask(**request), children)]
+
+        rates([*decoders, *encoders], 0.0)  # loads and warms the model
+        found["decode"], found["encode"] = sum(rates(decoders, seconds)), sum(rates(encoders, seconds))
+        *together, other = rates([*decoders, *encoders], seconds)
+        found["both"] = min(sum(together), other)
+    return found
+
+
+def run_system(system: str, given: Given, folder: str) -> list[tuple[float, int]]:
+    """When each file of latents was finished, and its rows.
+
+    Raises:
+        UserError: it failed, or left images out.
+    """
+    with meter.Child(MODULE, system) as child:
+        child.ask(**asdict(given) | {"out": folder})
+    out = Path(folder)
+    files = [path for path in out.rglob("*.parquet") if path.parent in (out, out / "shards")]
+    done = sorted((path.stat().st_mtime_ns / 1e9, pq.read_metadata(path).num_rows) for path in files)
+    rows, wanted = sum(rows for _, rows in done), len(given.files)
+    if rows != wanted:
+        raise UserError(f"{system} encoded {rows} of {wanted} images; the source has to be of sound JPEGs")
+    return done
+
+
+def steady(done: Sequence[tuple[float, int]]) -> float:
+    """Images/s by the times at which files were finished, from a quarter of them on: all processes have started."""
+    first = len(done) // 4
+    seconds = done[-1][0] - done[first][0]
+    return sum(rows for _, rows in done[first + 1 :]) / seconds if seconds else 0.0
+
+
+# --- a system's process -------------------------------------------------------------------------------------------
+
+
+class Decode:
+    def __call__(self, given: Given) -> dict[str, Any]:
+        transform, files = _transform(given.out), given.files
+        return _rate(lambda n: transform(files[n % len(files)].read_bytes()), 1, given.seconds)
+
+
+class Encoding:
+    """The encoder that the job's actor has."""
+
+    def __init__(self) -> None:
+        self._encoder: Encoder | None = None
+        self._batch: list[np.ndarray] = []
+
+    def __call__(self, given: Given) -> dict[str, Any]:
+        torch.set_num_threads(1)
+        if self._encoder is None:
+            self._encoder = Encoder("", cache.read_plan(given.out), gpu=given.device == "cuda", threads=1)
+            transform = _transform(given.out)
+            self._batch = [transform(file.read_bytes()).pixels for file in given.files[: given.batch]]
+        encoder = self._encoder
+        return _rate(lambda n: encoder.encode(self._batch), given.batch, given.seconds)
+
+
+def _transform(out: str) -> ImageTransform:
+    return transform_of(views_of(cache.read_plan(out)))
+
+
+def _rate(work: Callable[[int], object], images: int, seconds: float) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    start, done = time.perf_counter(), 0
+    while not done or time.perf_counter() - start < seconds:
+        work(done)
+        done += 1
+    return {"rate": images * done / (time.perf_counter() - start)}
+
+
+def job(given: Given) -> dict[str, Any]:
+    sizes = [f"rows_per_shard={given.batch}", f"batch_size={given.batch}", f"transform.resolution={SIDE}"]
+    shares = ["ray.workers=1", f"ray.decode_tasks={given.decoders}", "ray.cpus_per_worker=1"]
+    places = [f"source.uri={given.photos}", f"model={given.model}", f"out={given.out}", f"root={given.out}-runs"]
+    gpu = f"ray.gpu={str(given.device == 'cuda').lower()}"
+    encode_dataset(load(Encode, None, [*places, *sizes, *shares, gpu, "tracking.enabled=false"]))
+    return {}
+
+
+class Photos(torch.utils.data.Dataset):
+    """As a user would write it."""
+
+    def __init__(self, files: list[Path]):
+        self.files, self.transform = files, ImageTransform(SIDE)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, str]:
+        file = self.files[index]
+        return self.transform(file.read_bytes()).pixels.copy(), file.name  # Pillow's can't be written to
+
+
+class Model:
+    """An autoencoder's encoder as plain PyTorch runs it; also the actor of plain Ray Data."""
+
+    def __init__(self, folder: str, device: str):
+        torch.set_num_threads(1)
+        self.device = device
+        self.vae = load_autoencoder(folder).to(device=device, memory_format=torch.channels_last)
+
+    @torch.inference_mode()
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        pixels = torch.as_tensor(batch["pixels"]).to(self.device)
+        with autocast(self.device, "auto"):
+            latents = encode_latents(self.vae, to_tensor(pixels))
+        return {"id": batch["id"], "moments": latents.half().cpu().numpy()}
+
+
+def loop(given: Given) -> dict[str, Any]:
+    model, out = Model(given.model, given.device), Path(given.out)
+    out.mkdir()
+    loader = torch.utils.data.DataLoader(Photos(given.files), given.batch, num_workers=given.decoders)
+    for number, (pixels, names) in enumerate(loader):
+        latents = np.ascontiguousarray(model({"id": names, "pixels": pixels})["moments"])
+        data = pa.FixedSizeBinaryArray.from_buffers(
+            pa.binary(latents[0].nbytes), len(names), [None, pa.py_buffer(latents)]
+        )
+        pq.write_table(pa.table({"id": names, "moments": data}), out / f"{number:06d}.parquet", compression="none")
+    return {}
+
+
+def ray_data(given: Given) -> dict[str, Any]:
+    os.environ.update(RAY_USAGE_STATS_ENABLED="0", RAY_DATA_DISABLE_PROGRESS_BARS="1", RAY_DATA_LOG_LEVEL="ERROR")
+    # Or Ray leaves a token in the home folder.
+    os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
+    import ray.data
+
+    # As many CPUs as the job gives itself.
+    cpus = max(os.cpu_count() or 1, 1 + given.decoders) + 2
+    ray.init(address="local", num_cpus=cpus, include_dashboard=False, logging_level="ERROR")
+    transform = ImageTransform(SIDE)
+    rows = ray.data.read_binary_files(given.photos, include_paths=True)
+    pixels = rows.map(
+        lambda row: {"id": Path(row["path"]).name, "pixels": transform(row["bytes"]).pixels},
+        compute=ray.data.TaskPoolStrategy(size=given.decoders),
+    )
+    latents = pixels.map_batches(
+        Model,
+        fn_constructor_args=(given.model, given.device),
+        batch_size=given.batch,
+        compute=ray.data.ActorPoolStrategy(size=1),
+        num_cpus=0.9,  # other resources than decoding's: or Ray puts both into the actor
+        num_gpus=1 if given.device == "cuda" else 0,
+    )
+    latents.write_parquet(given.out)
+    return {}
+
+
+SERVED: dict[str, Callable[[], Callable[[Given], dict[str, Any]]]] = {
+    "decode": Decode,
+    "encode": Encoding,
+    "job": lambda: job,
+    "loop": lambda: loop,
+    "ray_data": lambda: ray_data,
+}
+
+
+# --- memory -------------------------------------------------------------------------------------------------------
+
+
+def memory(setting: meter.Setting) -> Iterator[meter.Table]:
+    """Peak memory of the encode job's processes, of more and more images."""
+    files, place, count = setting.photos(), setting.place / "memory", setting.config.encode_images
+    place.mkdir()
+    words = [f"model={_model(setting, place)}", f"root={place}", "tracking.enabled=false", "ray.cpus_per_worker=1"]
+    words += ["transform.resolution=128", "rows_per_shard=64", f"ray.gpu={str(setting.device.type == 'cuda').lower()}"]
+    folders = {times: meter.linked(files, times * count, place / f"{times}") for times in TIMES}
+    found: dict[int, list[dict[str, tuple[int, int]]]] = {times: [] for times in TIMES}
+    for repeat in range(setting.config.repeats):
+        for times, folder in folders.items():
+            places = [f"source.uri={folder}", f"out={place / f'out-{repeat}-{times}'}"]
+            found[times].append(_peaks([sys.executable, str(JOB), *words, *places]))
+    kinds = ["driver", *KINDS.values()]
+    table = meter.Table(
+        "Peak memory of the encode job",
+        f"MB of resident memory of the largest process of a kind, and in brackets how much of it was its own, neither "
+        f"libraries nor Ray's object store; at 128 px, shards of 64 images; {setting.config.repeats} runs: medians.",
+        ["images", *kinds],
+        samples={f"{times * count} images, bytes": runs for times, runs in found.items()},
+    )
+    for times, runs in found.items():
+        medians = [[statistics.median(run[kind][n] for run in runs) / 1e6 for n in (0, 1)] for kind in kinds]
+        table.rows.append([f"{times * count:,}", *(f"{most:,.0f} ({own:,.0f})" for most, own in medians)])
+    yield table
+
+
+def _peaks(command: list[str]) -> dict[str, tuple[int, int]]:
+    """Of each kind of process: the most resident memory of one, and the most that was not shared, in bytes.
+
+    Raises:
+        UserError: the job failed.
+    """
+    found: dict[str, tuple[int, int]] = {}
+    with tempfile.TemporaryFile("w+") as log:
+        job = psutil.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        while job.poll() is None:
+            for process in [job, *job.children(recursive=True)]:
+                try:
+                    kind, memory = _kind(process, job.pid), process.memory_info()
+                    most = _most_so_far(process.pid)
+                except (psutil.Error, OSError, StopIteration):
+                    continue  # it ended meanwhile
+                before = found.get(kind, (0, 0))
+                found[kind] = max(before[0], most), max(before[1], memory.rss - memory.shared)
+            try:
+                job.wait(0.1)
+            except psutil.TimeoutExpired:
+                continue
+        if job.returncode:
+            log.seek(0)
+            raise UserError(f"the encode job failed:\n{log.read().strip()[-2000:]}")
+    return found
+
+
+def _kind(process: psutil.Process, driver: int) -> str:
+    """By its title: Ray's workers name what they do."""
+    if process.pid == driver:
+        return "driver"
+    title = " ".join(process.cmdline())
+    return next((kind for start, kind in KINDS.items() if start in title), "others")
+
+
+def _most_so_far(pid: int) -> int:
+    """Bytes of resident memory: Linux keeps the peak itself, so none is missed between two looks."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
+
+
+if __name__ == "__main__":
+    system = SERVED[sys.argv[1]]()
+    meter.serve(lambda request: system(Given(**request)))

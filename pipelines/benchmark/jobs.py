@@ -1,0 +1,151 @@
+"""What Ray Train adds to training: a job beside the same loop without Ray, in turn, each a process of its own."""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+from litevae.errors import UserError
+from pipelines import cluster
+from pipelines.benchmark import meter
+from pipelines.benchmark.loader import synthetic_cache
+from pipelines.config import TrainLDM, TrainVAE, load
+from pipelines.sources import open_source
+from pipelines.training import seed_for
+
+INTERVALS = 6  # of a run; the first one warms up
+JOBS = Path(__file__).resolve().parents[2] / "jobs"
+CASES = {  # job, its settings, side of latents, images a step, steps
+    "autoencoder: LiteVAE-S, decoder (32, 64, 128, 128), GAN, 64 px": (
+        "train_vae",
+        "model.encoder=S model.decoder.channels=[32,64,128,128] loss.lpips.weight=0 data.crop=center "
+        "loss.adversarial.start=0 loss.adversarial.channels=16",
+        8,
+        8,
+        72,
+    ),
+    "diffusion model: small, 32 x 32 x 4": ("train_ldm", "network=small", 32, 8, 48),
+    "diffusion model: tiny, 8 x 8 x 4": ("train_ldm", "network=tiny", 8, 64, 480),
+}
+
+
+def ray(setting: meter.Setting) -> Iterator[meter.Table]:
+    """images/s of either trainer's job, and of its loop alone."""
+    table = meter.Table(
+        "What Ray Train adds",
+        f"`jobs/train_vae.py` and `jobs/train_ldm.py` beside their own loops in a process without Ray, in turn, "
+        f"{setting.config.repeats} of each; of a run the median of {INTERVALS - 1} equal intervals after the first; "
+        f"median (range). Waiting: the share of the job's time in which the loop waited for data, at most.",
+        ["", "images/s, the loop alone", "the job", "the job / the loop", "waiting for data"],
+    )
+    for number, (title, (job, changes, side, batch, steps)) in enumerate(CASES.items()):
+        folder = setting.place / f"ray-{number}"
+        folder.mkdir()
+        words = [
+            *changes.split(),
+            *_data(setting, job, folder, side),
+            f"ray.gpu={str(setting.device.type == 'cuda').lower()}",
+        ]
+        rates: dict[str, list[float]] = {"alone": [], "job": []}
+        waiting = 0.0
+        for n in range(setting.config.repeats):
+            given = {"job": job, "words": [*words, *_length(job, batch, steps)], "batch": batch, "steps": steps}
+            rates["alone"].append(_alone(given, setting))
+            found = _job(given, folder, f"run-{n}")
+            rates["job"].append(found["rate"])
+            waiting = max(waiting, found["waiting"])
+        table.samples[title] = rates
+        shown = [meter.spread(rates[name], 2) for name in ("alone", "job")]
+        share = meter.ratio(rates["job"], rates["alone"])
+        table.rows.append([f"{title}, batch {batch}", *shown, f"{share:.3f}", f"{waiting:.2%}"])
+    yield table
+
+
+def _data(setting: meter.Setting, job: str, folder: Path, side: int) -> list[str]:
+    place = [f"root={folder}", "tracking.enabled=false"]
+    if job == "train_vae":
+        return [*place, f"data.train.uri={setting.config.source or setting.photos()[0].parent}"]
+    from litevae.autoencoder import LiteVAE, fingerprint
+
+    LiteVAE("S", block_out_channels=(8, 8, 8, 8), layers_per_block=1).save_pretrained(folder / "vae")
+    model = {"path": str(folder / "vae"), "fingerprint": fingerprint(folder / "vae")}
+    synthetic_cache(folder / "cache", 4000, (8, side, side), **model)
+    return [*place, f"cache={folder / 'cache'}", "sample_images=0"]
+
+
+def _length(job: str, batch: int, steps: int) -> list[str]:
+    images = batch * steps
+    every = ["loop.val_every=0", f"loop.log_every={steps // INTERVALS}", f"loop.checkpoint_every={images}"]
+    if job == "train_ldm":
+        return [*every, f"images={images}", f"batch_size={batch}"]
+    return [*every, f"stages=[{{resolution: 64, images: {images}, batch_size: {batch}}}]"]
+
+
+def _run(command: Sequence[str], **environment: str) -> str:
+    """
+    Raises:
+        UserError: it failed.
+    """
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
+    if done.returncode:
+        raise UserError(f"{' '.join(command[:3])} ... failed:\n{(done.stderr or done.stdout).strip()[-2000:]}")
+    return done.stdout
+
+
+def _alone(given: dict[str, Any], setting: meter.Setting) -> float:
+    """images/s in a process that has what the job's worker has: few spins, one OpenMP thread until torch wants more."""
+    command = [sys.executable, "-m", __name__, json.dumps(given | {"threads": setting.threads})]
+    return json.loads(_run(command, **cluster._ENVIRONMENT, OMP_NUM_THREADS="1").splitlines()[-1])
+
+
+def _job(given: dict[str, Any], folder: Path, name: str) -> dict[str, float]:
+    """images/s of the job, and the share of time in which it waited for data."""
+    _run([sys.executable, str(JOBS / f"{given['job']}.py"), *given["words"], f"name={name}"])
+    lines = map(json.loads, (folder / name / "metrics.jsonl").read_text().splitlines())
+    logged = [line for line in lines if "train/images_per_second" in line][1:]
+    waiting = statistics.mean(line["train/waiting_for_data"] for line in logged)
+    return {"rate": statistics.median(line["train/images_per_second"] for line in logged), "waiting": waiting}
+
+
+def alone(job: str, words: list[str], batch: int, steps: int, threads: int) -> float:
+    """images/s of a job's loop in this process."""
+    from pipelines import train_ldm, train_vae
+
+    torch.set_num_threads(threads)
+    task: Any
+    with mock.patch("ray.train.torch.prepare_model", lambda model: model):  # without Ray nothing is to be prepared
+        if job == "train_vae":
+            vae = load(TrainVAE, None, words)
+            device = _device(vae.ray.gpu)
+            setup: dict[str, Any] = {"lpips": False, "source": open_source(vae.data.train, "data.train"), "val": None}
+            task = train_vae.Autoencoder(vae.model_copy(update={"val_images": 1}), setup, 0, 1, device)
+        else:
+            ldm = load(TrainLDM, None, words)
+            device = _device(ldm.ray.gpu)
+            data, shape, _ = train_ldm._cache(ldm)
+            task = train_ldm.Diffusion(ldm, data | {"shape": shape}, 0, 1, device)
+    task.begin(0)
+    rates, every = [], steps // INTERVALS
+    start = meter.now(device)
+    for step, given in enumerate(task.batches(0, steps * batch, batch), 1):
+        torch.manual_seed(seed_for(0, (step - 1) * batch, 0))
+        task.step(given, (step - 1) * batch)
+        if step % every == 0:
+            rates.append(every * batch / (meter.now(device) - start))
+            start = meter.now(device)
+    return statistics.median(rates[1:])
+
+
+def _device(gpu: bool | str) -> torch.device:
+    return torch.device("cuda" if gpu is True else "cpu")
+
+
+if __name__ == "__main__":
+    print("\n" + json.dumps(alone(**json.loads(sys.argv[1]))))

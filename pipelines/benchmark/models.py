@@ -1,0 +1,279 @@
+"""Encoders and decoders beside each other: images/s, latency, peak memory, and their share of what the machine can do.
+
+Each contender is a process of its own (`python -m pipelines.benchmark.models NAME MODE PART PRECISION THREADS DEVICE`),
+and all of a setting are asked in turn.
+"""
+
+import statistics
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from litevae.autoencoder import (
+    ENCODERS,
+    LiteVAE,
+    count_parameters,
+    downsampling,
+    encode_latents,
+    latent_content,
+    load_autoencoder,
+)
+from litevae.encoder import SIZES, Encoder
+from litevae.errors import UserError
+from litevae.inference import best_kernels, prepared
+from litevae.precision import autocast
+from pipelines.benchmark import meter
+from pipelines.config import Benchmark
+
+TITLES = {"sd-vae": "SD-VAE", "taesd": "TAESD", "dc-ae": "DC-AE (f = 32)", "pseudocode-B": "LiteVAE-B, pseudocode"}
+MODES = {
+    "eager": "as PyTorch runs it",
+    "channels-last": "the same, channels last",
+    "compiled": "torch.compile, channels last",
+    "fast": "as this project's jobs run it: native kernels, image by image, on a CPU in fp32, else channels last",
+}
+
+
+def encoder(setting: meter.Setting) -> Iterator[meter.Table]:
+    """A table a resolution and precision."""
+    return _tables(setting, "encoder")
+
+
+def decoder(setting: meter.Setting) -> Iterator[meter.Table]:
+    """A table a resolution and precision."""
+    return _tables(setting, "decoder")
+
+
+def _tables(setting: meter.Setting, part: str) -> Iterator[meter.Table]:
+    for precision in setting.config.precisions:
+        limits = meter.limits(setting.device, torch.bfloat16 if precision == "bf16" else torch.float32)
+        for resolution in setting.config.resolutions:
+            yield _table(setting, part, precision, resolution, limits)
+
+
+def _table(setting: meter.Setting, part: str, precision: str, resolution: int, limits: dict[str, float]) -> meter.Table:
+    config = setting.config
+    contenders: list[tuple[str, str]] = [
+        (name, mode) for mode in config.modes for name in config.models if _has(config, name, mode, part)
+    ]
+    found: dict[tuple[str, str], dict[str, Any]] = {contender: {} for contender in contenders}
+    largest = max(config.batch_sizes)
+    with ExitStack() as stack:
+        children: dict[tuple[str, str], meter.Child] = {}
+        for name, mode in contenders:
+            child = meter.Child(
+                "pipelines.benchmark.models", name, mode, part, precision, setting.threads, setting.device
+            )
+            children[name, mode] = stack.enter_context(child)
+        for contender, child in children.items():  # the first pass warms up, and its memory is a fresh process'
+            found[contender]["memory"] = child.ask(do="memory", batch=largest, resolution=resolution)["bytes"]
+        for batch in config.batch_sizes:
+            seconds: dict[tuple[str, str], list[float]] = {contender: [] for contender in contenders}
+            for _ in range(config.repeats):
+                for contender, child in children.items():
+                    answer = child.ask(do="time", batch=batch, resolution=resolution)
+                    seconds[contender].append(answer["seconds"])
+            for contender, taken in seconds.items():
+                found[contender][f"seconds {batch}"] = taken
+    for (name, _), values in found.items():
+        values |= about(name, part, resolution, precision)
+    table = meter.Table(
+        f"The {part} at {resolution} px, {precision}",
+        f"Batches of {' and '.join(map(str, sorted(config.batch_sizes)))}, {config.repeats} of each in turn: median "
+        f"(range). Times: against the first row, the median of ratios of the same round. Memory: the peak of a fresh "
+        f"process' first batch of {largest} beyond weights and input. Limit: the least time for the convolutions' and "
+        f"products' operations at {limits['matrix'] / 1e9:,.0f} GFLOP/s and their bytes at "
+        f"{limits['copy'] / 1e9:,.0f} GB/s, both measured here, over the time taken; above 100 % where there are "
+        f"algorithms with fewer operations.",
+        ["", "parameters", "GFLOP an image", f"images/s, batch {largest}", "times", "memory, MB", "times"]
+        + [f"ms, batch {batch}" for batch in sorted(config.batch_sizes) if batch != largest]
+        + ["share of the limit"],
+        samples={"limits": limits},
+    )
+    first = found[contenders[0]]
+    for (name, mode), values in found.items():
+        taken, memory = values[f"seconds {largest}"], values["memory"]
+        least = sum(max(flops / limits["matrix"], moved / limits["copy"]) for flops, moved in values["layers"])
+        table.rows.append(
+            [
+                f"{_title(name, part)}, {mode}",
+                f"{values['parameters'] / 1e6:.2f} M",
+                f"{sum(flops for flops, _ in values['layers']) / 1e9:.1f}",
+                meter.spread(meter.rates(taken, largest), 2),
+                f"{1 / meter.ratio(taken, first[f'seconds {largest}']):.2f}",
+                f"{memory / 1e6:,.0f}",
+                f"{memory / max(1, first['memory']):.3f}",
+                *(
+                    meter.spread([1000 * value for value in values[f"seconds {batch}"]], 1)
+                    for batch in sorted(config.batch_sizes)
+                    if batch != largest
+                ),
+                f"{least * largest / statistics.median(taken):.0%}",
+            ]
+        )
+        table.samples[f"{name}, {mode}"] = values
+    return table
+
+
+def _has(config: Benchmark, name: str, mode: str, part: str) -> bool:
+    """The pseudocode is literal, and of the encoder alone. LiteVAE has one decoder, whatever the encoder."""
+    if name == "pseudocode-B":
+        return mode == "eager" and part == "encoder"
+    sizes = [each for each in config.models if each in SIZES]
+    return part == "encoder" or name not in sizes or name == sizes[0]
+
+
+def _title(name: str, part: str) -> str:
+    if name in SIZES:
+        return f"LiteVAE-{name}" if part == "encoder" else "LiteVAE"
+    return TITLES.get(name, name)
+
+
+def about(name: str, part: str, resolution: int, precision: str) -> dict[str, Any]:
+    """Parameters, and of each convolution and linear layer its FLOPs for an image and the bytes that it has to move."""
+    name = "B" if name == "pseudocode-B" else name
+    loaded = None if name in TITLES or name in ENCODERS else load_autoencoder(name)  # no folder gives fake weights
+    layers = Layers(2 if precision == "bf16" else 4)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():  # shapes only
+        model: Any = loaded or build(name, "eager")
+        half: nn.Module = getattr(model, part)
+        with mock.patch.object(half, "forward", layers.counting(half.forward)):
+            latents = encode_latents(model, torch.empty(1, 3, resolution, resolution))
+            if part == "decoder":
+                model.decode(latents.chunk(2, dim=1)[0] if latent_content(model) == "moments" else latents)
+    return {"parameters": count_parameters(half), "layers": layers.found}
+
+
+class Layers(TorchDispatchMode):
+    """(FLOPs, bytes) of each product with weights, as it is computed: our up- and downsampling have fewer than their
+    modules say."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.size = size  # of a number, bytes
+        self.found: list[tuple[int, int]] = []
+
+    def counting(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            with self:
+                return forward(*args, **kwargs)
+
+        return counted
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        y = func(*args, **(kwargs or {}))
+        if func.overloadpacket in (torch.ops.aten.convolution, torch.ops.aten.mm, torch.ops.aten.addmm):
+            flops = flop_registry[func.overloadpacket](*args, **(kwargs or {}), out_val=y)
+            tensors = [each for each in (*args, y) if isinstance(each, Tensor) and each.ndim > 1]  # not biases
+            self.found.append((flops, self.size * sum(each.numel() for each in tensors)))
+        return y
+
+
+# --- a contender's process ----------------------------------------------------------------------------------------
+
+
+def build(name: str, mode: str) -> Any:
+    """A model in eval mode: of diffusers or ours, with random weights, or a model folder's."""
+    torch.manual_seed(0)
+    if name == "sd-vae" and mode != "fast":  # diffusers' own, as its users run it; "fast" is ours, equal to it
+        from diffusers import AutoencoderKL
+
+        blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
+        return AutoencoderKL(**blocks, block_out_channels=(128, 256, 512, 512), layers_per_block=2).eval()
+    if name == "taesd":
+        from diffusers import AutoencoderTiny
+
+        return AutoencoderTiny().eval()
+    if name == "dc-ae":
+        from diffusers import AutoencoderDC
+
+        kinds = ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3
+        return AutoencoderDC(  # dc-ae-f32c32
+            encoder_block_types=kinds,
+            decoder_block_types=kinds,
+            encoder_layers_per_block=(0, 4, 8, 2, 2, 2),
+            decoder_layers_per_block=(0, 5, 10, 2, 2, 2),
+            encoder_qkv_multiscales=((), (), (), (), (), ()),
+            decoder_qkv_multiscales=((), (), (), (), (), ()),
+        ).eval()
+    if name == "pseudocode-B":
+        model = LiteVAE("B")
+        model.encoder.__class__ = Pseudocode
+        return model.eval()
+    return LiteVAE(name).eval() if name in ENCODERS else load_autoencoder(name)
+
+
+class Pseudocode(Encoder):
+    """The encoder as the paper prints it: a transform from scratch for each level (Appendix G)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        import ptwt
+
+        features = []
+        for level, extract, down in zip((1, 2, 3), self.extractors, self.downsamplers, strict=True):
+            low, (horizontal, vertical, diagonal), *_ = ptwt.wavedec2(x, "haar", level=level, mode="zero")
+            bands = torch.cat([low, horizontal, vertical, diagonal], dim=1) / 2**level
+            features.append(down(extract(bands)))
+        return self.aggregator(torch.cat(features, dim=1))
+
+
+class Contender:
+    def __init__(self, name: str, mode: str, part: str, precision: str, threads: str, device: str):
+        torch.set_num_threads(int(threads))
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        self.device, self.precision, self.part = torch.device(device), precision, part
+        self.model: Any = build(name, mode)
+        self.factor = downsampling(self.model)
+        self.channels: int = self.model.config["latent_channels"]
+        setattr(self.model, "decoder" if part == "encoder" else "encoder", nn.Identity())  # does not count
+        self.model.requires_grad_(False).to(self.device)
+        self.forward: Callable[[Tensor], Tensor] = self._call
+        if mode == "fast":
+            prepared(self.model, self.device, best_kernels(self.device, precision))
+        elif mode in ("channels-last", "compiled"):
+            self.model.to(memory_format=torch.channels_last)
+        if mode == "compiled":
+            self.forward = torch.compile(self._call)
+
+    def _call(self, x: Tensor) -> Tensor:
+        if self.part == "encoder":
+            return encode_latents(self.model, x)
+        return self.model.decode(x, return_dict=False)[0]
+
+    def __call__(self, request: dict[str, Any]) -> dict[str, Any]:
+        x = self.input(request["batch"], request["resolution"])
+        memory = meter.Memory(self.device) if request["do"] == "memory" else None
+        start = meter.now(self.device)
+        try:
+            with torch.inference_mode(), self.autocast():
+                y = self.forward(x)
+            seconds = meter.now(self.device) - start
+        except torch.OutOfMemoryError:
+            raise UserError(
+                f"batches of {request['batch']} do not fit into the GPU's memory: lower batch_sizes"
+            ) from None
+        del y
+        return {"seconds": seconds} if memory is None else {"bytes": memory.peak()}
+
+    def autocast(self) -> AbstractContextManager:
+        return autocast(self.device, self.precision)
+
+    def input(self, count: int, resolution: int) -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        if self.part == "encoder":
+            pixels = torch.randint(0, 256, (count, resolution, resolution, 3), generator=generator, dtype=torch.uint8)
+            return pixels.to(self.device).permute(0, 3, 1, 2).float().div_(127.5).sub_(1).contiguous()
+        side = resolution // self.factor
+        return torch.randn(count, self.channels, side, side, generator=generator).to(self.device)
+
+
+if __name__ == "__main__":
+    meter.serve(Contender(*sys.argv[1:]))

@@ -1,0 +1,100 @@
+"""The command: the parts that are asked for, one after the other, and what is written of them."""
+
+import json
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from litevae.errors import UserError
+from pipelines import cluster, outputs, tracking
+from pipelines.benchmark import meter
+from pipelines.benchmark.meter import Setting, Table
+from pipelines.config import Benchmark
+
+PARTS = {  # module and function; some measure beside packages that only developers have
+    "encoder": ("models", "encoder"),
+    "decoder": ("models", "decoder"),
+    "vae-step": ("training", "vae_step"),
+    "ldm-step": ("training", "ldm_step"),
+    "ray": ("jobs", "ray"),
+    "images": ("images", "images"),
+    "encode": ("encoding", "encode"),
+    "memory": ("encoding", "memory"),
+    "loader": ("loader", "loader"),
+    "modes": ("modes", "modes"),
+    "threads": ("threads", "threads"),
+    "scale": ("scale", "scale"),
+}
+
+
+def benchmark(config: Benchmark) -> dict[str, Any]:
+    """Measure, and leave benchmark.md and benchmark.json in `config.out`, anew after each table.
+
+    Raises:
+        UserError: a model, photos or a package that a part needs are missing; memory does not suffice.
+    """
+    out = cluster.output_path("out", config.out)
+    device = _device(config)
+    threads = config.threads or os.cpu_count() or 1
+    torch.set_num_threads(threads)
+    found: dict[str, Any] = {
+        "environment": meter.environment(device, threads),
+        "config": config.model_dump(mode="json", exclude={"tracking"}),
+        "parts": {},
+    }
+    with (
+        tempfile.TemporaryDirectory(prefix="benchmark-") as place,
+        tracking.tracked(config, "benchmark", os.path.basename(out), out) as (tracker, run),
+    ):
+        setting = Setting(config, device, threads, Path(place))
+        for part in config.parts:
+            print(f"benchmark: {part}", flush=True)
+            start = time.monotonic()
+            tables = found["parts"].setdefault(part, {"tables": []})["tables"]
+            for table in _tables(part, setting):
+                print(f"\n{table.markdown}", flush=True)
+                tables.append({name: getattr(table, name) for name in ("title", "how", "head", "rows", "samples")})
+                _write(out, found)
+            found["parts"][part]["seconds"] = round(time.monotonic() - start, 1)
+        _write(out, found)
+        for name in ("benchmark.md", "benchmark.json"):
+            tracker.artifact(os.path.join(out, name))
+    print(f"report    {out}/benchmark.md\nsamples   {out}/benchmark.json\nrun       {tracking.link(run)}", flush=True)
+    return found
+
+
+def _device(config: Benchmark) -> torch.device:
+    there = torch.cuda.is_available()
+    if config.gpu is True and not there:
+        raise UserError("gpu=true, but PyTorch finds no GPU here")
+    return torch.device("cuda" if there and config.gpu else "cpu")
+
+
+def _tables(part: str, setting: Setting) -> Iterator[Table]:
+    module, function = PARTS[part]
+    try:
+        yield from getattr(import_module(f"pipelines.benchmark.{module}"), function)(setting)
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"part {part} measures beside {error.name}: pip install {error.name}, or leave it out"
+        ) from None
+
+
+def _write(out: str, found: dict[str, Any]) -> None:
+    os.makedirs(out, exist_ok=True)
+    about = found["environment"]
+    where = f"{about['gpu']}, " if about["gpu"] else ""
+    versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
+    text = [
+        f"{where}{about['threads']} threads on {about['cores']} cores of {about['processor']}; load before "
+        f"{', '.join(map(str, about['load']))}; Python {about['python']}, {versions}",
+        *(Table(**table).markdown for part in found["parts"].values() for table in part["tables"]),
+    ]
+    outputs.write(os.path.join(out, "benchmark.md"), "\n\n".join(text).encode())
+    outputs.write(os.path.join(out, "benchmark.json"), json.dumps(found, indent=1).encode())
