@@ -1,9 +1,11 @@
 BIN := .venv/bin
 ROOT ?= runs
 PORT ?= 5000
+# two processes, which are given whole files, by name: by their number of tests the demo, one long one, would come last
+SHARED := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint mlflow
+.PHONY: help setup demo test test-slow lint audit mlflow
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -21,15 +23,20 @@ demo: setup ## train, cache, diffuse, sample and evaluate on a few photos: minut
 	$(BIN)/python jobs/demo.py
 
 test: setup ## the tests, without those that take minutes
-	$(BIN)/python -m pytest -m 'not slow'
+	$(BIN)/python -m pytest $(SHARED) -m 'not slow'
 
 test-slow: setup ## the tests that take minutes
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest $(SHARED) -m slow
 
 lint: setup ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+audit: setup ## known vulnerabilities in the versions of constraints.txt; asks PyPI, and fails where it does not answer
+	$(BIN)/python -m venv .venv/audit
+	.venv/audit/bin/python -m pip install --quiet pip-audit
+	.venv/audit/bin/pip-audit --strict --no-deps --disable-pip --requirement constraints.txt
 
 mlflow: setup ## MLflow on http://127.0.0.1:5000 (PORT=...) for the runs in ROOT=runs
 	@test -f $(ROOT)/mlflow.db || { echo "$(ROOT)/mlflow.db does not exist; ROOT=... is the jobs' root" >&2; exit 1; }

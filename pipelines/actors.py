@@ -26,7 +26,7 @@ def pool(cls: type, share: Share, *arguments: Any, **options: Any) -> list[Any]:
         "num_gpus": share.resources.get("GPU", 0),
         "max_restarts": 3,
         "max_task_retries": 3,
-        "scheduling_strategy": anywhere(),
+        **({"label_selector": share.labels} if share.labels else {"scheduling_strategy": anywhere()}),
     }
     actor = ray.remote(cls).options(**given | options)
     actors = [actor.remote(*arguments) for _ in range(share.workers)]

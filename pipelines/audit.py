@@ -19,8 +19,10 @@ from litevae.images import to_tensor
 from litevae.pictures import reconstruction_picture
 from litevae.precision import autocast
 from pipelines import cluster, outputs
-from pipelines.config import Inspect, Verify, Views
-from pipelines.encode import Planned, Shard, Task, open_listings, seed_of, transform_of
+from pipelines.config import Inspect, Verify
+from pipelines.decode import Shard, Task, seed_of, transform_of, views_of
+from pipelines.encode import Planned, open_listings
+from pipelines.logs import say
 
 STALE = 3600.0  # seconds; a temporary file as old as this belongs to a killed writer
 SHOWN = 10  # problems in a message
@@ -129,6 +131,8 @@ def _check_shard(
     how, nothing = plan["latents"], np.empty(0, np.int64)
     try:
         commit = cache.read_commit(out, shard.task.shard, generation)
+    except storage.Unavailable:  # which says nothing of the shard
+        raise
     except UserError as error:
         return {}, [str(error)], nothing
     try:
@@ -137,6 +141,8 @@ def _check_shard(
             return commit, [f"its commit is of inputs {commit['units']}, the plan says {list(units)}"], nothing
         lost = cache.read_quarantine(out, commit)
         rows, latents = cache.read_shard(out, commit, how) if commit["rows"] else (None, [])
+    except storage.Unavailable:
+        raise
     except UserError as error:
         return commit, [str(error)], nothing
     except (KeyError, TypeError) as error:
@@ -199,6 +205,8 @@ def _duplicates(out: str, plan: dict[str, Any], commits: list[dict[str, Any]], k
 def _check_manifest(out: str, commits: list[dict[str, Any]]) -> list[str]:
     try:
         manifest = cache.read_manifest(out)
+    except storage.Unavailable:
+        raise
     except UserError as error:
         return [str(error)]
     problems = []
@@ -220,8 +228,10 @@ def _all_commits(out: str) -> Iterator[dict[str, Any]]:
     for name in storage.names(storage.join(out, "commits")):
         try:
             yield json.loads(storage.read(storage.join(out, "commits", name)))
+        except UserError:  # or files that this commit names would seem to belong to none
+            raise
         except ValueError as error:
-            print(f"{out}/commits/{name} is damaged: {error}", flush=True)
+            say(f"{out}/commits/{name} is damaged: {error}", "WARNING")
 
 
 def _stale(out: str) -> list[str]:
@@ -311,10 +321,10 @@ def _rows_of(
     latents: cache.LatentCache, shard: Shard, manifest: dict[str, Any], count: int
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Pixels (H, W, 3) of some of a shard's rows, made from the source again, and their stored latents (C, h, w)."""
-    views = Views(**manifest["settings"]["transform"])
+    views = views_of(manifest)
     transform = transform_of(views)
     if (now := transform.identity) != {key: manifest["transform"].get(key) for key in now}:
-        print(f"note: shard {shard.task.shard}: images are not decoded here as they were: {now}", flush=True)
+        say(f"note: shard {shard.task.shard}: images are not decoded here as they were: {now}", "WARNING")
     commit = next(entry for entry in manifest["shards"] if entry["shard"] == shard.task.shard)
     table, parts = cache.read_shard(latents.path, commit, manifest["latents"])
     stored = [values for part in parts for values in part]

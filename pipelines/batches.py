@@ -22,11 +22,13 @@ from litevae.cache import LatentCache, drawn, from_stored
 from litevae.denoiser import null_class
 from litevae.errors import UserError
 from litevae.images import ImageError, ImageTransform, to_tensor
+from litevae.inference import best_kernels, prepared
 from litevae.loader import LatentLoader, stream
 from litevae.order import EpochOrder
 from litevae.precision import autocast
-from pipelines import encode
-from pipelines.config import TrainLDM, Views
+from pipelines import decode, encode
+from pipelines.config import TrainLDM
+from pipelines.logs import say
 from pipelines.sources import Source
 from pipelines.training import batch_positions, seed_for
 
@@ -73,7 +75,7 @@ class Images:
                 name = self._source.id(row)
                 if name not in self.bad:
                     self.bad[name] = f"{error.reason}: {error}"
-                    print(f"skipped unreadable image {name} ({self.bad[name]})", flush=True)
+                    say(f"skipped unreadable image {name} ({self.bad[name]})", "WARNING", image=name)
                 row = (row + 1) % self._source.units
         raise UserError(f"no image of {self._source.uri} can be read")
 
@@ -119,7 +121,7 @@ def make_feed(config: TrainLDM, setup: dict[str, Any], rank: int, world: int, de
 
 def transform_of(config: TrainLDM) -> ImageTransform:
     data = config.data
-    return ImageTransform(data.resolution, data.resize, data.crop, data.flip)
+    return ImageTransform(data.resolution, data.resize, data.crop, data.flip, decode=data.decode)
 
 
 def labels_of(values: Sequence[Any], config: TrainLDM) -> Tensor | None:
@@ -168,7 +170,7 @@ class Feed(ABC):
     def latents(self, batch: Batch) -> Tensor:
         """Drawn and normalised: float32 (n, C, h, w) on the device."""
         raw = self.raw(batch)
-        mean, std = (value.to(raw.device).view(1, -1, 1, 1) for value in (self.mean, self.std))
+        mean, std = (v.to(raw.device, non_blocking=True).view(1, -1, 1, 1) for v in (self.mean, self.std))
         return (raw - mean) / std
 
     def raw(self, batch: Batch) -> Tensor:
@@ -230,7 +232,7 @@ class Encoding(Feed):
         if hasattr(self, "mean"):
             return
         data, source = self.config.data, self.source
-        centred = ImageTransform(data.resolution, data.resize)
+        centred = ImageTransform(data.resolution, data.resize, decode=data.decode)
         # Runs of neighbours, since a row group is read as a whole. The same sums for any number of workers: runs are,
         # and so is the order in which they are added.
         count = -(-min(data.calibrate, source.units) // CHUNK)
@@ -269,7 +271,8 @@ class Online(Encoding):
         self._images = Images(self.source, transform_of(config), config.seed, data.loaders, data.max_bad)
         if fingerprint(setup["vae"]) != setup["fingerprint"]:
             raise UserError(f"{setup['vae']} on this node is not the autoencoder that the job was started with")
-        self._vae = load_autoencoder(setup["vae"]).to(device).requires_grad_(False)
+        self._vae = load_autoencoder(setup["vae"])
+        prepared(self._vae, device, best_kernels(device, data.precision))
         self._content = latent_content(self._vae)
 
     def batches(self, start: int, end: int, batch_size: int) -> Iterator[Batch]:
@@ -375,8 +378,8 @@ class WriteThrough(Encoding):
         return [int(shard) for shard in shards if int(shard) not in self._done][self.rank :: self.world]
 
     def _decode(self, shard: int) -> dict[str, Any]:
-        views = Views(**self._plan["settings"]["transform"])
-        return encode.decode_shard({"shard": self._planned.shard(encode.Task(shard))}, views)
+        row = {"shard": self._planned.shard(decode.Task(shard))}
+        return decode.decode_shard(row, decode.views_of(self._plan))
 
     def _first(self, mine: range, step: range) -> Batch:
         """A batch of the first epoch. All ranks come to each window together."""

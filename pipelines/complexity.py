@@ -32,6 +32,7 @@ from litevae.errors import UserError
 from litevae.precision import autocast
 from pipelines import cluster, config, outputs, scores, tracking
 from pipelines.actors import pool, spread
+from pipelines.logs import say
 
 FIXED = {"dwt": 12, "dwt-2": 48}  # latent channels of encoders that are not learned
 
@@ -83,7 +84,7 @@ def complexity(cfg: config.EvaluateComplexity) -> dict[str, Any]:
         found: dict[str, dict[str, float]] = {}
         machine = ""
         for plan in plans:
-            print(f"complexity: {plan.name}", flush=True)
+            say(f"complexity: {plan.name}")
             found[plan.name], machine = _measured(plan, cfg, share)
         first = found[plans[0].name]
         shown = {"part", "batch_size", "resolution", "precision", "compile", "warmup", "repeats"}

@@ -15,18 +15,25 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import PydanticUndefined
 
-from litevae.errors import UserError
+from litevae.errors import UserError, redact
+from pipelines import stopping
+from pipelines.logs import say
 
 PRESETS = Path(__file__).resolve().parent.parent / "jobs" / "configs"
 SECTIONS = {  # of a recipe
     *("train_vae", "encode_dataset", "train_ldm", "sample", "sweep"),
-    *("evaluate", "evaluate_samples", "evaluate_complexity"),
+    *("evaluate", "evaluate_samples", "evaluate_complexity", "benchmark"),
 }
 
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
 Weight = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Decode = Literal["fast", "pillow", "scaled"]
+DECODE = (
+    "fast: JPEGs by simplejpeg, resized by PyTorch, 60 dB and more to pillow; pillow: by Pillow alone, as all that was "
+    "begun before there was this choice; scaled: as fast, large JPEGs to 1/2, 1/4 or 1/8 in decoding (46 dB)"
+)
 
 
 class Section(BaseModel):
@@ -69,6 +76,30 @@ class Ray(Section):
         description="encode, evaluate: image-decoding tasks at a time, one CPU each; 0: with GPUs the CPUs that the "
         "workers leave, else one for 8 CPUs",
     )
+    min_workers: Count = Field(
+        0,
+        description="training: begin and go on with as few where nodes are missing or lost, and with more as they come "
+        "(elastic), up to `workers`; 0: always with `workers`",
+    )
+    wait: Count = Field(
+        0,
+        description="seconds to wait for a cluster to have what is asked for, where it grows by itself; with gpu=true",
+    )
+    worker_labels: dict[str, str] = Field(
+        {}, description="workers run on nodes with these labels only (ray start --labels), e.g. {pool: gpu}"
+    )
+    decode_labels: dict[str, str] = Field({}, description="encode: so do decoding tasks, e.g. {pool: cpu}")
+
+    @model_validator(mode="after")
+    def _elastic(self) -> "Ray":
+        if self.min_workers > self.workers:
+            raise ValueError(f"min_workers={self.min_workers} is more than workers={self.workers}")
+        if self.min_workers and self.worker_labels:
+            raise ValueError(
+                "min_workers and worker_labels do not go together: Ray counts the room of all nodes, with and without "
+                "the labels, and would wait for ever for workers that do not fit. Workers with GPUs need no labels"
+            )
+        return self
 
 
 class Tracking(Section):
@@ -240,6 +271,7 @@ class TrainData(Section):
         "shorter", description="shorter side to the resolution before the crop; none: crop the original pixels"
     )
     crop: Literal["random", "center"] = Field("random", description="training crop; validation is always centred")
+    decode: Decode = Field("fast", description=f"{DECODE}; validation is always by Pillow")
     flip: bool = Field(True, description="mirror half of the training images")
     loaders: Count = Field(2, description="decoding threads a worker; 0: between the steps")
     max_bad: Fraction = Field(0.01, description="share of unreadable images that is skipped; above it training stops")
@@ -292,6 +324,9 @@ class TrainVAE(Job):
         description="128-tuned of Table 5: 100k steps at 128 px, 50k at 256 px, batch 16",
     )
     loop: Loop = Loop()
+    checkpointing: bool = Field(
+        False, description="recompute ResBlocks' activations in the backward pass: less memory, slower"
+    )
     val_images: Positive = Field(256, description="validation images (the first ones of the source)")
     begin: str = Field(
         "", description="checkpoint folder of another run (runs/<name>/checkpoint-...) that a new run goes on from"
@@ -306,6 +341,8 @@ class TrainVAE(Job):
             )
         if self.loss.ldl.weight and not self.loop.ema:
             raise ValueError("loss.ldl compares with the averaged model: set loop.ema, e.g. 0.999")
+        if self.checkpointing and self.model.decoder.norm == "batch":
+            raise ValueError("checkpointing would give running statistics of batch norm each batch twice")
         return self
 
 
@@ -322,6 +359,7 @@ class Transform(Section):
 class Views(Transform):
     """What is cut from an image."""
 
+    decode: Decode = Field("fast", description=DECODE)
     crop: Literal["center", "random"] = Field("center", description="random: by (seed, the image's id)")
     crops: Positive = Field(1, description="random crops an image, each a row of the cache")
     flips: bool = Field(False, description="every crop also mirrored, as a row of its own")
@@ -366,7 +404,18 @@ class Encode(Job):
     )
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="of the encoder; as in train_vae")
     compile: bool = Field(False, description="torch.compile the encoder")
+    kernels: Literal["auto", "native", "torch"] = Field(
+        "auto",
+        description="native: this project's own for fp32 on CPUs, which a C++ compiler makes at first use; auto: where "
+        "they are of use and can be had",
+    )
     error_budget: Fraction = Field(0.01, description="share of images that may be quarantined before the job stops")
+
+    @model_validator(mode="after")
+    def _one_way(self) -> "Encode":
+        if self.compile and self.kernels == "native":
+            raise ValueError("kernels=native are compiled already; leave compile=false")
+        return self
 
 
 class Verify(Section):
@@ -432,6 +481,7 @@ class OnlineData(Section):
     resize: Literal["shorter", "none"] = Field(
         "shorter", description="shorter side to the resolution before the crop; none: crop the original pixels"
     )
+    decode: Decode = Field("fast", description=DECODE)
     crop: Literal["center", "random"] = Field("center", description="random: online only, another one each time")
     flip: bool = Field(False, description="mirror half of the images; online only")
     loaders: Count = Field(2, description="decoding threads a worker; 0: between the steps")
@@ -641,6 +691,87 @@ class Compare(Tracked):
     out: str = Field("comparison", description="folder for comparison.html, comparison.md and comparison.json")
 
 
+# --- benchmark ------------------------------------------------------------------------------------------------
+
+
+class Benchmark(Tracked):
+    """Measure this machine, side by side in one run: encoders, decoders, training steps, decoding of images, the encode
+    job, the latent loader.
+    """
+
+    parts: list[
+        Literal["encoder", "decoder", "vae-step", "ldm-step", "ray"]
+        | Literal["images", "encode", "memory", "loader", "modes", "threads", "scale"]
+    ] = Field(
+        ["encoder", "decoder", "vae-step", "ldm-step", "ray", "images", "encode", "loader"],
+        min_length=1,
+        description="what is measured, in this order; also a,b,c; ray: what Ray Train adds to training; memory: of the "
+        "encode job's processes; modes: of train_ldm; threads: how long OpenMP's wait awake; scale: plans, commit logs "
+        "and requests of large data sets, and a model of time and cost (docs/scale.md)",
+    )
+    models: list[str] = Field(
+        ["sd-vae", "taesd", "dc-ae", "S", "B", "M", "L", "pseudocode-B"],
+        min_length=1,
+        description="of encoder and decoder; the first is the baseline: sd-vae, taesd, dc-ae (diffusers' classes), "
+        "LiteVAE's S B M L, B as the paper's pseudocode has it, or model folders; also a,b,c",
+    )
+    modes: list[Literal["eager", "channels-last", "compiled", "fast"]] = Field(
+        ["eager", "fast"],
+        min_length=1,
+        description="of encoder and decoder; fast: as this project's jobs run them; compiled: "
+        "the training steps, too; also a,b,c",
+    )
+    batch_sizes: list[Positive] = Field([1, 32], min_length=1, description="of encoder and decoder")
+    resolutions: list[Annotated[int, Field(ge=32, multiple_of=32)]] = Field(
+        [256], min_length=1, description="of encoder and decoder, in pixels"
+    )
+    precisions: list[Literal["fp32", "bf16"]] = Field(
+        ["fp32"], min_length=1, description="of encoder and decoder; bf16 where hardware multiplies it"
+    )
+    repeats: Positive = Field(3, description="timed runs of each contender, in turn; medians count")
+    source: str = Field("", description="folder of JPEGs, local; empty: scikit-image's photos")
+    model: str = Field("", description="encode: model folder; empty: LiteVAE-S with random weights")
+    encode_images: Annotated[int, Field(ge=32)] = Field(
+        256, description="encode, memory: images a run; a GPU takes thousands for a steady rate"
+    )
+    loader_rows: Annotated[int, Field(ge=1000)] = Field(20_000, description="loader: latents of 8 x 32 x 32")
+    scale_rows: Annotated[int, Field(ge=10_000_000, multiple_of=10_000_000)] = Field(
+        10_000_000, description="scale: images of the largest plan that is made; others are a tenth, a hundredth ..."
+    )
+    scale_gpu_rate: Annotated[float, Field(gt=0)] = Field(
+        1000.0, description="scale: images/s that a GPU is taken to encode; measure yours by part encoder"
+    )
+    step_batch: Positive = Field(4, description="images a training step of the autoencoder")
+    step_resolution: Annotated[int, Field(ge=32, multiple_of=32)] = Field(128, description="and their pixels")
+    gpu: Literal["auto"] | bool = Field("auto", description="auto: where there is one")
+    threads: Count = Field(0, description="CPU threads; 0: one for each core")
+    out: str = Field("benchmark", description="folder for benchmark.md and benchmark.json, with every sample")
+
+    @field_validator("parts", "models", "modes", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        return value.split(",") if isinstance(value, str) else value
+
+
+# --- doctor -----------------------------------------------------------------------------------------------------
+
+
+class Doctor(Job):
+    """Check this machine, or the Ray cluster, before a long run: what is wrong with it, and what to do.
+
+    Exit code 0: nothing failed; 1: something did. What is left empty is not looked at.
+    """
+
+    source: Source = Field(Source(), description="images: are they there on every node, and how fast are they decoded?")
+    transform: Transform = Field(Transform(), description="what they are decoded and encoded at")
+    model: str = Field("", description="model folder: is it the same on every node, and how fast does it encode?")
+    out: str = Field("", description="folder of a latent cache to be, local or s3://: can nodes write it together?")
+    images: Positive = Field(64, description="images that every node decodes, evenly spaced")
+    batch_size: Positive = Field(32, description="images of the forward passes that every node is timed with")
+    limit: Annotated[int, Field(ge=5)] = Field(120, description="seconds a check may take, after which it has failed")
+    report: str = Field("", description="file for all findings as JSON")
+
+
 # --- sweep ------------------------------------------------------------------------------------------------------
 
 
@@ -763,7 +894,8 @@ def main(
     switches: Sequence[str] = (),
     subject: str = "cache",
 ) -> int:
-    """Parse the command line, run, and turn a UserError into one message and exit code 2.
+    """Parse the command line, run, and turn a UserError into one message and exit code 2, Ctrl-C or SIGTERM into 130
+    or 143.
 
     Args:
         action: a job's second word (`verify`).
@@ -798,16 +930,18 @@ def main(
                 overrides.append(argument)
         config = load(cls, preset, overrides)
         if show:
-            print(dump(config), end="")
+            print(redact(dump(config)), end="")
             return 0
-        run(config)
+        with stopping.on_sigterm():
+            run(config)
         return 0
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}", "ERROR")
         return 2
-    except KeyboardInterrupt:
-        print("interrupted; run the same command again to resume", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as error:
+        stopped = error if isinstance(error, stopping.Stopped) else stopping.Stopped()
+        say(str(stopped), "ERROR")
+        return stopped.code
 
 
 def usage(cls: type[BaseModel], action: str = "", subject: str = "cache") -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import Field
 
 from litevae.errors import UserError
 from pipelines import cluster, outputs
@@ -43,6 +44,7 @@ class Demo(Job):
     """Photos in, a trained autoencoder, a latent cache, a diffusion model, pictures and numbers out."""
 
     root: str = "demo"
+    preset: str = Field("", description="a preset or YAML file in place of `demo` (`demo-gpu` where there is a GPU)")
 
 
 def demo(config: Demo) -> dict[str, Any]:
@@ -56,10 +58,10 @@ def demo(config: Demo) -> dict[str, Any]:
     started = time.monotonic()
     root = Path(cluster.output_path("root", config.root))
     train, held_out = (cut_photos(root / "photos") / split for split in ("train", "val"))
-    preset = "demo-gpu" if cluster.start(config.ray).gpu else "demo"
-    common = [f"root={root}"]
-    if config.ray.gpu != "auto":
-        common.append(f"ray.gpu={str(config.ray.gpu).lower()}")
+    gpu = cluster.start(config.ray).gpu
+    preset = config.preset or ("demo-gpu" if gpu else "demo")
+    chosen = config.ray.model_dump(mode="json", exclude_defaults=True)
+    common = [f"root={root}", *(f"ray.{name}={json.dumps(value)}" for name, value in chosen.items())]
     if not config.tracking.enabled:
         common.append("tracking.enabled=false")
 

@@ -10,7 +10,6 @@ shard and retrying its quarantine are the same work on some shards, committed as
 import gc
 import hashlib
 import json
-import multiprocessing
 import os
 import platform
 import sys
@@ -18,9 +17,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Any, Literal
@@ -39,36 +36,21 @@ from litevae.autoencoder import (
     model_config,
 )
 from litevae.errors import UserError
-from litevae.images import ImageError, ImageTransform, Transformed, to_tensor
+from litevae.images import ImageTransform, to_tensor
+from litevae.inference import best_kernels, prepared
+from litevae.native import NoKernels
 from litevae.precision import autocast
-from pipelines import cluster, outputs, tracking
-from pipelines.config import Encode, Mend, Repair, Retry, Views
-from pipelines.sources import Item, Source, compare, open_source, restore
+from pipelines import cluster, monitoring, outputs, tracking
+from pipelines.config import Encode, Mend, Repair, Retry
+from pipelines.decode import Lost, Shard, Task, decode_shard, quarantined, transform_of, unpack, views_of
+from pipelines.logs import say
+from pipelines.sources import Source, compare, open_source, restore
 from pipelines.training import Progress
 
 RETRIES = 3  # of a shard whose process died; Ray Data's default is endless, also for one that always kills it
-READERS = 16  # images of a shard asked for at a time where they come over a network
 WAVE = 2000  # shards a worker that Ray Data is given at a time: what the driver holds does not grow with the data
 AUTO_BATCH = {"cpu": 32, "cuda": 256}  # where batch_size=auto begins; beyond these nothing is gained
 DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
-
-
-@dataclass(frozen=True)
-class Task:
-    """A shard to encode, for the first time or as its next generation."""
-
-    shard: int
-    generation: int = 0
-    only: tuple[int, ...] = ()  # units to try again; the others' rows are taken from the generation before
-
-
-@dataclass(frozen=True)
-class Shard:
-    """What a worker gets: a task, the shard's units, renumbered from 0, and the number of the first of them."""
-
-    task: Task
-    source: Source
-    first: int
 
 
 # --- jobs -------------------------------------------------------------------------------------------------------
@@ -119,9 +101,14 @@ def plan_cache(config: Encode) -> "tuple[str, dict[str, Any], Planned, cluster.S
     if "manifest.json" in files and cache.read_manifest(out)["source"]["shards"] == len(planned):
         return out, plan, planned, None
     share = cluster.start(config.ray)
+    cluster.check_folders({"out": out}, {"source.uri": sources[0].uri, "model": config.model})
     if not before:
         if config.precision == "auto":
             plan["precision"] = _fastest_precision(share)
+        if config.kernels == "auto" and not config.compile:
+            plan["kernels"] = "torch" if share.gpu else best_kernels("cpu", plan["precision"])
+            if not share.gpu and plan["precision"] == "fp32" and plan["kernels"] == "torch":
+                say("encode: no C++ compiler here, so by PyTorch's kernels; g++ makes it two to three times as fast")
         if config.batch_size == "auto":
             plan["settings"]["batch_size"] = _largest_batch(plan, share)
         cache.write_plan(out, plan)
@@ -155,10 +142,10 @@ def _inputs(
         )
     if growth.changed or growth.gone or (growth.new.num_rows and not config.append):
         hint = "; --append adds what is new" if growth.new.num_rows and not config.append else ""
-        print(
+        say(
             f"the source is not as it was listed: {growth.new.num_rows:,} inputs new, {growth.changed:,} changed, "
             f"{growth.gone:,} gone{hint}",
-            flush=True,
+            "WARNING",
         )
     same = {key: before["source"][key] for key in ("digest", "units")}
     new = growth.new if growth.new.num_rows and config.append else None
@@ -187,9 +174,9 @@ def repair(config: Repair) -> dict[str, Any]:
     planned = Planned(sources, plan["rows_per_shard"])
     found = audit(out, source=False)
     for number, problems in found.problems.items():
-        print(f"shard {number}: {problems[0]}", flush=True)
+        say(f"shard {number}: {problems[0]}", "WARNING", shard=number)
     if not found.problems and not found.general:
-        print(f"{out}: nothing to repair", flush=True)
+        say(f"{out}: nothing to repair")
     todo = [Task(number, found.generations.get(number, -1) + 1) for number in found.problems]
     share = cluster.start(config.ray)
     done = _tracked(config, plan["settings"] | config.model_dump(mode="json"), plan, planned, todo, out, share)
@@ -198,7 +185,7 @@ def repair(config: Repair) -> dict[str, Any]:
     for file in unnamed:
         storage.remove(storage.join(out, file))
     if unnamed:
-        print(f"removed {len(unnamed)} files of attempts that were not committed", flush=True)
+        say(f"removed {len(unnamed)} files of attempts that were not committed")
     return _report(done)
 
 
@@ -309,12 +296,16 @@ def _plan(config: Encode, source: Source, identity: dict[str, Any], before: dict
         content = "mean"
     precision = before["precision"] if before and config.precision == "auto" else config.precision
     batch_size = before["settings"]["batch_size"] if before and config.batch_size == "auto" else config.batch_size
+    kernels = "torch" if config.kernels == "auto" else config.kernels
+    if before and (config.kernels == "auto" or "kernels" not in before):
+        kernels = before.get("kernels", "")  # there are none in plans from before kernels could be chosen
     return {
         "model": model,
         "transform": transform.identity | ({"seed": config.transform.seed} if transform.crop == "random" else {}),
         "latents": cache.layout(content, DTYPES[config.dtype], transform.views, not transform.buckets),
         "precision": precision,
         "compile": config.compile,
+        **({"kernels": kernels} if kernels else {}),
         "columns": {field.name: str(field.type) for field in cache.row_schema(source.schema)},
         "rows_per_shard": config.rows_per_shard,
         "source": identity,
@@ -325,18 +316,6 @@ def _plan(config: Encode, source: Source, identity: dict[str, Any], before: dict
             "transform": config.transform.model_dump(mode="json"),
         },
     }
-
-
-def transform_of(config: Views) -> ImageTransform:
-    return ImageTransform(
-        config.resolution,
-        config.resize,
-        config.crop,
-        crops=config.crops,
-        both=config.flips,
-        buckets=config.buckets,
-        bucket_step=config.bucket_step,
-    )
 
 
 def _try(folder: str, transform: ImageTransform) -> Literal["moments", "mean"]:
@@ -372,6 +351,7 @@ def _tracked(
     folder = tracking_folder(out, config.root)
     handle = tracking.start_run(config.tracking, config.root, "encode_dataset", os.path.basename(out), settings, folder)
     tracker = tracking.Tracker(handle)
+    say(f"cache: {out}\nMLflow: {tracking.link(handle)}", cache=out, run=tracking.link(handle))
     status: tracking.Status = "FAILED"
     try:
         result = _encode(plan, planned, todo, out, share)
@@ -455,11 +435,12 @@ def _encode(
         done += commit["units"][1] - commit["units"][0]
     check_budget(reasons, budget, out, total)
     if kept and todo:
-        print(f"{len(todo):,} of {len(planned):,} shards to do", flush=True)
+        say(f"{len(todo):,} of {len(planned):,} shards to do")
     encoded, devices, busy = 0, set(), {"decode": 0.0, "encode": 0.0}
     finished: list[tuple[float, int]] = []
     slots = {"decode": share.decoders, "encode": min(share.workers, max(1, len(todo)))}
     progress = Progress("encode", total, done, sys.stderr.isatty())
+    shown = monitoring.Encoding(os.path.basename(out))
     start = time.monotonic()
     rows: Any = None
     try:
@@ -469,7 +450,7 @@ def _encode(
             rows = _pipeline(plan, shards, out, share).iter_rows()
             for row in rows:
                 if row["error"]:
-                    raise UserError(row["error"])
+                    raise UserError(f"encoding stopped, {done:,} of {total:,} images are done: {row['error']}")
                 commit = json.loads(row["commit"])
                 _add(reasons, commit.get("reasons", {}))
                 count = commit["units"][1] - commit["units"][0]
@@ -479,9 +460,11 @@ def _encode(
                 now = time.monotonic()
                 for stage in busy:
                     busy[stage] += row[f"{stage}_seconds"]
+                shares = {stage: busy[stage] / slots[stage] / (now - start) for stage in busy}
+                shown.show(count - commit["quarantined"], commit.get("reasons", {}), shares)
                 check_budget(reasons, budget, out, total)
-                shares = {f"{stage}_%": 100 * busy[stage] / slots[stage] / (now - start) for stage in busy}
-                progress.update(done, quarantined=sum(reasons.values()), **shares)
+                percent = {f"{stage}_%": 100 * share for stage, share in shares.items()}
+                progress.update(done, quarantined=sum(reasons.values()), **percent)
     except ray.exceptions.RayError as error:
         if isinstance(error, ray.exceptions.RayTaskError):
             raise  # an exception in our own code, with its traceback
@@ -519,10 +502,11 @@ def _pipeline(plan: dict[str, Any], shards: Sequence[Shard], out: str, share: cl
         warnings.simplefilter("ignore", RayDeprecationWarning)  # retries have no other way in
         pixels = rows.map(
             decode_shard,
-            fn_kwargs={"views": Views(**plan["settings"]["transform"])},
+            fn_kwargs={"views": views_of(plan)},
             compute=TaskPoolStrategy(size=share.decoders),
             num_cpus=1,
             max_retries=RETRIES,
+            **_on(share.decode_labels),
         )
         return pixels.map(
             Encoder,
@@ -536,150 +520,13 @@ def _pipeline(plan: dict[str, Any], shards: Sequence[Shard], out: str, share: cl
             num_cpus=0.9,  # other than decoding's: operators of equal resources are fused into one, here the actor
             num_gpus=share.resources.get("GPU", 0),
             max_task_retries=RETRIES,
+            **_on(share.labels),
         )
 
 
-# --- decoding -------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Lost:
-    """Why an image is not encoded."""
-
-    stage: Literal["read", "decode", "encode"]
-    reason: str
-    message: str
-
-
-Decoded = tuple[int, Item, list[Transformed]] | tuple[int, None, Lost]  # a unit, and what became of it
-
-
-def decode_shard(row: dict[str, Any], views: Views) -> dict[str, Any]:
-    """A shard's images as uint8 pixels, end to end in one array, with the (height, width) of each; the columns of their
-    rows, and what could not be read.
-
-    A UserError is returned, not raised: through Ray it would come out as pages of tracebacks.
-    """
-    start = time.perf_counter()
-    shard: Shard = row["shard"]
-    transform, source = transform_of(views), shard.source
-    units = [unit - shard.first for unit in shard.task.only] or list(range(source.units))
-    pixels = np.empty(len(units) * transform.views * max(h * w for h, w in transform.sizes) * 3, dtype=np.uint8)
-    sizes: list[tuple[int, ...]] = []
-    rows: list[dict[str, Any]] = []
-    lost: list[dict[str, Any]] = []
-    end = 0
-    decode = decode_carefully if _died_before() else decode_units
-    common = {"shard": shard, "error": ""}
-    try:
-        for decoded in decode(source, views, units):
-            if decoded[1] is None:
-                unit, _, why = decoded
-                lost.append(_quarantined(shard, shard.first + unit, source.id(unit), why))
-                continue
-            unit, item, images = decoded
-            for view, image in enumerate(images):
-                pixels[end : end + image.pixels.size] = image.pixels.reshape(-1)
-                end += image.pixels.size
-                sizes.append(image.pixels.shape[:2])
-                own = {name: getattr(image, name) for name in ("height", "width", "crop_top", "crop_left", "flip")}
-                rows.append({"id": item.id, "unit": shard.first + unit, "view": view, **own, **item.columns})
-        table = pa.Table.from_pylist(rows, schema=cache.row_schema(source.schema))
-    except UserError as error:
-        common["error"], end, sizes, lost, table = str(error), 0, [], [], pa.table({})
-    return common | {
-        "pixels": pixels[:end],
-        "sizes": np.array(sizes, dtype=np.int32).reshape(-1, 2),
-        "rows": _pack(table),
-        "quarantine": _pack(pa.Table.from_pylist(lost, schema=cache.QUARANTINE)),
-        "decode_seconds": time.perf_counter() - start,
-    }
-
-
-def decode_units(source: Source, views: Views, units: Sequence[int]) -> Iterator[Decoded]:
-    """Images of a source, in order, as the transform gives them."""
-    warnings.filterwarnings("ignore", module=r"PIL\.")  # what is wrong with an image goes into the quarantine
-    transform = transform_of(views)
-    for unit, item in _items(source, units):
-        if isinstance(item, ImageError):
-            yield unit, None, Lost("read", item.reason, str(item))
-            continue
-        try:
-            yield unit, item, transform.all(item.data, seed_of(views, item.id))
-        except ImageError as error:
-            yield unit, None, Lost("decode", error.reason, str(error))
-
-
-def decode_carefully(source: Source, views: Views, units: Sequence[int]) -> Iterator[Decoded]:
-    """The same in child processes, for a shard whose task died before: an image that kills its decoder is lost, and
-    does not stop the job."""
-    fork = multiprocessing.get_context("fork")
-    left = list(units)
-
-    def work(reader: Any, writer: Any) -> None:
-        reader.close()
-        try:
-            for found in decode_units(source, views, left):
-                writer.send(found)
-        except UserError as error:
-            writer.send(error)
-
-    while left:
-        reader, writer = fork.Pipe(duplex=False)
-        child = fork.Process(target=work, args=(reader, writer), daemon=True)
-        child.start()
-        writer.close()  # or the end of the child's would not be seen
-        try:
-            while left:
-                found = reader.recv()
-                if isinstance(found, UserError):
-                    raise found
-                left.pop(0)
-                yield found
-        except EOFError:
-            child.join()
-            message = f"the process that decoded it died (exit code {child.exitcode})"
-            yield left.pop(0), None, Lost("decode", "crashed", message)
-        finally:
-            reader.close()
-            child.kill()
-            child.join()
-
-
-def _died_before() -> bool:
-    """Whether this task is a retry: its process died."""
-    import ray
-
-    if not ray.is_initialized():
-        return False
-    worker = ray._private.worker.global_worker.core_worker  # Ray has no public way to ask
-    return worker.get_current_task_attempt_number() > 0
-
-
-def seed_of(views: Views, identity: str) -> int:
-    """Of an image's random crops: by its id, so that neither order nor shards matter."""
-    return int.from_bytes(hashlib.blake2b(f"{views.seed}\0{identity}".encode(), digest_size=8).digest())
-
-
-def _items(source: Source, units: Sequence[int]) -> Iterator[tuple[int, Item | ImageError]]:
-    """Images as they are stored, or why they can't be read; over a network many are on their way at a time."""
-
-    def read(unit: int) -> Item | ImageError:
-        try:
-            return source.read(unit)
-        except ImageError as error:
-            return error
-
-    if not source.remote:
-        yield from ((unit, read(unit)) for unit in units)
-        return
-    with ThreadPoolExecutor(READERS) as threads:
-        yield from zip(units, threads.map(read, units), strict=True)
-
-
-def _quarantined(shard: Shard, unit: int, identity: str, why: Lost) -> dict[str, Any]:
-    place = {"unit": unit, "id": identity, "source": shard.source.uri}
-    return place | {"stage": why.stage, "error": why.reason, "message": why.message}
+def _on(labels: dict[str, str]) -> dict[str, Any]:
+    """Ray's argument for running on nodes with these labels only."""
+    return {"label_selector": labels} if labels else {}
 
 
 # --- encoding -------------------------------------------------------------------------------------------------
@@ -692,6 +539,7 @@ class Encoder:
         self.out, self.plan, self.how = out, plan, plan["latents"]
         self.batch_size: int = plan["settings"]["batch_size"]
         self.device = torch.device("cuda" if gpu else "cpu")
+        self.native = plan.get("kernels") == "native"
         self.name = torch.cuda.get_device_name() if gpu else platform.processor() or platform.machine()
         self._model: Callable[[torch.Tensor], torch.Tensor] | None = None
         self._threads, self._turn = threads, threading.Lock()
@@ -720,7 +568,7 @@ class Encoder:
     def _commit(self, row: dict[str, Any], encoded: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, Any]:
         """Drop what can't be stored, add the rows that a retry keeps, and commit."""
         shard: Shard = row["shard"]
-        rows, quarantine = _unpack(row["rows"]), _unpack(row["quarantine"])
+        rows, quarantine = unpack(row["rows"]), unpack(row["quarantine"])
         parts: list[tuple[pa.Table, np.ndarray]] = []
         lost: list[dict[str, Any]] = []
         for places, values in encoded:
@@ -734,7 +582,7 @@ class Encoder:
             names = dict(zip(units.tolist(), part["id"].to_pylist(), strict=True))
             for unit, problem in bad.items():
                 message = f"the model's latents are {problem} for {self.how['dtype']}"
-                lost.append(_quarantined(shard, unit, names[unit], Lost("encode", problem, message)))
+                lost.append(quarantined(shard, unit, names[unit], Lost("encode", problem, message)))
             good = ~np.isin(units, list(bad))
             parts.append((part.filter(pa.array(good)), cache.to_stored(values[good], self.how["dtype"])))
         quarantine = pa.concat_tables([quarantine, pa.Table.from_pylist(lost, schema=cache.QUARANTINE)])
@@ -783,35 +631,50 @@ class Encoder:
         """uint8 (H, W, 3) images of one size -> fp32 (n, C, h, w).
 
         Every forward pass has the full batch size, the last one padded: it decides on kernels and so on a result's last
-        bits. Where a GPU's memory is too small for it, it is halved from there on.
+        bits (but not with the native ones). Where a GPU's memory is too small for it, it is halved from there on. A GPU
+        computes while the next batch is made ready and brought to it.
         """
         parts: list[np.ndarray] = []
+        computing: tuple[torch.Tensor, int] | None = None
         done = 0
         while done < len(images):
             part = images[done : done + self.batch_size]
-            batch = np.zeros((self.batch_size, *part[0].shape), dtype=np.uint8)
+            batch = np.zeros((len(part) if self.native else self.batch_size, *part[0].shape), dtype=np.uint8)
             np.stack(part, out=batch[: len(part)])
             try:
-                parts.append(self._forward(batch)[: len(part)])
+                launched = self._forward(batch), len(part)
             except torch.OutOfMemoryError:
                 if self.batch_size == 1:
                     raise UserError(f"not even one image of this size fits into the memory of {self.name}") from None
                 self.batch_size //= 2
-                print(f"encode: the memory of {self.name} is too small; batch_size={self.batch_size}", flush=True)
+                say(f"encode: the memory of {self.name} is too small; batch_size={self.batch_size}", "WARNING")
                 if self.device.type == "cuda":
                     torch.cuda.empty_cache()
                 continue
+            if computing is not None:
+                parts.append(_fetched(*computing))
+            computing = launched
             done += len(part)
+        if computing is not None:
+            parts.append(_fetched(*computing))
         return np.concatenate(parts)
 
     @torch.inference_mode()
-    def _forward(self, batch: np.ndarray) -> np.ndarray:
-        """uint8 (N, H, W, 3) -> fp32 (N, C, h, w), of which only the mean where only that is stored."""
+    def _forward(self, batch: np.ndarray) -> torch.Tensor:
+        """uint8 (N, H, W, 3) -> fp32 (N, C, h, w) on the device, of which only the mean where only that is stored."""
         if self._model is None:
             self._model = _load(self.plan, self.device)
+        pixels = torch.from_numpy(batch)
+        if self.device.type == "cuda":
+            pixels = pixels.pin_memory()  # or the copy would wait for the batch before
         with exact(), autocast(self.device, self.plan["precision"]):
-            latents = self._model(to_tensor(torch.from_numpy(batch).to(self.device)))
-        return latents.float().cpu().numpy()
+            latents = self._model(to_tensor(pixels.to(self.device, non_blocking=True)))
+        return latents.float().contiguous()
+
+
+def _fetched(latents: torch.Tensor, count: int) -> np.ndarray:
+    """The first `count`, once they are computed."""
+    return latents[:count].cpu().numpy()
 
 
 def exact() -> AbstractContextManager[None]:
@@ -823,12 +686,18 @@ def _load(plan: dict[str, Any], device: torch.device) -> Callable[[torch.Tensor]
     """The plan's model as a function of images.
 
     Raises:
-        UserError: the folder is not there, or holds another model than the job was started with.
+        UserError: the folder is not there, or holds another model than the job was started with; the plan's kernels
+            can't be had on this node.
     """
     folder = plan["model"]["path"]
     if fingerprint(folder) != plan["model"]["fingerprint"]:
         raise UserError(f"{folder} on {platform.node()} is not the model that the job was started with")
     model = load_autoencoder(folder).to(device)
+    if "kernels" in plan:
+        try:
+            prepared(model, device, plan["kernels"])
+        except NoKernels as error:
+            raise UserError(f"kernels=native, but on {platform.node()} {error}; or encode with kernels=torch") from None
     halve = latent_content(model) == "moments" and plan["latents"]["content"] == "mean"
 
     def latents(x: torch.Tensor) -> torch.Tensor:
@@ -881,7 +750,7 @@ def _largest_batch(plan: dict[str, Any], share: cluster.Share) -> int:
 
     if not share.gpu:
         return AUTO_BATCH["cpu"]
-    largest = max(transform_of(Views(**plan["settings"]["transform"])).sizes, key=lambda size: size[0] * size[1])
+    largest = max(transform_of(views_of(plan)).sizes, key=lambda size: size[0] * size[1])
     settings = plan["settings"] | {"batch_size": AUTO_BATCH["cuda"]}
 
     def probe() -> int:
@@ -919,7 +788,7 @@ def _add(total: dict[str, int], more: dict[str, int]) -> None:
 
 
 def _versions() -> dict[str, str]:
-    names = ("litevae", "torch", "diffusers", "pillow", "pyarrow", "numpy", "ray")
+    names = ("litevae", "torch", "diffusers", "pillow", "simplejpeg", "pyarrow", "numpy", "ray")
     return {"python": platform.python_version()} | {name: version(name) for name in names}
 
 
@@ -946,30 +815,18 @@ def _summary(out: str, manifest: dict[str, Any], root: str) -> dict[str, Any]:
 
 
 def _report(done: dict[str, Any]) -> dict[str, Any]:
-    print(f"\n{'images encoded':<22}{done['images']:,}  ({done['encoded_now']:,} in this run)")
-    if "recovered" in done:
-        print(f"{'out of quarantine':<22}{done['recovered']:,}")
-    print(
-        f"{'quarantined':<22}{done['quarantined']:,}{'  (' + _listed(done['reasons']) + ')' if done['reasons'] else ''}"
-    )
-    if done["encoded_now"]:
-        busy = f"decoding busy {done['decode_busy']:.0%}, encoding {done['encode_busy']:.0%}"
-        print(f"{'images/s':<22}{done['images_per_s']:.1f}, once started {done['steady_images_per_s']:.1f}  ({busy})")
+    reasons = f"  ({_listed(done['reasons'])})" if done["reasons"] else ""
     latents = done["latents"]
     shape = " x ".join(map(str, done["shape"])) if done["shape"] else f"{len(latents['shapes'])} shapes of"
-    print(
-        f"{'latents':<22}{shape} {latents['content']}, {latents['dtype']}, {done['bits_per_pixel']:.2f} bits per pixel"
-    )
-    print(f"{'manifest':<22}{done['manifest']}, version {done['number']}\n{'run':<22}{done['link']}")
+    rows = {"images encoded": f"{done['images']:,}  ({done['encoded_now']:,} in this run)"}
+    if "recovered" in done:
+        rows["out of quarantine"] = f"{done['recovered']:,}"
+    rows["quarantined"] = f"{done['quarantined']:,}{reasons}"
+    if done["encoded_now"]:
+        busy = f"decoding busy {done['decode_busy']:.0%}, encoding {done['encode_busy']:.0%}"
+        rows["images/s"] = f"{done['images_per_s']:.1f}, once started {done['steady_images_per_s']:.1f}  ({busy})"
+    rows["latents"] = f"{shape} {latents['content']}, {latents['dtype']}, {done['bits_per_pixel']:.2f} bits per pixel"
+    rows["manifest"] = f"{done['manifest']}, version {done['number']}"
+    rows["run"] = done["link"]
+    say("\n" + "\n".join(f"{name:<22}{text}" for name, text in rows.items()), **done)
     return done
-
-
-def _pack(table: pa.Table) -> bytes:
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, table.schema) as writer:
-        writer.write_table(table)
-    return sink.getvalue().to_pybytes()
-
-
-def _unpack(data: bytes) -> pa.Table:
-    return pa.ipc.open_stream(data).read_all()

@@ -189,6 +189,7 @@ def evaluate(cfg: config.Evaluate) -> dict[str, Any]:
     remarks = list(judges.remarks)
 
     share = cluster.start(cfg.ray)
+    cluster.check_folders({}, {"source.uri": source.uri, "model": cfg.model})
     with tracking.tracked(cfg, "evaluate", os.path.basename(out), out) as (tracker, run):
         tracker.dataset(os.path.basename(source.uri), source.digest, source.uri, context="evaluation")
         actors = pool(Evaluator, share, cfg, share, judges.identity)

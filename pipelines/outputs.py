@@ -8,13 +8,25 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from litevae import storage
+
 
 def write(path: str | Path, data: bytes) -> None:
-    """Put a file in place in one step, in place of an older one."""
+    """Put a file in place in one step, in place of an older one.
+
+    Raises:
+        UserError: the disk is full.
+    """
     partly = f"{path}.tmp"
-    with open(partly, "wb") as file:
-        file.write(data)
-    os.replace(partly, path)
+    try:
+        with open(partly, "wb") as file:
+            file.write(data)
+        os.replace(partly, path)
+    except OSError as error:
+        if not storage.full(error):
+            raise
+        Path(partly).unlink(missing_ok=True)
+        raise storage.unwritable(str(path), error) from error
 
 
 def png(image: np.ndarray) -> bytes:

@@ -84,6 +84,7 @@ def sample(cfg: config.Sample) -> dict[str, Any]:
     missing = _missing(pieces, job, out)
 
     share = cluster.start(cfg.ray)
+    cluster.check_folders({"out": out}, {"model": cfg.model})
     storage.put_new(storage.join(out, "sampling.json"), _json(job))
     _check_job(job, out)  # another job may have come between
     storage.remove(storage.join(out, "samples.json"))

@@ -8,8 +8,10 @@ import base64
 import hashlib
 import io
 import json
+import os
 import posixpath
 import re
+import stat
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -35,6 +37,7 @@ from pipelines.finding import IMAGE_SUFFIXES, THREADS, Found, find, root_of
 DEFAULTS = SourceConfig()
 WINDOW_GROUPS = 4
 MAX_GROUP_BYTES = 2**31 - 1
+MAX_IMAGE_BYTES = 2**30  # of a file; the largest images that are decoded, uncompressed, have as many
 LISTING = pa.schema([("file", pa.large_binary()), ("rows", pa.int32()), ("offset", pa.int64()), ("size", pa.int64())])
 SCHEME, READABLE = "^[A-Za-z][A-Za-z0-9+.-]*://", "^(s3://|file:///)"
 UNREADABLE = (ValueError, TypeError, OverflowError, RecursionError)  # what a sample's metadata can provoke
@@ -318,8 +321,11 @@ class FileSource(Source):
         return {name: self.listing[name][unit].as_py() for name in self.schema.names}
 
     def data(self, unit: int) -> bytes:
-        path = self._file(self._place(unit)[0])
-        return _read_file(storage.join(self.root, path) if self.kind == "folder" else _locate(self.root, path))
+        group = self._place(unit)[0]
+        path = self._file(group)
+        if self.kind == "list":
+            return _read_file(_locate(self.root, path))
+        return _read_file(storage.join(self.root, path), self.listing["size"][group].as_py())
 
 
 def _list_folder(found: Found, uri: str, config: SourceConfig, name: str, labels: Sequence[str]) -> Source:
@@ -333,10 +339,10 @@ def _list_folder(found: Found, uri: str, config: SourceConfig, name: str, labels
     numbers = {folder: number for number, folder in enumerate(dict.fromkeys([*labels, *sorted(folders)]))}
     # the root itself is no class
     of_folder = pa.array([numbers[folder] if folder else None for folder in folders], pa.int64())
-    columns = {
-        "label": of_folder.take(coded.indices),
-        "label_name": pa.array([folder or None for folder in folders], pa.string()).take(coded.indices),
-    }
+    names = pa.array([folder or None for folder in folders], pa.string())
+    # In parts: an array of strings ends at 2 GiB, which 240 million short names fill, and Arrow does not say so.
+    parts = [names.take(coded.indices.slice(start, 2**20)) for start in range(0, len(coded), 2**20)]
+    columns = {"label": of_folder.take(coded.indices), "label_name": pa.chunked_array(parts, pa.string())}
     about = _about(found, uri, schema, {}, labels=list(numbers))
     return FileSource(_listing(about, file, size=found.images["size"], more=columns))
 
@@ -447,9 +453,22 @@ def _is_foreign(path: str) -> bool:
     return bool(re.match(SCHEME, path)) and not re.match(READABLE, path)
 
 
-def _read_file(path: str) -> bytes:
+def _read_file(path: str, size: int = -1) -> bytes:
+    """
+    Args:
+        size: bytes, where they are known.
+    """
     try:
+        if not storage.remote(path):
+            status = os.stat(path)
+            if not stat.S_ISREG(status.st_mode):  # a pipe or a device may have no end
+                raise ImageError("unreadable", "no regular file")
+            size = status.st_size
+        if size > MAX_IMAGE_BYTES:
+            raise ImageError("too_large", f"a file of {size / 2**30:.1f} GiB")
         return storage.read(path)
+    except (ImageError, storage.Unavailable):  # where the store is away, that is not the image's fault
+        raise
     except FileNotFoundError:
         raise ImageError("missing", "the file is gone") from None
     except (OSError, ValueError) as error:  # ValueError: a path with a NUL
@@ -565,6 +584,8 @@ def _list_parquet(found: Found, uri: str, config: SourceConfig, name: str) -> So
             if column not in other.names or other.field(column).type != schema.field(column).type:
                 has = other.field(column).type if column in other.names else "no such column"
                 raise UserError(f"{path}: column {column!r}: {has}; {paths[0]} has {schema.field(column).type}")
+            if storage.has_pickles(kind := schema.field(column).type):
+                raise UserError(f"{path}: column {column!r} is {kind}: it may hold pickles, which are not read")
     groups = [(_encode(file), *group) for (file, _), (_, parts) in zip(files, listed, strict=True) for group in parts]
     if not groups:
         raise UserError(f"{name}.uri={config.uri}: no rows in {len(files)} Parquet file(s)")
@@ -704,6 +725,8 @@ class TarSource(Source):
         path, _, size = self._range(group)
         try:
             samples = list(tars.read_samples(file, path, start, start + size))
+        except storage.Unavailable:
+            raise
         except UserError:
             samples = []
         if len(samples) != self.listing["rows"][group].as_py():

@@ -43,6 +43,7 @@ from pipelines.config import (
 )
 from pipelines.config import Source as SourceConfig
 from pipelines.judge import check_networks
+from pipelines.logs import say
 from pipelines.sources import Source, open_source
 from pipelines.trial import RESULT, TRAINED, Row, Trial
 
@@ -73,7 +74,8 @@ def sweep(cfg: Sweep) -> list[dict[str, Any]]:
     <root>/<name>. Returns the results, a dict a row.
 
     Raises:
-        UserError: bad config, or a config of a trial; trials failed (after the others are done).
+        UserError: bad config, or a config of a trial; another process is at work on this sweep; trials failed (after
+            the others are done).
     """
     if bool(cfg.table) == bool(cfg.space):
         raise UserError("give either table=... (of the paper) or space.FIELD=... (fields of train_vae to vary)")
@@ -88,6 +90,12 @@ def sweep(cfg: Sweep) -> list[dict[str, Any]]:
     data = cfg.data.model_copy(update=sources)
     cfg = cfg.model_copy(update={"name": name, "root": root, "tracking": tracked, "data": data})
     folder = os.path.join(root, name)
+    with checkpoint.claimed(folder):
+        return _sweep(cfg, table, sources, folder)
+
+
+def _sweep(cfg: Sweep, table: paper.Table | None, sources: dict[str, Any], folder: str) -> list[dict[str, Any]]:
+    root, name = cfg.root, cfg.name
     if table and table.kind == "complexity":
         return _complexity(cfg, table, folder)
     if not cfg.data.train.uri or not cfg.data.val.uri:
@@ -98,18 +106,19 @@ def sweep(cfg: Sweep) -> list[dict[str, Any]]:
     trials, left_out = _of_table(cfg, table, folder) if table else (_of_space(cfg, folder), {})
     # A population that waits for each other's places would have nobody to learn from.
     share = cluster.start(cfg.ray, cfg.trials if cfg.scheduler == "pbt" else cfg.concurrent)
+    cluster.check_folders({"root": root}, {f"data.{name}.uri": source.uri for name, source in sources.items()})
     checkpoint.open_run(folder, cfg, FREE)
     for row, train in ((row, each.train) for each in trials for row in each.rows):
         path = os.path.join(folder, "configs", f"{_slug(row.label)}.yaml")
         os.makedirs(os.path.dirname(path), exist_ok=True)
         outputs.write(path, dump(validate(TrainVAE, train)).encode())
     count = len(trials) or cfg.trials
-    print(f"sweep {name}: {count} trainings, {share.jobs} at a time, {share.text}", flush=True)
+    say(f"sweep {name}: {count} trainings, {share.jobs} at a time, {share.text}")
     for left, reason in left_out.items():
-        print(f"left out: {left}: {reason}", flush=True)
+        say(f"left out: {left}: {reason}", "WARNING")
     lpips = validate(TrainVAE, cfg.train_vae).loss.lpips
     if lpips.weight and (reason := _load("lpips", lpips.net, lpips.weights)):
-        print(f"warning: loss.lpips is off in all trainings: {reason}", flush=True)
+        say(f"warning: loss.lpips is off in all trainings: {reason}", "WARNING")
     run = tracking.start_run(cfg.tracking, root, "sweep", name, cfg.model_dump(mode="json"), folder)
     status: tracking.Status = "FAILED"
     try:
@@ -125,7 +134,7 @@ def sweep(cfg: Sweep) -> list[dict[str, Any]]:
         raise
     finally:
         tracking.finish(run, status)
-    print(_report(cfg, results, folder), flush=True)
+    say(_report(cfg, results, folder))
     if results:
         _compare(cfg, folder)
     if failed:
@@ -251,7 +260,10 @@ def _train(cfg: Sweep, values: dict[str, Any], seed: int, begin: str = "") -> di
         return _train(cfg, values, seed, begin)
     kept = values_to_keep(config)
     named = checkpoint.flatten(kept) | {f"data.{name}": _digest(cfg, name) for name in ("train", "val")}
-    digest = hashlib.sha256(json.dumps({k: v for k, v in sorted(named.items()) if not _is(k, NOT_WEIGHTS)}).encode())
+    fields = {  # without what a training from before there was the field had anyway
+        k: v for k, v in sorted(named.items()) if not _is(k, NOT_WEIGHTS) and (k, v) not in checkpoint.BEFORE.items()
+    }
+    digest = hashlib.sha256(json.dumps(fields).encode())
     return kept | {"name": f"vae-{digest.hexdigest()[:12]}", "root": os.path.join(cfg.root, "trained")}
 
 
@@ -417,6 +429,7 @@ def _tune(cfg: Sweep, trials: list[Trial], share: cluster.Share, run: tracking.R
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the new output is not silent at verbose=0
     os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # Ctrl-C is to end us, not only to end Tune's loop
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # what fails is said below
+    import ray.util
     from ray import tune
 
     setup = {
@@ -424,7 +437,8 @@ def _tune(cfg: Sweep, trials: list[Trial], share: cluster.Share, run: tracking.R
         "trials": [asdict(each) for each in trials],
         "parent": run.run_id or "",
         "folder": folder,
-        "ray": cfg.ray.model_dump(mode="json") | {"cpus_per_worker": share.threads},
+        "ray": cfg.ray.model_dump(mode="json")
+        | {"cpus_per_worker": share.threads, "worker_labels": share.labels, "decode_labels": share.decode_labels},
         "cwd": os.getcwd(),
     }
 
@@ -438,7 +452,10 @@ def _tune(cfg: Sweep, trials: list[Trial], share: cluster.Share, run: tracking.R
     ]
     if trials and not left:
         return []
-    trainable = tune.with_resources(one, {"CPU": 0.01})  # what trains asks for itself
+    # What trains asks for its resources itself, and is begun again elsewhere when its node dies; the process that waits
+    # for it stays beside the driver, without which the sweep ends anyway.
+    beside = f"node:{ray.util.get_node_ip_address()}"
+    trainable = tune.with_resources(one, tune.PlacementGroupFactory([{beside: 0.001}]))
     path = os.path.join(folder, "tune")
     if not trials and tune.Tuner.can_restore(path):
         tuner = tune.Tuner.restore(path, trainable, resume_unfinished=True)

@@ -9,6 +9,7 @@ On the driver: start_run, link, finish. In the driver or in rank 0 of the worker
 does it all: tracked.
 """
 
+import errno
 import json
 import math
 import os
@@ -29,7 +30,8 @@ from typing import Any, Literal, TypeVar
 
 import numpy as np
 
-from litevae.errors import UserError
+from litevae import storage
+from litevae.errors import UserError, redact
 from pipelines.cluster import output_path
 from pipelines.config import Tracked, Tracking
 
@@ -131,18 +133,6 @@ def tracking_uri(config: Tracking, root: str) -> str:
     return uri
 
 
-def redact(value: Any) -> Any:
-    """The same value without secrets: user:password@ in URIs, and key, token, signature or password parameters."""
-    if isinstance(value, dict):
-        return {key: redact(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(redact(item) for item in value)
-    if not isinstance(value, str):
-        return value
-    value = re.sub(r"(?<=://)[^/?#\s]*@", "***@", value)
-    return re.sub(r"(?i)([?&][^=&\s]*(?:key|secret|token|password|sig)[^=&\s]*=)[^&\s]+", r"\1***", value)
-
-
 @contextmanager
 def tracked(
     cfg: Tracked, job: str, name: str, folder: str, resume: bool = False
@@ -192,7 +182,11 @@ class Tracker:
         self._thread.start()
 
     def metrics(self, values: dict[str, float], step: int) -> None:
-        """Log numbers; a step that a metric already has is left as it is."""
+        """Log numbers; a step that a metric already has is left as it is.
+
+        Raises:
+            UserError: metrics.jsonl can't be written: a full disk takes no checkpoint either.
+        """
         fresh = {name: float(value) for key, value in values.items() if self._last.get(name := _name(key), -1) < step}
         if not fresh:
             return
@@ -200,7 +194,16 @@ class Tracker:
         # JSON has no NaN
         shown = {name: value if math.isfinite(value) else str(value) for name, value in fresh.items()}
         line = json.dumps({"step": step, "time": round(time.time(), 3)} | shown)
-        self._file.write(line.encode() + b"\n")  # one write: a line is there or not, whatever kills us
+        self._append(line.encode() + b"\n")
+
+    def _append(self, line: bytes) -> None:
+        """One write: a line is there or not, whatever kills us."""
+        try:
+            if (written := self._file.write(line)) != len(line):
+                self._file.truncate(os.path.getsize(self._path) - (written or 0))
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            raise storage.unwritable(self._path, error) from error
 
     def image(self, key: str, image: np.ndarray, step: int) -> None:
         """Log a picture, uint8 HWC (RGB): <folder>/images/<key>-<step>.png, and MLflow's picture of that step."""

@@ -31,6 +31,7 @@ from litevae.precision import autocast
 from pipelines import checkpoint, cluster, encode, tracking, training
 from pipelines.batches import Batch, make_feed
 from pipelines.config import Encode, TrainLDM, Views, validate, values_to_keep
+from pipelines.logs import say
 from pipelines.sources import Source, open_source
 
 # What may differ when a run goes on. `images` may only grow.
@@ -39,15 +40,18 @@ FREE = (
     "checkpointing", "data.loaders", "data.max_bad", "data.calibrate", "optim.lr", "optim.clip", "loop.precision",
     "loop.val_every", "loop.checkpoint_every", "loop.keep", "loop.log_every", "loop.max_restarts", "loop.max_skipped",
 )  # fmt: skip
+CACHED = (*FREE, "data.decode")  # with mode=cache, which decodes nothing
 BUCKETS = 4  # of noise levels, whose losses are logged apart
 PICTURES = 16  # drawn at a time
 
 
+@checkpoint.alone
 def train_ldm(config: TrainLDM) -> dict[str, Any]:
     """Train, or go on with, the run `config.name`; its model is in root/name/model.
 
     Raises:
-        UserError: anything the user can mend, before Ray starts where it can be known then.
+        UserError: anything the user can mend, before Ray starts where it can be known then; another process is at work
+            on this run.
     """
     folder = os.path.join(cluster.output_path("root", config.root), config.name)
     objective_of(config)
@@ -56,22 +60,23 @@ def train_ldm(config: TrainLDM) -> dict[str, Any]:
         raise UserError(f"{data['data']} holds latents of {shape[1]}x{shape[2]}; train_ldm learns square ones")
     if len({f"{decay:g}" for decay in (config.loop.ema, *config.more_ema)}) <= len(config.more_ema):
         raise UserError(f"more_ema={config.more_ema} names a decay twice, or loop.ema={config.loop.ema:g} again")
-    training.check_batch("batch_size", config.batch_size, data["images"], config.ray.workers, config.optim.accumulate)
+    training.check_batch("batch_size", config.batch_size, data["images"], config.ray, config.optim.accumulate)
     with torch.device("meta"):
         network = build_denoiser(config.network, shape[0], shape[-1], config.classes)
-    if os.path.isdir(folder):
-        checkpoint.open_run(folder, config, FREE)  # refuses another run's name before a cache is begun
+    free = CACHED if config.mode == "cache" else FREE
+    if checkpoint.holds_something(folder):
+        checkpoint.open_run(folder, config, free)  # refuses another run's name before a cache is begun
     if config.mode == "write-through":
         data |= _begin_cache(config)
     share = cluster.start(config.ray)
-    resumed = checkpoint.open_run(folder, config, FREE)
+    cluster.check_folders({"root": os.path.dirname(folder)}, {"vae": data["vae"], "cache": data.get("cache", "")})
+    resumed = checkpoint.open_run(folder, config, free)
     if resumed:
         checkpoint.check_longer(folder, "images", config.images)
         checkpoint.write_config(folder, config)
-    print(
+    say(
         f"train_ldm {config.name}: {about}, {config.network} {count_parameters(network):,} parameters, "
         f"{config.images:,} images to see, {share.text}",
-        flush=True,
     )
     handle = tracking.start_run(
         config.tracking, config.root, "train_ldm", config.name, config.model_dump(mode="json"), folder, resume=resumed
@@ -79,7 +84,7 @@ def train_ldm(config: TrainLDM) -> dict[str, Any]:
     setup = {"config": values_to_keep(config), "folder": folder, "shape": shape, **data}
     result = training.fit(_worker, setup, handle, share, config.loop) | {"parameters": count_parameters(network)}
     numbers = f"   loss {result['loss']:.4g}" if "loss" in result else ""
-    print(f"model: {result['model']}{numbers}\nMLflow: {result['tracking']}", flush=True)
+    say(f"model: {result['model']}{numbers}", **result)
     return result
 
 
@@ -155,7 +160,7 @@ def _begin_cache(config: TrainLDM) -> dict[str, Any]:
         source=data.source,
         model=config.vae,
         out=config.cache,
-        transform=Views(resolution=data.resolution, resize=data.resize),
+        transform=Views(resolution=data.resolution, resize=data.resize, decode=data.decode),
         rows_per_shard=data.rows_per_shard,
         precision=data.precision,
         error_budget=data.max_bad,
@@ -197,7 +202,8 @@ class Diffusion:
         self.stages = [(config.images, config.batch_size)]
         self.objective = objective_of(config)
         torch.manual_seed(config.seed)
-        self.network = build_denoiser(config.network, self._shape[0], self._shape[-1], config.classes).to(device)
+        self.network = build_denoiser(config.network, self._shape[0], self._shape[-1], config.classes)
+        self.network.to(device).to(memory_format=training.memory_format(device))
         if config.checkpointing:
             self.network.enable_gradient_checkpointing()
         self.net = prepare_model(self.network)
@@ -205,8 +211,8 @@ class Diffusion:
         decays = [config.loop.ema] * bool(config.loop.ema) + config.more_ema
         self.averages = {f"{decay:g}": EMA(self.network, decay) for decay in decays}
         self._main = f"{config.loop.ema:g}"  # of the model that is sampled; "0" is none: the weights themselves
-        if config.loop.compile:
-            self.net = torch.compile(self.net)
+        if config.loop.compile:  # with DDP around it, whose buckets are then sent while the backward pass goes on
+            self.net = torch.compile(self.net, dynamic=False)
 
     def begin(self, stage: int) -> None:
         self.feed.begin()
@@ -229,7 +235,7 @@ class Diffusion:
         return batch
 
     def step(self, batch: Batch, images: int) -> dict[str, Tensor]:
-        optim, values = self.config.optim, training.Totals()
+        optim, values = self.config.optim, []
         noise, u = (batch[name].to(self.device, non_blocking=True) for name in ("noise", "u"))
         labels = None if batch["labels"] is None else batch["labels"].to(self.device, non_blocking=True)
         parts = list(
@@ -241,12 +247,12 @@ class Diffusion:
                     losses, errors, levels = self.objective.loss(self.net, *part)
                 loss = losses.mean()
                 (loss / len(parts)).backward()
-            values.add({"loss": loss} | _by_level(errors.detach(), levels))
+            values.append({"loss": loss} | _by_level(errors.detach(), levels))
         rate = optim.lr * training.learning_rate_factor(optim, images, self.config.images)
-        values.add(self.optimizer.step(rate))
+        found = training.mean_of(values) | self.optimizer.step(rate)
         for average in self.averages.values():
             average.update(self.network)
-        return values.means()
+        return found
 
     def count(self) -> dict[str, Tensor]:
         return {"bad_images": torch.tensor(float(self.feed.bad()))}
@@ -314,12 +320,10 @@ def _split(values: Tensor | None, parts: int) -> tuple[Any, ...]:
 def _by_level(errors: Tensor, levels: Tensor) -> dict[str, Tensor]:
     """The error without weights in each quarter of the noise levels; NaN where the batch has none there."""
     bucket = (levels * BUCKETS).long().clamp(max=BUCKETS - 1)
-    found = {}
-    for n in range(BUCKETS):
-        inside = bucket == n
-        mean = torch.where(inside, errors, 0).sum() / inside.sum()
-        found[f"loss_at_noise_{n / BUCKETS:.2f}-{(n + 1) / BUCKETS:.2f}"] = mean
-    return found
+    inside = bucket == torch.arange(BUCKETS, device=bucket.device).unsqueeze(1)
+    means = torch.where(inside, errors, 0).sum(1) / inside.sum(1)
+    names = [f"loss_at_noise_{n / BUCKETS:.2f}-{(n + 1) / BUCKETS:.2f}" for n in range(BUCKETS)]
+    return dict(zip(names, means.unbind(), strict=True))
 
 
 def _worker(setup: dict[str, Any]) -> dict[str, Any]:

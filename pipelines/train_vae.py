@@ -18,22 +18,25 @@ from litevae.diffusion import EMA
 from litevae.discriminators import Discriminator, build_discriminator
 from litevae.errors import UserError
 from litevae.images import ImageError, ImageTransform, to_tensor
+from litevae.loader import stream
 from litevae.perceptual import SqueezeNetFeatures, WeightsMissing, load_esrgan, load_lpips
 from litevae.pictures import reconstruction_picture
 from litevae.precision import autocast
 from pipelines import checkpoint, cluster, tracking, training
-from pipelines.batches import Images
+from pipelines.batches import Images, Picture
 from pipelines.config import TrainVAE, validate, values_to_keep
+from pipelines.logs import say
 from pipelines.sources import Source, open_source
 
 # What may differ when a run goes on. Stages may only grow; see _check_stages.
 FREE = (
-    "root", "ray", "stages", "val_images", "data.val", "data.loaders", "data.max_bad",
+    "root", "ray", "stages", "checkpointing", "val_images", "data.val", "data.loaders", "data.max_bad",
     "loop.val_every", "loop.checkpoint_every", "loop.keep", "loop.log_every", "loop.max_restarts",
 )  # fmt: skip
 PICTURES = 8  # validation images shown
 
 
+@checkpoint.alone
 def train_vae(config: TrainVAE, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
     """Train, or go on with, the run `config.name`; its model folder is root/name/model.
 
@@ -41,14 +44,15 @@ def train_vae(config: TrainVAE, callbacks: Sequence[Any] = ()) -> dict[str, Any]
         callbacks: of Ray Train.
 
     Raises:
-        UserError: anything the user can mend, before Ray starts where it can be known then.
+        UserError: anything the user can mend, before Ray starts where it can be known then; another process is at work
+            on this run.
     """
     folder = os.path.join(cluster.output_path("root", config.root), config.name)
     source = open_source(config.data.train, "data.train")
     val = open_source(config.data.val, "data.val") if config.data.val.uri else None
     for n, stage in enumerate(config.stages):
         training.check_batch(
-            f"stages.{n}.batch_size", stage.batch_size, source.units, config.ray.workers, config.optim.accumulate
+            f"stages.{n}.batch_size", stage.batch_size, source.units, config.ray, config.optim.accumulate
         )
     model = build_model(config)
     lpips = lpips_or_warning(config)
@@ -65,16 +69,16 @@ def train_vae(config: TrainVAE, callbacks: Sequence[Any] = ()) -> dict[str, Any]
             f"runs/<name>/checkpoint-..., which loop.keep of its run must have kept"
         )
     share = cluster.start(config.ray)
+    cluster.check_folders({"root": os.path.dirname(folder)}, {"data.train.uri": source.uri})
     resumed = checkpoint.open_run(folder, config, FREE)
     if resumed:
         _check_stages(folder, config)
         checkpoint.write_config(folder, config)
     total = sum(stage.images for stage in config.stages)
-    print(
+    say(
         f"train_vae {config.name}: {source.units:,} images, encoder {config.model.encoder} "
         f"{count_parameters(model.encoder):,} + decoder {count_parameters(model.decoder):,} parameters, {total:,} "
         f"images to see, {share.text}",
-        flush=True,
     )
     handle = tracking.start_run(
         config.tracking, config.root, "train_vae", config.name, config.model_dump(mode="json"), folder, resume=resumed
@@ -85,7 +89,7 @@ def train_vae(config: TrainVAE, callbacks: Sequence[Any] = ()) -> dict[str, Any]
     }  # fmt: skip
     result = training.fit(_worker, setup, handle, share, config.loop, callbacks)
     numbers = "   ".join(f"{key} {result[key]:.4g}" for key in ("psnr", "ssim") if key in result)
-    print(f"model: {result['model']}   {numbers}\nMLflow: {result['tracking']}", flush=True)
+    say(f"model: {result['model']}   {numbers}", **result)
     return result
 
 
@@ -136,7 +140,7 @@ def lpips_or_warning(config: TrainVAE) -> bool:
     try:
         load_lpips(term.net, term.weights)
     except WeightsMissing as missing:
-        print(f"warning: loss.lpips is off: {missing}", flush=True)
+        say(f"warning: loss.lpips is off: {missing}", "WARNING")
         return False
     return True
 
@@ -231,9 +235,12 @@ class Networks:
         from ray.train.torch import prepare_model
 
         self.config, self.device = config, device
-        self.model = build_model(config).to(device)
+        self.memory_format = training.memory_format(device)
+        self.model = build_model(config).to(device).to(memory_format=self.memory_format)
+        if config.checkpointing:
+            self.model.enable_gradient_checkpointing()
         self.net = prepare_model(self.model)
-        self.objective = Objective(config, lpips).to(device)
+        self.objective = Objective(config, lpips).to(device).to(memory_format=self.memory_format)
         self.optimizer = training.Adam(self.model, config.optim)
         self.ema = EMA(self.model, config.loop.ema) if config.loop.ema else None
         self.disc: Discriminator | None = None
@@ -241,24 +248,25 @@ class Networks:
         adversarial = config.loss.adversarial
         if adversarial.weight:
             torch.manual_seed(config.seed + 1)
-            self.disc = build_discriminator(adversarial.kind, adversarial.channels).to(device)
+            self.disc = build_discriminator(adversarial.kind, adversarial.channels)
+            self.disc.to(device).to(memory_format=self.memory_format)
             self.disc_net = prepare_model(self.disc)
             self.disc_optimizer = training.Adam(self.disc, config.optim, lr=adversarial.lr)
             self.lecam = losses.LeCam(_average, device=device) if adversarial.lecam else None
-        if config.loop.compile:
-            self.net = torch.compile(self.net)
+        if config.loop.compile:  # not the posterior's draw between the two halves, which stays torch's
+            training.compile_parts(self.model.encoder, self.model.decoder, self.disc, *self.objective.children())
         self.total = sum(stage.images for stage in config.stages)
 
-    def step(self, pixels: list[np.ndarray], images: int) -> dict[str, Tensor]:
-        """One update of each network from this rank's uint8 (H, W, 3) images; returns the terms' values."""
+    def step(self, pixels: Tensor, images: int) -> dict[str, Tensor]:
+        """One update of each network from this rank's images, uint8 (N, H, W, 3); returns the terms' values."""
         optim, adversarial = self.config.optim, self.config.loss.adversarial
         gan = self.disc is not None and images >= adversarial.start
         factor = training.learning_rate_factor(optim, images, self.total)
-        values = training.Totals()
+        values: list[dict[str, Tensor]] = []
         fakes: list[tuple[Tensor, Tensor]] = []
-        parts = np.split(np.stack(pixels), optim.accumulate)
+        parts = pixels.to(self.device, non_blocking=True).chunk(optim.accumulate)
         for n, part in enumerate(parts):
-            x = to_tensor(torch.from_numpy(part).to(self.device, non_blocking=True))
+            x = to_tensor(part, self.memory_format)
             averaged = self._averaged_reconstruction(x) if self.objective.wants_averaged(images) else None
             with training.synced(self.net, n == len(parts) - 1):
                 with autocast(self.device, self.config.loop.precision):
@@ -271,14 +279,14 @@ class Networks:
                     loss = loss + weight * terms["adversarial"]
                     fakes.append((x, reconstruction.detach()))
                 (loss / len(parts)).backward()
-            values.add(terms | {"loss": loss})
-        values.add(self.optimizer.step(optim.lr * factor))
+            values.append(terms | {"loss": loss})
+        found = training.mean_of(values) | self.optimizer.step(optim.lr * factor)
         _share_buffers(self.model)
         if self.ema is not None:
             self.ema.update(self.model)
         if gan:
-            values.add(self._discriminator_step(fakes, images, adversarial.lr * factor))
-        return values.means()
+            found |= self._discriminator_step(fakes, images, adversarial.lr * factor)
+        return found
 
     def _adversarial(self, loss: Tensor, reconstruction: Tensor, images: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Weight of the adversarial term, and the term itself with what is to be known of it.
@@ -292,7 +300,7 @@ class Networks:
             logits = self.disc(reconstruction)
         term = losses.hinge_generator(logits) if config.loss == "hinge" else losses.logistic_generator(logits)
         values = {"adversarial": term}
-        weight = torch.tensor(config.weight, device=self.device)
+        weight = torch.full((), config.weight, device=self.device)  # a copy from the host would wait for the device
         if config.adaptive or self._due(config.ratio_every, images):
             norms = losses.gradient_norms(loss, term, self.model.decoder.conv_out.weight, _average)
             if config.adaptive:
@@ -303,14 +311,14 @@ class Networks:
     def _discriminator_step(self, fakes: list[tuple[Tensor, Tensor]], images: int, lr: float) -> dict[str, Tensor]:
         assert self.disc is not None
         self.disc.requires_grad_(True)
-        values = training.Totals()
+        values: list[dict[str, Tensor]] = []
         for n, (x, fake) in enumerate(fakes):
             with training.synced(self.disc_net, n == len(fakes) - 1):
                 loss, terms = self._discriminator_loss(x, fake, images, n)
                 (loss / len(fakes)).backward()
-            values.add(terms)
-        values.add({f"discriminator_{key}": value for key, value in self.disc_optimizer.step(lr).items()})
-        return values.means()
+            values.append(terms)
+        stepped = {f"discriminator_{key}": value for key, value in self.disc_optimizer.step(lr).items()}
+        return training.mean_of(values) | stepped
 
     def _discriminator_loss(self, x: Tensor, fake: Tensor, images: int, part: int) -> tuple[Tensor, dict[str, Tensor]]:
         config = self.config.loss.adversarial
@@ -357,7 +365,7 @@ class Networks:
         assert self.ema is not None
         # copies of buffers: a running mean is not to see the batch twice
         state = self.ema.average | {name: buffer.clone() for name, buffer in self.model.named_buffers()}
-        with autocast(self.device, self.config.loop.precision):
+        with training.uncompiled(), autocast(self.device, self.config.loop.precision):
             return torch.func.functional_call(self.model, state, (x, False))[0].float()
 
     def averaged(self) -> AbstractContextManager[None]:
@@ -419,14 +427,20 @@ class Autoencoder(Networks):
     def begin(self, stage: int) -> None:
         resolution = self.config.stages[stage].resolution
         data = self.config.data
-        transform = ImageTransform(resolution, data.resize, data.crop, data.flip)
+        transform = ImageTransform(resolution, data.resize, data.crop, data.flip, decode=data.decode)
         self._images = Images(self.source, transform, self.config.seed, data.loaders, data.max_bad)
         self._validation = Validation(self._val, self.config, resolution, self._rank, self._world)
         self.model.train()
 
-    def batches(self, start: int, end: int, batch_size: int) -> Iterator[list[np.ndarray]]:
-        for batch in self._images.batches(start, end, batch_size, self._rank, self._world):
-            yield [picture.pixels for picture in batch]
+    def batches(self, start: int, end: int, batch_size: int) -> Iterator[Tensor]:
+        """Put together while the step before is computed."""
+        pictures = self._images.batches(start, end, batch_size, self._rank, self._world)
+        for (batch,) in stream(self._stacked, ([batch] for batch in pictures), threads=1, ahead=1):
+            yield batch
+
+    def _stacked(self, pictures: Sequence[Picture]) -> Tensor:
+        batch = torch.from_numpy(np.stack([picture.pixels for picture in pictures]))
+        return batch.pin_memory() if self.device.type == "cuda" else batch  # or copies would wait for the step before
 
     def count(self) -> dict[str, Tensor]:
         return {"bad_images": torch.tensor(float(self._images.count_bad(self._world)))}
@@ -469,7 +483,7 @@ class Validation:
             try:
                 pixels.append(transform(source.data(unit)).pixels)
             except ImageError as error:
-                print(f"skipped unreadable validation image {source.id(unit)} ({error.reason}: {error})", flush=True)
+                say(f"skipped unreadable validation image {source.id(unit)} ({error.reason}: {error})", "WARNING")
         self._pixels = np.stack(pixels) if pixels else np.empty((0, resolution, resolution, 3), np.uint8)
 
     @torch.no_grad()
@@ -478,9 +492,10 @@ class Validation:
         values: dict[str, list[float]] = {"psnr": [], "ssim": []}
         shown: list[list[Tensor]] = [[], [], []]
         networks.model.eval()
-        with networks.averaged():
+        with networks.averaged(), training.uncompiled():
             for start in range(0, len(self._pixels), self._batch):
-                x = to_tensor(torch.from_numpy(self._pixels[start : start + self._batch]).to(networks.device))
+                pixels = torch.from_numpy(self._pixels[start : start + self._batch]).to(networks.device)
+                x = to_tensor(pixels, networks.memory_format)
                 with autocast(networks.device, self._precision):
                     reconstruction, posterior = networks.model(x, sample_posterior=False)
                 reconstruction = reconstruction.float()

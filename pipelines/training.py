@@ -21,12 +21,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from litevae import storage
 from litevae.errors import UserError
-from pipelines import checkpoint, outputs, tracking
+from pipelines import checkpoint, monitoring, outputs, stopping, tracking
 from pipelines.cluster import Share
-from pipelines.config import Loop, Optimizer, TrainLDM, TrainVAE, values_to_keep
+from pipelines.config import Loop, Optimizer, Ray, TrainLDM, TrainVAE, values_to_keep
+from pipelines.logs import say
 
 ERROR = "error.txt"  # in the run's folder: what one of several workers has to tell
+LOOK_EVERY = 0.5  # seconds between looks for a request to stop
+RESIZE_EVERY = 30.0  # seconds between looks for nodes that an elastic run could use
 
 
 def fit(
@@ -48,19 +52,33 @@ def fit(
 
     Raises:
         UserError: one that a worker returned as {"error": message}, since Ray Train tries again after what is raised.
+        Stopped: the run was asked to leave, and did, with a checkpoint.
     """
     import ray.train
+    from ray.train.backend import Backend
     from ray.train.torch import TorchConfig, TorchTrainer
+
+    class Alone(TorchConfig):
+        """Without a process group, whose rendezvous listens on every address."""
+
+        backend_cls = Backend
 
     folder = setup["folder"]
     root, name = os.path.split(folder)
+    say(f"run: {folder}\nMLflow: {tracking.link(handle)}", folder=folder, run=tracking.link(handle))
     told = Path(folder) / ERROR
     told.unlink(missing_ok=True)
+    stopping.withdraw(folder)  # of a run that ended before it heard of it
     trainer = TorchTrainer(
         worker,
-        train_loop_config=setup | {"handle": handle, "threads": share.threads, "live": sys.stderr.isatty()},
+        train_loop_config=setup
+        | {"handle": handle, "threads": share.threads, "live": sys.stderr.isatty(), "nodes": len(ray.nodes())},
         scaling_config=ray.train.ScalingConfig(
-            num_workers=share.workers, use_gpu=share.gpu, resources_per_worker=share.resources
+            num_workers=share.elastic or share.workers,
+            elastic_resize_monitor_interval_s=RESIZE_EVERY,
+            use_gpu=share.gpu,
+            resources_per_worker=share.resources,
+            label_selector=share.labels or None,
         ),
         run_config=ray.train.RunConfig(
             name=name,
@@ -70,14 +88,23 @@ def fit(
             logging_config=ray.train.LoggingConfig(log_level="ERROR"),
             callbacks=list(callbacks),
         ),
-        torch_config=TorchConfig(timeout_s=600),
+        torch_config=Alone() if (share.elastic or share.workers) == 1 else TorchConfig(timeout_s=600),
     )
     status: tracking.Status = "FAILED"
     try:
-        result = trainer.fit().return_value
+        result = stopping.patiently(trainer.fit, folder).return_value
         if "error" in result:
             raise UserError(result["error"])
+        if result.pop("stopped"):
+            raise stopping.Stopped(
+                stopping.withdraw(folder),
+                f"stopped after {result['images']:,} images; the checkpoint is in {folder}, and the same command goes "
+                f"on from it",
+            )
         status = "FINISHED"
+    except KeyboardInterrupt:
+        status = "KILLED"
+        raise
     except ray.train.TrainingFailedError as error:
         failures = getattr(error, "worker_failures", {})
         where = f" on rank {next(iter(failures))}" if failures else ""
@@ -87,6 +114,7 @@ def fit(
             f"goes on from it"
         ) from error
     finally:
+        stopping.withdraw(folder)
         told.unlink(missing_ok=True)
         tracking.finish(handle, status)
     return result | {"model": os.path.join(folder, "model"), "tracking": tracking.link(handle)}
@@ -163,16 +191,18 @@ def run(
         tracker.dataset(os.path.basename(setup["data"]), task.digest, setup["data"])
     progress = Progress(name, total, images, setup["live"]) if rank == 0 else None
     totals, rates, numbers, saved, end = Totals(), [0.0], dict[str, float](), images, 0
+    watch, stop, notice = Watch(setup["folder"], rank, world), False, None
+    shown = monitoring.Training(config.name) if rank == 0 else None
     try:
         for number, (length, batch_size) in enumerate(task.stages):
             begin, end = end, end + length
-            if images >= end:
+            if images >= end or stop:
                 continue
             task.begin(number)
             clock, since, waited = time.monotonic(), images, 0.0
             # A stage's last batch is whole, so the next stage may begin some images late.
             batches = iter(task.batches(max(images, begin), end, batch_size))
-            while True:
+            while not stop:
                 asked = time.monotonic()
                 if (batch := next(batches, None)) is None:
                     break
@@ -180,7 +210,12 @@ def run(
                 before, images = images, images + batch_size
                 torch.manual_seed(seed_for(config.seed, before, rank))
                 totals.add(task.step(batch, before))
-                save = due(before, images, loop.checkpoint_every) or images >= end
+                stop = watch.asked()
+                save = due(before, images, loop.checkpoint_every) or images >= end or stop
+                if due(before, images, loop.log_every * batch_size) and (found := _preempted(setup)) != notice:
+                    notice, save = found, save or found is not None
+                    if found is not None and progress is not None:
+                        say(f"{name}: a node is to be taken away; checkpoint after {images:,} images", "WARNING")
                 if save or due(before, images, loop.log_every * batch_size):
                     means = mean_over_ranks(totals.means() | task.count())
                     seconds = max(1e-9, time.monotonic() - clock)
@@ -192,10 +227,12 @@ def run(
                             f"were skipped; the checkpoint at {saved:,} is kept. Lower optim.lr, or set optim.clip=1 "
                             f"or loop.precision=fp32, and run again: it goes on from there"
                         )
+                    speed = {"images_per_second": rates[-1], "waiting_for_data": waited / seconds}
                     if tracker is not None:
                         values = {f"train/{key}": value for key, value in means.items() if np.isfinite(value)}
-                        speed = {"images_per_second": rates[-1], "waiting_for_data": waited / seconds}
                         tracker.metrics(values | {f"train/{key}": value for key, value in speed.items()}, images)
+                    if shown is not None:
+                        shown.show(images - since, (images - since) // batch_size, means | speed)
                     numbers["loss"] = means["loss"]
                     clock, since, waited = time.monotonic(), images, 0.0
                 if progress is not None:
@@ -213,9 +250,11 @@ def run(
                     clock, since, waited = time.monotonic(), images, 0.0
                 if save:  # what was just checked: a checkpoint never holds a broken run
                     extra = {"images": images, "digest": task.digest, "config": values_to_keep(config)}
-                    _report({"images": images} | numbers, checkpoint.save(task.state() | extra) if rank == 0 else None)
+                    state = checkpoint.save(task.state() | extra) if rank == 0 else None
+                    _report({"images": images} | numbers, state, folder)
                     saved, clock, since, waited = images, time.monotonic(), images, 0.0
-        if rank == 0 and tracker is not None:
+        stop = stop and images < total
+        if tracker is not None and not stop:
             for exported, write in task.exports().items():
                 if images == begun:  # nothing was left to train, and so nothing to validate
                     checkpoint.publish(write, folder / exported)
@@ -225,7 +264,7 @@ def run(
             progress.close()
         if tracker is not None:
             tracker.close()
-    return {"images": images, "images_per_second": float(np.median(rates[1:] or rates)), **numbers}
+    return {"images": images, "stopped": stop, "images_per_second": float(np.median(rates[1:] or rates)), **numbers}
 
 
 def _resume(task: Task, name: str, setup: dict[str, Any], rank: int) -> int:
@@ -233,9 +272,10 @@ def _resume(task: Task, name: str, setup: dict[str, Any], rank: int) -> int:
     import ray.train
 
     found, begin = ray.train.get_checkpoint(), setup.get("begin", "")
-    if found is None and not begin:
+    own = "" if found else checkpoint.newest(setup["folder"])  # Ray's list of them was lost
+    if not (found or own or begin):
         return 0
-    if found is None:
+    if not (found or own):
         state = checkpoint.load(begin)
         try:
             task.load(state)
@@ -245,7 +285,7 @@ def _resume(task: Task, name: str, setup: dict[str, Any], rank: int) -> int:
                 f"begin={begin} is a checkpoint of another model or of other networks beside it: {reason}"
             ) from None
     else:
-        with found.as_directory() as path:
+        with found.as_directory() if found else nullcontext(own) as path:
             state = checkpoint.load(path)
         if state["digest"] != task.digest:
             raise UserError(
@@ -254,18 +294,35 @@ def _resume(task: Task, name: str, setup: dict[str, Any], rank: int) -> int:
             )
         task.load(state)
     if rank == 0:
-        print(f"{name}: goes on after {state['images']:,} images", flush=True)
+        say(f"{name}: goes on after {state['images']:,} images", images=state["images"])
     return state["images"]
 
 
-def _report(metrics: dict[str, Any], folder: str | None) -> None:
-    """Hand a checkpoint folder (rank 0's; None elsewhere) to Ray Train; all ranks call this together."""
+def _preempted(setup: dict[str, Any]) -> Any:
+    """What Ray was told of nodes of this run that are to be taken away (a spot notice, `ray drain-node`): the same on
+    all ranks, which ask together; None where it was told nothing."""
+    import ray.train
+
+    return ray.train.get_preemption_info() if setup["nodes"] > 1 else None
+
+
+def _report(metrics: dict[str, Any], folder: str | None, run: Path) -> None:
+    """Hand a checkpoint folder (rank 0's; None elsewhere) to Ray Train; all ranks call this together.
+
+    Raises:
+        UserError: it can't be written into the run's folder.
+    """
     import ray.train
 
     found = ray.train.Checkpoint.from_directory(folder) if folder else None
-    ray.train.report(metrics, checkpoint=found, checkpoint_dir_name=f"checkpoint-{metrics['images']:012d}")
-    if folder:
-        shutil.rmtree(folder, ignore_errors=True)
+    name = f"checkpoint-{metrics['images']:012d}"
+    try:
+        ray.train.report(metrics, checkpoint=found, checkpoint_dir_name=name)
+    except OSError as error:
+        raise storage.unwritable(str(run / name), error) from error
+    finally:
+        if folder:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 # --- randomness and data --------------------------------------------------------------------------------------
@@ -281,13 +338,18 @@ def batch_positions(start: int, end: int, batch_size: int) -> Iterator[range]:
     return (range(position, position + batch_size) for position in range(start, end, batch_size))
 
 
-def check_batch(name: str, batch_size: int, units: int, workers: int, accumulate: int) -> None:
+def check_batch(name: str, batch_size: int, units: int, ray: Ray, accumulate: int) -> None:
     """
     Raises:
-        UserError: the batch does not divide over workers and micro-batches, or is larger than the data.
+        UserError: the batch does not divide over workers, whatever their number may become, and micro-batches, or is
+            larger than the data.
     """
-    if batch_size % (workers * accumulate):
-        raise UserError(f"{name}={batch_size} does not divide by ray.workers={workers} x optim.accumulate={accumulate}")
+    for workers in range(ray.min_workers or ray.workers, ray.workers + 1):
+        if batch_size % (workers * accumulate):
+            elastic = f" (any of ray.min_workers={ray.min_workers} to {ray.workers})" if ray.min_workers else ""
+            raise UserError(
+                f"{name}={batch_size} does not divide by ray.workers={workers}{elastic} x optim.accumulate={accumulate}"
+            )
     if batch_size > units:
         raise UserError(f"{name}={batch_size} is larger than the data: {units} images; lower it or add images")
 
@@ -308,6 +370,35 @@ def learning_rate_factor(config: Optimizer, images: int, total: int) -> float:
         return 1.0
     progress = (images - config.warmup) / max(1, total - config.warmup)
     return 0.5 + 0.5 * float(np.cos(np.pi * min(1.0, progress)))
+
+
+class Watch:
+    """In a training worker: whether the run was asked to stop. All ranks, which ask once a step, hear of it at the same
+    one: rank 0 looks, and tells the others beside the step's own work, on CPUs."""
+
+    def __init__(self, folder: str, rank: int, world: int):
+        self._file, self._rank = Path(folder, stopping.FILE), rank
+        self._looked, self._seen = 0.0, False
+        self._group: Any = torch.distributed.new_group(backend="gloo") if world > 1 else None
+        self._told = torch.zeros(1)
+        self._telling: Any = None
+
+    def asked(self) -> bool:
+        if self._group is None:
+            return self._look()
+        told = False
+        if self._telling is not None:
+            self._telling.wait()
+            told = bool(self._told)
+        if self._rank == 0:
+            self._told.fill_(self._look())
+        self._telling = torch.distributed.broadcast(self._told, src=0, group=self._group, async_op=True)
+        return told
+
+    def _look(self) -> bool:
+        if not self._seen and time.monotonic() - self._looked >= LOOK_EVERY:
+            self._looked, self._seen = time.monotonic(), os.path.exists(self._file)
+        return self._seen
 
 
 class Adam:
@@ -355,6 +446,31 @@ class Adam:
         groups = zip(state["param_groups"], self._optimizer.param_groups, strict=True)
         state = state | {"param_groups": [own | {"params": theirs["params"]} for theirs, own in groups]}
         self._optimizer.load_state_dict(state)
+        for parameter, moments in self._optimizer.state.items():
+            for name in ("exp_avg", "exp_avg_sq"):  # the fused kernel takes them to lie in memory as the weights do
+                moments[name] = torch.empty_like(parameter).copy_(moments[name])
+
+
+def memory_format(device: torch.device) -> torch.memory_format:
+    """Of images, features and convolutions' weights. Tensor cores want channels last (not measured here); on a CPU with
+    AVX2, gradients of convolutions took up to twice as long so."""
+    return torch.channels_last if device.type == "cuda" else torch.contiguous_format
+
+
+def compile_parts(*parts: nn.Module | None) -> None:
+    """torch.compile these modules in place, names of their weights and all.
+
+    Each is compiled once for every shape (stages have a few, and all their batches the same) and use (a discriminator
+    with and without gradients of its weights). Kernels for any size would be slower.
+    """
+    for part in parts:
+        if part is not None:
+            part.compile(dynamic=False, isolate_recompiles=True, recompile_limit=64)
+
+
+def uncompiled() -> AbstractContextManager:
+    """Context in which compiled modules run as they are, for what is seldom done or in other shapes."""
+    return torch.compiler.set_stance("force_eager")
 
 
 def synced(net: Any, last: bool) -> AbstractContextManager:
@@ -374,22 +490,40 @@ def mean_over_ranks(tensors: dict[str, Tensor]) -> dict[str, float]:
 
 
 class Totals:
-    """Means of metrics, kept on the device, so that no step waits for it. What is NaN or infinite does not count."""
+    """Means of metrics, kept on the device, so that no step waits for it. What is NaN or infinite does not count.
+
+    A step's numbers are one tensor: a GPU takes longer to start a kernel for each of them than to compute them all.
+    """
 
     def __init__(self) -> None:
-        self._sums: dict[str, tuple[Tensor, Tensor]] = {}
+        self._sums: dict[tuple[str, ...], Tensor] = {}  # of steps with the same metrics: sums, and how many counted
 
     def add(self, values: dict[str, Tensor]) -> None:
-        for key, value in values.items():
-            value, finite = value.detach(), value.isfinite()
-            total, count = self._sums.get(key, (torch.zeros_like(value), torch.zeros_like(value)))
-            self._sums[key] = total + torch.where(finite, value, 0), count + finite
+        if not values:
+            return
+        row = torch.stack([value.detach() for value in values.values()])
+        finite = row.isfinite()
+        row, names = torch.stack([row.where(finite, 0), finite]), tuple(values)
+        self._sums[names] = self._sums[names] + row if names in self._sums else row
 
     def means(self) -> dict[str, Tensor]:
         """Since the last call; NaN where nothing counts."""
-        means = {key: total / count for key, (total, count) in self._sums.items()}
+        found: dict[str, Tensor] = {}
+        for names, sums in self._sums.items():
+            for name, pair in zip(names, sums.unbind(1), strict=True):
+                found[name] = found[name] + pair if name in found else pair
         self._sums.clear()
-        return means
+        return {name: total / count for name, (total, count) in found.items()}
+
+
+def mean_of(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Of a step's micro-batches."""
+    if len(parts) == 1:
+        return {name: value.detach() for name, value in parts[0].items()}
+    totals = Totals()
+    for part in parts:
+        totals.add(part)
+    return totals.means()
 
 
 class Progress:
@@ -414,10 +548,10 @@ class Progress:
             rate = (done - self._first) / max(1e-9, now - self._start)
             left = int((self._total - done) / max(1e-9, rate))
             shown = "  ".join(f"{key} {value:.4g}" for key, value in numbers.items())
-            print(
+            say(
                 f"{self._what}: {done:,}/{self._total:,} images  {shown}  {rate:.1f} images/s  "
                 f"{left // 60}:{left % 60:02d} left",
-                flush=True,
+                **numbers | {"job": self._what, "images": done, "total": self._total, "images_per_second": rate},
             )
 
     def close(self) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 
 from pipelines import outputs, paper
 from pipelines.config import Encode, Evaluate, EvaluateSamples, Sample, Sweep, Tracking, TrainLDM, TrainVAE, validate
+from pipelines.logs import say
 
 TRAINED, RESULT = "trained.json", "result.json"  # in a training's and in a row's folder, when all of it is done
 
@@ -69,6 +70,7 @@ def run(values: dict[str, Any], setup: dict[str, Any]) -> None:
     import ray
     from ray import tune
     from ray.util.queue import Empty, Queue
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     cfg = validate(Sweep, setup["cfg"])
     if "trial" in values:
@@ -82,8 +84,11 @@ def run(values: dict[str, Any], setup: dict[str, Any]) -> None:
                 begin = json.loads(Path(path, "checkpoint.json").read_text())["path"]
         drawn = {key: value for key, value in values.items() if key != "seed"}
         trial = asdict(point(cfg, drawn, values["seed"], setup["folder"], begin))
-    reports = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": "DEFAULT"})
-    task = ray.remote(_work).options(num_cpus=0, scheduling_strategy="DEFAULT", max_retries=1)
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    reports = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
+    labels = setup["ray"]["worker_labels"]
+    where = {"label_selector": labels} if labels else {}
+    task = ray.remote(_work).options(num_cpus=0, scheduling_strategy="DEFAULT", max_retries=3, **where)
     running = task.remote(trial, setup, reports)
     finished = False
     while not finished:
@@ -121,7 +126,7 @@ def _work(trial: dict[str, Any], setup: dict[str, Any], reports: Any) -> dict[st
                 _evaluate(cfg, mine.train, trained, row, setup["parent"])
         judged = json.loads(Path(row.folder, RESULT).read_text())["metrics"]
         numbers = {name: judged[f"eval/reconstruction/{name}"] for name in ("psnr", "ssim")}
-        print(f"{row.label}: {'  '.join(f'{name} {value:.4g}' for name, value in numbers.items())}", flush=True)
+        say(f"{row.label}: {'  '.join(f'{name} {value:.4g}' for name, value in numbers.items())}", **numbers)
     return trained["metrics"] | numbers  # a training that only had its end missing has validated nothing
 
 

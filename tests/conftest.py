@@ -1,6 +1,7 @@
 """Environment of all tests, set before anything imports torch, Ray or MLflow; S3 servers on loopback: moto (in memory,
 checks no credentials) for all tests, Ceph (a real one) for slow ones."""
 
+import fcntl
 import os
 import random
 import secrets
@@ -9,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from collections.abc import Iterator
@@ -53,6 +55,7 @@ for name in ("MLFLOW_TRACKING_URI", "RAY_ADDRESS"):  # nor are the servers
 os.environ.update(
     RAY_USAGE_STATS_ENABLED="0",
     RAY_DATA_DISABLE_PROGRESS_BARS="1",
+    RAY_worker_niceness="0",  # 15 by default: beside another test that computes they would hardly get on
     MLFLOW_DISABLE_TELEMETRY="true",
     # as pipelines.cluster does before it imports Ray; here a test may have imported it already
     RAY_AUTH_MODE="token",
@@ -107,13 +110,19 @@ def s3(_moto) -> str:
     return _bucket()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")  # its ports are fixed: of the processes that share the tests one at a time has it
 def _ceph(tmp_path_factory) -> Iterator[None]:
     if shutil.which("ceph-mon") is None or shutil.which("radosgw") is None:
         pytest.skip("Ceph is not installed: apt-get install ceph-mon ceph-osd radosgw ceph-common")
     if not _SCRIPT.is_file():
         pytest.skip(f"no {_SCRIPT}")
     folder = tmp_path_factory.mktemp("ceph") / "run"
+    with open(Path(tempfile.gettempdir(), "litevae-ceph.lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield from _run_ceph(folder)
+
+
+def _run_ceph(folder: Path) -> Iterator[None]:
     try:
         up = subprocess.run(["bash", _SCRIPT, folder], capture_output=True, text=True, timeout=300)
         assert up.returncode == 0, f"{up.stdout}\n{up.stderr}"

@@ -70,7 +70,7 @@ def shard_bytes(out):
 
 def moments_by_hand(model, data, transform=None):
     """What the model says of an image's every view: (views, C, h, w) each."""
-    images = [image.pixels for image in (transform or ImageTransform(SIDE)).all(data, 0)]
+    images = [image.pixels for image in (transform or ImageTransform(SIDE, decode="fast")).all(data, 0)]
     vae = load_autoencoder(model)
     with torch.no_grad():
         return [encode_latents(vae, torch.tensor(p).permute(2, 0, 1)[None] / 127.5 - 1)[0] for p in images]

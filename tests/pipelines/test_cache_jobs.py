@@ -18,7 +18,7 @@ from litevae import cache, storage
 from litevae.autoencoder import load_autoencoder
 from litevae.cache import LatentCache
 from litevae.errors import UserError
-from pipelines import audit, encode
+from pipelines import audit, decode, encode
 from pipelines.config import Inspect, Repair, Retry, Verify
 from pipelines.encode import encode_dataset
 from tests.encoding import BAD, JOB, SIDE, config, crops, photo_folder, save_model, shard_bytes
@@ -185,6 +185,36 @@ def test_damage_is_repaired(made, copy, damages):
     assert LatentCache(copy / "cache").manifest["digest"] == LatentCache(made / "cache").manifest["digest"]
 
 
+def test_a_cache_from_before_there_was_a_choice_of_decoders_keeps_pillows_pixels(made, copy):
+    old, settings = copy / "old", ("transform.decode=pillow",)
+    encode_dataset(config(copy / "photos", made / "model", old, *settings))
+    made_by_pillow = shard_bytes(old)
+    assert made_by_pillow != shard_bytes(made / "cache")
+    plan = json.loads((old / "plan.json").read_text())
+    assert plan["settings"]["transform"].pop("decode") == "pillow"
+    assert "decode" not in plan["transform"]
+    (old / "plan.json").write_text(json.dumps(plan))
+    (old / "manifest.json").unlink()
+    for file in list((old / "commits").iterdir())[:2]:
+        file.unlink()
+    with pytest.raises(UserError, match='transform.decode: "pillow" in the cache, "fast" now'):
+        encode_dataset(config(copy / "photos", made / "model", old))
+    encode_dataset(config(copy / "photos", made / "model", old, *settings))
+    assert shard_bytes(old) == made_by_pillow
+    (old / json.loads((old / "commits/000001.json").read_text())["file"]).unlink()
+    mended = mend(Repair, copy, made).model_copy(update={"cache": str(old)})
+    assert encode.repair(mended)["encoded_now"] == 8
+    assert shard_bytes(old) == made_by_pillow
+    assert decode.views_of(LatentCache(old).manifest).decode == "pillow"
+
+
+def test_an_unfinished_cache_is_not_read(copy):
+    (copy / "cache/manifest.json").unlink()
+    shutil.rmtree(copy / "cache/manifests")
+    with pytest.raises(UserError, match="is unfinished"):
+        LatentCache(copy / "cache")
+
+
 def test_ids_are_compared_with_the_source(copy):
     rename_a_row(copy, 3, "elsewhere.png")
     with pytest.raises(UserError, match="shard 3: input 24 is 'elsewhere.png', in the source 'dogs/"):
@@ -321,6 +351,7 @@ def test_another_driver_has_listed_other_inputs(made, copy, monkeypatch):
     audit.verify(Verify(cache=str(copy / "cache"), source=False))
 
 
+@pytest.mark.slow
 def test_a_driver_killed_while_it_writes_the_plan(made, tmp_path):
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache/.tmp-123").write_bytes(b"half")
@@ -352,7 +383,7 @@ def test_inspect(made, copy, capsys):
             continue
         with torch.no_grad():
             decoded = model.decode(latents.moments([row]).float().chunk(2, 1)[0]).sample
-        picture = encode.transform_of(config(copy, "m", "o").transform)(
+        picture = decode.transform_of(config(copy, "m", "o").transform)(
             (copy / "photos" / latents.row(row)["id"]).read_bytes()
         ).pixels
         ours = ((decoded[0].permute(1, 2, 0) + 1) * 127.5).round().clamp(0, 255).double().numpy()
@@ -388,6 +419,7 @@ def test_quarantine_says_where(made):
     assert all(files[row["unit"]] == row["id"] for row in records)
 
 
+@pytest.mark.slow
 def test_s3_source_and_cache(made, s3):
     """Photos and cache in a store: the same bytes as on disk; verified, appended to and repaired there."""
     import boto3
@@ -418,6 +450,7 @@ def test_s3_source_and_cache(made, s3):
     assert storage.names(f"{out}/manifests") == ["000001.json", "000002.json", "000003.json"]
 
 
+@pytest.mark.slow
 def test_a_driver_killed_between_plan_and_listing(made, tmp_path):
     settings = config(made / "photos", str(made / "model"), tmp_path / "cache")
     encode_dataset(settings)

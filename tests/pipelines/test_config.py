@@ -94,6 +94,13 @@ RECIPES = [
 ]
 
 
+def test_what_is_evaluated_is_decoded_by_pillow():
+    assert (load(TrainVAE).data.decode, load(Encode).transform.decode) == ("fast", "fast")
+    for cls in (Evaluate, EvaluateSamples):
+        with pytest.raises(UserError, match=r"transform\.decode"):
+            load(cls, None, ["transform.decode=fast"])
+
+
 @pytest.mark.parametrize(("name", "section"), RECIPES)
 def test_shipped_presets_are_valid(name, section):
     (cls,) = (cls for cls in (*JOBS.values(), EvaluateSamples) if section_of(cls) == section)

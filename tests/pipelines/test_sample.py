@@ -327,6 +327,7 @@ def test_a_killed_job_goes_on(model, tmp_path, kind, more):
     assert about(killed)["drawn"] == 48 - len(kept) * (6 if kind == "parquet" else 1)
 
 
+@pytest.mark.slow
 def test_killed_workers_are_replaced(model, five, tmp_path, monkeypatch):
     """Both, with SIGKILL, each as soon as a certain image has been written."""
     import ray
@@ -362,6 +363,7 @@ def test_killed_workers_are_replaced(model, five, tmp_path, monkeypatch):
 # --- S3
 
 
+@pytest.mark.slow
 def test_s3(five, model, s3, tmp_path):
     out = f"{s3}/drawn"
     sample(config(model, out, images=3, eta=1.0, root=str(tmp_path)))

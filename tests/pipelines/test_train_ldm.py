@@ -21,7 +21,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from litevae.autoencoder import LiteVAE
-from litevae.cache import LatentCache
+from litevae.cache import LatentCache, read_plan
 from litevae.denoiser import build_denoiser
 from litevae.diffusion import draws
 from litevae.errors import UserError
@@ -29,6 +29,7 @@ from litevae.ldm import load_ldm
 from pipelines import audit
 from pipelines.batches import Online
 from pipelines.config import Encode, TrainLDM, load, main, validate
+from pipelines.decode import views_of
 from pipelines.encode import encode_dataset
 from pipelines.train_ldm import Diffusion, train_ldm
 
@@ -267,6 +268,13 @@ def test_the_first_epoch_fills_the_cache_that_the_encode_job_would(task, made, t
         assert (epochs[a] - epochs[b]).abs().mean() > 1e-3
 
 
+def test_images_are_decoded_as_the_config_says(task, made, tmp_path):
+    online = task(*encoding(made, "online", "data.decode=scaled"))
+    assert online.feed._images._transform.decode == "scaled"
+    task(*encoding(made, "write-through", f"cache={tmp_path}/filled", "data.decode=pillow"))
+    assert views_of(read_plan(str(tmp_path / "filled"))).decode == "pillow"
+
+
 def test_write_through_takes_up_what_is_there_and_leaves_what_an_encode_job_can_finish(
     task, made, tmp_path, monkeypatch
 ):
@@ -407,7 +415,7 @@ def test_a_poisoned_batch_is_skipped_and_many_of_them_stop_the_run(made, tmp_pat
     """In this process: Ray Train's parts are stood in for, the loop is the real one."""
     monkeypatch.setattr("ray.train.torch.prepare_model", lambda model: model)
     monkeypatch.setattr("ray.train.get_checkpoint", lambda: None)
-    monkeypatch.setattr("pipelines.training._report", lambda metrics, folder: saved.append(metrics["images"]))
+    monkeypatch.setattr("pipelines.training._report", lambda metrics, folder, run: saved.append(metrics["images"]))
     from pipelines import train_ldm as module
     from pipelines import training
 
@@ -424,7 +432,8 @@ def test_a_poisoned_batch_is_skipped_and_many_of_them_stop_the_run(made, tmp_pat
     config = configured(made, tmp_path, "images=64", "loop.max_skipped=3", "loop.checkpoint_every=24")
     data, shape, _ = module._cache(config)
     handle = training.tracking.RunHandle("", None, "test", str(tmp_path / "run"))
-    setup = data | {"shape": shape, "threads": 1, "handle": handle, "live": False, "folder": str(tmp_path / "run")}
+    setup = data | {"shape": shape, "threads": 1, "handle": handle, "live": False, "nodes": 1}
+    setup["folder"] = str(tmp_path / "run")
     (tmp_path / "run").mkdir()
 
     def run():
@@ -447,7 +456,8 @@ def test_a_poisoned_batch_is_skipped_and_many_of_them_stop_the_run(made, tmp_pat
 # --- whole runs ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", ["cache", pytest.param("write-through", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["cache", "write-through"])
 def test_a_run_that_goes_on_ends_like_one_that_was_not_interrupted(made, tmp_path, capsys, mode):
     def words(root):
         return encoding(made, mode, f"cache={tmp_path / root / 'filled'}") if mode == "write-through" else []
@@ -487,13 +497,13 @@ def test_a_run_that_goes_on_ends_like_one_that_was_not_interrupted(made, tmp_pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["cache", "write-through"])  # the latter's first epoch is online
-def test_runs_that_are_killed_end_like_one_that_was_not(made, tmp_path, mode):
-    """The driver, then a worker, by SIGKILL in the middle of an epoch, with two workers; then a longer run with one."""
+def test_runs_that_are_killed_end_like_one_that_was_not(made, tmp_path):
+    """The driver, then a worker, by SIGKILL in the middle of an epoch, with two workers; then a longer run with one. Of
+    write-through, whose first epoch encodes and whose later ones read a cache."""
     import psutil
 
     def command(root, *more):
-        words = [] if mode == "cache" else encoding(made, mode, f"cache={tmp_path / root / 'filled'}")
+        words = encoding(made, "write-through", f"cache={tmp_path / root / 'filled'}")
         run = [*CONFIG, f"cache={made[0]}", *words, f"root={tmp_path / root}", "name=run", "images=160", "classes=2"]
         job = REPO / "jobs" / "train_ldm.py"
         return [sys.executable, str(job), *run, "loop.checkpoint_every=24", "ray.workers=2", *more]
@@ -533,8 +543,6 @@ def test_runs_that_are_killed_end_like_one_that_was_not(made, tmp_path, mode):
     models = [tmp_path / root / "run" / "model" / "transformer" / WEIGHTS for root in ("whole", "killed")]
     assert models[0].read_bytes() == models[1].read_bytes()
 
-    if mode != "write-through":
-        return
     # With another number of workers a batch is summed in another order, and that is all.
     for root, workers in (("whole", 2), ("killed", 1)):
         assert start(root, "images=176", f"ray.workers={workers}").wait(300) == 0

@@ -1,11 +1,14 @@
 """train_vae: what each loss moves, bad images and configs, and runs that are killed and go on to the same weights."""
 
+import copy
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +19,7 @@ import skimage.data
 import torch
 import yaml
 from diffusers import AutoencoderTiny
+from mlflow import MlflowClient
 from PIL import Image
 from torch.nn.parallel import DistributedDataParallel
 from torchmetrics.functional.image import peak_signal_noise_ratio
@@ -25,6 +29,7 @@ from litevae import losses
 from litevae.autoencoder import WEIGHTS, LiteVAE, load_autoencoder
 from litevae.errors import UserError
 from litevae.images import ImageTransform, to_tensor
+from litevae.layers import ResBlock
 from pipelines import checkpoint, cluster, training
 from pipelines.batches import Images
 from pipelines.config import TrainVAE, load, main
@@ -67,7 +72,7 @@ def networks(photos, monkeypatch):
 
 def batch(seed=0):
     generator = np.random.default_rng(seed)
-    return [generator.integers(0, 256, (32, 32, 3), dtype=np.uint8) for _ in range(4)]
+    return torch.from_numpy(generator.integers(0, 256, (4, 32, 32, 3), dtype=np.uint8))
 
 
 def only(term, weight=1.0):
@@ -134,6 +139,122 @@ def test_accumulated_micro_batches_are_one_batch(networks):
         nets.step(batch(), 0)
         weights.append(nets.model.decoder.conv_out.weight.detach())
     assert torch.allclose(*weights, atol=1e-6)
+
+
+def ready(nets):
+    """Blocks add nothing at the start: let gradients through."""
+    with torch.no_grad():
+        for p in nets.model.parameters():
+            p.add_(0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1)))
+    return nets
+
+
+def gradients(nets, pixels, images=0):
+    """A step's, and its values."""
+    found = {}
+    hooks = [
+        p.register_post_accumulate_grad_hook(lambda p, key=(part, name): found.update({key: p.grad.clone()}))
+        for part in ("model", "disc")
+        for name, p in getattr(nets, part).named_parameters()
+    ]
+    torch.manual_seed(images)
+    values = nets.step(pixels, images)
+    for hook in hooks:
+        hook.remove()
+    assert len(found) == len(hooks)
+    return found, values
+
+
+def close(ours, theirs):
+    """Two steps' gradients and values: Adam would make rounding errors of small gradients large."""
+    for (_, name), gradient in ours[0].items():
+        difference = (gradient - theirs[0][_, name]).norm()
+        assert difference <= 1e-3 * gradient.norm() + 1e-6, (name, float(difference), float(gradient.norm()))
+    for name, value in ours[1].items():
+        torch.testing.assert_close(
+            value, theirs[1][name], rtol=1e-3, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}"
+        )
+
+
+FAIR = ["loss.adversarial.start=0", "optim.betas=[0.9, 0.999]"]
+
+
+def test_checkpointing_computes_blocks_twice_and_the_same_step(networks, monkeypatch):
+    runs, compute = [], ResBlock._compute
+    monkeypatch.setattr(ResBlock, "_compute", lambda self, x: runs.append(self) or compute(self, x))
+    plain, checkpointed = (ready(networks(*FAIR, *more)) for more in ([], ["checkpointing=true"]))
+    blocks = sum(isinstance(module, ResBlock) for module in plain.model.modules())
+    values = []
+    for nets, times in ((plain, 1), (checkpointed, 2)):
+        runs.clear()
+        torch.manual_seed(0)
+        values.append(nets.step(batch(), 0))
+        assert len(runs) == times * blocks
+    assert_same(*values)
+    assert_same(plain.state(), checkpointed.state())
+
+
+def test_a_step_with_channels_last_is_the_same_and_keeps_them_so(networks, monkeypatch):
+    """As on GPUs; and a CPU goes on from there."""
+    more = [*FAIR, "loss.l2.weight=1", "loop.ema=0.9", "model.conv1x1=true"]
+    plain = ready(networks(*more))
+    monkeypatch.setattr(training, "memory_format", lambda device: torch.channels_last)
+    last = ready(networks(*more))
+    monkeypatch.undo()
+    reached = set()
+
+    def look(module, inputs, output):
+        reached.add(module)
+        for tensor in (*inputs, output):
+            assert tensor.is_contiguous(memory_format=torch.channels_last), module
+
+    hooks = [
+        module.register_forward_hook(look)
+        for network in (last.model, last.disc)
+        for module in network.modules()
+        if isinstance(module, torch.nn.Conv2d | torch.nn.GroupNorm)
+    ]
+    close(gradients(plain, batch()), gradients(last, batch()))
+    assert len(reached) > 100
+    for hook in hooks:
+        hook.remove()
+
+    plain.load(copy.deepcopy(last.state()))
+    before = [p.clone() for p in plain.model.parameters()]
+    steps = [gradients(nets, batch(1), 4) for nets in (plain, last)]
+    close(*steps)
+    moved = [torch.cat([(b - p).flatten() for b, p in zip(before, nets.model.parameters(), strict=True)])
+             for nets in (plain, last)]  # fmt: skip
+    assert (moved[0] - moved[1]).abs().mean() < 0.01 * moved[1].abs().mean()
+    assert all(p.is_contiguous() for p in plain.model.parameters())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("backend", "more", "sides"),
+    [
+        ("aot_eager", ["model.levels=[3]", "checkpointing=true"], (32, 32, 48, 32)),
+        ("inductor", ["model.encoder=dwt", "model.latent_channels=12"], (32, 32)),  # of an encoder it takes minutes
+    ],
+)
+def test_compiled_a_step_is_the_same_and_stages_compile_once(networks, monkeypatch, backend, more, sides):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    counts = torch._dynamo.utils.counters["stats"]
+    torch._dynamo.reset()
+    counts.clear()
+    plain, compiled = (ready(networks(*FAIR, *more, *compile)) for compile in ([], ["loop.compile=true"]))
+    graphs = []
+    for n, side in enumerate(sides):
+        pixels = torch.from_numpy(np.random.default_rng(n).integers(0, 256, (4, side, side, 3), dtype=np.uint8))
+        close(*(gradients(nets, pixels, 4 * n) for nets in (plain, compiled)))
+        compiled.load(copy.deepcopy(plain.state()))
+        graphs.append(counts["unique_graphs"])
+    # encoder, decoder, discriminator with and without gradients of its weights; once for each size
+    assert graphs == [4 * len(set(sides[: n + 1])) for n in range(len(sides))]
+    with torch.no_grad(), training.uncompiled():
+        compiled.model(torch.zeros(1, 3, 16, 16))
+    assert counts["unique_graphs"] == graphs[-1]
+    torch._dynamo.reset()
 
 
 # --- systems ---------------------------------------------------------------------------------------------------------
@@ -620,6 +741,7 @@ def test_an_unreadable_image_is_named_counted_and_replaced(photos, tmp_path, cap
         (["model.levels=[3, 2]"], "levels=[3, 2] are not some of 1, 2, 3"),
         (["loss.adversarial.cutmix=0.5", "loss.adversarial.kind=patch"], "cutmix takes a discriminator with a head"),
         (["loss.ldl.weight=1"], "set loop.ema"),
+        (["checkpointing=true", "model.decoder.norm=batch"], "statistics of batch norm each batch twice"),
         (
             ["loss.adversarial.kind=stylegan", "stages=[{resolution: 16, images: 8, batch_size: 8}]"],
             "takes larger images than a stage's resolution of 16",
@@ -707,6 +829,7 @@ def undisturbed(photos, tmp_path_factory):
     return root, done.stdout
 
 
+@pytest.mark.slow
 def test_two_ranks_train_validate_and_export(undisturbed, photos):
     root, shown = undisturbed
     model = load_autoencoder(root / "run" / "model")
@@ -742,6 +865,42 @@ def test_a_killed_driver_goes_on_to_the_same_weights(undisturbed, photos, tmp_pa
     refused = subprocess.run(command(photos, tmp_path, "seed=3"), capture_output=True, text=True, timeout=400)
     assert refused.returncode == 2
     assert "seed: was 0, is 3" in refused.stderr
+    assert weights(tmp_path) == weights(undisturbed[0])
+
+
+@pytest.mark.slow
+def test_a_run_that_is_asked_to_stop_leaves_with_a_checkpoint(undisturbed, photos, tmp_path):
+    run = tmp_path / "run"
+    metrics = run / "metrics.jsonl"
+
+    def logged():
+        return metrics.stat().st_size if metrics.exists() else 0
+
+    def stopped(ask, code):
+        """What is printed by a run that is asked when it has begun."""
+        words = command(photos, tmp_path, "loop.checkpoint_every=1000", "tracking.enabled=true")
+        process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        before = logged()
+        wait_for(lambda: logged() > before, process)
+        ask(process)
+        shown, _ = process.communicate(timeout=400)
+        assert process.returncode == code, shown
+        assert "Traceback" not in shown
+        (images,) = re.findall(r"stopped after ([\d,]+) images; the checkpoint is in .*goes on", shown)
+        assert (run / f"checkpoint-{int(images):012d}" / "state.pt").exists()
+        assert not (run / "stop").exists()
+        client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+        (tracked,) = client.search_runs([client.get_experiment_by_name("litevae").experiment_id])
+        assert tracked.info.status == "KILLED"
+        return int(images), shown
+
+    first, _ = stopped(lambda process: process.send_signal(signal.SIGTERM), 143)
+    second, shown = stopped(lambda process: (run / "stop").touch(), 130)
+    assert f"goes on after {first} images" in shown
+    assert 0 < first < second < 160
+    done = subprocess.run(command(photos, tmp_path), capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"goes on after {second} images" in done.stdout
     assert weights(tmp_path) == weights(undisturbed[0])
 
 

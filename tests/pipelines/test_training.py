@@ -7,10 +7,12 @@ import pickle
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from litevae.errors import UserError
 from pipelines import checkpoint, training
-from pipelines.config import Optimizer, TrainVAE, load
+from pipelines.config import Optimizer, Ray, TrainLDM, TrainVAE, load
+from pipelines.train_ldm import CACHED, FREE
 
 
 def test_batches_are_whole_and_go_on_at_any_position():
@@ -42,7 +44,11 @@ def test_seeds_differ_and_stay():
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [((10, 100, 4, 1), "does not divide"), ((64, 32, 1, 1), "larger than the data: 32 images")],
+    [
+        ((10, 100, Ray(workers=4), 1), "does not divide by ray.workers=4"),
+        ((64, 32, Ray(), 1), "larger than the data: 32 images"),
+        ((16, 100, Ray(workers=4, min_workers=2), 1), "ray.workers=3 .any of ray.min_workers=2 to 4"),
+    ],
 )
 def test_impossible_batches(arguments, message):
     with pytest.raises(UserError, match=f"^batch=.*{message}"):
@@ -171,6 +177,18 @@ def test_a_run_goes_on_only_with_its_own_config(tmp_path):
         checkpoint.open_run(folder, other, ["loop.keep"])
     assert "model.encoder: was 'B', is 'S'" in str(error.value)
     assert "seed: was 1, is 2" in str(error.value)
+
+
+@pytest.mark.parametrize("cls", [TrainVAE, TrainLDM])
+def test_a_run_from_before_there_was_a_choice_of_decoders_goes_on_with_pillow(tmp_path, cls):
+    checkpoint.write_config(str(tmp_path), load(cls, None, ["data.decode=pillow"]))
+    values = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    assert values["data"].pop("decode") == "pillow"
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
+    with pytest.raises(UserError, match=r"data\.decode: was 'pillow', is 'fast'"):
+        checkpoint.open_run(str(tmp_path), load(cls), FREE)
+    assert checkpoint.open_run(str(tmp_path), load(cls, None, ["data.decode=pillow"]), FREE)
+    assert checkpoint.open_run(str(tmp_path), load(cls), CACHED)  # what decodes nothing need not say so
 
 
 def test_a_foreign_folder_is_no_run(tmp_path):

@@ -1,0 +1,17 @@
+"""Check this machine or a Ray cluster before a long run, and say what to fix; exit code 1 where something failed.
+
+python jobs/doctor.py
+python jobs/doctor.py root=/shared/runs source.uri=/data/photos model=runs/vae/model out=s3://bucket/cache ray.workers=8
+"""
+
+from pipelines.config import Doctor, main
+
+
+def run(config: Doctor) -> None:
+    from pipelines.doctor import run  # takes seconds; --help and typos do without
+
+    raise SystemExit(run(config))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(Doctor, run))

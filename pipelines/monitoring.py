@@ -1,0 +1,62 @@
+"""Numbers for Prometheus, through Ray: what a dashboard of a running cluster shows (infra/monitoring).
+
+Ray exports them on each node, with the prefix `ray_`; every one has the tag `run`. MLflow has what is to be kept.
+"""
+
+from typing import Any
+
+
+class Training:
+    """What a training run shows, in rank 0's process."""
+
+    def __init__(self, run: str):
+        self._loss = _gauge("litevae_train_loss", "the training loss", run)
+        self._speed = _gauge("litevae_train_images_per_second", "training images a second, over all workers", run)
+        self._waiting = _gauge("litevae_train_waiting_for_data", "share of time spent waiting for data", run)
+        self._images = _counter("litevae_images_trained", "images trained on since this process began", run)
+        self._skipped = _counter("litevae_steps_skipped", "steps with NaN or infinite gradients", run)
+
+    def show(self, images: int, steps: int, metrics: dict[str, float]) -> None:
+        """After `steps` more steps on `images` more images, whose means `metrics` has."""
+        self._loss.set(metrics["loss"])
+        self._speed.set(metrics["images_per_second"])
+        self._waiting.set(metrics["waiting_for_data"])
+        self._images.inc(images)
+        if (skipped := round(steps * metrics.get("skipped_steps", 0.0))) > 0:
+            self._skipped.inc(skipped)
+
+
+class Encoding:
+    """What an encode job shows, in its driver."""
+
+    def __init__(self, run: str):
+        self._images = _counter("litevae_images_encoded", "images encoded since this process began", run)
+        self._shards = _counter("litevae_shards_committed", "shards committed since this process began", run)
+        self._lost = _counter("litevae_images_quarantined", "images that could not be encoded", run, "reason")
+        self._busy = _gauge("litevae_encode_busy", "share of their time that workers are busy", run, "stage")
+
+    def show(self, images: int, reasons: dict[str, int], busy: dict[str, float]) -> None:
+        """After one more shard."""
+        self._shards.inc()
+        if images:
+            self._images.inc(images)
+        for reason, count in reasons.items():
+            self._lost.inc(count, tags={"reason": reason})
+        for stage, share in busy.items():
+            self._busy.set(share, tags={"stage": stage})
+
+
+def _gauge(name: str, text: str, run: str, *tags: str) -> Any:
+    from ray.util.metrics import Gauge
+
+    gauge = Gauge(name, text, ("run", *tags))
+    gauge.set_default_tags({"run": run})
+    return gauge
+
+
+def _counter(name: str, text: str, run: str, *tags: str) -> Any:
+    from ray.util.metrics import Counter
+
+    counter = Counter(name, text, ("run", *tags))
+    counter.set_default_tags({"run": run})
+    return counter

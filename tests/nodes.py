@@ -1,0 +1,132 @@
+"""A Ray cluster of several nodes on this machine, which come and are killed."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+QUICK = {"health_check_period_ms": 500, "health_check_timeout_ms": 500, "health_check_failure_threshold": 4}
+MEMORY = 200 * 2**20  # of an object store
+
+
+class Nodes:
+    """A head, and nodes by name. Each has an address of its own: 127.0.0.2 the head, 127.0.0.3 the first ...; in the
+    second of the processes that share the tests 127.0.1.2 ..., since Ray's ports are the same."""
+
+    def __init__(self, **head):
+        from ray.cluster_utils import Cluster
+
+        # Ray takes 127.0.0.1 for the machine's outer address; the others of 127.0.0.0/8 are what they are.
+        process = os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")
+        self._network, self._last = f"127.0.{process}", 2
+        own = {"node_ip_address": f"{self._network}.2", "include_dashboard": False, "_system_config": QUICK}
+        # shutdown_at_exit would take this process out of its terminal's process group
+        self._cluster = Cluster(
+            initialize_head=True, head_node_args=own | {"object_store_memory": MEMORY} | head, shutdown_at_exit=False
+        )
+        self._nodes, self._apart = {"head": self._cluster.head_node}, []
+        self.address = self._cluster.address
+
+    def __contains__(self, name):
+        return name in self._nodes
+
+    def add(self, name, **options):
+        """One more node; from the main thread."""
+        self._last += 1
+        options = {"node_ip_address": f"{self._network}.{self._last}", "object_store_memory": MEMORY} | options
+        self._nodes[name] = self._cluster.add_node(**options)
+
+    def add_apart(self, folder, cpus):
+        """A node that sees an empty folder in place of this one, as another machine would; skips without the right to
+        mount."""
+        if subprocess.run(["unshare", "--mount", "mount", "-t", "tmpfs", "none", folder]).returncode:
+            pytest.skip("to mount a folder for one node takes root")
+        self._last += 1
+        ray = [
+            str(Path(sys.executable).with_name("ray")), "start", "--block", "--disable-usage-stats",
+            f"--address={self.address}", f"--node-ip-address={self._network}.{self._last}", f"--num-cpus={cpus}",
+            f"--object-store-memory={MEMORY}",
+        ]  # fmt: skip
+        command = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs none "$0" && exec "$@"', folder, *ray]
+        log = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the process
+        self._apart.append(subprocess.Popen(command, stdout=log, stderr=log))
+        end = time.monotonic() + 120
+        while len(self.alive()) < len(self._nodes) + len(self._apart):
+            if self._apart[-1].poll() is not None or time.monotonic() > end:
+                log.seek(0)
+                raise AssertionError(f"the node did not come up:\n{log.read().decode()}")
+            time.sleep(0.3)
+        return f"{self._network}.{self._last}"
+
+    def alive(self):
+        from ray._raylet import GcsClient
+
+        return [node for node in GcsClient(address=self.address).get_all_node_info().values() if node.state == 0]
+
+    def warn(self, name):
+        """What a cloud's notice of a spot machine's end comes to."""
+        command = [str(Path(sys.executable).with_name("ray")), "drain-node", f"--address={self.address}"]
+        command += ["--node-id", self._nodes[name].node_id, "--reason", "DRAIN_NODE_REASON_PREEMPTION"]
+        command += ["--reason-message", "spot", "--deadline-remaining-seconds", "600"]
+        subprocess.run(command, check=True, timeout=120)
+
+    def kill(self, name):
+        """What ran there."""
+        raylet = self._raylet(name)
+        titles = [title_of(child).strip() for child in raylet.children()]
+        raylet.kill()
+        self._cluster.remove_node(self._nodes.pop(name), allow_graceful=False)
+        return titles
+
+    def workers(self, *names):
+        """Processes that the raylets started; those that these forked have the same titles, and are not meant."""
+        return [child for name in names or self._nodes for child in self._raylet(name).children()]
+
+    def where(self, title):
+        """Names of the nodes with a process whose title begins so."""
+        return {name for name in self._nodes if any(title_of(p).startswith(title) for p in self.workers(name))}
+
+    def _raylet(self, name):
+        return psutil.Process(self._nodes[name].all_processes["raylet"][0].process.pid)
+
+    def close(self):
+        for process in self._apart:
+            family = [process, *psutil.Process(process.pid).children(recursive=True)]
+            for one in family:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    one.kill()
+            process.wait()
+        self._cluster.shutdown()
+
+
+def title_of(process):
+    with contextlib.suppress(psutil.NoSuchProcess):  # or a zombie
+        return " ".join(process.cmdline())
+    return ""
+
+
+@contextlib.contextmanager
+def cluster(**head) -> Iterator[Nodes]:
+    """A head alone, in a folder of its own with a short name (sockets are in it): other programs' ray.init() must not
+    find it."""
+    handler = signal.signal(signal.SIGTERM, signal.default_int_handler)  # the cluster is to end with us
+    before = os.environ.get("RAY_TMPDIR")
+    with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as folder:
+        os.environ["RAY_TMPDIR"] = folder
+        nodes = Nodes(**head)
+        try:
+            yield nodes
+        finally:
+            nodes.close()
+            signal.signal(signal.SIGTERM, handler)
+            os.environ.pop("RAY_TMPDIR")
+            if before is not None:
+                os.environ["RAY_TMPDIR"] = before

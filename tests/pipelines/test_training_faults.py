@@ -1,0 +1,535 @@
+"""Training on disks that are full, with MLflow away, with clocks that are wrong, NaN in a step, poisoned latents, and
+two drivers at once: a run ends with one message and its last good checkpoint, or does not notice, and goes on to the
+weights that an undisturbed one has."""
+
+import json
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ray
+import skimage.data
+import torch
+from mlflow import MlflowClient
+from PIL import Image
+
+from litevae import cache, storage
+from litevae.autoencoder import WEIGHTS, LiteVAE
+from litevae.cache import LatentCache
+from litevae.errors import UserError
+from pipelines import audit, checkpoint, tracking, training
+from pipelines.config import Encode, TrainLDM, TrainVAE, load, main, validate
+from pipelines.encode import encode_dataset
+from pipelines.sources import open_source
+from pipelines.train_ldm import train_ldm
+from pipelines.train_vae import Autoencoder, train_vae
+from tests.disks import fill, resize, small_disk
+from tests.pipelines.test_tracking import Server
+from tests.proxy import proxied
+
+JOB = Path(__file__).resolve().parents[2] / "jobs" / "train_vae.py"
+SMALL = [
+    "model.encoder=S", "model.decoder.channels=[8, 8, 8, 8]", "model.decoder.layers=1", "loss.lpips.weight=0",
+    "loss.adversarial.weight=0", "loop.precision=fp32", "ray.gpu=false", "ray.cpus_per_worker=1", "name=run",
+    "loop.checkpoint_every=16", "loop.log_every=1", "loop.max_restarts=0",
+]  # fmt: skip
+OFF = "tracking.enabled=false"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def ray_ends_with_this_module():
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """16 crops of 32 px."""
+    folder = tmp_path_factory.mktemp("photos")
+    for n in range(16):
+        Image.fromarray(skimage.data.astronaut()[12 * n : 12 * n + 32, 20 * n : 20 * n + 32]).save(
+            folder / f"{n:02}.png"
+        )
+    return folder
+
+
+def words(photos, root, *more, images=48):
+    stages = f"stages=[{{resolution: 32, images: {images}, batch_size: 8}}]"
+    return [*SMALL, f"data.train.uri={photos}", f"root={root}", stages, *more]
+
+
+def weights(root):
+    return (root / "run" / "model" / WEIGHTS).read_bytes()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(photos, tmp_path_factory):
+    root = tmp_path_factory.mktemp("undisturbed")
+    train_vae(load(TrainVAE, None, words(photos, root, OFF)))
+    return root
+
+
+def refused(config, job, arguments, capsys, quiet=True):
+    """The one message of a job that ends with it.
+
+    Args:
+        quiet: False where Ray Train shows the traceback of a worker's error, too.
+    """
+    capsys.readouterr()
+    assert main(config, job, arguments) == 2
+    shown = own(capsys.readouterr().err)
+    (error,) = [line for line in shown.splitlines() if line.startswith("error: ")]
+    assert not quiet or "Traceback" not in shown
+    return error
+
+
+def own(shown):
+    """Without what an actor of Ray Train's says, which takes fright where there are several Rays on one machine."""
+    return "\n".join(line for line in shown.splitlines() if "(PlacementGroupCleaner" not in line)
+
+
+def images_of(run):
+    """Of its checkpoints, each of which is whole."""
+    found = sorted(run.glob("checkpoint-*"))
+    return [checkpoint.load(str(folder))["images"] for folder in found]
+
+
+# --- full disks ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_full_disk_ends_a_run_which_goes_on_when_there_is_room(photos, undisturbed, tmp_path, capsys):
+    state = max(path.stat().st_size for path in undisturbed.rglob("state.pt"))
+    with small_disk(tmp_path / "disk", f"{int(1.5 * state)}") as disk:
+        run, arguments = disk / "run", words(photos, disk, OFF)
+        error = refused(TrainVAE, train_vae, arguments, capsys)  # the second checkpoint has no room
+        assert "No space left on device" in error
+        assert str(run) in error
+        assert images_of(run) == [16]
+        left = {path.name for path in run.iterdir() if path.name.startswith((".", "checkpoint-"))}
+        assert left - {".validate_storage_marker"} == {"checkpoint-000000000016"}
+
+        resize(disk, f"{4 * state}")  # for two checkpoints, the third and the model: not all of them
+        ballast = fill(disk, state + len(weights(undisturbed)) // 2 + 2**16)
+        error = refused(TrainVAE, train_vae, arguments, capsys)
+        assert "make room" in error or "No space left on device" in error
+        assert 16 <= max(images_of(run)) < 48
+        assert not (run / "model").exists()
+
+        ballast.unlink()
+        resize(disk, f"{8 * state}")
+        train_vae(load(TrainVAE, None, arguments))
+        assert weights(disk) == weights(undisturbed)
+        steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+        assert [step for step in steps if step] == sorted({*steps} - {0})
+
+
+def test_what_does_not_fit_is_one_message_and_leaves_nothing(tmp_path):
+    with small_disk(tmp_path / "disk", "64k") as disk:
+        handle = tracking.RunHandle("", None, "test", str(disk))
+        tracker = tracking.Tracker(handle)
+        tracker.metrics({"loss": 1.0}, 1)
+        step = 1
+        with pytest.raises(UserError, match=rf"{disk}/metrics.jsonl can't be written: No space .*make room there"):  # noqa: PT012
+            while step < 10_000:
+                step += 1
+                tracker.metrics({"loss": float(step)}, step)
+        tracker.close()
+        lines = (disk / "metrics.jsonl").read_bytes()
+        assert lines.endswith(b"}\n")
+        assert [json.loads(line)["step"] for line in lines.splitlines()] == [*range(1, step)]
+
+        (disk / "metrics.jsonl").unlink()
+        checkpoint.publish(lambda folder: (folder / "a").write_text("old"), disk / "model")
+        for build in (
+            lambda folder: (folder / "a").write_bytes(bytes(2**17)),
+            lambda folder: LiteVAE("S", block_out_channels=(8,) * 4).save_pretrained(folder),  # says it in its own way
+        ):
+            with pytest.raises(UserError, match=rf"{disk}/model can't be written: .*make room there"):
+                checkpoint.publish(build, disk / "model")
+            assert (disk / "model" / "a").read_text() == "old"
+            assert os.listdir(disk) == ["model"]
+        os.mkdir(disk / "run")
+        fill(disk, 0)
+        with pytest.raises(UserError, match=rf"{disk}/run/config.yaml can't be written: .*make room there"):
+            checkpoint.write_config(str(disk / "run"), load(TrainVAE))
+        assert os.listdir(disk / "run") == []
+
+
+def test_a_checkpoint_that_does_not_fit_where_it_is_made_is_named(tmp_path, monkeypatch):
+    with small_disk(tmp_path / "disk", "64k") as disk:
+        monkeypatch.setattr("tempfile.tempdir", str(disk))
+        with pytest.raises(UserError, match=rf"{disk}/litevae-checkpoint-\S+/state.pt can't be written: No space"):
+            checkpoint.save({"weights": torch.zeros(2**16)})
+        assert os.listdir(disk) == []
+
+
+# --- MLflow -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_training_does_not_notice_that_mlflow_is_away(photos, undisturbed, tmp_path):
+    """It hangs from the start; then it works, and hangs in the middle; then it is back."""
+    server = Server(tmp_path)
+    server.start()
+    try:
+        with proxied(server.uri) as proxy:
+
+            def trained(root, timeout):
+                environment = os.environ | {"MLFLOW_HTTP_REQUEST_TIMEOUT": timeout}
+                command = [
+                    sys.executable,
+                    str(JOB),
+                    *words(photos, root, f"tracking.uri={proxy.uri}"),
+                ]
+                done = subprocess.run(command, capture_output=True, text=True, timeout=400, env=environment)
+                assert done.returncode == 0, done.stdout + done.stderr
+                assert "Traceback" not in own(done.stdout + done.stderr)
+                return (done.stdout + done.stderr).count("warning: tracking at"), done.stdout
+
+            def steps(root):
+                lines = (root / "run" / "metrics.jsonl").read_text().splitlines()
+                return sorted({line["step"] for line in map(json.loads, lines) if "train/loss" in line})
+
+            proxy.fault = lambda *request: "hang"
+            warnings, shown = trained(tmp_path / "first", "2")
+            assert warnings == 1
+            assert f"MLflow: {tmp_path}/first/run/metrics.jsonl" in shown
+            assert weights(tmp_path / "first") == weights(undisturbed)
+            assert steps(tmp_path / "first") == [*range(8, 49, 8)]
+
+            requests = []
+            proxy.fault = lambda *request: requests.append(request) or ("hang" if _sent(requests) else "")
+            warnings, shown = trained(tmp_path / "second", "10")
+            assert warnings >= 1
+            assert f"MLflow: {proxy.uri}/#/experiments/" in shown
+            assert weights(tmp_path / "second") == weights(undisturbed)
+            assert steps(tmp_path / "second") == [*range(8, 49, 8)]
+
+            proxy.fault = lambda *request: ""
+            trained(tmp_path / "second", "10")  # there is nothing left to train; what MLflow missed comes to it
+    finally:
+        server.kill()
+    client = MlflowClient(f"sqlite:///{tmp_path}/server.db")
+    for run in client.search_runs([client.get_experiment_by_name("litevae").experiment_id]):
+        history = client.get_metric_history(run.info.run_id, "train/loss")
+        assert [metric.step for metric in history] == [*range(8, 49, 8)]
+        assert run.info.status == "FINISHED"
+
+
+def _sent(requests):
+    """Whether the first metrics, after the parameters, have been brought to it."""
+    return sum("runs/log-batch" in path for _, path, _ in requests) > 2
+
+
+# --- steps and rows that are not numbers ----------------------------------------------------------------------------
+
+
+def test_steps_of_nan_are_skipped_counted_and_in_the_end_stop_the_run(photos, tmp_path, monkeypatch):
+    """In this process: Ray Train's parts are stood in for, the loop is the real one."""
+    saved, poison = {}, {16}
+    monkeypatch.setattr("ray.train.torch.prepare_model", lambda model: model)
+    monkeypatch.setattr("ray.train.get_checkpoint", lambda: None)
+    monkeypatch.setattr(training, "_report", lambda metrics, folder, run: saved.update({metrics["images"]: folder}))
+    config = load(
+        TrainVAE, None, words(photos, tmp_path, OFF, "loop.max_skipped=3", "loop.checkpoint_every=24", images=64)
+    )
+    source = open_source(config.data.train)
+    handle = tracking.RunHandle("", None, "test", str(tmp_path / "run"))
+    setup = {
+        "source": source, "val": None, "data": source.uri, "lpips": False, "begin": "", "threads": 1, "nodes": 1,
+        "handle": handle, "live": False, "folder": str(tmp_path / "run"),
+    }  # fmt: skip
+
+    def run():
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+        (tmp_path / "run").mkdir()
+        task = Autoencoder(config, setup, 0, 1, torch.device("cpu"))
+        weight, step = task.model.decoder.conv_out.weight, task.step
+
+        def poisoned(pixels, images):
+            hook = weight.register_hook(lambda gradient: gradient * float("nan")) if images in poison else None
+            found = step(pixels, images)
+            if hook:
+                hook.remove()
+            return found
+
+        task.step = poisoned
+        return training.run(task, "vae", config, setup, 0, 1)
+
+    assert np.isfinite(run()["loss"])
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    skipped = {line["step"]: line["train/skipped_steps"] for line in lines if "train/skipped_steps" in line}
+    assert skipped == {images: float(images == 24) for images in range(8, 65, 8)}
+    assert [*saved] == [24, 48, 64]
+
+    poison.update(range(32, 64))
+    saved.clear()
+    with pytest.raises(UserError, match=r"3 steps in a row, up to 56 images.*checkpoint at 48 is kept.*optim\.lr"):
+        run()
+    assert [*saved] == [24, 48]
+    state = checkpoint.load(saved[48])
+    assert all(torch.isfinite(value).all() for value in state["model"].values())
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """(cache, model folder) of 24 photos in three shards."""
+    root = tmp_path_factory.mktemp("made")
+    (root / "photos").mkdir()
+    for n in range(24):
+        crop = skimage.data.coffee()[10 * n : 10 * n + 64, 20 * n : 20 * n + 64]
+        Image.fromarray(crop).save(root / "photos" / f"{n:02}.png")
+    torch.manual_seed(0)
+    LiteVAE("S", block_out_channels=(8, 8, 8, 8), layers_per_block=1).save_pretrained(root / "vae")
+    values = {
+        "source": {"uri": str(root / "photos")}, "model": str(root / "vae"), "out": str(root / "cache"),
+        "root": str(root), "transform": {"resolution": 64}, "precision": "fp32", "rows_per_shard": 8,
+        "ray": {"gpu": False, "cpus_per_worker": 1}, "tracking": {"enabled": False},
+    }  # fmt: skip
+    encode_dataset(validate(Encode, values))
+    return root / "cache", root / "vae"
+
+
+def ldm(copy, root):
+    return [
+        "network=tiny", "batch_size=8", "images=32", "loop.precision=fp32", "sample_images=2", "sample_steps=2",
+        "loop.val_every=0", "ray.gpu=false", "ray.cpus_per_worker=1", OFF, f"cache={copy}", f"root={root}", "name=run",
+    ]  # fmt: skip
+
+
+def poisoned(made, folder, honest):
+    """A copy in whose second shard a row is NaN, as the commit and the manifest have it: their sha256 is right.
+
+    Args:
+        honest: whether their statistics are those of the shard, too.
+    """
+    shutil.copytree(made[0], folder)
+    how = cache.read_plan(str(folder))["latents"]
+    commit = cache.read_commit(str(folder), 1)
+    rows, (latents,) = cache.read_shard(str(folder), commit, how)
+    latents = latents.copy()
+    latents[3, 0, 0, 0] = np.nan
+    data = cache.shard_bytes(rows, [latents], how)
+    record = cache._put(str(folder), "shards/000001-feedfeedfeed.parquet", data)
+    record |= {"statistics": cache.statistics([latents], how)} if honest else {}
+    (folder / "commits/000001.json").write_text(json.dumps(commit | record))
+    manifest = cache.read_manifest(str(folder))
+    shutil.rmtree(folder / "manifests")
+    (folder / "manifest.json").unlink()
+    cache.write_manifest(str(folder), cache.read_plan(str(folder)), manifest["source"], manifest["run"])
+    return rows["id"][3].as_py()
+
+
+@pytest.mark.slow
+def test_a_poisoned_row_ends_a_training_with_its_name_and_can_be_mended(made, tmp_path, capsys):
+    copy = tmp_path / "cache"
+    name = poisoned(made, copy, honest=False)
+    error = refused(TrainLDM, train_ldm, ldm(copy, tmp_path / "runs"), capsys)
+    assert f"{copy}/shards/000001-feedfeedfeed.parquet: the latents of {name!r} are not finite" in error
+    assert "repair" in error
+    assert audit.audit(str(copy)).problems.keys() == {1}
+
+    flipped = next((copy / "shards").glob("000002-*"))
+    data = bytearray(flipped.read_bytes())
+    data[len(data) // 3] ^= 1
+    flipped.write_bytes(data)
+    (copy / "shards/000001-feedfeedfeed.parquet").unlink()
+    shutil.copytree(made[0], copy, dirs_exist_ok=True, ignore=shutil.ignore_patterns("000002-*"))
+    error = refused(TrainLDM, train_ldm, ldm(copy, tmp_path / "runs"), capsys)
+    assert f"{flipped} is damaged: its sha256 is not the manifest's" in error
+    shutil.copy(made[0] / "shards" / flipped.name, flipped)
+    assert np.isfinite(train_ldm(load(TrainLDM, None, ldm(copy, tmp_path / "runs")))["loss"])
+
+
+def test_a_cache_without_a_mean_is_refused(made, tmp_path):
+    poisoned(made, tmp_path / "cache", honest=True)
+    with pytest.raises(
+        UserError, match=r"cache has no mean and standard deviation: some latents are not finite; .*repair"
+    ):
+        LatentCache(tmp_path / "cache")
+
+
+def test_latents_that_are_not_finite_are_found_in_every_dtype():
+    values = np.random.default_rng(0).standard_normal((4, 2, 3, 3), dtype=np.float32)
+    values[1, 0, 0, 0], values[3, 1, 2, 2] = np.nan, -np.inf
+    for dtype in cache.DTYPES:
+        assert cache.finite(cache.to_stored(values, dtype), dtype).tolist() == [True, False, True, False]
+
+
+def test_flipped_bits_in_a_store_are_found_by_their_page(made, s3):
+    for path in made[0].rglob("*.*"):
+        data = bytearray(path.read_bytes())
+        if path.parent.name == "shards":
+            data[len(data) // 3] ^= 1
+        storage.put(f"{s3}/{path.relative_to(made[0])}", bytes(data))
+    with pytest.raises(UserError, match=rf"{s3}/shards/\S+ is damaged: .*CRC"):
+        LatentCache(s3).latents(range(24), epoch=0, seed=0)
+
+
+# --- clocks -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_run_whose_files_are_of_another_age_goes_on_from_its_last_checkpoint(photos, undisturbed, tmp_path):
+    moment = 2**32  # the year 2106
+    train_vae(load(TrainVAE, None, words(photos, tmp_path, OFF, images=32)))
+    assert images_of(tmp_path / "run") == [16, 32]
+    for n, path in enumerate(sorted((tmp_path / "run").rglob("*"), reverse=True)):  # the first checkpoint is the newest
+        os.utime(path, (moment + n, moment + n))
+    os.utime(tmp_path / "run", (moment, moment))
+    train_vae(load(TrainVAE, None, words(photos, tmp_path, OFF)))
+    assert images_of(tmp_path / "run") == [32, 48]
+    assert weights(tmp_path) == weights(undisturbed)
+
+
+@pytest.mark.slow
+def test_a_run_whose_list_of_checkpoints_is_cut_goes_on_from_the_newest(photos, undisturbed, tmp_path, capsys):
+    """Ray Train writes its list in place. That the newest checkpoint was cut, too, is not to stop it either."""
+    train_vae(load(TrainVAE, None, words(photos, tmp_path, OFF, images=32)))
+    listed, half = tmp_path / "run" / "checkpoint_manager_snapshot.json", tmp_path / "run" / "checkpoint-000000000040"
+    os.truncate(listed, 100)
+    half.mkdir()
+    (half / checkpoint.STATE).write_bytes(b"PK")
+    capsys.readouterr()
+    train_vae(load(TrainVAE, None, words(photos, tmp_path, OFF)))
+    assert f"warning: {listed} was damaged" in capsys.readouterr().out
+    assert images_of(tmp_path / "run") == [16, 32, 48]
+    assert weights(tmp_path) == weights(undisturbed)
+
+
+# --- two drivers --------------------------------------------------------------------------------------------------
+
+OWNER = """
+import sys, time
+from pipelines.checkpoint import claimed
+with claimed(sys.argv[1]):
+    print("has it", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def owner(tmp_path):
+    """A process that is at work on tmp_path/run."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", OWNER, tmp_path / "run"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stdout.readline() == "has it\n"
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_run_is_one_processs_at_a_time(owner, tmp_path):
+    about = rf"process {owner.pid} on {platform.node()}, since 20\d\d-.* UTC\. Wait for it, stop it, or choose another"
+    with pytest.raises(UserError, match=f"another job is at work on {tmp_path}/run: {about} name"):  # noqa: SIM117
+        with checkpoint.claimed(str(tmp_path / "run")):
+            raise AssertionError("it is another's")
+    with checkpoint.claimed(str(tmp_path / "other")):
+        owner.stdin.close()
+        owner.wait(60)
+    assert not any(tmp_path.iterdir())
+    with checkpoint.claimed(str(tmp_path / "run")):
+        Path(tmp_path, "run", "made").touch()
+        with pytest.raises(UserError, match=f"process {os.getpid()} on"), checkpoint.claimed(str(tmp_path / "run")):
+            raise AssertionError("it is ours already")
+    assert os.listdir(tmp_path / "run") == ["made"]
+
+
+def test_a_killed_owner_holds_nothing_up(owner, tmp_path):
+    owner.kill()
+    owner.wait()
+    assert os.listdir(tmp_path / "run") == [checkpoint.DRIVER]
+    assert not checkpoint.open_run(str(tmp_path / "run"), load(TrainVAE), [])  # what it left is no other's folder
+    with checkpoint.claimed(str(tmp_path / "run")):
+        assert f"process {os.getpid()} on" in (tmp_path / "run" / checkpoint.DRIVER).read_text()
+
+
+def test_of_many_at_once_one_has_it(tmp_path):
+    """Each takes it in turn, as often as it can; whoever has it finds nobody else there."""
+    code = """
+import os, sys, time
+from pathlib import Path
+from litevae.errors import UserError
+from pipelines.checkpoint import claimed
+end, had = time.monotonic() + 4, 0
+while time.monotonic() < end:
+    try:
+        with claimed(sys.argv[1] + "/run"):
+            inside = Path(sys.argv[1], "inside")
+            inside.touch(exist_ok=False)
+            had += 1
+            inside.unlink()
+    except UserError:
+        continue
+print(had)
+"""
+    started = [
+        subprocess.Popen([sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE, text=True) for _ in range(3)
+    ]
+    had = [int(process.communicate(timeout=120)[0]) for process in started]
+    assert [process.returncode for process in started] == [0, 0, 0]
+    assert sum(had) > 10
+    assert not any(tmp_path.iterdir())
+
+
+def test_without_locks_a_job_runs_with_a_warning(tmp_path, monkeypatch, capsys):
+    def unknown(*_):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr("fcntl.flock", unknown)
+    with checkpoint.claimed(str(tmp_path / "run")):
+        assert f"warning: {tmp_path}/run: no locks here" in capsys.readouterr().out
+
+
+def test_what_a_killed_writer_left_is_removed_and_no_more(tmp_path):
+    known, whole, half, empty = (tmp_path / f"checkpoint-{n:012d}" for n in range(4))
+    for folder in (known, whole, half, empty):
+        folder.mkdir()
+    for folder in (known, whole, half):
+        torch.save({"images": torch.zeros(1000)}, folder / checkpoint.STATE)
+    for folder in (known, half):
+        os.truncate(folder / checkpoint.STATE, 3000)
+        assert not zipfile.is_zipfile(folder / checkpoint.STATE)
+    results = {"checkpoint_results": [{"checkpoint_dir_name": known.name}]}  # damaged since: that is to be told
+    (tmp_path / "checkpoint_manager_snapshot.json").write_text(json.dumps(results))
+    (tmp_path / ".model-x1").mkdir()
+    (tmp_path / "config.yaml.tmp").touch()
+    with checkpoint.claimed(str(tmp_path)):
+        assert sorted(os.listdir(tmp_path)) == sorted(
+            [known.name, whole.name, "checkpoint_manager_snapshot.json", checkpoint.DRIVER]
+        )
+
+
+@pytest.mark.slow
+def test_a_second_driver_is_refused_and_the_first_one_killed_goes_on(photos, undisturbed, tmp_path, capsys):
+    arguments = words(photos, tmp_path, OFF)
+    with open(tmp_path / "log", "w") as log:
+        first = subprocess.Popen([sys.executable, str(JOB), *arguments], stdout=log, stderr=log)
+    try:
+        end = time.monotonic() + 240
+        while not list((tmp_path / "run").glob("checkpoint-*/state.pt")):
+            assert first.poll() is None, (tmp_path / "log").read_text()
+            assert time.monotonic() < end, "no checkpoint"
+            time.sleep(0.005)
+        first.send_signal(signal.SIGSTOP)  # its workers go on; it does not end
+        error = refused(TrainVAE, train_vae, arguments, capsys)
+        assert f"another job is at work on {tmp_path}/run: process {first.pid} on {platform.node()}, since" in error
+        assert first.poll() is None, "it ended before it was looked for"
+    finally:
+        first.kill()
+        first.wait()
+    train_vae(load(TrainVAE, None, arguments))
+    assert weights(tmp_path) == weights(undisturbed)
+    assert not (tmp_path / "run" / checkpoint.DRIVER).exists()
