@@ -25,6 +25,8 @@ import pytest
 import skimage.data
 from PIL import Image
 
+from tests.encoding import save_model
+
 REPO = Path(__file__).resolve().parents[2]
 JOBS = ["train_vae", "encode_dataset", "train_ldm", "sample", "evaluate", "doctor"]
 
@@ -233,16 +235,11 @@ def test_a_training_that_is_stopped_leaves_with_a_checkpoint(cluster: Cluster, p
 
 
 @pytest.mark.slow
-def test_the_whole_pipeline_submitted(cluster: Cluster, photos: Path, tmp_path: Path) -> None:
+def test_a_cache_and_what_is_trained_on_it_submitted(cluster: Cluster, photos: Path, tmp_path: Path) -> None:
     common = [f"root={tmp_path / 'runs'}", "ray.cpus_per_worker=1"]
     small = ["loop.checkpoint_every=8", "loop.val_every=8", "loop.log_every=1", "loop.precision=fp32"]
-    vae, ldm, cache = tmp_path / "runs/vae/model", tmp_path / "runs/ldm/model", tmp_path / "cache"
+    vae, cache = save_model(tmp_path / "vae"), tmp_path / "cache"
     steps = [
-        [
-            "jobs/train_vae.py", *common, *small, f"data.train.uri={photos}", f"data.val.uri={photos}", "val_images=4",
-            "data.loaders=0", "model.encoder=S", "model.decoder.channels=[32,32,32,32]", "model.decoder.layers=1",
-            "stages=[{resolution: 64, images: 16, batch_size: 4}]", "loss.lpips.weight=0",
-        ],
         [
             "jobs/encode_dataset.py", *common, f"source.uri={photos}", f"model={vae}", f"out={cache}",
             "transform.resolution=64", "rows_per_shard=6", "batch_size=4",
@@ -251,18 +248,12 @@ def test_the_whole_pipeline_submitted(cluster: Cluster, photos: Path, tmp_path: 
             "jobs/train_ldm.py", *common, *small, f"cache={cache}", f"vae={vae}", "network=tiny", "images=16",
             "batch_size=4", "sample_images=2", "sample_steps=2",
         ],
-        ["jobs/sample.py", *common, f"model={ldm}", f"out={tmp_path / 'samples'}", "images=2", "steps=2"],
-        [
-            "jobs/evaluate.py", *common, f"model={vae}", f"source.uri={photos}", f"out={tmp_path / 'evaluation'}",
-            "transform.resolution=64", "pictures=2",
-        ],
     ]  # fmt: skip
     for words in steps:
         result = cluster.submit(*words)
         assert result.code == 0, result.output
     assert (cache / "manifest.json").is_file()
-    assert {path.name for path in (tmp_path / "samples").rglob("0*.png")} == {"000000.png", "000001.png"}
-    assert json.loads((tmp_path / "evaluation" / "metrics.json").read_text())
+    assert (tmp_path / "runs" / "ldm" / "model" / "model_index.json").is_file()
     assert (tmp_path / "runs" / "mlflow.db").is_file()
 
     lost = cluster.submit("jobs/encode_dataset.py", *common, f"source.uri={photos}", f"model={vae}", "out=cache")

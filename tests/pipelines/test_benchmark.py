@@ -290,11 +290,11 @@ def measured(place: Path, *words: str) -> dict:
 
 @pytest.mark.slow
 def test_command_measures_models(tmp_path):
-    sizes = ["models=sd-vae,S", "batch_sizes=[1]", "resolutions=[32,64]"]
+    sizes = ["models=taesd,S", "batch_sizes=[1]", "resolutions=[32]"]
     found = measured(tmp_path, "parts=encoder,decoder", *sizes)
     assert {name: len(part["tables"]) for name, part in found["parts"].items()} == {"encoder": 2, "decoder": 2}
     names = [row[0] for row in found["parts"]["encoder"]["tables"][0]["rows"]]
-    assert names == ["SD-VAE, eager", "LiteVAE-S, eager", "SD-VAE, fast", "LiteVAE-S, fast"]
+    assert names == ["TAESD, eager", "LiteVAE-S, eager", "TAESD, fast", "LiteVAE-S, fast"]
 
 
 @pytest.mark.slow

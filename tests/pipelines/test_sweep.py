@@ -233,10 +233,9 @@ def runs_of(root, name) -> tuple[mlflow.entities.Run, list[mlflow.entities.Run]]
     return client.get_run(parent), rows
 
 
-# A table of three kinds, for CI's hour. The configs of all rows of all are made in test_paper.py; every system takes a
+# A table of two kinds, for CI's hour. The configs of all rows of all are made in test_paper.py; every system takes a
 # step in test_train_vae.py.
 KINDS = {
-    "1": ["FFHQ 128*", "ImageNet 128, n_z 4*"],  # two rows of one training
     "3": ["LiteVAE-M"],  # what encoders cost: nothing is trained
     "7": ["FFHQ: LiteVAE"],  # with a diffusion model
 }
@@ -270,16 +269,9 @@ def test_tables_of_the_paper_run(photos, root, weights, table):
         assert written.model.model_dump(mode="json") == result["train_vae"]["model"]
         if wanted.kind == "ldm":
             assert "eval/frechet/squeezenet-caffe" in metrics
-        if wanted.scales:
-            client = mlflow.MlflowClient(f"sqlite:///{root}/mlflow.db")
-            (run,) = [run for run in rows if run.data.tags["litevae.row"] == result["row"]]
-            steps = [m.step for m in client.get_metric_history(run.info.run_id, "eval/scale/psnr")]
-            assert len({*steps}) > 1
-        if table == "6":
-            assert "eval/mmd/raw/25" in metrics
 
 
-SPACE = "space.optim.lr=[1e-4, 1e-3, 1e-2]"
+SPACE = "space.optim.lr=[1e-4, 1e-2]"
 
 
 @pytest.mark.slow
@@ -303,9 +295,9 @@ def test_a_killed_sweep_goes_on_and_the_best_config_can_be_trained(photos, tmp_p
     second = subprocess.run(words, cwd=REPO, capture_output=True, text=True, timeout=400)
     assert second.returncode == 0, second.stderr
     results = json.loads((tmp_path / "rates" / "results.json").read_text())
-    assert [result["train_vae"]["optim"]["lr"] for result in results] == [1e-4, 1e-3, 1e-2]
+    assert [result["train_vae"]["optim"]["lr"] for result in results] == [1e-4, 1e-2]
     assert {path: path.stat().st_mtime_ns for path in done} == before  # what was done is not done again
-    assert len(runs_of(tmp_path, "rates")[1]) == 3
+    assert len(runs_of(tmp_path, "rates")[1]) == 2
     best = max(results, key=lambda result: result["metrics"]["eval/reconstruction/psnr"])
     winner = load(TrainVAE, str(tmp_path / "rates" / "best.yaml"))
     assert (winner.optim.lr, winner.name) == (best["train_vae"]["optim"]["lr"], "rates-best")
