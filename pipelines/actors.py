@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 from litevae.errors import UserError
-from pipelines.cluster import Share, anywhere
+from pipelines.cluster import Share, anywhere, on
 
 Item = TypeVar("Item")
 
@@ -26,7 +26,7 @@ def pool(cls: type, share: Share, *arguments: Any, **options: Any) -> list[Any]:
         "num_gpus": share.resources.get("GPU", 0),
         "max_restarts": 3,
         "max_task_retries": 3,
-        **({"label_selector": share.labels} if share.labels else {"scheduling_strategy": anywhere()}),
+        **(on(share.labels) or {"scheduling_strategy": anywhere()}),
     }
     actor = ray.remote(cls).options(**given | options)
     actors = [actor.remote(*arguments) for _ in range(share.workers)]

@@ -134,6 +134,11 @@ def anywhere() -> Any:
     return PlacementGroupSchedulingStrategy(placement_group=None)
 
 
+def on(labels: dict[str, str]) -> dict[str, Any]:
+    """Ray's argument for running on nodes with these labels only; none for none."""
+    return {"label_selector": labels} if labels else {}
+
+
 def start(config: RayConfig, jobs: int = 1) -> Share:
     """Join the cluster of $RAY_ADDRESS or of the submitted job, else start one on this machine.
 

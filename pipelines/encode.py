@@ -506,7 +506,7 @@ def _pipeline(plan: dict[str, Any], shards: Sequence[Shard], out: str, share: cl
             compute=TaskPoolStrategy(size=share.decoders),
             num_cpus=1,
             max_retries=RETRIES,
-            **_on(share.decode_labels),
+            **cluster.on(share.decode_labels),
         )
         return pixels.map(
             Encoder,
@@ -520,13 +520,8 @@ def _pipeline(plan: dict[str, Any], shards: Sequence[Shard], out: str, share: cl
             num_cpus=0.9,  # other than decoding's: operators of equal resources are fused into one, here the actor
             num_gpus=share.resources.get("GPU", 0),
             max_task_retries=RETRIES,
-            **_on(share.labels),
+            **cluster.on(share.labels),
         )
-
-
-def _on(labels: dict[str, str]) -> dict[str, Any]:
-    """Ray's argument for running on nodes with these labels only."""
-    return {"label_selector": labels} if labels else {}
 
 
 # --- encoding -------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from pipelines import outputs, paper
+from pipelines import cluster, outputs, paper
 from pipelines.config import Encode, Evaluate, EvaluateSamples, Sample, Sweep, Tracking, TrainLDM, TrainVAE, validate
 from pipelines.logs import say
 
@@ -86,8 +86,7 @@ def run(values: dict[str, Any], setup: dict[str, Any]) -> None:
         trial = asdict(point(cfg, drawn, values["seed"], setup["folder"], begin))
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     reports = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
-    labels = setup["ray"]["worker_labels"]
-    where = {"label_selector": labels} if labels else {}
+    where = cluster.on(setup["ray"]["worker_labels"])
     task = ray.remote(_work).options(num_cpus=0, scheduling_strategy="DEFAULT", max_retries=3, **where)
     running = task.remote(trial, setup, reports)
     finished = False
