@@ -22,7 +22,7 @@ def test_the_demo_runs_every_job_and_leaves_its_pictures(tmp_path):
     # a thread a worker: two of them wait for each other wherever another test has a core
     more = [f"root={tmp_path}", f"preset={tmp_path}/short.yaml", "ray.cpus_per_worker=1"]
     command = [sys.executable, "jobs/demo.py", *more]
-    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=2400)
+    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     metrics = json.loads((tmp_path / "evaluation" / "metrics.json").read_text())
     assert metrics["images"] == 11
@@ -32,8 +32,3 @@ def test_the_demo_runs_every_job_and_leaves_its_pictures(tmp_path):
         with Image.open(tmp_path / name) as picture:
             assert min(picture.size) > 256
     assert "mlflow ui" in done.stdout
-
-    # run again, it has nothing to train and nothing to encode
-    again = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=600)
-    assert again.returncode == 0, again.stdout[-4000:] + again.stderr[-4000:]
-    assert json.loads((tmp_path / "evaluation" / "metrics.json").read_text())["fingerprint"] == metrics["fingerprint"]

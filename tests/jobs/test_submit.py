@@ -235,28 +235,16 @@ def test_a_training_that_is_stopped_leaves_with_a_checkpoint(cluster: Cluster, p
 
 
 @pytest.mark.slow
-def test_a_cache_and_what_is_trained_on_it_submitted(cluster: Cluster, photos: Path, tmp_path: Path) -> None:
+def test_an_encoding_submitted(cluster: Cluster, photos: Path, tmp_path: Path) -> None:
     common = [f"root={tmp_path / 'runs'}", "ray.cpus_per_worker=1"]
-    small = ["loop.checkpoint_every=8", "loop.val_every=8", "loop.log_every=1", "loop.precision=fp32"]
     vae, cache = save_model(tmp_path / "vae"), tmp_path / "cache"
-    steps = [
-        [
-            "jobs/encode_dataset.py", *common, f"source.uri={photos}", f"model={vae}", f"out={cache}",
-            "transform.resolution=64", "rows_per_shard=6", "batch_size=4",
-        ],
-        [
-            "jobs/train_ldm.py", *common, *small, f"cache={cache}", f"vae={vae}", "network=tiny", "images=16",
-            "batch_size=4", "sample_images=2", "sample_steps=2",
-        ],
-    ]  # fmt: skip
-    for words in steps:
-        result = cluster.submit(*words)
-        assert result.code == 0, result.output
+    words = ["jobs/encode_dataset.py", *common, f"source.uri={photos}", f"model={vae}", "transform.resolution=64"]
+    result = cluster.submit(*words, f"out={cache}", "rows_per_shard=6", "batch_size=4")
+    assert result.code == 0, result.output
     assert (cache / "manifest.json").is_file()
-    assert (tmp_path / "runs" / "ldm" / "model" / "model_index.json").is_file()
     assert (tmp_path / "runs" / "mlflow.db").is_file()
 
-    lost = cluster.submit("jobs/encode_dataset.py", *common, f"source.uri={photos}", f"model={vae}", "out=cache")
+    lost = cluster.submit(*words, "out=cache")
     assert lost.code == 2, lost.output
     assert "out=cache is relative" in one_error(lost)
     copies = [*cluster.folder.glob("session_2*/runtime_resources/working_dir_files/_ray_pkg_*/")]

@@ -289,17 +289,13 @@ def measured(place: Path, *words: str) -> dict:
 
 
 @pytest.mark.slow
-def test_command_measures_models(tmp_path):
-    sizes = ["models=taesd,S", "batch_sizes=[1]", "resolutions=[32]"]
-    found = measured(tmp_path, "parts=encoder,decoder", *sizes)
-    assert {name: len(part["tables"]) for name, part in found["parts"].items()} == {"encoder": 2, "decoder": 2}
+def test_the_command_measures_models_and_the_loader(tmp_path):
+    sizes = ["models=taesd,S", "batch_sizes=[1]", "resolutions=[32]", "loader_rows=1000"]
+    found = measured(tmp_path, "parts=encoder,decoder,loader", *sizes)
+    tables = {name: part["tables"] for name, part in found["parts"].items()}
+    assert {name: len(each) for name, each in tables.items()} == {"encoder": 2, "decoder": 2, "loader": 1}
     names = [row[0] for row in found["parts"]["encoder"]["tables"][0]["rows"]]
     assert names == ["TAESD, eager", "LiteVAE-S, eager", "TAESD, fast", "LiteVAE-S, fast"]
-
-
-@pytest.mark.slow
-def test_command_measures_the_loader(tmp_path):
-    found = measured(tmp_path, "parts=loader", "loader_rows=1000")
-    (table,) = found["parts"]["loader"]["tables"]
+    (table,) = tables["loader"]
     assert len(table["rows"]) == 6
     assert {len(row) for row in table["rows"]} == {len(table["head"])}

@@ -31,7 +31,6 @@ from tests.encoding import (
     moments_by_hand,
     photo_folder,
     save_model,
-    shard_bytes,
     start_job,
 )
 
@@ -404,13 +403,3 @@ def test_ugly_images_do_not_stop_the_job(model, tmp_path):
             continue  # not listed: no suffix of an image
         index = next(i for i in range(len(latents)) if latents.row(i)["id"] == name)
         torch.testing.assert_close(latents.moments([index])[0].float(), expected, atol=5e-3, rtol=5e-3)
-
-
-@pytest.mark.slow
-def test_two_drivers_on_one_cache_do_no_harm(encoded, folder, model, tmp_path):
-    out = tmp_path / "cache"
-    jobs = [start_job(folder, model, out, *MANY) for _ in range(2)]
-    outputs = [job.communicate(timeout=400)[0] for job in jobs]
-    assert [job.returncode for job in jobs] == [0, 0], outputs
-    assert LatentCache(out).manifest["digest"] == encoded[1]["digest"]
-    assert shard_bytes(out) == shard_bytes(encoded[0])

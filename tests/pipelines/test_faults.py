@@ -33,7 +33,7 @@ TITLES = {"decode": "ray::Map(decode_shard)", "encoder": "ray::MapWorker(Map(Enc
 SIZES = ("rows_per_shard=3", "transform.resolution=96", "batch_size=16", "kernels=torch")  # a third of a second each
 TWO = ("ray.workers=2", "ray.decode_tasks=2")  # of each one for either node
 # `Job` has a method for each.
-KINDS = ("driver", "second", "encoder", "written", "stubborn", "raylet")
+KINDS = ("driver", "second", "encoder", "written", "decode", "raylet")
 KILLS = 6  # at least
 PATIENCE = 120  # seconds; where nothing happens for that long, something hangs
 
@@ -41,7 +41,7 @@ PATIENCE = 120  # seconds; where nothing happens for that long, something hangs
 # --- a cluster of two nodes -------------------------------------------------------------------------------------
 
 
-SIZE = {"num_cpus": 6}
+SIZE = {"num_cpus": 4}
 
 
 @contextlib.contextmanager
@@ -218,17 +218,15 @@ class Job:
         return 0
 
     def encoder(self):
-        self.some_time()
-        victims = self.wait(lambda: self.workers("encoder"))
-        return self._kill(self.random.choice(victims), "encoder")
+        return self._worker("encoder")
 
-    def stubborn(self):
-        """Decoding tasks, until a driver has had enough."""
-        self.wait(self.at_work)
-        before, killed = self.restarts, 0
-        while self.wait(lambda: self.restarts > before or self.workers("decode")) and self.restarts == before:
-            killed += sum(self._kill(victim, "decode") for victim in self.workers("decode"))
-        return killed
+    def decode(self):
+        return self._worker("decode")
+
+    def _worker(self, kind):
+        self.some_time()
+        victims = self.wait(lambda: self.workers(kind))
+        return self._kill(self.random.choice(victims), kind)
 
     def written(self):
         """The encoders, between a shard and its commit. They are stopped to look."""
@@ -281,9 +279,9 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """240 files, most of which take some time to decode."""
+    """144 files, most of which take some time to decode."""
     root = photo_folder(tmp_path_factory.mktemp("photos"))
-    for n, photo in enumerate(crops(192)):
+    for n, photo in enumerate(crops(96)):
         photo.resize((1000, 1000)).save(root / ("cats" if n % 2 else "dogs") / f"large-{n:03d}.jpg")
     return root
 
