@@ -48,40 +48,6 @@ def wait_for(found, seconds=600):
     return what
 
 
-def test_encoding_over_nodes_that_go_and_come(nodes, photos, tmp_path):
-    model = save_model(tmp_path / "model")
-    small = ("rows_per_shard=2", "transform.resolution=96", "kernels=torch")
-    where = ("ray.workers=2", "ray.decode_tasks=2", "ray.worker_labels={pool: gpu}", "ray.decode_labels={pool: cpu}")
-    out, log = tmp_path / "cache", tmp_path / "log.txt"
-    environment = os.environ | {"RAY_ADDRESS": nodes.address}
-    with log.open("w") as file:
-        process = start_job(photos, model, out, *small, *where, "ray.wait=200", stdout=file, env=environment)
-    seen = {"ray::Map(decode_shard)": set(), "ray::MapWorker(Map(Encoder))": set()}
-
-    def look(until):
-        for title, where in seen.items():
-            where |= nodes.where(title)
-        return until()
-
-    try:
-        commits = out / "commits"
-        wait_for(lambda: process.poll() is not None or "waiting up to 200 s for the cluster to grow" in log.read_text())
-        nodes.add("b", num_cpus=1, labels=GPU)
-        wait_for(lambda: process.poll() is not None or look(lambda: commits.is_dir() and len(os.listdir(commits)) >= 3))
-        nodes.kill("b")
-        nodes.add("c", num_cpus=1, labels=GPU)
-        wait_for(lambda: look(lambda: process.poll() is not None))
-        assert process.returncode == 0, log.read_text()
-    finally:
-        process.kill()
-    assert seen["ray::Map(decode_shard)"] == {"decode"}
-    assert seen["ray::MapWorker(Map(Encoder))"] == {"a", "b", "c"}
-    found = audit.audit(str(out))
-    assert (found.problems, found.general, found.missing) == ({}, [], [])
-    counts = json.loads((out / "manifest.json").read_text())["counts"]
-    assert (counts["encoded"], counts["quarantined"]) == (45, len(BAD))
-
-
 def test_training_goes_on_with_the_nodes_that_there_are(photos, tmp_path, monkeypatch, capfd):
     import ray
 
@@ -138,6 +104,40 @@ def train(cfg):
     from pipelines.train_vae import train_vae
 
     return train_vae(cfg)
+
+
+def test_encoding_over_nodes_that_go_and_come(nodes, photos, tmp_path):
+    model = save_model(tmp_path / "model")
+    small = ("rows_per_shard=2", "transform.resolution=96", "kernels=torch")
+    where = ("ray.workers=2", "ray.decode_tasks=2", "ray.worker_labels={pool: gpu}", "ray.decode_labels={pool: cpu}")
+    out, log = tmp_path / "cache", tmp_path / "log.txt"
+    environment = os.environ | {"RAY_ADDRESS": nodes.address}
+    with log.open("w") as file:
+        process = start_job(photos, model, out, *small, *where, "ray.wait=200", stdout=file, env=environment)
+    seen = {"ray::Map(decode_shard)": set(), "ray::MapWorker(Map(Encoder))": set()}
+
+    def look(until):
+        for title, where in seen.items():
+            where |= nodes.where(title)
+        return until()
+
+    try:
+        commits = out / "commits"
+        wait_for(lambda: process.poll() is not None or "waiting up to 200 s for the cluster to grow" in log.read_text())
+        nodes.add("b", num_cpus=1, labels=GPU)
+        wait_for(lambda: process.poll() is not None or look(lambda: commits.is_dir() and len(os.listdir(commits)) >= 3))
+        nodes.kill("b")
+        nodes.add("c", num_cpus=1, labels=GPU)
+        wait_for(lambda: look(lambda: process.poll() is not None))
+        assert process.returncode == 0, log.read_text()
+    finally:
+        process.kill()
+    assert seen["ray::Map(decode_shard)"] == {"decode"}
+    assert seen["ray::MapWorker(Map(Encoder))"] == {"a", "b", "c"}
+    found = audit.audit(str(out))
+    assert (found.problems, found.general, found.missing) == ({}, [], [])
+    counts = json.loads((out / "manifest.json").read_text())["counts"]
+    assert (counts["encoded"], counts["quarantined"]) == (45, len(BAD))
 
 
 def test_trials_are_moved_off_a_node_that_dies(nodes, tmp_path):
