@@ -1,6 +1,7 @@
 """A Ray cluster of several nodes on this machine, which come and are killed."""
 
 import contextlib
+import fcntl
 import os
 import signal
 import subprocess
@@ -116,7 +117,13 @@ def title_of(process):
 @contextlib.contextmanager
 def cluster(**head) -> Iterator[Nodes]:
     """A head alone, in a folder of its own with a short name (sockets are in it): other programs' ray.init() must not
-    find it."""
+    find it. One at a time on this machine: two starve each other, which Ray takes for nodes that have died."""
+    with open(Path(tempfile.gettempdir(), "litevae-nodes.lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield from _run(**head)
+
+
+def _run(**head) -> Iterator[Nodes]:
     handler = signal.signal(signal.SIGTERM, signal.default_int_handler)  # the cluster is to end with us
     before = os.environ.get("RAY_TMPDIR")
     with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as folder:
