@@ -316,8 +316,12 @@ def check_folders(written: dict[str, str], read: dict[str, str]) -> None:
             for node, name in others.items()
         }
         for name, found in asked.items():
+            try:
+                unseen = ray.get(found)
+            except (ray.exceptions.TaskUnschedulableError, ray.exceptions.NodeDiedError):
+                continue  # a node that has left the cluster meanwhile
             for field, path in paths.items():
-                if path in ray.get(found):
+                if path in unseen:
                     where = (written | read)[field]
                     raise UserError(
                         f"{field}={where} is not shared: node {name} of the cluster does not see what is there on "

@@ -17,6 +17,16 @@ def share():
     return cluster.start(Ray(workers=2))
 
 
+def test_a_node_that_leaves_while_folders_are_looked_for_does_not_matter(share, tmp_path, monkeypatch):
+    import ray
+
+    nodes = ray.nodes()
+    gone = {"NodeID": "a" * 56, "NodeName": "gone", "Alive": True, "Resources": {"CPU": 1.0}}
+    monkeypatch.setattr(ray, "nodes", lambda: [*nodes, gone])
+    cluster.check_folders({"root": str(tmp_path / "runs")}, {"source.uri": str(tmp_path)})
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
 @pytest.fixture(scope="module")
 def worker():
     """A local class: Ray ships it by value, as workers can't import tests."""
