@@ -90,6 +90,14 @@ def _answers(port: int, process: subprocess.Popen, seconds: float = 60) -> None:
     raise RuntimeError(f"nothing listens on port {port} after {seconds} s")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _ray_ends_with_its_module() -> Iterator[None]:
+    """The next one would join it, with this one's environment and nodes."""
+    yield
+    if ray := sys.modules.get("ray"):
+        ray.shutdown()
+
+
 @pytest.fixture(scope="session")
 def _moto() -> Iterator[None]:
     """The server that the environment of all tests names."""

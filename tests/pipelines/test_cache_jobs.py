@@ -24,14 +24,6 @@ from pipelines.encode import encode_dataset
 from tests.encoding import BAD, JOB, SIDE, config, crops, photo_folder, save_model, shard_bytes
 
 
-@pytest.fixture(scope="module", autouse=True)
-def ray_ends_with_this_module():
-    yield
-    import ray
-
-    ray.shutdown()
-
-
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """Photos, a model, and the cache of them: 48 inputs in 6 shards."""

@@ -35,14 +35,6 @@ from tests.encoding import (
 )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def ray_ends_with_this_module():
-    yield
-    import ray
-
-    ray.shutdown()
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     return save_model(tmp_path_factory.mktemp("models") / "model")

@@ -14,7 +14,6 @@ def exported():
     """Reads what this machine's node exports: {name{tags}: value}."""
     import ray
 
-    ray.shutdown()  # what other tests in this process had
     ray.init(address="local", num_cpus=1, include_dashboard=True, dashboard_host="127.0.0.1", logging_level="ERROR")
     (node,) = ray.nodes()
 

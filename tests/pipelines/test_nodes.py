@@ -51,7 +51,6 @@ def wait_for(found, seconds=600):
 def test_training_goes_on_with_the_nodes_that_there_are(photos, tmp_path, monkeypatch, capfd):
     import ray
 
-    ray.shutdown()  # of another module, which training would join
     monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "40")
     monkeypatch.setattr(training, "RESIZE_EVERY", 2.0)
     more = ["stages=[{resolution: 32, images: 800000, batch_size: 12}]", "loop.checkpoint_every=120"]

@@ -44,7 +44,6 @@ SIZES = ("rows_per_shard=3", "kernels=torch")
 @pytest.fixture(scope="module")
 def proxy(_moto):
     """Between us, Ray's workers among us, and moto."""
-    ray.shutdown()  # one that another module has started would not know the proxy
     with proxied(os.environ["AWS_ENDPOINT_URL"]) as proxy, pytest.MonkeyPatch.context() as patch:
         patch.setenv("AWS_ENDPOINT_URL", proxy.uri)
         yield proxy

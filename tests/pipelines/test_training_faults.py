@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import ray
 import skimage.data
 import torch
 from mlflow import MlflowClient
@@ -42,12 +41,6 @@ SMALL = [
     "loop.checkpoint_every=16", "loop.log_every=1", "loop.max_restarts=0",
 ]  # fmt: skip
 OFF = "tracking.enabled=false"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def ray_ends_with_this_module():
-    yield
-    ray.shutdown()
 
 
 @pytest.fixture(scope="module")
