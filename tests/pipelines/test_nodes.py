@@ -148,8 +148,8 @@ def test_trials_are_moved_off_a_node_that_dies(nodes, tmp_path):
     for name in ("a", "b", "c"):  # those of an earlier test
         if name in nodes:
             nodes.kill(name)
-    # Room for two more: the dead node's placement groups move, too, until Ray Train's cleaner, which asks the dashboard,
-    # finds that nobody needs them; a cluster of tests has none.
+    # Room for two more: the dead node's placement groups move, too, until Ray Train's cleaner finds that nobody needs
+    # them; it asks the dashboard, which a cluster of tests has not.
     for name in ("d", "e"):
         nodes.add(name, num_cpus=4, labels=GPU)
     words = [f"train_vae.{word}" for word in TRAIN if word.startswith(("model", "loss", "loop"))]
