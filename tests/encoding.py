@@ -14,7 +14,8 @@ from skimage import data as photos
 from litevae import storage
 from litevae.autoencoder import LiteVAE, encode_latents, load_autoencoder
 from litevae.images import ImageTransform
-from pipelines.config import Encode, load
+from pipelines.config import Encode, load, validate
+from pipelines.encode import encode_dataset
 
 SIDE = 32
 MANY = ("rows_per_shard=1",)  # many shards, so that a kill comes in the middle
@@ -49,6 +50,23 @@ def photo_folder(root, count=45):
     whole = (root / "cats/001.png").read_bytes()
     (root / "cats/zcut.png").write_bytes(whole[: len(whole) // 2])
     return root
+
+
+def encoded_crops(root, rows_per_shard):
+    """(cache, model folder, photos): 24 photos of 64 px in two classes, encoded."""
+    for n, left in enumerate(range(0, 480, 20)):
+        folder = root / "photos" / "ab"[n % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(photos.coffee()[left // 2 : left // 2 + 64, left : left + 64]).save(folder / f"{n:02}.png")
+    torch.manual_seed(0)
+    LiteVAE("S", block_out_channels=(8, 8, 8, 8), layers_per_block=1).save_pretrained(root / "vae")
+    values = {
+        "source": {"uri": str(root / "photos")}, "model": str(root / "vae"), "out": str(root / "cache"),
+        "root": str(root), "transform": {"resolution": 64}, "precision": "fp32", "rows_per_shard": rows_per_shard,
+        "ray": {"gpu": False, "cpus_per_worker": 1}, "tracking": {"enabled": False},
+    }  # fmt: skip
+    encode_dataset(validate(Encode, values))
+    return root / "cache", root / "vae", root / "photos"
 
 
 def arguments(source, model, out, *more):

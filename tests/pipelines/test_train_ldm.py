@@ -14,10 +14,8 @@ from pathlib import Path
 import mlflow
 import numpy as np
 import pytest
-import skimage.data
 import torch
 from diffusers import DDPMScheduler
-from PIL import Image
 from safetensors.torch import load_file
 
 from litevae.autoencoder import LiteVAE
@@ -28,10 +26,11 @@ from litevae.errors import UserError
 from litevae.ldm import load_ldm
 from pipelines import audit, checkpoint
 from pipelines.batches import Online
-from pipelines.config import Encode, TrainLDM, load, main, validate
+from pipelines.config import Encode, TrainLDM, load, main
 from pipelines.decode import views_of
 from pipelines.encode import encode_dataset
 from pipelines.train_ldm import Diffusion, train_ldm
+from tests.encoding import encoded_crops
 
 REPO = Path(__file__).resolve().parents[2]
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -45,22 +44,7 @@ CONFIG = [
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """(cache, model folder, photos): 24 photos in two classes, encoded."""
-    root = tmp_path_factory.mktemp("made")
-    coffee = skimage.data.coffee()
-    for n in range(24):
-        (root / "photos" / "ab"[n % 2]).mkdir(parents=True, exist_ok=True)
-        photo = Image.fromarray(coffee[10 * n : 10 * n + 64, 20 * n : 20 * n + 64])
-        photo.save(root / "photos" / "ab"[n % 2] / f"{n:02}.png")
-    torch.manual_seed(0)
-    LiteVAE("S", block_out_channels=(8, 8, 8, 8), layers_per_block=1).save_pretrained(root / "vae")
-    values = {
-        "source": {"uri": str(root / "photos")}, "model": str(root / "vae"), "out": str(root / "cache"),
-        "root": str(root), "transform": {"resolution": 64}, "precision": "fp32", "rows_per_shard": 10,
-        "ray": {"gpu": False, "cpus_per_worker": 1}, "tracking": {"enabled": False},
-    }  # fmt: skip
-    encode_dataset(validate(Encode, values))
-    return root / "cache", root / "vae", root / "photos"
+    return encoded_crops(tmp_path_factory.mktemp("made"), rows_per_shard=10)
 
 
 def configured(made, root, *more) -> TrainLDM:

@@ -25,12 +25,12 @@ from litevae.autoencoder import WEIGHTS, LiteVAE
 from litevae.cache import LatentCache
 from litevae.errors import UserError
 from pipelines import audit, checkpoint, tracking, training
-from pipelines.config import Encode, TrainLDM, TrainVAE, load, main, validate
-from pipelines.encode import encode_dataset
+from pipelines.config import TrainLDM, TrainVAE, load, main
 from pipelines.sources import open_source
 from pipelines.train_ldm import train_ldm
 from pipelines.train_vae import Autoencoder, train_vae
 from tests.disks import fill, resize, small_disk
+from tests.encoding import encoded_crops
 from tests.pipelines.test_tracking import Server
 from tests.proxy import proxied
 
@@ -275,21 +275,7 @@ def test_steps_of_nan_are_skipped_counted_and_in_the_end_stop_the_run(photos, tm
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """(cache, model folder) of 24 photos in three shards."""
-    root = tmp_path_factory.mktemp("made")
-    (root / "photos").mkdir()
-    for n in range(24):
-        crop = skimage.data.coffee()[10 * n : 10 * n + 64, 20 * n : 20 * n + 64]
-        Image.fromarray(crop).save(root / "photos" / f"{n:02}.png")
-    torch.manual_seed(0)
-    LiteVAE("S", block_out_channels=(8, 8, 8, 8), layers_per_block=1).save_pretrained(root / "vae")
-    values = {
-        "source": {"uri": str(root / "photos")}, "model": str(root / "vae"), "out": str(root / "cache"),
-        "root": str(root), "transform": {"resolution": 64}, "precision": "fp32", "rows_per_shard": 8,
-        "ray": {"gpu": False, "cpus_per_worker": 1}, "tracking": {"enabled": False},
-    }  # fmt: skip
-    encode_dataset(validate(Encode, values))
-    return root / "cache", root / "vae"
+    return encoded_crops(tmp_path_factory.mktemp("made"), rows_per_shard=8)
 
 
 def ldm(copy, root):
