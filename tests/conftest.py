@@ -102,7 +102,7 @@ def _ray_ends_with_its_module() -> Iterator[None]:
 def _moto() -> Iterator[None]:
     """The server that the environment of all tests names."""
     port = int(_MOTO["AWS_ENDPOINT_URL"].rsplit(":", 1)[1])
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    command = [sys.executable, Path(__file__).with_name("moto_s3.py"), "-H", "127.0.0.1", "-p", str(port)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         _answers(port, process)
