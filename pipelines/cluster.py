@@ -48,6 +48,11 @@ _ENVIRONMENT = {
 # listen on every address, whatever they are told. Ray reads it when it is imported, and on Linux too.
 _MANY_MACHINES = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 
+# Set to 0, a training has no actor that waits for spot notices: on a machine of our own there are none. Read anew by
+# each training; what the user said about it holds.
+_NOTICES = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
+_NOTICES_ASKED = os.environ.get(_NOTICES)
+
 # With an older Ray web pages can delete a cluster's jobs (CVE-2026-27482, before 2.54), and Parquet files can run code
 # where Ray Data is imported (CVE-2026-41486, before 2.55). Ray itself refuses to join a cluster of another version.
 OLDEST = (2, 55)
@@ -151,7 +156,7 @@ def start(config: RayConfig, jobs: int = 1) -> Share:
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     joining = in_ray_job() or "RAY_ADDRESS" in os.environ
-    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", str(int(joining)))  # of spot notices
+    os.environ[_NOTICES] = _NOTICES_ASKED or str(int(joining))
     if not joining and not _in_worker():
         config = config.model_copy(update={"worker_labels": {}, "decode_labels": {}})  # one machine, whatever it is
     if not joining:

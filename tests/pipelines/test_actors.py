@@ -27,6 +27,16 @@ def test_a_node_that_leaves_while_folders_are_looked_for_does_not_matter(share, 
     assert list((tmp_path / "runs").iterdir()) == []
 
 
+def test_spot_notices_are_awaited_on_a_cluster_that_is_joined_also_after_one_of_our_own(share, monkeypatch):
+    monkeypatch.setenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # as it was left
+    monkeypatch.setenv("RAY_ADDRESS", "joined before")
+    cluster.start(Ray())
+    assert os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] == "1"
+    monkeypatch.delenv("RAY_ADDRESS")
+    cluster.start(Ray())
+    assert os.environ["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] == "0"
+
+
 @pytest.fixture(scope="module")
 def worker():
     """A local class: Ray ships it by value, as workers can't import tests."""
