@@ -98,6 +98,15 @@ def _ray_ends_with_its_module() -> Iterator[None]:
         ray.shutdown()
 
 
+@pytest.fixture
+def in_process() -> Iterator[None]:
+    """Workers of jobs are objects of this process during the test."""
+    from tests import in_process  # here: most tests have no use for what it imports
+
+    with in_process.in_process():
+        yield
+
+
 @pytest.fixture(scope="session")
 def _moto() -> Iterator[None]:
     """The server that the environment of all tests names."""

@@ -16,6 +16,7 @@ from litevae.autoencoder import LiteVAE, encode_latents, load_autoencoder
 from litevae.images import ImageTransform
 from pipelines.config import Encode, load, validate
 from pipelines.encode import encode_dataset
+from tests.in_process import in_process
 
 SIDE = 32
 MANY = ("rows_per_shard=1",)  # many shards, so that a kill comes in the middle
@@ -65,7 +66,8 @@ def encoded_crops(root, rows_per_shard):
         "root": str(root), "transform": {"resolution": 64}, "precision": "fp32", "rows_per_shard": rows_per_shard,
         "ray": {"gpu": False, "cpus_per_worker": 1}, "tracking": {"enabled": False},
     }  # fmt: skip
-    encode_dataset(validate(Encode, values))
+    with in_process():
+        encode_dataset(validate(Encode, values))
     return root / "cache", root / "vae", root / "photos"
 
 

@@ -1,30 +1,20 @@
 """`python jobs/doctor.py`: its exit codes, its table and its report."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
+from tests.commands import run, run_in_this_process
 from tests.encoding import crops, save_model
 
-REPO = Path(__file__).resolve().parents[2]
-
-
-def run(*words, **environment):
-    return subprocess.run(
-        [sys.executable, "jobs/doctor.py", *words],
-        cwd=REPO, env=os.environ | environment, capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
+JOB = "jobs/doctor.py"
 
 
 def test_help():
-    done = run("--help")
-    assert done.returncode == 0, done.stderr
+    done = run_in_this_process(JOB, "--help")
+    assert done.code == 0, done.output
     for words in ("usage: python jobs/doctor.py", "report = ''", "ray.workers = 1", "source.uri"):
-        assert words in done.stdout
+        assert words in done.output
 
 
 @pytest.mark.parametrize(
@@ -36,10 +26,9 @@ def test_help():
     ],
 )
 def test_bad_input(words, message):
-    done = run(*words)
-    assert done.returncode == 2, done.stdout
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
+    done = run_in_this_process(JOB, *words)
+    assert done.code == 2, done.output
+    assert message in done.output
 
 
 @pytest.mark.slow
@@ -50,19 +39,19 @@ def test_a_sound_machine(tmp_path):
         photo.save(photos / f"{number}.png")
     report = tmp_path / "report.json"
     done = run(
-        f"root={tmp_path}/runs", f"out={tmp_path}/cache", f"source.uri={photos}", f"report={report}", "batch_size=2",
-        f"model={save_model(tmp_path / 'model')}", "transform.resolution=32", TORCH_HOME=str(tmp_path),
+        JOB, f"root={tmp_path}/runs", f"out={tmp_path}/cache", f"source.uri={photos}", f"report={report}",
+        f"model={save_model(tmp_path / 'model')}", "transform.resolution=32", "batch_size=2", TORCH_HOME=str(tmp_path),
     )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.code == 0, done.output
     summary = json.loads(report.read_text())
     assert summary["counts"].get("failed", 0) == 0
     by_check = {}
     for finding in summary["findings"]:
         by_check.setdefault(finding["check"], set()).add(finding["state"])
     for check in ("ray", "versions", "kernels", "clock", "gloo", "mlflow", "model", "source", "estimate"):
-        assert by_check[check] == {"ok"}, done.stdout
+        assert by_check[check] == {"ok"}, done.output
     assert by_check["root"] | by_check["out"] <= {"ok", "warning"}  # this machine's disk may be nearly full
     assert by_check["weights"] == {"warning"}  # there are none
-    assert done.stdout.strip().splitlines()[-1].endswith("on 1 node")
-    assert "6 images take about" in " ".join(done.stdout.split())
+    assert done.output.strip().splitlines()[-1].endswith("on 1 node")
+    assert "6 images take about" in " ".join(done.output.split())
     assert not (tmp_path / "cache").exists()

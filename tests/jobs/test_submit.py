@@ -2,11 +2,9 @@
 same exit code, the same result."""
 
 import contextlib
-import io
 import json
 import os
 import re
-import runpy
 import secrets
 import shlex
 import shutil
@@ -17,7 +15,6 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -25,34 +22,10 @@ import pytest
 import skimage.data
 from PIL import Image
 
+from tests.commands import REPO, Result, run, run_in_this_process
 from tests.encoding import save_model
 
-REPO = Path(__file__).resolve().parents[2]
 JOBS = ["train_vae", "encode_dataset", "train_ldm", "sample", "evaluate", "doctor"]
-
-
-@dataclass
-class Result:
-    code: int
-    output: str
-
-
-def run(*words: str) -> Result:
-    """`python jobs/X.py ...` in the repository."""
-    done = subprocess.run(
-        [sys.executable, *words], cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300
-    )
-    return Result(done.returncode, done.stdout)
-
-
-def run_in_this_process(script: str, *words: str) -> Result:
-    """As `run`, without the seconds that importing torch takes."""
-    output = io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(output):
-        patch.setattr(sys, "argv", [script, *words])
-        with pytest.raises(SystemExit) as exit:
-            runpy.run_path(str(REPO / script), run_name="__main__")
-    return Result(exit.value.code, output.getvalue())
 
 
 class Cluster:

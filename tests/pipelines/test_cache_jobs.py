@@ -4,8 +4,6 @@ import hashlib
 import json
 import os
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pyarrow as pa
@@ -21,7 +19,8 @@ from litevae.errors import UserError
 from pipelines import audit, decode, encode
 from pipelines.config import Inspect, Repair, Retry, Verify
 from pipelines.encode import encode_dataset
-from tests.encoding import BAD, JOB, SIDE, config, crops, photo_folder, save_model, shard_bytes
+from tests.commands import run, run_in_this_process
+from tests.encoding import BAD, SIDE, config, crops, photo_folder, save_model, shard_bytes
 
 
 @pytest.fixture(scope="module")
@@ -160,6 +159,7 @@ def test_damage_is_found(copy, damage):
     assert "1 of 6 shards are missing or damaged; repair it: python jobs/encode_dataset.py" in str(error.value)
 
 
+@pytest.mark.usefixtures("in_process")
 @pytest.mark.parametrize("damages", [list(DAMAGES)[:5], list(DAMAGES)[5:]], ids=["files", "content"])
 def test_damage_is_repaired(made, copy, damages):
     """Damaged shards are as they were before, byte by byte; the others are left alone."""
@@ -177,6 +177,7 @@ def test_damage_is_repaired(made, copy, damages):
     assert LatentCache(copy / "cache").manifest["digest"] == LatentCache(made / "cache").manifest["digest"]
 
 
+@pytest.mark.usefixtures("in_process")
 def test_a_cache_from_before_there_was_a_choice_of_decoders_keeps_pillows_pixels(made, copy):
     old, settings = copy / "old", ("transform.decode=pillow",)
     encode_dataset(config(copy / "photos", made / "model", old, *settings))
@@ -219,6 +220,7 @@ def test_an_id_twice_is_found(copy):
         audit.verify(Verify(cache=str(copy / "cache"), source=False))
 
 
+@pytest.mark.usefixtures("in_process")
 def test_a_lost_or_wrong_manifest_is_written_again(made, copy):
     (copy / "cache/manifest.json").unlink()
     with pytest.raises(UserError, match="unfinished"):
@@ -234,6 +236,7 @@ def test_a_lost_or_wrong_manifest_is_written_again(made, copy):
     audit.verify(Verify(cache=str(copy / "cache"), source=False))
 
 
+@pytest.mark.usefixtures("in_process")
 def test_left_over_files_are_removed(made, copy):
     stale = copy / "cache/shards/.tmp-123"
     stale.write_bytes(b"half")
@@ -249,6 +252,7 @@ def test_left_over_files_are_removed(made, copy):
     assert audit.audit(str(copy / "cache"), source=False).unnamed == []
 
 
+@pytest.mark.usefixtures("in_process")
 def test_repair_needs_the_same_model(made, copy, tmp_path):
     lose_a_shard(copy, 3)
     other = save_model(tmp_path / "other", seed=1)
@@ -265,6 +269,7 @@ def test_repair_needs_the_same_model(made, copy, tmp_path):
 # --- retry ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("in_process")
 def test_retry_gives_what_would_have_been(made, copy):
     """Two of three bad files are mended: as if they had been whole from the start."""
     good = list(crops(2))
@@ -291,6 +296,7 @@ def test_retry_gives_what_would_have_been(made, copy):
 # --- append ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("in_process")
 def test_append_adds_what_is_new(made, tmp_path, capsys):
     photos, out, model = tmp_path / "photos", tmp_path / "cache", str(made / "model")
     photos.mkdir()
@@ -323,6 +329,7 @@ def test_append_adds_what_is_new(made, tmp_path, capsys):
     assert encode_dataset(config(photos, model, out, "append=true"))["number"] == 2  # nothing is new any more
 
 
+@pytest.mark.usefixtures("in_process")
 def test_another_driver_has_listed_other_inputs(made, copy, monkeypatch):
     """Both append at the same time, and a file was added in between: what was put there first is what is encoded."""
     (copy / "photos/zebras").mkdir()
@@ -343,6 +350,7 @@ def test_another_driver_has_listed_other_inputs(made, copy, monkeypatch):
     audit.verify(Verify(cache=str(copy / "cache"), source=False))
 
 
+@pytest.mark.usefixtures("in_process")
 def test_a_driver_killed_between_plan_and_listing(made, copy):
     for part in ("listing", "commits", "shards", "manifests", "manifest.json"):
         path = copy / "cache" / part
@@ -352,6 +360,7 @@ def test_a_driver_killed_between_plan_and_listing(made, copy):
     audit.verify(Verify(cache=str(copy / "cache")))
 
 
+@pytest.mark.usefixtures("in_process")
 def test_a_moved_source_is_the_same_source(made, copy, capsys):
     assert encode_dataset(config(copy / "photos", str(made / "model"), copy / "cache"))["encoded_now"] == 0
     assert "new" not in capsys.readouterr().out
@@ -394,16 +403,14 @@ def test_inspect(made, copy, capsys):
 
 
 def test_command_line(made):
-    def run(*words):
-        return subprocess.run([sys.executable, str(JOB), *words], capture_output=True, text=True, timeout=120)
-
-    sound = run("verify", str(made / "cache"))
-    assert (sound.returncode, "sound" in sound.stdout) == (0, True), sound.stderr
-    wrong = run("verify", str(made / "model"))
-    assert (wrong.returncode, wrong.stderr.startswith("error: ")) == (2, True)
-    assert "Traceback" not in wrong.stderr
-    assert run("repair", "--help").stdout.startswith("Encode the missing and damaged shards")
-    assert "did you mean 'reasons'" in run("retry", str(made / "cache"), "reason=[empty]").stderr
+    script = "jobs/encode_dataset.py"
+    sound = run(script, "verify", made / "cache")
+    assert (sound.code, "sound" in sound.output) == (0, True), sound.output
+    wrong = run_in_this_process(script, "verify", made / "model")
+    assert (wrong.code, wrong.output.startswith("error: ")) == (2, True)
+    assert run_in_this_process(script, "repair", "--help").output.startswith("Encode the missing and damaged shards")
+    typo = run_in_this_process(script, "retry", made / "cache", "reason=[empty]")
+    assert "did you mean 'reasons'" in typo.output
 
 
 def test_quarantine_says_where(made):

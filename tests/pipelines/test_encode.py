@@ -140,6 +140,7 @@ def test_error_budget_stops_and_a_higher_one_goes_on(folder, model, tmp_path):
     assert encode_dataset(config(folder, model, tmp_path / "cache"))["quarantined"] == 3
 
 
+@pytest.mark.usefixtures("in_process")
 def test_latents_that_fp16_can_not_hold(folder, tmp_path):
     spoiled = save_model(tmp_path / "model", change=lambda model: list(model.encoder.parameters())[-1].data.fill_(1e6))
     with pytest.raises(UserError, match="none of 48 images could be encoded"):
@@ -150,6 +151,7 @@ def test_latents_that_fp16_can_not_hold(folder, tmp_path):
     assert table["stage"].to_pylist().count("encode") == 45
 
 
+@pytest.mark.usefixtures("in_process")
 def test_parquet_source(model, tmp_path):
     images = []
     for photo in crops(11):
@@ -275,6 +277,7 @@ def check_rows(out, source, model, transform, rtol=2e-3):
     return latents
 
 
+@pytest.mark.usefixtures("in_process")
 @pytest.mark.parametrize(
     ("kind", "content", "channels"),
     [("AutoencoderKL", "moments", 6), ("AutoencoderTiny", "mean", 4), ("AutoencoderDC", "mean", 8)],
@@ -289,6 +292,7 @@ def test_autoencoders_of_diffusers(few, tmp_path, kind, content, channels):
     torch.testing.assert_close(z.std((0, 2, 3), correction=0) <= 1.001, torch.ones(len(latents.mean), dtype=bool))
 
 
+@pytest.mark.usefixtures("in_process")
 def test_only_the_mean_in_bf16(few, model, tmp_path):
     encode_dataset(config(few, model, tmp_path / "mean", "latents=mean", "dtype=bf16"))
     encode_dataset(config(few, model, tmp_path / "moments", "dtype=fp32"))
@@ -298,6 +302,7 @@ def test_only_the_mean_in_bf16(few, model, tmp_path):
     assert torch.equal(z, moments.moments(range(6))[:, :4].bfloat16().float())
 
 
+@pytest.mark.usefixtures("in_process")
 def test_random_crops_and_flips(few, model, tmp_path):
     more = ("transform.crop=random", "transform.crops=2", "transform.flips=true", "rows_per_shard=2")
     done = encode_dataset(config(few, model, tmp_path / "cache", *more))
@@ -312,6 +317,7 @@ def test_random_crops_and_flips(few, model, tmp_path):
         encode_dataset(config(few, model, tmp_path / "cache", *more, "transform.seed=1"))
 
 
+@pytest.mark.usefixtures("in_process")
 def test_aspect_ratio_buckets(few, model, tmp_path):
     more = ("transform.buckets=true", "transform.bucket_step=16", "transform.resolution=48")
     done = encode_dataset(config(few, model, tmp_path / "cache", *more))
@@ -373,6 +379,7 @@ def test_cuts():
 NASTY = Path(__file__).resolve().parents[3] / "shared" / "data" / "nasty"
 
 
+@pytest.mark.usefixtures("in_process")
 @pytest.mark.skipif(not NASTY.is_dir(), reason=f"no {NASTY}")
 def test_ugly_images_do_not_stop_the_job(model, tmp_path):
     """81 odd and broken files: each is a row like Pillow reads it, or in quarantine; test_images.py says which."""

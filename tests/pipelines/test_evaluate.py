@@ -205,6 +205,7 @@ def test_the_models_own_marks(summary, model, photos):
     assert scored(summary)["imbalance"] == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.usefixtures("in_process")
 def test_an_autoencoder_without_a_posterior_and_of_another_factor(photos, tmp_path, capsys):
     torch.manual_seed(0)
     three = {f"{side}_block_out_channels": (16,) * 3 for side in ("encoder", "decoder")}
@@ -355,6 +356,7 @@ def test_chunks_cover_every_image_once_in_the_same_batches():
         assert all(len(part) == 1 or sum(map(len, part)) * resolution**2 * 3 <= 64 * 2**20 for part in parts)
 
 
+@pytest.mark.usefixtures("in_process")
 def test_mistakes_are_refused_with_nothing_written(model, photos, tmp_path, capsys):
     broken = tmp_path / "broken"
     broken.mkdir()

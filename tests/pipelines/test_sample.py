@@ -26,6 +26,7 @@ from pipelines import sample as module
 from pipelines.config import Sample, Source, main, validate
 from pipelines.sample import sample
 from pipelines.sources import open_source
+from tests.in_process import in_process
 
 JOB = Path(__file__).parents[2] / "jobs" / "sample.py"
 
@@ -136,6 +137,7 @@ def test_more_images_and_workers_change_no_bit(five, model, tmp_path):
         sample(config(model, tmp_path, images=10, eta=1.0))
 
 
+@pytest.mark.usefixtures("in_process")
 @pytest.mark.parametrize(
     ("chosen", "sampler", "guidance", "labels"),
     [([], "auto", 1.0, [0, 1, 2, 0, 1]), ([2, 0], "heun", 3.0, [2, 0, 2, 0, 2]), ([1000], "dpm++", 1.0, [1000] * 5)],
@@ -171,6 +173,7 @@ def test_mistakes_are_refused_with_nothing_written(model, by_class, tmp_path, ca
     assert capsys.readouterr().err.startswith("error: nowhere holds no latent diffusion model")
 
 
+@pytest.mark.usefixtures("in_process")
 def test_a_diverged_model_stops_it(tmp_path):
     save_ldm(tmp_path / "model", make_ldm(poison=True))
     with pytest.raises(UserError, match="NaN or infinite pixels: its training has diverged"):
@@ -184,10 +187,12 @@ def test_a_diverged_model_stops_it(tmp_path):
 @pytest.fixture(scope="module")
 def parts(by_class, tmp_path_factory):
     out = tmp_path_factory.mktemp("parts")
-    sample(config(by_class, out, images=11, format="parquet", shard=3))
+    with in_process():
+        sample(config(by_class, out, images=11, format="parquet", shard=3))
     return out
 
 
+@pytest.mark.usefixtures("in_process")
 def test_parquet_holds_the_same_images(parts, by_class, tmp_path):
     sample(config(by_class, tmp_path, images=11))
     same = [(tmp_path / "png" / f"{n:06}.png").read_bytes() for n in range(11)]
@@ -215,6 +220,7 @@ def test_parquet_is_a_source_for_us_and_for_datasets(parts, tmp_path):
     assert np.array_equal(np.asarray(loaded[4]["image"]), np.asarray(Image.open(parts / "grid.png"))[2:66, 266:330])
 
 
+@pytest.mark.usefixtures("in_process")
 def test_without_classes_labels_are_null(model, tmp_path):
     sample(config(model, tmp_path, images=2, format="parquet"))
     table = pq.read_table(tmp_path / "parquet")
@@ -225,6 +231,7 @@ def test_without_classes_labels_are_null(model, tmp_path):
 # --- going on
 
 
+@pytest.mark.usefixtures("in_process")
 def test_it_goes_on_with_what_is_missing(five, model, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
     sample(config(model, out, eta=1.0))
@@ -243,6 +250,7 @@ def test_it_goes_on_with_what_is_missing(five, model, tmp_path, monkeypatch, cap
     assert "5 images, 5 of them drawn before" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("in_process")
 def test_more_images_are_added(five, model, parts, by_class, tmp_path):
     out = tmp_path / "png"
     sample(config(model, out, images=3, eta=1.0))

@@ -35,6 +35,7 @@ from pipelines.encode import encode_dataset, run
 from pipelines.sources import open_source
 from tests.disks import resize, small_disk
 from tests.encoding import BAD, JOB, arguments, config, crops, photo_folder, save_model, shard_bytes
+from tests.in_process import in_process
 from tests.proxy import TRANSIENT, proxied, transient
 
 SEED = 2026
@@ -75,7 +76,8 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def undisturbed(proxy, folder, model, tmp_path_factory):
     out = tmp_path_factory.mktemp("undisturbed") / "cache"
-    encode_dataset(config(folder, model, out, *SIZES, "error_budget=0.2"))
+    with in_process():
+        encode_dataset(config(folder, model, out, *SIZES, "error_budget=0.2"))
     return out
 
 

@@ -227,6 +227,7 @@ def test_unreadable_images_count_once_whoever_meets_them(ranks, made, tmp_path):
 # --- write-through ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("in_process")
 def test_the_first_epoch_fills_the_cache_that_the_encode_job_would(task, made, tmp_path):
     filled = tmp_path / "filled"
     one = task(*encoding(made, "write-through", f"cache={filled}"))
@@ -259,6 +260,7 @@ def test_images_are_decoded_as_the_config_says(task, made, tmp_path):
     assert views_of(read_plan(str(tmp_path / "filled"))).decode == "pillow"
 
 
+@pytest.mark.usefixtures("in_process")
 def test_write_through_takes_up_what_is_there_and_leaves_what_an_encode_job_can_finish(
     task, made, tmp_path, monkeypatch
 ):
@@ -303,6 +305,7 @@ def test_an_epoch_to_the_last_image_completes_the_cache(task, made, tmp_path):
     assert len(LatentCache(tmp_path / "filled")) == 24
 
 
+@pytest.mark.usefixtures("in_process")
 def test_what_is_appended_to_the_cache_is_not_for_a_run_that_goes_on(task, made, tmp_path):
     photos = shutil.copytree(made[2], tmp_path / "photos")
     filled = tmp_path / "filled"
