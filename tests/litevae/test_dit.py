@@ -1,6 +1,7 @@
 """DiT against diffusers' DiTTransformer2DModel, the paper's counts and formulas written out."""
 
 import math
+import shutil
 
 import pytest
 import torch
@@ -264,6 +265,22 @@ def test_compiles_into_one_graph(checkpointing):
         model.enable_gradient_checkpointing()
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(*inputs()).sample, model(*inputs()).sample)
+    torch.compiler.reset()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+def test_inductors_kernels_compute_the_same():
+    """Of one block: for CPUs each kernel takes seconds to compile."""
+    model = make(num_layers=1)
+    found = []
+    for forward in (model, torch.compile(model)):
+        model.zero_grad()
+        sample = forward(*inputs()).sample
+        sample.square().mean().backward()
+        found.append([sample.detach(), *(parameter.grad.clone() for parameter in model.parameters())])
+    for plain, compiled in zip(*found, strict=True):
+        torch.testing.assert_close(compiled, plain, rtol=1e-4, atol=1e-5)
     torch.compiler.reset()
 
 

@@ -23,7 +23,9 @@ import pytest
 
 from litevae import storage
 from pipelines import audit
-from tests.encoding import BAD, JOB, crops, photo_folder, save_model, shard_bytes, start_job
+from pipelines.encode import encode_dataset
+from tests.encoding import BAD, JOB, config, crops, photo_folder, save_model, shard_bytes, start_job
+from tests.in_process import in_process
 from tests.nodes import cluster, title_of
 
 pytestmark = pytest.mark.slow
@@ -292,10 +294,9 @@ def undisturbed(folder, model, tmp_path_factory):
 
 
 def encoded(source, model, out, *more):
-    """A cache that was left in peace, made on a Ray of its own even where there is another on this machine."""
-    job = start_job(source, model, out, *more)
-    output, _ = job.communicate(timeout=300)
-    assert job.returncode == 0, output
+    """A cache that was left in peace."""
+    with in_process():
+        encode_dataset(config(source, model, out, *more))
     return out
 
 
@@ -363,11 +364,8 @@ def test_append_repair_and_retry_survive_it_too(model, tmp_path):
     photos = photo_folder(tmp_path / "photos")
     sizes = (*SIZES, "rows_per_shard=2")
 
-    def encode(out, *more, **options):
-        return start_job(photos, model, out, *sizes, *more, **options)
-
     def append(out, **options):
-        return encode(out, "--append", **options)
+        return start_job(photos, model, out, *sizes, "--append", **options)
 
     def mend(action, out, options):
         common = ["tracking.enabled=false", "ray.gpu='no'", "ray.cpus_per_worker=1", f"root={tmp_path}/runs"]
@@ -381,7 +379,7 @@ def test_append_repair_and_retry_survive_it_too(model, tmp_path):
         """What a copy of `before` becomes; where jobs on it were too quick for all kills, the last copy."""
         folder = tmp_path / name
         folder.mkdir()
-        outs = (shutil.copytree(before, folder / str(n)) if before else folder / str(n) for n in itertools.count())
+        outs = (shutil.copytree(before, folder / str(n)) for n in itertools.count())
         job = Job(nodes, folder, f"{SEED} {name}", launch, outs, sound)
         try:
             job.disturb(kinds)
@@ -390,12 +388,12 @@ def test_append_repair_and_retry_survive_it_too(model, tmp_path):
         assert sum(job.kills.values()) >= len(kinds)
         return Path(job.done[-1])
 
+    first = encoded(photos, model, tmp_path / "first", *sizes)
     with two_nodes() as nodes:
-        first = disturbed("encode", encode, None, ["raylet"])
         (photos / "zebras").mkdir()
         for n, photo in enumerate(crops(24)):
             photo.save(photos / f"zebras/{n:02d}.png")
-        grown = disturbed("append", append, first, ["encoder", "driver"])
+        grown = disturbed("append", append, first, ["raylet"])
         for number in range(0, 36, 3):
             damage(grown, number)
         whole = disturbed("repair", lambda out, **options: mend("repair", out, options), grown, ["encoder"])

@@ -319,7 +319,8 @@ def wait_for(condition, process: subprocess.Popen, seconds: float = 120) -> None
 def test_a_killed_job_goes_on(model, tmp_path):
     more, each = {"format": "parquet", "shard": 6}, 6  # images a file
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    sample(config(model, whole, **(LONGER | more)))
+    with in_process():
+        sample(config(model, whole, **(LONGER | more)))
     folder = killed / "parquet"
     process = start(model, killed, tmp_path, more)
     wait_for(lambda: len(storage.names(str(folder))) >= 3, process)
@@ -372,6 +373,7 @@ def test_killed_workers_are_replaced(model, five, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("in_process")
 def test_s3(five, model, s3, tmp_path):
     out = f"{s3}/drawn"
     sample(config(model, out, images=3, eta=1.0, root=str(tmp_path)))

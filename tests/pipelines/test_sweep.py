@@ -305,13 +305,13 @@ def test_a_killed_sweep_goes_on_and_the_best_config_can_be_trained(photos, tmp_p
 
 @pytest.mark.slow
 def test_asha_stops_poor_trials_and_does_not_take_them_up_again(photos, tmp_path):
-    lengths = ["train_vae.stages=[{resolution: 32, images: 480, batch_size: 8}]", "every=80", "concurrent=1"]
+    lengths = ["train_vae.stages=[{resolution: 32, images: 240, batch_size: 8}]", "every=80", "concurrent=1"]
     space = ["space.optim.lr=[3e-3, 1e-9]", "scheduler=asha", "name=asha"]
     cfg = configured(photos, tmp_path, *TINY, *lengths, *space)
     results = sweep.sweep(cfg)
     assert [result["train_vae"]["optim"]["lr"] for result in results] == [3e-3]
     (stopped,) = tmp_path.glob(f"asha/rows/*/{sweep.STOPPED}")
-    assert 80 <= json.loads(stopped.read_text())["images"] < 480
+    assert 80 <= json.loads(stopped.read_text())["images"] < 240
     again = sweep.sweep(cfg)
     assert [result["row"] for result in again] == [result["row"] for result in results]
 
@@ -327,12 +327,12 @@ def test_optuna_draws_points(photos, tmp_path):
 
 @pytest.mark.slow
 def test_pbt_lets_poor_trials_go_on_from_better_ones(photos, tmp_path):
-    lengths = ["train_vae.stages=[{resolution: 32, images: 1440, batch_size: 8}]", "every=240"]
+    lengths = ["train_vae.stages=[{resolution: 32, images: 960, batch_size: 8}]", "every=240"]
     space = ["space.optim.lr.loguniform=[1e-9, 1e-2]", "scheduler=pbt", "trials=2", "name=pbt"]
     results = sweep.sweep(configured(photos, tmp_path, *TINY, *lengths, *space))
     assert results
     begun = [yaml.safe_load(path.read_text()).get("begin") for path in tmp_path.glob("trained/*/config.yaml")]
     assert any(begun), "no trial went on from another's checkpoint"
     for result in results:
-        assert result["train_vae"]["stages"][0]["images"] == 1440
+        assert result["train_vae"]["stages"][0]["images"] == 960
         assert 1e-9 <= result["train_vae"]["optim"]["lr"] <= 1e-2

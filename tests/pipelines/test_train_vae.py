@@ -230,15 +230,10 @@ def test_a_step_with_channels_last_is_the_same_and_keeps_them_so(networks, monke
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("backend", "more", "sides"),
-    [
-        ("aot_eager", ["model.levels=[3]", "checkpointing=true"], (32, 32, 48, 32)),
-        ("inductor", ["model.encoder=dwt", "model.latent_channels=12"], (32, 32)),  # of an encoder it takes minutes
-    ],
-)
-def test_compiled_a_step_is_the_same_and_stages_compile_once(networks, monkeypatch, backend, more, sides):
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+def test_compiled_a_step_is_the_same_and_stages_compile_once(networks, monkeypatch):
+    """All of torch.compile but its last stage, kernels: for CPUs it takes three seconds for each of hundreds."""
+    more, sides = ["model.levels=[3]", "checkpointing=true"], (32, 32, 48, 32)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     counts = torch._dynamo.utils.counters["stats"]
     torch._dynamo.reset()
     counts.clear()
