@@ -317,12 +317,10 @@ def test_asha_stops_poor_trials_and_does_not_take_them_up_again(photos, tmp_path
 
 
 @pytest.mark.slow
-def test_optuna_draws_points(photos, tmp_path):
-    more = ["space.optim.lr.loguniform=[1e-4, 1e-2]", "search=optuna", "trials=2", "name=optuna"]
-    results = sweep.sweep(configured(photos, tmp_path, *TINY, *more))
-    rates = {result["train_vae"]["optim"]["lr"] for result in results}
-    assert len(rates) == 2
-    assert all(1e-4 <= rate <= 1e-2 for rate in rates)
+def test_optuna_draws_a_point(photos, tmp_path):
+    more = ["space.optim.lr.loguniform=[1e-4, 1e-2]", "search=optuna", "trials=1", "name=optuna"]
+    (result,) = sweep.sweep(configured(photos, tmp_path, *TINY, *more))
+    assert 1e-4 < result["train_vae"]["optim"]["lr"] < 1e-2
 
 
 @pytest.mark.slow
