@@ -22,7 +22,7 @@ import pytest
 import skimage.data
 from PIL import Image
 
-from tests.commands import REPO, Result, run, run_in_this_process
+from tests.commands import REPO, Result, run_in_this_process
 from tests.encoding import save_model
 
 JOBS = ["train_vae", "encode_dataset", "train_ldm", "sample", "evaluate", "doctor"]
@@ -172,7 +172,7 @@ def test_every_job_has_the_same_config_both_ways(cluster: Cluster) -> None:
 
 def test_bad_input_both_ways(cluster: Cluster) -> None:
     words = ["jobs/train_vae.py", "tracking.enabld=false"]
-    for result in (run(*words), cluster.submit(*words)):
+    for result in (run_in_this_process(*words), cluster.submit(*words)):
         assert result.code == 2, result.output
         assert one_error(result).startswith("error: unknown config key 'tracking.enabld'; did you mean")
 

@@ -22,17 +22,19 @@ from pipelines import audit, cluster, decode, encode
 from pipelines.config import Views
 from pipelines.encode import encode_dataset
 from pipelines.sources import open_source
+from tests.commands import run_in_this_process
 from tests.encoding import (
     BAD,
     MANY,
     SIDE,
+    arguments,
     config,
     crops,
     moments_by_hand,
     photo_folder,
     save_model,
-    start_job,
 )
+from tests.in_process import in_process
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +139,8 @@ def test_error_budget_stops_and_a_higher_one_goes_on(folder, model, tmp_path):
         UserError, match=r"of 48 images could not be encoded \(.*\), more than error_budget=0.02 allows"
     ):
         encode_dataset(config(folder, model, tmp_path / "cache", "error_budget=0.02"))
-    assert encode_dataset(config(folder, model, tmp_path / "cache"))["quarantined"] == 3
+    with in_process():
+        assert encode_dataset(config(folder, model, tmp_path / "cache"))["quarantined"] == 3
 
 
 @pytest.mark.usefixtures("in_process")
@@ -210,10 +213,10 @@ def test_refusals(encoded, folder, model, tmp_path):
 
 
 def test_job_prints_one_message_and_exits_with_2(model, tmp_path):
-    job = start_job(tmp_path / "nowhere", model, tmp_path / "cache")
-    output, _ = job.communicate(timeout=120)
-    assert job.returncode == 2
-    assert output.strip() == f"error: source.uri={tmp_path}/nowhere does not exist"
+    words = arguments(tmp_path / "nowhere", model, tmp_path / "cache")
+    done = run_in_this_process("jobs/encode_dataset.py", *words)
+    assert done.code == 2
+    assert done.output.strip() == f"error: source.uri={tmp_path}/nowhere does not exist"
     assert not (tmp_path / "cache").exists()
 
 
