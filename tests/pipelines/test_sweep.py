@@ -325,12 +325,13 @@ def test_optuna_draws_a_point(photos, tmp_path):
 
 @pytest.mark.slow
 def test_pbt_lets_poor_trials_go_on_from_better_ones(photos, tmp_path):
-    lengths = ["train_vae.stages=[{resolution: 32, images: 960, batch_size: 8}]", "every=240"]
+    """Long enough for the two to train at the same time, however far apart they start: else none is compared."""
+    lengths = ["train_vae.stages=[{resolution: 32, images: 1920, batch_size: 8}]", "every=240"]
     space = ["space.optim.lr.loguniform=[1e-9, 1e-2]", "scheduler=pbt", "trials=2", "name=pbt"]
     results = sweep.sweep(configured(photos, tmp_path, *TINY, *lengths, *space))
     assert results
     begun = [yaml.safe_load(path.read_text()).get("begin") for path in tmp_path.glob("trained/*/config.yaml")]
     assert any(begun), "no trial went on from another's checkpoint"
     for result in results:
-        assert result["train_vae"]["stages"][0]["images"] == 960
+        assert result["train_vae"]["stages"][0]["images"] == 1920
         assert 1e-9 <= result["train_vae"]["optim"]["lr"] <= 1e-2
