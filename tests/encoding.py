@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import torch
@@ -101,11 +100,3 @@ def start_job(source, model, out, *more, **options):
     command = [sys.executable, str(JOB), *arguments(source, model, out, *more)]
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True} | options
     return subprocess.Popen(command, **options)
-
-
-def wait_for_commits(out, count, alive=lambda: True, seconds=120):
-    end = time.monotonic() + seconds
-    while len(storage.names(storage.join(str(out), "commits"))) < count:
-        assert time.monotonic() < end, "no commits"
-        assert alive(), "the job ended before"
-        time.sleep(0.002)
