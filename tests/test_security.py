@@ -756,9 +756,6 @@ def test_a_run_whose_files_are_replaced_by_pickles(bomb, tmp_path):
     assert states
     for path in states:
         torch.save({"model": bomb}, path)
-    again = train(64)
-    assert again.returncode == 2
-    assert re.search(r"error: .*state\.pt can't be read", again.stderr)
     (root / "vae" / "checkpoint_manager_snapshot.json").write_bytes(pickle.dumps(bomb))
     again = train(64)
     assert again.returncode == 2

@@ -409,7 +409,7 @@ def test_encoding_survives_what_is_killed(store, folder, model, undisturbed, tmp
             check=lambda out: check_cache(out, folder, undisturbed),
         )
         try:
-            job.disturb(["starting", *kinds])  # first of all, of a cache that has no plan yet
+            job.disturb(kinds)
         finally:
             job.close()
     assert sum(job.kills.values()) >= KILLS

@@ -54,7 +54,7 @@ def test_training_goes_on_with_the_nodes_that_there_are(photos, tmp_path, monkey
     monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "40")
     monkeypatch.setattr(training, "RESIZE_EVERY", 2.0)
     more = ["stages=[{resolution: 32, images: 800000, batch_size: 12}]", "loop.checkpoint_every=120"]
-    elastic = ["ray.workers=3", "ray.min_workers=1"]
+    elastic = ["ray.workers=2", "ray.min_workers=1"]
     cfg = load(TrainVAE, None, [*TRAIN, *more, *elastic, f"data.train.uri={photos}", f"root={tmp_path}", "name=run"])
     run = tmp_path / "run"
 
@@ -77,17 +77,16 @@ def test_training_goes_on_with_the_nodes_that_there_are(photos, tmp_path, monkey
 
     with cluster(num_cpus=1) as nodes, ThreadPoolExecutor(1) as thread:
         monkeypatch.setenv("RAY_ADDRESS", nodes.address)
-        for name in ("a", "b"):
-            nodes.add(name, num_cpus=1)
+        nodes.add("a", num_cpus=1)
         trained = thread.submit(train, cfg)
         try:
-            trains_on("head", "a", "b")
-            nodes.warn("b")
-            wait_for(lambda: trained.done() or "a node is to be taken away; checkpoint after" in shown())
-            nodes.kill("b")
             trains_on("head", "a")
-            nodes.add("c", num_cpus=1)
-            trains_on("head", "a", "c")
+            nodes.warn("a")
+            wait_for(lambda: trained.done() or "a node is to be taken away; checkpoint after" in shown())
+            nodes.kill("a")
+            trains_on("head")
+            nodes.add("b", num_cpus=1)
+            trains_on("head", "b")
         finally:
             (run / stopping.FILE).touch()
             error = trained.exception(240)
@@ -140,7 +139,7 @@ def test_encoding_over_nodes_that_go_and_come(nodes, photos, tmp_path):
     assert (counts["encoded"], counts["quarantined"]) == (45, len(BAD))
 
 
-def test_trials_are_moved_off_a_node_that_dies(nodes, tmp_path):
+def test_a_trial_is_moved_off_a_node_that_dies(nodes, tmp_path):
     photos = tmp_path / "photos"
     photos.mkdir()
     for n, photo in enumerate(crops(16)):
@@ -155,7 +154,7 @@ def test_trials_are_moved_off_a_node_that_dies(nodes, tmp_path):
     words = [f"train_vae.{word}" for word in TRAIN if word.startswith(("model", "loss", "loop"))]
     words += [
         "train_vae.stages=[{resolution: 32, images: 800, batch_size: 8}]", "train_vae.loop.checkpoint_every=80",
-        "train_vae.val_images=4", "space.optim.lr=[1e-4, 1e-3]", "concurrent=2", "name=rates", "data.max_bad=0.1",
+        "train_vae.val_images=4", "space.optim.lr=[1e-4]", "name=rates", "data.max_bad=0.1",
         f"data.train.uri={photos}", f"data.val.uri={photos}", f"root={tmp_path}", "ray.gpu=false",
         "ray.worker_labels={pool: gpu}", "evaluate.images=8",
     ]  # fmt: skip
@@ -166,9 +165,9 @@ def test_trials_are_moved_off_a_node_that_dies(nodes, tmp_path):
             stdout=file, stderr=file, env=os.environ | {"RAY_ADDRESS": nodes.address},
         )  # fmt: skip
     try:
-        wait_for(lambda: process.poll() is not None or len({*tmp_path.glob("trained/*/checkpoint-*")}) >= 2)
+        wait_for(lambda: process.poll() is not None or len({*tmp_path.glob("trained/*/checkpoint-*")}) >= 1)
         busy = [name for name in ("d", "e") if name in nodes.where("ray::RayTrainWorker")]
-        assert busy, log.read_text()
+        assert len(busy) == 1, log.read_text()
         victims = nodes.kill(busy[0])
         assert any("RayTrainWorker" in title for title in victims)
         process.wait(400)
@@ -176,9 +175,8 @@ def test_trials_are_moved_off_a_node_that_dies(nodes, tmp_path):
         process.kill()
     assert process.returncode == 0, log.read_text()
     results = json.loads((tmp_path / "rates" / "results.json").read_text())
-    assert [result["train_vae"]["optim"]["lr"] for result in results] == [1e-4, 1e-3]
-    for result in results:
-        LiteVAE.from_pretrained(result["model"])
+    assert [result["train_vae"]["optim"]["lr"] for result in results] == [1e-4]
+    LiteVAE.from_pretrained(results[0]["model"])
     told = "".join(path.read_text() for path in tmp_path.glob("rates/rows/*/log.txt"))
     assert "goes on after" in told + log.read_text()
 

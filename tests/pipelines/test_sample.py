@@ -330,7 +330,8 @@ def test_a_killed_job_goes_on(model, tmp_path):
     count = len(stamps(whole / "parquet"))
     assert 3 <= len(kept) < count
     assert not (killed / "samples.json").exists()
-    assert start(model, killed, tmp_path, more).wait(300) == 0
+    with in_process():
+        sample(config(model, killed, **(LONGER | more)))
     assert files(killed) == files(whole)
     assert kept.items() <= stamps(folder).items()
     assert about(killed)["drawn"] == 48 - len(kept) * each

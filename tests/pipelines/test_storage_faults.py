@@ -121,6 +121,7 @@ def _names(out, folder):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("in_process")
 def test_faults_that_pass_leave_no_trace_in_a_cache(proxy, bucket, folder, model, undisturbed):
     source = upload(folder, f"{bucket}/photos")
     proxy.fault = transient(SEED)
@@ -161,6 +162,7 @@ def test_a_store_that_goes_away_ends_the_job_which_goes_on_when_it_is_back(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("in_process")
 def test_a_store_that_loses_its_images_is_not_the_images_fault(proxy, bucket, folder, model, undisturbed, capsys):
     """Those that can't be had now are not put into quarantine."""
     source, out = upload(folder, f"{bucket}/photos"), f"{bucket}/cache"
@@ -307,6 +309,7 @@ def test_sources_that_are_away_are_not_unreadable_images(proxy, sources):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("in_process")
 def test_a_full_disk_ends_the_job_which_goes_on_when_there_is_room(folder, model, undisturbed, tmp_path, capsys):
     files = (path.stat().st_size for path in undisturbed.rglob("*") if path.is_file())
     pages = sum(-(-size // 4096) for size in files)
@@ -459,6 +462,7 @@ def _dying(source, views, units):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("in_process")
 def test_resuming_does_not_depend_on_clocks(folder, model, undisturbed, tmp_path):
     """Files of 1970, 2038 and 2106, as they are where a server's clock or a node's is wrong."""
     out = tmp_path / "cache"

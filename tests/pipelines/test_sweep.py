@@ -1,26 +1,30 @@
-"""Sweeps: what is trained for a table or a space; every table end to end; kills, asha, optuna, pbt."""
+"""Sweeps: what is trained for a table or a space; tables end to end; kills, asha, optuna, pbt."""
 
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlflow
 import psutil
 import pytest
 import skimage.data
 import torch
-import yaml
 from PIL import Image
+from ray.util.queue import Queue
 from torchvision import models
 
 from litevae.autoencoder import load_autoencoder
 from pipelines import paper, sweep, trial
-from pipelines.config import Sweep, TrainVAE, load, main
+from pipelines.config import Sweep, TrainVAE, load, main, validate
+from tests.in_process import in_process
 from tests.networks import save_squeezenet
 
 REPO = Path(__file__).resolve().parents[2]
@@ -241,9 +245,24 @@ KINDS = {
 }
 
 
+def _in_this_process(cfg, trials, share, run, folder):
+    """Instead of Tune, which other tests have: trials one after another, with Ray Train's workers, and no others."""
+    setup = {
+        "cfg": cfg.model_dump(mode="json"),
+        "ray": cfg.ray.model_dump(mode="json"),
+        "cwd": "",
+        "parent": run.run_id,
+    }
+    with in_process():
+        for each in trials:
+            trial._work(asdict(each), setup, Queue())
+    return []
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("table", KINDS)
-def test_tables_of_the_paper_run(photos, root, weights, table):
+def test_tables_of_the_paper_run(photos, root, weights, table, monkeypatch):
+    monkeypatch.setattr(sweep, "_tune", _in_this_process)
     rows = f"rows={json.dumps(KINDS[table])}"
     cfg = configured(photos, root, f"table={table}", "scale=smoke", "ray.gpu=false", "concurrent=2", rows, *weights)
     results = sweep.sweep(cfg)
@@ -276,9 +295,9 @@ SPACE = "space.optim.lr=[1e-4, 1e-2]"
 
 @pytest.mark.slow
 def test_a_killed_sweep_goes_on_and_the_best_config_can_be_trained(photos, tmp_path):
-    words = [sys.executable, "jobs/sweep.py", f"root={tmp_path}", f"data.train.uri={photos}/train",
-             f"data.val.uri={photos}/val", "name=rates", SPACE, *TINY]  # fmt: skip
-    first = subprocess.Popen(words, cwd=REPO, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    words = [f"root={tmp_path}", f"data.train.uri={photos}/train", f"data.val.uri={photos}/val", "name=rates", SPACE]
+    command = [sys.executable, "jobs/sweep.py", *words, *TINY]
+    first = subprocess.Popen(command, cwd=REPO, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     end = time.monotonic() + 240
     while not (done := [*tmp_path.glob("rates/rows/*/result.json")]) and time.monotonic() < end:
         time.sleep(0.2)
@@ -292,8 +311,7 @@ def test_a_killed_sweep_goes_on_and_the_best_config_can_be_trained(photos, tmp_p
         except ProcessLookupError:
             continue
     before = {path: path.stat().st_mtime_ns for path in done}
-    second = subprocess.run(words, cwd=REPO, capture_output=True, text=True, timeout=400)
-    assert second.returncode == 0, second.stderr
+    assert main(Sweep, sweep.sweep, [*words, *TINY]) == 0
     results = json.loads((tmp_path / "rates" / "results.json").read_text())
     assert [result["train_vae"]["optim"]["lr"] for result in results] == [1e-4, 1e-2]
     assert {path: path.stat().st_mtime_ns for path in done} == before  # what was done is not done again
@@ -303,35 +321,85 @@ def test_a_killed_sweep_goes_on_and_the_best_config_can_be_trained(photos, tmp_p
     assert (winner.optim.lr, winner.name) == (best["train_vae"]["optim"]["lr"], "rates-best")
 
 
+# --- what Tune decides --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def simulated(monkeypatch):
+    """Trials are Tune's, each with its task beside it; what they train is a number, psnr, which grows the faster the
+    nearer its rate is to 1e-3, and which a checkpoint holds."""
+
+    def work(found, setup, reports):
+        cfg, train = validate(Sweep, setup["cfg"]), found["train"]
+        total, every = train["stages"][0]["images"], cfg.every
+        folder, started = Path(train["root"], train["name"]), Path(setup["folder"], "started")
+        folder.mkdir(parents=True)
+        (folder / "config.yaml").write_text(json.dumps(train))
+        started.mkdir(exist_ok=True)
+        (started / train["name"]).touch()
+        while cfg.scheduler == "pbt" and len([*started.iterdir()]) < cfg.trials:
+            time.sleep(0.1)  # each is there to learn from
+        images, psnr = json.loads(Path(train["begin"]).read_text()) if train["begin"] else (0, 0.0)
+        while images < total:
+            time.sleep(0.75)
+            images += every
+            psnr += 1 / (1 + abs(math.log10(train["optim"]["lr"]) + 3))
+            kept = folder / f"checkpoint-{images}.json"
+            kept.write_text(json.dumps([images, psnr]))
+            reports.put(({"images": images, "psnr": psnr}, str(kept)))
+        for row in found["rows"]:
+            os.makedirs(row["folder"], exist_ok=True)
+            metrics = {"eval/reconstruction/psnr": psnr}
+            result = {"row": row["name"], "seed": row["seed"], "metrics": metrics, "remarks": [], "train_vae": train}
+            Path(row["folder"], trial.RESULT).write_text(json.dumps(result))
+        (folder / trial.TRAINED).touch()
+        return {"images": images, "psnr": psnr}
+
+    def run(values, setup):
+        trial._work = work  # in Tune's actor
+        trial.run(values, setup)
+
+    monkeypatch.setattr(sweep, "trial", SimpleNamespace(run=run))
+    return ["train_vae.stages=[{resolution: 32, images: 240, batch_size: 8}]", "every=80", "tracking.enabled=false"]
+
+
+def seen(root) -> list[int]:
+    """Images of the last checkpoint of every training."""
+    folders = (root / "trained").iterdir()
+    return sorted(max(int(path.stem[11:]) for path in folder.glob("checkpoint-*")) for folder in folders)
+
+
 @pytest.mark.slow
-def test_asha_stops_poor_trials_and_does_not_take_them_up_again(photos, tmp_path):
-    lengths = ["train_vae.stages=[{resolution: 32, images: 240, batch_size: 8}]", "every=80", "concurrent=1"]
-    space = ["space.optim.lr=[3e-3, 1e-9]", "scheduler=asha", "name=asha"]
-    cfg = configured(photos, tmp_path, *TINY, *lengths, *space)
+def test_asha_stops_poor_trials_and_does_not_take_them_up_again(photos, tmp_path, simulated):
+    space = ["space.optim.lr=[1e-3, 1e-9]", "scheduler=asha", "concurrent=1", "name=asha"]
+    cfg = configured(photos, tmp_path, *TINY, *simulated, *space)
     results = sweep.sweep(cfg)
-    assert [result["train_vae"]["optim"]["lr"] for result in results] == [3e-3]
+    assert [result["train_vae"]["optim"]["lr"] for result in results] == [1e-3]
     (stopped,) = tmp_path.glob(f"asha/rows/*/{sweep.STOPPED}")
-    assert 80 <= json.loads(stopped.read_text())["images"] < 240
+    assert json.loads(stopped.read_text())["images"] == 80
     again = sweep.sweep(cfg)
     assert [result["row"] for result in again] == [result["row"] for result in results]
+    assert seen(tmp_path)[0] < 240  # what it trained ended with it
+    assert seen(tmp_path)[1:] == [240]
 
 
 @pytest.mark.slow
-def test_optuna_draws_a_point(photos, tmp_path):
-    more = ["space.optim.lr.loguniform=[1e-4, 1e-2]", "search=optuna", "trials=1", "name=optuna"]
-    (result,) = sweep.sweep(configured(photos, tmp_path, *TINY, *more))
-    assert 1e-4 < result["train_vae"]["optim"]["lr"] < 1e-2
+def test_optuna_draws_from_the_space(photos, tmp_path, simulated):
+    more = ["space.optim.lr.loguniform=[1e-4, 1e-2]", "search=optuna", "trials=3", "name=optuna"]
+    results = sweep.sweep(configured(photos, tmp_path, *TINY, *simulated, *more))
+    rates = {result["train_vae"]["optim"]["lr"] for result in results}
+    assert len(rates) == 3
+    assert all(1e-4 < rate < 1e-2 for rate in rates)
+    best = load(TrainVAE, str(tmp_path / "optuna" / "best.yaml"))
+    assert best.optim.lr == min(rates, key=lambda rate: abs(math.log10(rate) + 3))
 
 
 @pytest.mark.slow
-def test_pbt_lets_poor_trials_go_on_from_better_ones(photos, tmp_path):
-    """Long enough for the two to train at the same time, however far apart they start: else none is compared."""
-    lengths = ["train_vae.stages=[{resolution: 32, images: 1920, batch_size: 8}]", "every=240"]
+def test_pbt_lets_poor_trials_go_on_from_better_ones(photos, tmp_path, simulated):
     space = ["space.optim.lr.loguniform=[1e-9, 1e-2]", "scheduler=pbt", "trials=2", "name=pbt"]
-    results = sweep.sweep(configured(photos, tmp_path, *TINY, *lengths, *space))
+    results = sweep.sweep(configured(photos, tmp_path, *TINY, *simulated, *space))
     assert results
-    begun = [yaml.safe_load(path.read_text()).get("begin") for path in tmp_path.glob("trained/*/config.yaml")]
-    assert any(begun), "no trial went on from another's checkpoint"
-    for result in results:
-        assert result["train_vae"]["stages"][0]["images"] == 1920
-        assert 1e-9 <= result["train_vae"]["optim"]["lr"] <= 1e-2
+    trained = [json.loads(path.read_text()) for path in tmp_path.glob("trained/*/config.yaml")]
+    assert any(config["begin"] for config in trained), "no trial went on from another's checkpoint"
+    assert all(1e-9 <= result["train_vae"]["optim"]["lr"] <= 1e-2 for result in results)
+    assert any(result["train_vae"]["begin"] for result in results)

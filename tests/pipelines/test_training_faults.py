@@ -24,10 +24,9 @@ from litevae import cache, storage
 from litevae.autoencoder import WEIGHTS, LiteVAE
 from litevae.cache import LatentCache
 from litevae.errors import UserError
-from pipelines import audit, checkpoint, tracking, training
+from pipelines import audit, checkpoint, tracking, train_ldm, training
 from pipelines.config import TrainLDM, TrainVAE, load, main
 from pipelines.sources import open_source
-from pipelines.train_ldm import train_ldm
 from pipelines.train_vae import Autoencoder, train_vae
 from tests.disks import fill, resize, small_disk
 from tests.encoding import encoded_crops
@@ -63,24 +62,44 @@ def weights(root):
     return (root / "run" / "model" / WEIGHTS).read_bytes()
 
 
+def trained_here(config, change=lambda task: None):
+    """The loop itself, in this process: Ray Train's parts are stood in for. `change` gets the task before it begins.
+
+    Returns the last metrics.
+    """
+    folder, source = Path(config.root, config.name), open_source(config.data.train)
+    folder.mkdir()
+
+    def keep(metrics, checkpoint, run):
+        shutil.move(checkpoint, run / f"checkpoint-{metrics['images']:012d}")
+
+    setup = {
+        "source": source, "val": None, "data": source.uri, "lpips": False, "begin": "", "threads": 1, "nodes": 1,
+        "handle": tracking.RunHandle("", None, "test", str(folder)), "live": False, "folder": str(folder),
+    }  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ray.train.torch.prepare_model", lambda model: model)
+        patch.setattr("ray.train.get_checkpoint", lambda: None)
+        patch.setattr(training, "_report", keep)
+        task = Autoencoder(config, setup, 0, 1, torch.device("cpu"))
+        change(task)
+        return training.run(task, "vae", config, setup, 0, 1)
+
+
 @pytest.fixture(scope="module")
 def undisturbed(photos, tmp_path_factory):
     root = tmp_path_factory.mktemp("undisturbed")
-    train_vae(load(TrainVAE, None, words(photos, root, OFF)))
+    trained_here(load(TrainVAE, None, words(photos, root, OFF)))
     return root
 
 
-def refused(config, job, arguments, capsys, quiet=True):
-    """The one message of a job that ends with it.
-
-    Args:
-        quiet: False where Ray Train shows the traceback of a worker's error, too.
-    """
+def refused(arguments, capsys):
+    """The one message of a job that ends with it."""
     capsys.readouterr()
-    assert main(config, job, arguments) == 2
+    assert main(TrainVAE, train_vae, arguments) == 2
     shown = own(capsys.readouterr().err)
     (error,) = [line for line in shown.splitlines() if line.startswith("error: ")]
-    assert not quiet or "Traceback" not in shown
+    assert "Traceback" not in shown
     return error
 
 
@@ -103,7 +122,7 @@ def test_a_full_disk_ends_a_run_which_goes_on_when_there_is_room(photos, undistu
     state = max(path.stat().st_size for path in undisturbed.rglob("state.pt"))
     with small_disk(tmp_path / "disk", f"{int(1.5 * state)}") as disk:
         run, arguments = disk / "run", words(photos, disk, OFF)
-        error = refused(TrainVAE, train_vae, arguments, capsys)  # the second checkpoint has no room
+        error = refused(arguments, capsys)  # the second checkpoint has no room
         assert "No space left on device" in error
         assert str(run) in error
         assert images_of(run) == [16]
@@ -112,7 +131,7 @@ def test_a_full_disk_ends_a_run_which_goes_on_when_there_is_room(photos, undistu
 
         resize(disk, f"{4 * state}")  # for two checkpoints, the third and the model: not all of them
         ballast = fill(disk, state + len(weights(undisturbed)) // 2 + 2**16)
-        error = refused(TrainVAE, train_vae, arguments, capsys)
+        error = refused(arguments, capsys)
         assert "make room" in error or "No space left on device" in error
         assert 16 <= max(images_of(run)) < 48
         assert not (run / "model").exists()
@@ -170,106 +189,80 @@ def test_a_checkpoint_that_does_not_fit_where_it_is_made_is_named(tmp_path, monk
 
 @pytest.mark.slow
 def test_training_does_not_notice_that_mlflow_is_away(photos, undisturbed, tmp_path):
-    """It hangs from the start; then it works, and hangs in the middle; then it is back."""
-    server = Server(tmp_path)
+    """It hangs while the first half is trained; then it works, and hangs in the middle of the second."""
+    server, run = Server(tmp_path), tmp_path / "run"
     server.start()
     try:
         with proxied(server.uri) as proxy:
 
-            def trained(root, timeout):
+            def trained(images, timeout):
                 environment = os.environ | {"MLFLOW_HTTP_REQUEST_TIMEOUT": timeout}
-                command = [
-                    sys.executable,
-                    str(JOB),
-                    *words(photos, root, f"tracking.uri={proxy.uri}"),
-                ]
+                more = (f"tracking.uri={proxy.uri}", "loop.checkpoint_every=8")
+                command = [sys.executable, str(JOB), *words(photos, tmp_path, *more, images=images)]
                 done = subprocess.run(command, capture_output=True, text=True, timeout=400, env=environment)
                 assert done.returncode == 0, done.stdout + done.stderr
                 assert "Traceback" not in own(done.stdout + done.stderr)
+                lines = (run / "metrics.jsonl").read_text().splitlines()
+                steps = sorted({line["step"] for line in map(json.loads, lines) if "train/loss" in line})
+                assert steps == [*range(8, images + 1, 8)]
                 return (done.stdout + done.stderr).count("warning: tracking at"), done.stdout
 
-            def steps(root):
-                lines = (root / "run" / "metrics.jsonl").read_text().splitlines()
-                return sorted({line["step"] for line in map(json.loads, lines) if "train/loss" in line})
-
             proxy.fault = lambda *request: "hang"
-            warnings, shown = trained(tmp_path / "first", "2")
+            warnings, shown = trained(24, "2")
             assert warnings == 1
-            assert f"MLflow: {tmp_path}/first/run/metrics.jsonl" in shown
-            assert weights(tmp_path / "first") == weights(undisturbed)
-            assert steps(tmp_path / "first") == [*range(8, 49, 8)]
+            assert f"MLflow: {run}/metrics.jsonl" in shown
 
             requests = []
             proxy.fault = lambda *request: requests.append(request) or ("hang" if _sent(requests) else "")
-            warnings, shown = trained(tmp_path / "second", "10")
+            warnings, shown = trained(48, "4")
             assert warnings >= 1
             assert f"MLflow: {proxy.uri}/#/experiments/" in shown
-            assert weights(tmp_path / "second") == weights(undisturbed)
-            assert steps(tmp_path / "second") == [*range(8, 49, 8)]
-
-            proxy.fault = lambda *request: ""
-            trained(tmp_path / "second", "10")  # there is nothing left to train; what MLflow missed comes to it
+            assert weights(tmp_path) == weights(undisturbed)
     finally:
         server.kill()
     client = MlflowClient(f"sqlite:///{tmp_path}/server.db")
-    for run in client.search_runs([client.get_experiment_by_name("litevae").experiment_id]):
-        history = client.get_metric_history(run.info.run_id, "train/loss")
-        assert [metric.step for metric in history] == [*range(8, 49, 8)]
-        assert run.info.status == "FINISHED"
+    (tracked,) = client.search_runs([client.get_experiment_by_name("litevae").experiment_id])
+    came = [metric.step for metric in client.get_metric_history(tracked.info.run_id, "train/loss")]
+    assert came == [*range(8, 8 * len(came) + 1, 8)]
+    assert 24 in came  # what it had missed
 
 
 def _sent(requests):
-    """Whether the first metrics, after the parameters, have been brought to it."""
-    return sum("runs/log-batch" in path for _, path, _ in requests) > 2
+    """Whether the parameters, and after them the first metrics, have been brought to it."""
+    return sum("runs/log-batch" in path for _, path, _ in requests) > 3
 
 
 # --- steps and rows that are not numbers ----------------------------------------------------------------------------
 
 
-def test_steps_of_nan_are_skipped_counted_and_in_the_end_stop_the_run(photos, tmp_path, monkeypatch):
-    """In this process: Ray Train's parts are stood in for, the loop is the real one."""
-    saved, poison = {}, {16}
-    monkeypatch.setattr("ray.train.torch.prepare_model", lambda model: model)
-    monkeypatch.setattr("ray.train.get_checkpoint", lambda: None)
-    monkeypatch.setattr(training, "_report", lambda metrics, folder, run: saved.update({metrics["images"]: folder}))
-    config = load(
-        TrainVAE, None, words(photos, tmp_path, OFF, "loop.max_skipped=3", "loop.checkpoint_every=24", images=64)
-    )
-    source = open_source(config.data.train)
-    handle = tracking.RunHandle("", None, "test", str(tmp_path / "run"))
-    setup = {
-        "source": source, "val": None, "data": source.uri, "lpips": False, "begin": "", "threads": 1, "nodes": 1,
-        "handle": handle, "live": False, "folder": str(tmp_path / "run"),
-    }  # fmt: skip
+def test_steps_of_nan_are_skipped_counted_and_in_the_end_stop_the_run(photos, tmp_path):
+    more = (OFF, "loop.max_skipped=3", "loop.checkpoint_every=24")
+    config, run, poison = load(TrainVAE, None, words(photos, tmp_path, *more, images=64)), tmp_path / "run", {16}
 
-    def run():
-        shutil.rmtree(tmp_path / "run", ignore_errors=True)
-        (tmp_path / "run").mkdir()
-        task = Autoencoder(config, setup, 0, 1, torch.device("cpu"))
+    def poisoned(task):
         weight, step = task.model.decoder.conv_out.weight, task.step
 
-        def poisoned(pixels, images):
+        def with_nan(pixels, images):
             hook = weight.register_hook(lambda gradient: gradient * float("nan")) if images in poison else None
             found = step(pixels, images)
             if hook:
                 hook.remove()
             return found
 
-        task.step = poisoned
-        return training.run(task, "vae", config, setup, 0, 1)
+        task.step = with_nan
 
-    assert np.isfinite(run()["loss"])
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert np.isfinite(trained_here(config, poisoned)["loss"])
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     skipped = {line["step"]: line["train/skipped_steps"] for line in lines if "train/skipped_steps" in line}
     assert skipped == {images: float(images == 24) for images in range(8, 65, 8)}
-    assert [*saved] == [24, 48, 64]
+    assert images_of(run) == [24, 48, 64]
 
     poison.update(range(32, 64))
-    saved.clear()
+    shutil.rmtree(run)
     with pytest.raises(UserError, match=r"3 steps in a row, up to 56 images.*checkpoint at 48 is kept.*optim\.lr"):
-        run()
-    assert [*saved] == [24, 48]
-    state = checkpoint.load(saved[48])
+        trained_here(config, poisoned)
+    assert images_of(run) == [24, 48]
+    state = checkpoint.load(str(run / "checkpoint-000000000048"))
     assert all(torch.isfinite(value).all() for value in state["model"].values())
 
 
@@ -308,13 +301,25 @@ def poisoned(made, folder, honest):
     return rows["id"][3].as_py()
 
 
-@pytest.mark.slow
-def test_a_poisoned_row_ends_a_training_with_its_name_and_can_be_mended(made, tmp_path, capsys):
+def test_a_poisoned_row_ends_a_training_with_its_name_and_can_be_mended(made, tmp_path, monkeypatch):
+    """As a worker finds it; how a worker's message comes to the user is tested in test_train_ldm.py."""
+    monkeypatch.setattr("ray.train.torch.prepare_model", lambda model: model)
     copy = tmp_path / "cache"
     name = poisoned(made, copy, honest=False)
-    error = refused(TrainLDM, train_ldm, ldm(copy, tmp_path / "runs"), capsys)
-    assert f"{copy}/shards/000001-feedfeedfeed.parquet: the latents of {name!r} are not finite" in error
-    assert "repair" in error
+
+    def epoch():
+        config = load(TrainLDM, None, ldm(copy, tmp_path))
+        data, shape, _ = train_ldm._cache(config)
+        handle = tracking.RunHandle("", None, "test", str(tmp_path))
+        setup = data | {"shape": shape, "threads": 1, "handle": handle}
+        task = train_ldm.Diffusion(config, setup, 0, 1, torch.device("cpu"))
+        task.begin(0)
+        return list(task.batches(0, 24, 8))
+
+    with pytest.raises(UserError) as error:
+        epoch()
+    assert f"{copy}/shards/000001-feedfeedfeed.parquet: the latents of {name!r} are not finite" in str(error.value)
+    assert "repair" in str(error.value)
     assert audit.audit(str(copy)).problems.keys() == {1}
 
     flipped = next((copy / "shards").glob("000002-*"))
@@ -323,10 +328,10 @@ def test_a_poisoned_row_ends_a_training_with_its_name_and_can_be_mended(made, tm
     flipped.write_bytes(data)
     (copy / "shards/000001-feedfeedfeed.parquet").unlink()
     shutil.copytree(made[0], copy, dirs_exist_ok=True, ignore=shutil.ignore_patterns("000002-*"))
-    error = refused(TrainLDM, train_ldm, ldm(copy, tmp_path / "runs"), capsys)
-    assert f"{flipped} is damaged: its sha256 is not the manifest's" in error
+    with pytest.raises(UserError, match=f"{flipped} is damaged: its sha256 is not the manifest's"):
+        epoch()
     shutil.copy(made[0] / "shards" / flipped.name, flipped)
-    assert np.isfinite(train_ldm(load(TrainLDM, None, ldm(copy, tmp_path / "runs")))["loss"])
+    assert len(epoch()) == 3
 
 
 def test_a_cache_without_a_mean_is_refused(made, tmp_path):
@@ -493,7 +498,7 @@ def test_a_second_driver_is_refused_and_the_first_one_killed_goes_on(photos, und
             assert time.monotonic() < end, "no checkpoint"
             time.sleep(0.005)
         first.send_signal(signal.SIGSTOP)  # its workers go on; it does not end
-        error = refused(TrainVAE, train_vae, arguments, capsys)
+        error = refused(arguments, capsys)
         assert f"another job is at work on {tmp_path}/run: process {first.pid} on {platform.node()}, since" in error
         assert first.poll() is None, "it ended before it was looked for"
     finally:
