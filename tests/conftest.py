@@ -68,6 +68,11 @@ os.environ.update(
 )
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """test_nodes.py first: test_faults.py needs many nodes, too, and they can't run at the same time."""
+    items.sort(key=lambda item: item.path.name != "test_nodes.py")
+
+
 def _bucket() -> str:
     import boto3  # here: most tests have no use for it
 

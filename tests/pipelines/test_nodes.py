@@ -54,7 +54,7 @@ def test_training_goes_on_with_the_nodes_that_there_are(photos, tmp_path, monkey
     monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "40")
     monkeypatch.setattr(training, "RESIZE_EVERY", 2.0)
     more = ["stages=[{resolution: 32, images: 800000, batch_size: 12}]", "loop.checkpoint_every=120"]
-    elastic = ["ray.workers=2", "ray.min_workers=1"]
+    elastic = ["ray.workers=3", "ray.min_workers=1"]
     cfg = load(TrainVAE, None, [*TRAIN, *more, *elastic, f"data.train.uri={photos}", f"root={tmp_path}", "name=run"])
     run = tmp_path / "run"
 
@@ -77,16 +77,17 @@ def test_training_goes_on_with_the_nodes_that_there_are(photos, tmp_path, monkey
 
     with cluster(num_cpus=1) as nodes, ThreadPoolExecutor(1) as thread:
         monkeypatch.setenv("RAY_ADDRESS", nodes.address)
-        nodes.add("a", num_cpus=1)
+        for name in ("a", "b"):
+            nodes.add(name, num_cpus=1)
         trained = thread.submit(train, cfg)
         try:
-            trains_on("head", "a")
-            nodes.warn("a")
+            trains_on("head", "a", "b")
+            nodes.warn("b")
             wait_for(lambda: trained.done() or "a node is to be taken away; checkpoint after" in shown())
-            nodes.kill("a")
-            trains_on("head")
-            nodes.add("b", num_cpus=1)
-            trains_on("head", "b")
+            nodes.kill("b")
+            trains_on("head", "a")
+            nodes.add("c", num_cpus=1)
+            trains_on("head", "a", "c")
         finally:
             (run / stopping.FILE).touch()
             error = trained.exception(240)

@@ -479,8 +479,8 @@ def test_a_run_that_is_killed_ends_like_one_that_was_not(made, tmp_path, capsys)
     assert plain.read_bytes() != more_ema.read_bytes()
 
     ldm, cache = load_ldm(folder / "model"), LatentCache(tmp_path / "killed" / "filled")
-    assert torch.equal(ldm.vae.mean.flatten(), cache.mean)
-    assert torch.equal(ldm.vae.std.flatten(), cache.std)
+    torch.testing.assert_close(ldm.vae.mean.flatten(), cache.mean)  # calibrated on all, and summed in another order
+    torch.testing.assert_close(ldm.vae.std.flatten(), cache.std)
     assert ldm.classes == 2
     assert ldm.sample([0, 1], steps=2, labels=[0, 1], guidance=2.0).shape == (2, 3, 64, 64)
     (run,) = mlflow.MlflowClient(f"sqlite:///{tmp_path / 'whole' / 'mlflow.db'}").search_runs(["1"])
