@@ -157,7 +157,7 @@ def test_a_trial_is_moved_off_a_node_that_dies(nodes, tmp_path):
         "train_vae.stages=[{resolution: 32, images: 800, batch_size: 8}]", "train_vae.loop.checkpoint_every=80",
         "train_vae.val_images=4", "space.optim.lr=[1e-4]", "name=rates", "data.max_bad=0.1",
         f"data.train.uri={photos}", f"data.val.uri={photos}", f"root={tmp_path}", "ray.gpu=false",
-        "ray.worker_labels={pool: gpu}", "evaluate.images=8",
+        "ray.cpus_per_worker=1", "ray.worker_labels={pool: gpu}", "evaluate.images=8",
     ]  # fmt: skip
     log = tmp_path / "log.txt"
     with log.open("w") as file:

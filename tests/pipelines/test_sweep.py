@@ -28,10 +28,11 @@ from tests.in_process import in_process
 from tests.networks import save_squeezenet
 
 REPO = Path(__file__).resolve().parents[2]
+ALONE = ["ray.gpu=false", "ray.cpus_per_worker=1"]  # two threads wait for each other where another test has a core
 TINY = [  # of a space: seconds a training
     "train_vae.model.encoder=S", "train_vae.model.decoder.channels=[8,8,8,8]", "train_vae.model.decoder.layers=1",
     "train_vae.loss.lpips.weight=0", "train_vae.loss.adversarial.weight=0", "train_vae.loop.precision=fp32",
-    "train_vae.stages=[{resolution: 32, images: 32, batch_size: 8}]", "train_vae.val_images=4", "ray.gpu=false",
+    "train_vae.stages=[{resolution: 32, images: 32, batch_size: 8}]", "train_vae.val_images=4", *ALONE,
 ]  # fmt: skip
 
 
@@ -264,7 +265,7 @@ def _in_this_process(cfg, trials, share, run, folder):
 def test_tables_of_the_paper_run(photos, root, weights, table, monkeypatch):
     monkeypatch.setattr(sweep, "_tune", _in_this_process)
     rows = f"rows={json.dumps(KINDS[table])}"
-    cfg = configured(photos, root, f"table={table}", "scale=smoke", "ray.gpu=false", "concurrent=2", rows, *weights)
+    cfg = configured(photos, root, f"table={table}", "scale=smoke", *ALONE, rows, *weights)
     results = sweep.sweep(cfg)
     wanted = paper.table(table)
     chosen = [row.name for row in paper.chosen(wanted, cfg.rows) if row.needs != "lpips"]  # there are no weights
@@ -360,9 +361,9 @@ def simulated(monkeypatch):
 
     monkeypatch.setattr(sweep, "trial", SimpleNamespace(run=run))
 
-    def words(images):
+    def words(images, every=80):
         stage = f"{{resolution: 32, images: {images}, batch_size: 8}}"
-        return [f"train_vae.stages=[{stage}]", "every=80", "tracking.enabled=false"]
+        return [f"train_vae.stages=[{stage}]", f"every={every}", "tracking.enabled=false"]
 
     return words
 
@@ -401,7 +402,7 @@ def test_optuna_draws_from_the_space(photos, tmp_path, simulated):
 @pytest.mark.slow
 def test_pbt_lets_poor_trials_go_on_from_better_ones(photos, tmp_path, simulated):
     space = ["space.optim.lr.loguniform=[1e-9, 1e-2]", "scheduler=pbt", "trials=2", "name=pbt"]
-    results = sweep.sweep(configured(photos, tmp_path, *TINY, *simulated(2400), *space))
+    results = sweep.sweep(configured(photos, tmp_path, *TINY, *simulated(2400, every=800), *space))
     assert results
     trained = [json.loads(path.read_text()) for path in tmp_path.glob("trained/*/config.yaml")]
     assert any(config["begin"] for config in trained), "no trial went on from another's checkpoint"

@@ -438,6 +438,14 @@ def test_a_poisoned_batch_is_skipped_and_many_of_them_stop_the_run(made, tmp_pat
     assert saved == [24, 48]
 
 
+def test_a_model_has_the_caches_mean_and_deviation_and_names_it(task, made, tmp_path):
+    task().exports()["model"](tmp_path / "model")
+    ldm, cache = load_ldm(tmp_path / "model"), LatentCache(made[0])
+    assert torch.equal(ldm.vae.mean.flatten(), cache.mean)
+    assert torch.equal(ldm.vae.std.flatten(), cache.std)
+    assert ldm.info["data"] == cache.manifest["digest"]
+
+
 # --- whole runs ---------------------------------------------------------------------------------------------------
 
 
