@@ -154,7 +154,7 @@ def test_a_trial_is_moved_off_a_node_that_dies(nodes, tmp_path):
         nodes.add(name, num_cpus=4, labels=GPU)
     words = [f"train_vae.{word}" for word in TRAIN if word.startswith(("model", "loss", "loop"))]
     words += [
-        "train_vae.stages=[{resolution: 32, images: 800, batch_size: 8}]", "train_vae.loop.checkpoint_every=80",
+        "train_vae.stages=[{resolution: 32, images: 400, batch_size: 8}]", "train_vae.loop.checkpoint_every=80",
         "train_vae.val_images=4", "space.optim.lr=[1e-4]", "name=rates", "data.max_bad=0.1",
         f"data.train.uri={photos}", f"data.val.uri={photos}", f"root={tmp_path}", "ray.gpu=false",
         "ray.cpus_per_worker=1", "ray.worker_labels={pool: gpu}", "evaluate.images=8",
