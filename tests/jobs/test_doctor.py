@@ -40,7 +40,8 @@ def test_a_sound_machine(tmp_path):
     report = tmp_path / "report.json"
     done = run(
         JOB, f"root={tmp_path}/runs", f"out={tmp_path}/cache", f"source.uri={photos}", f"report={report}",
-        f"model={save_model(tmp_path / 'model')}", "transform.resolution=32", "batch_size=2", TORCH_HOME=str(tmp_path),
+        f"model={save_model(tmp_path / 'model')}", "transform.resolution=32", "batch_size=2", "ray.cpus_per_worker=1",
+        TORCH_HOME=str(tmp_path),
     )  # fmt: skip
     assert done.code == 0, done.output
     summary = json.loads(report.read_text())
