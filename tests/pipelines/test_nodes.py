@@ -89,6 +89,7 @@ def test_training_goes_on_with_the_nodes_that_there_are(photos, tmp_path, monkey
             nodes.add("c", num_cpus=1)
             trains_on("head", "a", "c")
         finally:
+            run.mkdir(exist_ok=True)  # where it ended before it began
             (run / stopping.FILE).touch()
             error = trained.exception(240)
             ray.shutdown()
