@@ -2,14 +2,16 @@
 it. A worker's process takes ten seconds to import what it needs; how work is spread is tested with real ones, and so is
 each job as a whole."""
 
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from pipelines import cluster, encode, evaluate, judge, sample
+from pipelines import cluster, encode, evaluate, judge, sample, training
 from pipelines.config import Ray
 from pipelines.decode import decode_shard, views_of
 
@@ -24,6 +26,21 @@ def in_process() -> Iterator[None]:
         for module in (sample, evaluate, judge):
             patch.setattr(module, "pool", _pool)
         yield
+
+
+@contextmanager
+def as_worker() -> Iterator[None]:
+    """As in the one worker of a training, which begins anew: Ray Train's parts are stood in for, the loop is the real
+    one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ray.train.torch.prepare_model", lambda model: model)
+        patch.setattr("ray.train.get_checkpoint", lambda: None)
+        patch.setattr(training, "_report", _keep)
+        yield
+
+
+def _keep(metrics: dict[str, Any], checkpoint: str, run: Path) -> None:
+    shutil.move(checkpoint, run / f"checkpoint-{metrics['images']:012d}")
 
 
 def _share(config: Ray) -> cluster.Share:

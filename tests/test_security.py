@@ -736,8 +736,7 @@ def test_a_run_whose_files_are_replaced_by_pickles(bomb, tmp_path):
     common = [
         "model.encoder=S", "model.decoder.channels=[8, 8, 8, 8]", "model.decoder.layers=1", "loss.lpips.weight=0",
         "loss.adversarial.weight=0", "loop.precision=fp32", "ray.gpu=false", "ray.cpus_per_worker=1",
-        "loop.checkpoint_every=16", "name=vae",
-        f"root={root}", f"data.train.uri={photos}", f"tracking.uri={dead}",
+        "loop.checkpoint_every=16", "name=vae", f"root={root}", f"data.train.uri={photos}", f"tracking.uri={dead}",
     ]  # fmt: skip
 
     def train(images: int):

@@ -29,6 +29,7 @@ from pipelines.decode import views_of
 from pipelines.encode import encode_dataset
 from pipelines.train_ldm import Diffusion, train_ldm
 from tests.encoding import encoded_crops
+from tests.in_process import as_worker
 
 REPO = Path(__file__).resolve().parents[2]
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -397,14 +398,10 @@ def test_it_learns(task):
 
 
 def test_a_poisoned_batch_is_skipped_and_many_of_them_stop_the_run(made, tmp_path, monkeypatch, capsys):
-    """In this process: Ray Train's parts are stood in for, the loop is the real one."""
-    monkeypatch.setattr("ray.train.torch.prepare_model", lambda model: model)
-    monkeypatch.setattr("ray.train.get_checkpoint", lambda: None)
-    monkeypatch.setattr("pipelines.training._report", lambda metrics, folder, run: saved.append(metrics["images"]))
     from pipelines import train_ldm as module
     from pipelines import training
 
-    poison, saved = {16}, []
+    poison, folder = {16}, tmp_path / "run"
     original = Diffusion._with_noise
 
     def poisoned(self, batch):
@@ -416,26 +413,29 @@ def test_a_poisoned_batch_is_skipped_and_many_of_them_stop_the_run(made, tmp_pat
     monkeypatch.setattr(Diffusion, "_with_noise", poisoned)
     config = configured(made, tmp_path, "images=64", "loop.max_skipped=3", "loop.checkpoint_every=24")
     data, shape, _ = module._cache(config)
-    handle = training.tracking.RunHandle("", None, "test", str(tmp_path / "run"))
-    setup = data | {"shape": shape, "threads": 1, "handle": handle, "live": False, "nodes": 1}
-    setup["folder"] = str(tmp_path / "run")
-    (tmp_path / "run").mkdir()
+    handle = training.tracking.RunHandle("", None, "test", str(folder))
+    setup = data | {"shape": shape, "threads": 1, "handle": handle, "live": False, "nodes": 1, "folder": str(folder)}
 
     def run():
-        task = Diffusion(config, setup, 0, 1, torch.device("cpu"))
-        return training.run(task, "ldm", config, setup, 0, 1)
+        folder.mkdir()
+        with as_worker():
+            task = Diffusion(config, setup, 0, 1, torch.device("cpu"))
+            return training.run(task, "ldm", config, setup, 0, 1)
+
+    def saved():
+        return sorted(int(path.name[11:]) for path in folder.glob("checkpoint-*"))
 
     assert np.isfinite(run()["loss"])
-    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["train/skipped_steps"] for line in lines] == [0, 1, 0, 0, 0]  # steps 1-2, 3 (saved), 4, 5-6, 7-8
     assert ["train/loss" in line for line in lines] == [True, False, True, True, True]
-    assert saved == [24, 48, 64]
+    assert saved() == [24, 48, 64]
 
     poison.update(range(32, 64))
-    saved.clear()
+    shutil.rmtree(folder)
     with pytest.raises(UserError, match=r"4 steps in a row, up to 64 images.*checkpoint at 48 is kept"):
         run()
-    assert saved == [24, 48]
+    assert saved() == [24, 48]
 
 
 def test_a_model_has_the_caches_mean_and_deviation_and_names_it(task, made, tmp_path):

@@ -30,6 +30,7 @@ from pipelines.sources import open_source
 from pipelines.train_vae import Autoencoder, train_vae
 from tests.disks import fill, resize, small_disk
 from tests.encoding import encoded_crops
+from tests.in_process import as_worker
 from tests.pipelines.test_tracking import Server
 from tests.proxy import proxied
 
@@ -63,24 +64,14 @@ def weights(root):
 
 
 def trained_here(config, change=lambda task: None):
-    """The loop itself, in this process: Ray Train's parts are stood in for. `change` gets the task before it begins.
-
-    Returns the last metrics.
-    """
+    """In this process. Returns the last metrics; `change` gets the task before it begins."""
     folder, source = Path(config.root, config.name), open_source(config.data.train)
     folder.mkdir()
-
-    def keep(metrics, checkpoint, run):
-        shutil.move(checkpoint, run / f"checkpoint-{metrics['images']:012d}")
-
     setup = {
         "source": source, "val": None, "data": source.uri, "lpips": False, "begin": "", "threads": 1, "nodes": 1,
         "handle": tracking.RunHandle("", None, "test", str(folder)), "live": False, "folder": str(folder),
     }  # fmt: skip
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ray.train.torch.prepare_model", lambda model: model)
-        patch.setattr("ray.train.get_checkpoint", lambda: None)
-        patch.setattr(training, "_report", keep)
+    with as_worker():
         task = Autoencoder(config, setup, 0, 1, torch.device("cpu"))
         change(task)
         return training.run(task, "vae", config, setup, 0, 1)
@@ -301,9 +292,8 @@ def poisoned(made, folder, honest):
     return rows["id"][3].as_py()
 
 
-def test_a_poisoned_row_ends_a_training_with_its_name_and_can_be_mended(made, tmp_path, monkeypatch):
+def test_a_poisoned_row_ends_a_training_with_its_name_and_can_be_mended(made, tmp_path):
     """As a worker finds it; how a worker's message comes to the user is tested in test_train_ldm.py."""
-    monkeypatch.setattr("ray.train.torch.prepare_model", lambda model: model)
     copy = tmp_path / "cache"
     name = poisoned(made, copy, honest=False)
 
@@ -312,9 +302,10 @@ def test_a_poisoned_row_ends_a_training_with_its_name_and_can_be_mended(made, tm
         data, shape, _ = train_ldm._cache(config)
         handle = tracking.RunHandle("", None, "test", str(tmp_path))
         setup = data | {"shape": shape, "threads": 1, "handle": handle}
-        task = train_ldm.Diffusion(config, setup, 0, 1, torch.device("cpu"))
-        task.begin(0)
-        return list(task.batches(0, 24, 8))
+        with as_worker():
+            task = train_ldm.Diffusion(config, setup, 0, 1, torch.device("cpu"))
+            task.begin(0)
+            return list(task.batches(0, 24, 8))
 
     with pytest.raises(UserError) as error:
         epoch()
