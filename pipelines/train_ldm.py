@@ -203,7 +203,7 @@ class Diffusion:
         self.objective = objective_of(config)
         torch.manual_seed(config.seed)
         self.network = build_denoiser(config.network, self._shape[0], self._shape[-1], config.classes)
-        self.network.to(device).to(memory_format=training.memory_format(device))
+        self.network.to(device).to(memory_format=training.memory_format(device, config.loop.compile))
         if config.checkpointing:
             self.network.enable_gradient_checkpointing()
         self.net = prepare_model(self.network)

@@ -235,7 +235,7 @@ class Networks:
         from ray.train.torch import prepare_model
 
         self.config, self.device = config, device
-        self.memory_format = training.memory_format(device)
+        self.memory_format = training.memory_format(device, config.loop.compile)
         self.model = build_model(config).to(device).to(memory_format=self.memory_format)
         if config.checkpointing:
             self.model.enable_gradient_checkpointing()

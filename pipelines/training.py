@@ -5,6 +5,7 @@ number of images seen is all the state that a resumed run needs besides weights 
 bit.
 """
 
+import inspect
 import logging
 import os
 import shutil
@@ -31,6 +32,7 @@ from pipelines.logs import say
 ERROR = "error.txt"  # in the run's folder: what one of several workers has to tell
 LOOK_EVERY = 0.5  # seconds between looks for a request to stop
 RESIZE_EVERY = 30.0  # seconds between looks for nodes that an elastic run could use
+RECOMPILE_LIMIT = 64  # shapes and uses that a network is compiled for
 
 
 def fit(
@@ -451,10 +453,10 @@ class Adam:
                 moments[name] = torch.empty_like(parameter).copy_(moments[name])
 
 
-def memory_format(device: torch.device) -> torch.memory_format:
-    """Of images, features and convolutions' weights. Tensor cores want channels last (not measured here); on a CPU with
-    AVX2, gradients of convolutions took up to twice as long so."""
-    return torch.channels_last if device.type == "cuda" else torch.contiguous_format
+def memory_format(device: torch.device, compiled: bool) -> torch.memory_format:
+    """Of images, features and convolutions' weights: channels last for compiled networks on a GPU. Elsewhere group
+    normalisation turns them round (GPUs), or gradients of convolutions take up to twice as long (CPUs with AVX2)."""
+    return torch.channels_last if device.type == "cuda" and compiled else torch.contiguous_format
 
 
 def compile_parts(*parts: nn.Module | None) -> None:
@@ -463,9 +465,12 @@ def compile_parts(*parts: nn.Module | None) -> None:
     Each is compiled once for every shape (stages have a few, and all their batches the same) and use (a discriminator
     with and without gradients of its weights). Kernels for any size would be slower.
     """
+    limits: dict[str, Any] = {"isolate_recompiles": True, "recompile_limit": RECOMPILE_LIMIT}
+    if not limits.keys() <= inspect.signature(torch.compile).parameters.keys():  # before PyTorch 2.14: one for all
+        limits, torch._dynamo.config.recompile_limit = {}, RECOMPILE_LIMIT
     for part in parts:
         if part is not None:
-            part.compile(dynamic=False, isolate_recompiles=True, recompile_limit=64)
+            part.compile(dynamic=False, **limits)
 
 
 def uncompiled() -> AbstractContextManager:

@@ -27,6 +27,7 @@ from litevae import cache
 from litevae.autoencoder import LiteVAE, encode_latents, load_autoencoder
 from litevae.errors import UserError
 from litevae.images import ImageTransform, to_tensor
+from litevae.inference import memory_format
 from litevae.precision import autocast
 from pipelines.benchmark import meter
 from pipelines.config import Encode, load
@@ -261,7 +262,7 @@ class Model:
     def __init__(self, folder: str, device: str):
         torch.set_num_threads(1)
         self.device = device
-        self.vae = load_autoencoder(folder).to(device=device, memory_format=torch.channels_last)
+        self.vae = load_autoencoder(folder).to(device=device, memory_format=memory_format(device, compiled=False))
 
     @torch.inference_mode()
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:

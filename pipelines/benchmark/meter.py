@@ -276,9 +276,9 @@ def limits(device: torch.device, dtype: torch.dtype = torch.float32, seconds: fl
     """What the machine can do at most, as measured: `copy`, bytes/s read and written by a copy that no cache holds, and
     `matrix`, FLOP/s of a product of square matrices."""
     large = torch.empty(2**28 // dtype.itemsize, dtype=dtype, device=device)  # 256 MiB
-    other = torch.empty_like(large).copy_(large.zero_())
+    other = torch.empty_like(large).copy_(large.normal_())  # not zeros, which take less power, and so less time
     side = 8192 if device.type == "cuda" else 2048
-    a, b = (torch.ones(side, side, dtype=dtype, device=device) for _ in range(2))
+    a, b = (torch.randn(side, side, dtype=dtype, device=device) for _ in range(2))
     out = torch.empty_like(a)
     copy = min(_repeated(lambda: other.copy_(large), device, seconds))
     matrix = min(_repeated(lambda: torch.mm(a, b, out=out), device, seconds))

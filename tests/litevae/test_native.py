@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL
 from litevae import native
 from litevae.autoencoder import LiteVAE, encode_latents
 from litevae.denoiser import build_denoiser
-from litevae.inference import best_kernels, prepared
+from litevae.inference import best_kernels, memory_format, prepared
 
 LAST = torch.channels_last
 
@@ -148,6 +148,11 @@ def test_only_models_in_fp32_on_a_cpu_are_taken():
         native.accelerate(torch.nn.Sequential(torch.nn.Conv2d(3, 3, 3, padding=1)).bfloat16())
     assert best_kernels("cpu", "fp32") == "native"
     assert best_kernels("cpu", "bf16") == best_kernels("cuda", "fp32") == "torch"
+
+
+def test_a_gpu_takes_channels_last_only_where_normalisation_is_compiled():
+    assert memory_format("cpu", compiled=False) == memory_format("cuda", compiled=True) == LAST
+    assert memory_format("cuda:1", compiled=False) == torch.contiguous_format
 
 
 def test_what_a_convolution_is_replaced_by_depends_on_its_form():

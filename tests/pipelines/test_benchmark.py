@@ -288,6 +288,23 @@ def measured(place: Path, *words: str) -> dict:
     return json.loads((place / "out" / "benchmark.json").read_text())
 
 
+def test_every_size_is_compiled_before_any_is_timed_on_a_gpu():
+    class Child:
+        def __init__(self):
+            self.asked = []
+
+        def ask(self, do, batch, resolution):
+            self.asked.append((do, batch))
+            return {"bytes": 7, "seconds": 1.0}
+
+    asked = {}
+    for device in ("cpu", "cuda"):
+        child = Child()
+        assert models._warm(child, batches=[1, 32, 4], resolution=64, device=torch.device(device)) == 7
+        asked[device] = child.asked
+    assert asked == {"cpu": [("memory", 32)], "cuda": [("memory", 32), ("time", 1), ("time", 4)]}
+
+
 @pytest.mark.slow
 def test_the_command_measures_models_and_the_loader(tmp_path):
     sizes = ["models=taesd,S", "batch_sizes=[1]", "resolutions=[32]", "loader_rows=1000"]

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import diffusers
@@ -364,6 +365,47 @@ def test_a_batch_too_large_for_the_memory_is_halved(few, model, tmp_path):
     assert (commit["rows"], commit["batch_size"]) == (6, 2)
     encoder.batch_size, encoder._forward = 4, lambda batch: (_ for _ in ()).throw(torch.OutOfMemoryError())
     assert "not even one image" in encoder(row | {"rows": row["rows"]})["error"]
+
+
+def test_what_is_compiled_runs_channels_last_and_gives_the_same(few, model, tmp_path, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda function: compiled.append(function) or function)
+    source = open_source(config(few, model, tmp_path / "cache").source)
+    images = [np.random.default_rng(n).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8) for n in range(3)]
+    found = []
+    for more in ([], ["compile=true"]):
+        plan = encode._plan(config(few, model, tmp_path / "cache", *more), source, source.identity, None)
+        found.append(encode.Encoder(str(tmp_path / "cache"), plan, False, 1).encode(images))
+    (function,) = compiled
+    (used,) = (cell.cell_contents for cell in function.__closure__ if isinstance(cell.cell_contents, torch.nn.Module))
+    convolutions = [m for m in used.modules() if isinstance(m, torch.nn.Conv2d) and m.kernel_size == (3, 3)]
+    assert all(m.weight.is_contiguous(memory_format=torch.channels_last) for m in convolutions)
+    assert any(not m.weight.is_contiguous() for m in convolutions)
+    np.testing.assert_allclose(*found, atol=1e-5 * np.abs(found[0]).max())
+
+
+def test_compiling_is_recommended_where_it_pays(few, model, tmp_path, monkeypatch, capsys):
+    share = cluster.Share(workers=1, gpu=True, threads=1)
+    monkeypatch.setattr(cluster, "start", lambda _: share)
+    monkeypatch.setattr(cluster, "check_folders", lambda *_: None)
+    monkeypatch.setattr(encode, "WORTH_COMPILING", 6)
+    for name, more, said in (("plain", [], True), ("compiled", ["compile=true"], False)):
+        encode.plan_cache(config(few, model, tmp_path / name, "precision=bf16", *more))
+        assert ("compile=true starts a minute later" in capsys.readouterr().out) == said
+    monkeypatch.setattr(encode, "WORTH_COMPILING", 7)
+    encode.plan_cache(config(few, model, tmp_path / "few", "precision=bf16"))
+    assert "compile=true" not in capsys.readouterr().out
+
+
+def test_versions_of_a_working_directory_that_is_not_installed(monkeypatch):
+    def installed(name):
+        if name == "litevae":
+            raise PackageNotFoundError(name)
+        return version(name)
+
+    monkeypatch.setattr(encode, "version", installed)
+    assert encode._versions().keys() >= {"python", "torch", "ray"}
+    assert "litevae" not in encode._versions()
 
 
 def test_cuts():

@@ -327,8 +327,8 @@ def test_a_killed_sweep_goes_on_and_the_best_config_can_be_trained(photos, tmp_p
 @pytest.fixture
 def simulated(monkeypatch):
     """Trials are Tune's, each with its task beside it; what they train, for `images` / 80 seconds, is a number, psnr,
-    the higher the nearer its rate is to 1e-3, which a checkpoint holds. It does not grow: of two trials that do, the one
-    that is a report ahead may seem the better one."""
+    the higher the nearer its rate is to 1e-3, which a checkpoint holds. It does not grow: of two trials that do, one a
+    report ahead may seem the better."""
 
     def work(found, setup, reports):
         cfg, train = validate(Sweep, setup["cfg"]), found["train"]

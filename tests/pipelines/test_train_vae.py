@@ -197,10 +197,10 @@ def test_checkpointing_computes_blocks_twice_and_the_same_step(networks, monkeyp
 
 
 def test_a_step_with_channels_last_is_the_same_and_keeps_them_so(networks, monkeypatch):
-    """As on GPUs; and a CPU goes on from there."""
+    """As on GPUs, compiled; and a CPU goes on from there."""
     more = [*FAIR, "loss.l2.weight=1", "loop.ema=0.9", "model.conv1x1=true"]
     plain = ready(networks(*more))
-    monkeypatch.setattr(training, "memory_format", lambda device: torch.channels_last)
+    monkeypatch.setattr(training, "memory_format", lambda *_: torch.channels_last)
     last = ready(networks(*more))
     monkeypatch.undo()
     reached = set()

@@ -140,6 +140,28 @@ def test_a_step_whose_gradient_is_not_finite_changes_nothing_and_is_counted():
 # --- checkpoints --------------------------------------------------------------------------------------------------
 
 
+def test_training_takes_channels_last_where_it_is_compiled_on_a_gpu():
+    formats = {
+        (device, compiled): training.memory_format(torch.device(device), compiled)
+        for device in ("cpu", "cuda")
+        for compiled in (False, True)
+    }
+    assert [where for where, found in formats.items() if found == torch.channels_last] == [("cuda", True)]
+
+
+def test_networks_are_compiled_by_a_pytorch_with_one_limit_for_all(monkeypatch):
+    """As before 2.14: torch.compile takes no limit of its own."""
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda model, *, dynamic: compile(model, dynamic=dynamic, backend="eager"))
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+    part, x = torch.nn.Linear(3, 2), torch.randn(4, 3)
+    wanted = part(x)
+    training.compile_parts(part, None)
+    assert torch._dynamo.config.recompile_limit == training.RECOMPILE_LIMIT
+    assert torch.equal(part(x), wanted)
+    torch._dynamo.reset()
+
+
 def test_state_comes_back(tmp_path):
     state = {"images": 7, "model": {"w": torch.randn(3)}, "text": "a"}
     again = checkpoint.load(checkpoint.save(state))
