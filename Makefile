@@ -1,11 +1,13 @@
 BIN := .venv/bin
 ROOT ?= runs
 PORT ?= 5000
-# two processes, which are given whole files, by name: by their number of tests the demo, one long one, would come last
-SHARED := --numprocesses 2 --dist loadfile --no-loadscope-reorder
+PART ?= 1/1
+TENTH ?=
+# two processes, which are given whole files in the order of conftest.py
+SHARED := --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 10
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint audit mlflow
+.PHONY: help setup demo test test-slow test-chaos mutants coverage lint audit mlflow
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -22,11 +24,20 @@ setup: .venv/installed ## .venv with the versions of constraints.txt; needs Pyth
 demo: setup ## train, cache, diffuse, sample and evaluate on a few photos: minutes
 	$(BIN)/python jobs/demo.py
 
-test: setup ## the tests, without those that take minutes
-	$(BIN)/python -m pytest $(SHARED) -m 'not slow'
+test: setup ## the fast tests
+	$(BIN)/python -m pytest $(SHARED)
 
-test-slow: setup ## the tests that take minutes
+test-slow: setup ## jobs as a whole, compilers, a browser: many minutes
 	$(BIN)/python -m pytest $(SHARED) -m slow
+
+test-chaos: setup ## kills, full disks, nodes that go: half an hour, or a part of it (PART=2/4: the second quarter)
+	$(BIN)/python -m pytest $(SHARED) -m chaos --part $(PART)
+
+mutants: setup ## whether the fast tests notice small faults: minutes, or a tenth of it (TENTH=0 to 9)
+	$(BIN)/python -m tests.mutate $(if $(TENTH),--tenth $(TENTH))
+
+coverage: setup ## the lines and branches that the fast tests run
+	$(BIN)/python -m pytest $(SHARED) --cov --cov-report term-missing:skip-covered
 
 lint: setup ## ruff and mypy
 	$(BIN)/ruff check .

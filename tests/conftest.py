@@ -68,9 +68,20 @@ os.environ.update(
 )
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """test_nodes.py first: test_faults.py needs many nodes, too, and they can't run at the same time."""
-    items.sort(key=lambda item: item.path.name != "test_nodes.py")
+# Files whose tests take longest, of which a process that began one last would end long after the other; test_nodes.py
+# well before test_faults.py, since both need many nodes, which can't be there at the same time.
+FIRST = ("test_nodes.py", "test_train_vae.py", "test_sweep.py", "test_demo.py")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--part", default="1/1", metavar="K/N", help="of the chosen tests the K-th of N equal parts")
+
+
+@pytest.hookimpl(trylast=True)  # after -m has chosen
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    part, parts = map(int, config.getoption("--part").split("/"))
+    items[:] = items[part - 1 :: parts]
+    items.sort(key=lambda item: FIRST.index(item.path.name) if item.path.name in FIRST else len(FIRST))
 
 
 def _bucket() -> str:

@@ -1,8 +1,8 @@
 """Small faults that the fast tests have to notice, and the command that puts them into the code, one at a time.
 
-    python tests/mutate.py                  every fault of mutants.py
-    python tests/mutate.py --tenth 3        the fourth of ten equal parts, as CI draws one
-    python tests/mutate.py train_vae.py     the faults whose place or tests have this in their name
+    python -m tests.mutate                  every fault of mutants.py
+    python -m tests.mutate --tenth 3        the fourth of ten equal parts, as CI draws one
+    python -m tests.mutate train_vae.py     the faults whose place or tests have this in their name
 
 A fault is put into a copy of the working tree, and the tests that it names run there. It is caught where each of them
 fails. What is imported from elsewhere is imported once, and each fault gets a fork of that process.
@@ -26,7 +26,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from mutants import MUTANTS, Mutant  # beside this file
+from tests.mutants import MUTANTS, Mutant
 
 REPO = Path(__file__).resolve().parents[1]
 PRODUCT = ("litevae", "pipelines", "jobs")
@@ -107,6 +107,8 @@ def run_tests(tree: Path, tests: Sequence[str], log: Path) -> int:
             os.dup2(file.fileno(), 2)
         os.chdir(tree)
         sys.path.insert(0, str(tree))
+        for name in [name for name in sys.modules if name.split(".")[0] in ("tests", *PRODUCT)]:
+            del sys.modules[name]  # the tree's are to be imported
         os.environ["PYTHONPATH"] = str(tree)
         import pytest
 

@@ -24,7 +24,7 @@ time.sleep(600)
 """
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 def test_jobs_leave_with_their_checkpoints(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from ray.job_submission import JobSubmissionClient
 

@@ -183,7 +183,7 @@ def one_error(result: Result) -> str:
     return line
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 def test_a_training_that_is_stopped_leaves_with_a_checkpoint(cluster: Cluster, photos: Path, tmp_path: Path) -> None:
     words = [
         "jobs/train_vae.py", f"root={tmp_path}", "ray.cpus_per_worker=1", "loop.log_every=1",

@@ -28,7 +28,7 @@ from tests.encoding import BAD, JOB, config, crops, photo_folder, save_model, sh
 from tests.in_process import in_process
 from tests.nodes import cluster, title_of
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.chaos
 
 SEED = 2026
 TITLES = {"decode": "ray::Map(decode_shard)", "encoder": "ray::MapWorker(Map(Encoder))"}  # as Ray names its processes

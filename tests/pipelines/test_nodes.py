@@ -16,7 +16,7 @@ from pipelines.config import TrainVAE, load
 from tests.encoding import BAD, crops, photo_folder, save_model, start_job
 from tests.nodes import cluster
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.chaos
 
 REPO = Path(__file__).resolve().parents[2]
 GPU, CPU = {"pool": "gpu"}, {"pool": "cpu"}  # labels; there is no GPU here

@@ -315,7 +315,7 @@ def wait_for(condition, process: subprocess.Popen, seconds: float = 120) -> None
         time.sleep(0.005)
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 def test_a_killed_job_goes_on(model, tmp_path):
     more, each = {"format": "parquet", "shard": 6}, 6  # images a file
     whole, killed = tmp_path / "whole", tmp_path / "killed"
@@ -337,7 +337,7 @@ def test_a_killed_job_goes_on(model, tmp_path):
     assert about(killed)["drawn"] == 48 - len(kept) * each
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 def test_killed_workers_are_replaced(model, five, tmp_path, monkeypatch):
     """Both, with SIGKILL, each as soon as a certain image has been written."""
     import ray

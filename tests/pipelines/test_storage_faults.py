@@ -120,7 +120,7 @@ def _names(out, folder):
 # --- S3: the encode job -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 @pytest.mark.usefixtures("in_process")
 def test_faults_that_pass_leave_no_trace_in_a_cache(proxy, bucket, folder, model, undisturbed):
     source = upload(folder, f"{bucket}/photos")
@@ -132,7 +132,7 @@ def test_faults_that_pass_leave_no_trace_in_a_cache(proxy, bucket, folder, model
     check_same(f"{bucket}/cache", undisturbed)
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 def test_a_store_that_goes_away_ends_the_job_which_goes_on_when_it_is_back(
     proxy, bucket, folder, model, undisturbed, capsys
 ):
@@ -161,7 +161,7 @@ def test_a_store_that_goes_away_ends_the_job_which_goes_on_when_it_is_back(
     check_same(out, undisturbed)
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 @pytest.mark.usefixtures("in_process")
 def test_a_store_that_loses_its_images_is_not_the_images_fault(proxy, bucket, folder, model, undisturbed, capsys):
     """Those that can't be had now are not put into quarantine."""
@@ -308,7 +308,7 @@ def test_sources_that_are_away_are_not_unreadable_images(proxy, sources):
 # --- full disks ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 @pytest.mark.usefixtures("in_process")
 def test_a_full_disk_ends_the_job_which_goes_on_when_there_is_room(folder, model, undisturbed, tmp_path, capsys):
     files = (path.stat().st_size for path in undisturbed.rglob("*") if path.is_file())
@@ -379,7 +379,7 @@ def _run_within(memory, words, log):
     return most
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 def test_a_job_goes_on_without_the_images_that_memory_does_not_hold(large, model, tmp_path):
     photos = tmp_path / "photos"
     photos.mkdir()
@@ -461,7 +461,7 @@ def _dying(source, views, units):
 # --- clocks -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 @pytest.mark.usefixtures("in_process")
 def test_resuming_does_not_depend_on_clocks(folder, model, undisturbed, tmp_path):
     """Files of 1970, 2038 and 2106, as they are where a server's clock or a node's is wrong."""

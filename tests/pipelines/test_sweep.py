@@ -291,7 +291,7 @@ def test_tables_of_the_paper_run(photos, root, weights, table, monkeypatch):
             assert "eval/frechet/squeezenet-caffe" in metrics
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 def test_a_killed_sweep_goes_on_and_the_best_config_can_be_trained(photos, tmp_path):
     """Killed between a training and its evaluation."""
     words = [f"root={tmp_path}", f"data.train.uri={photos}/train", f"data.val.uri={photos}/val", "name=rates"]

@@ -449,7 +449,7 @@ def test_a_model_has_the_caches_mean_and_deviation_and_names_it(task, made, tmp_
 # --- whole runs ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 def test_a_run_that_is_killed_ends_like_one_that_was_not(made, tmp_path, capsys):
     """The driver, by SIGKILL in the middle of an epoch, with two workers. Of write-through, whose first epoch encodes
     and whose later ones read a cache."""

@@ -843,7 +843,7 @@ def test_two_ranks_train_validate_and_export(undisturbed, photos):
     assert sorted(p.name for p in (root / "run").glob("checkpoint-*"))[-1] == "checkpoint-000000000320"
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 def test_a_run_that_is_stopped_and_loses_a_worker_ends_with_the_same_weights(undisturbed, photos, tmp_path):
     """SIGTERM, then SIGKILL for one of two workers."""
     run, log = tmp_path / "run", tmp_path / "log.txt"

@@ -108,7 +108,7 @@ def images_of(run):
 # --- full disks ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 def test_a_full_disk_ends_a_run_which_goes_on_when_there_is_room(photos, undisturbed, tmp_path, capsys):
     state = max(path.stat().st_size for path in undisturbed.rglob("state.pt"))
     with small_disk(tmp_path / "disk", f"{int(1.5 * state)}") as disk:
@@ -178,7 +178,7 @@ def test_a_checkpoint_that_does_not_fit_where_it_is_made_is_named(tmp_path, monk
 # --- MLflow -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 def test_training_does_not_notice_that_mlflow_is_away(photos, undisturbed, tmp_path):
     """It hangs while the first half is trained; then it works, and hangs in the middle of the second."""
     server, run = Server(tmp_path), tmp_path / "run"
@@ -353,7 +353,7 @@ def test_flipped_bits_in_a_store_are_found_by_their_page(made, s3):
 # --- clocks -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 def test_a_run_whose_list_of_checkpoints_is_cut_goes_on_from_the_newest(photos, undisturbed, tmp_path, capsys):
     """Ray Train writes its list in place. That the newest checkpoint was cut, too, is not to stop it either, nor are
     files whose clock was wrong: by them the first checkpoint is the newest."""
@@ -477,7 +477,7 @@ def test_what_a_killed_writer_left_is_removed_and_no_more(tmp_path):
         )
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 def test_a_second_driver_is_refused_and_the_first_one_killed_goes_on(photos, undisturbed, tmp_path, capsys):
     arguments = words(photos, tmp_path, OFF)
     with open(tmp_path / "log", "w") as log:
