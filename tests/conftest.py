@@ -3,7 +3,6 @@ checks no credentials) for all tests, Ceph (a real one) for slow ones."""
 
 import fcntl
 import os
-import random
 import secrets
 import shutil
 import signal
@@ -18,24 +17,14 @@ from pathlib import Path
 
 import pytest
 
+from tests import ports
+
 _SCRIPT = Path(__file__).resolve().parents[2] / "shared" / "tools" / "ceph-s3-up.sh"
 _CHECKSUMS = {"AWS_REQUEST_CHECKSUM_CALCULATION": "when_required", "AWS_RESPONSE_CHECKSUM_VALIDATION": "when_required"}
 
 
-def _free_port() -> int:
-    """Below the ports that connections are given (32768 up), so that none takes it before the server is up."""
-    for port in random.sample(range(20000, 30000), 100):
-        with socket.socket() as probe:
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-        return port
-    raise RuntimeError("no free port between 20000 and 30000")
-
-
 _MOTO = {
-    "AWS_ENDPOINT_URL": f"http://127.0.0.1:{_free_port()}",
+    "AWS_ENDPOINT_URL": f"http://127.0.0.1:{ports.reserve()}",
     "AWS_ACCESS_KEY_ID": "testing",
     "AWS_SECRET_ACCESS_KEY": "testing",
     "AWS_DEFAULT_REGION": "us-east-1",
@@ -112,6 +101,13 @@ def _ray_ends_with_its_module() -> Iterator[None]:
     yield
     if ray := sys.modules.get("ray"):
         ray.shutdown()
+
+
+@pytest.fixture
+def closed_port() -> Iterator[int]:
+    """On which nobody listens as long as the test runs."""
+    with ports.closed() as port:
+        yield port
 
 
 @pytest.fixture

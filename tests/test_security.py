@@ -723,16 +723,14 @@ def files_with(text: str, *folders: Path) -> list[Path]:
 
 
 @pytest.mark.slow
-def test_a_run_whose_files_are_replaced_by_pickles(bomb, tmp_path):
+def test_a_run_whose_files_are_replaced_by_pickles(bomb, tmp_path, closed_port):
     """A training with a secret in its tracking server's URI, by processes that listen on loopback alone; and going on
     from what somebody else put into its folder."""
     photos, temporary, root = tmp_path / "photos", Path(tempfile.mkdtemp(prefix="sec", dir="/tmp")), tmp_path / "runs"
     photos.mkdir()
     for n in range(16):
         (photos / f"{n}.png").write_bytes(png(seed=n))
-    with socket.socket() as probe:  # a port on which nothing answers
-        probe.bind(("127.0.0.1", 0))
-        dead = f"http://user:{SECRET}@127.0.0.1:{probe.getsockname()[1]}"
+    dead = f"http://user:{SECRET}@127.0.0.1:{closed_port}"
     common = [
         "model.encoder=S", "model.decoder.channels=[8, 8, 8, 8]", "model.decoder.layers=1", "loss.lpips.weight=0",
         "loss.adversarial.weight=0", "loop.precision=fp32", "ray.gpu=false", "ray.cpus_per_worker=1",

@@ -4,7 +4,6 @@ What the checks refuse is tested, too: each has a file that is wrong in one plac
 
 import contextlib
 import copy
-import importlib.util
 import io
 import json
 import re
@@ -25,6 +24,8 @@ import ray
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
+from tests import kuberay
+
 REPO = Path(__file__).resolve().parents[2]
 INFRA = REPO / "infra"
 MANIFESTS = [*sorted((INFRA / "kuberay").glob("*.yaml")), INFRA / "monitoring" / "podmonitor.yaml"]
@@ -32,7 +33,6 @@ COMPOSE = [INFRA / "compose.yaml", INFRA / "monitoring" / "compose.yaml"]
 CLUSTER = INFRA / "aws" / "cluster.yaml"
 DOCKERFILES = [INFRA / "Dockerfile", INFRA / "mlflow" / "Dockerfile"]
 PAGES = [REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))]
-KUBERAY = REPO.parent / "shared" / "tools" / "validate_kuberay.py"  # with KubeRay 1.7.0's schemas
 BIN = Path(sys.executable).parent
 
 Document = dict[str, Any]
@@ -78,23 +78,10 @@ PROJECT = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
 # --- schemas ----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def kuberay() -> Any:
-    if not KUBERAY.is_file():
-        pytest.skip(f"{KUBERAY} is not there")
-    spec = importlib.util.spec_from_file_location("validate_kuberay", KUBERAY)
-    assert spec
-    assert spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    known = module.validators()
-    return lambda document: list(known[document["kind"], document["apiVersion"]].iter_errors(document))
-
-
-def test_rays_manifests_fit_kuberays_schemas(kuberay: Any) -> None:
+def test_rays_manifests_fit_kuberays_schemas() -> None:
     assert set(RAY) == {"litevae", "train-vae", "encode-dataset"}
     for document in RAY.values():
-        assert not kuberay(document)
+        assert not kuberay.problems(document)
 
 
 @pytest.mark.parametrize(
@@ -106,15 +93,20 @@ def test_rays_manifests_fit_kuberays_schemas(kuberay: Any) -> None:
         (("spec", "workerGroupSpecs", 0, "maxReplicas"), "eight"),
         (("spec", "workerGroupSpecs", 0, "template", "spec", "terminationGracePeriodSecond"), 180),
         (("spec", "headGroupSpec", "template", "spec", "containers", 0, "resource"), {}),
+        (("spec", "headGroupSpec", "template", "spec", "containers", 0, "ports", 0, "containerPort"), "http"),
+        (("spec", "headGroupSpec", "template", "spec", "containers", 0, "resources", "limits", "memory"), [1]),
+        (("spec", "headGroupSpec", "template"), None),
+        (("status",), {}),
+        (("apiVersion",), "ray.io/v1beta1"),
     ],
 )
-def test_a_wrong_ray_manifest_is_refused(kuberay: Any, path: tuple[Any, ...], value: object) -> None:
+def test_a_wrong_ray_manifest_is_refused(path: tuple[Any, ...], value: object) -> None:
     document = copy.deepcopy(RAY["litevae"])
     node: Any = document
     for key in path[:-1]:
         node = node[key]
     node[path[-1]] = value
-    assert kuberay(document)
+    assert kuberay.problems(document)
 
 
 def core(document: Document) -> bool:

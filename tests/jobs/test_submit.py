@@ -8,7 +8,6 @@ import re
 import secrets
 import shlex
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -22,6 +21,7 @@ import pytest
 import skimage.data
 from PIL import Image
 
+from tests import ports
 from tests.commands import REPO, Result, run_in_this_process
 from tests.encoding import save_model
 
@@ -39,17 +39,17 @@ class Cluster:
             "RAY_AUTH_TOKEN": self.token,
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",  # a job's `python` is the head's
         }
-        ports = free_ports(8)
-        self.address = f"http://127.0.0.1:{ports[0]}"
+        dashboard = ports.reserve()
+        self.address = f"http://127.0.0.1:{dashboard}"
         options = {
-            "--dashboard-port": ports[0],
-            "--port": ports[1],
-            "--dashboard-agent-listen-port": ports[2],
-            "--dashboard-agent-grpc-port": ports[3],
-            "--runtime-env-agent-port": ports[4],
-            "--metrics-export-port": ports[5],
-            "--node-manager-port": ports[6],
-            "--object-manager-port": ports[7],
+            "--dashboard-port": dashboard,
+            "--port": ports.reserve(),
+            "--dashboard-agent-listen-port": ports.reserve(),
+            "--dashboard-agent-grpc-port": ports.reserve(),
+            "--runtime-env-agent-port": ports.reserve(),
+            "--metrics-export-port": ports.reserve(),
+            "--node-manager-port": ports.reserve(),
+            "--object-manager-port": ports.reserve(),
             "--min-worker-port": 0,  # any that is free
             "--max-worker-port": 0,
             "--node-ip-address": "127.0.0.1",
@@ -130,12 +130,6 @@ class Cluster:
                 process.kill()
         self.head.wait()
         shutil.rmtree(self.folder, ignore_errors=True)
-
-
-def free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        probes = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
-        return [probe.getsockname()[1] for probe in probes]
 
 
 @pytest.fixture(scope="module")

@@ -5,10 +5,10 @@ import csv
 import dataclasses
 import io
 import math
+import os
 import struct
 import subprocess
 import sys
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +23,7 @@ from skimage.color import lab2rgb
 from litevae import images
 from litevae.errors import UserError
 from litevae.images import ImageError, ImageTransform, decode, to_tensor, to_uint8
+from tests.odd_images import PICTURE, STORED, Odd, chunk, gray_profile, odd_images, swapped_profile, write_odd_images
 
 NASTY = Path(__file__).parents[3] / "shared" / "data" / "nasty"
 
@@ -152,12 +153,7 @@ def test_impossible_transforms_are_refused(options, message):
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation(photo, orientation):
     upright = np.asarray(photo)
-    # How each orientation is stored, from the EXIF standard: the inverse of what a viewer has to do.
-    stored = {
-        1: upright, 2: upright[:, ::-1], 3: upright[::-1, ::-1], 4: upright[::-1],
-        5: upright.transpose(1, 0, 2), 6: np.rot90(upright, 1),
-        7: upright[::-1, ::-1].transpose(1, 0, 2), 8: np.rot90(upright, -1),
-    }[orientation]  # fmt: skip
+    stored = STORED[orientation](upright)
     exif = Image.Exif()
     exif[0x0112] = orientation
     for format in ("PNG", "TIFF"):
@@ -213,16 +209,6 @@ def test_pixels_without_a_defined_range_are_refused():
         assert error.value.reason == "unsupported"
 
 
-def swapped_profile():
-    """The sRGB profile with the red and green primaries exchanged."""
-    profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
-    for number in range(struct.unpack(">I", profile[128:132])[0]):
-        entry = 132 + 12 * number
-        if name := {b"rXYZ": b"gXYZ", b"gXYZ": b"rXYZ"}.get(bytes(profile[entry : entry + 4])):
-            profile[entry : entry + 4] = name
-    return bytes(profile)
-
-
 def test_icc_profile_is_applied():
     image = Image.new("RGB", (8, 8), (200, 60, 30))
     assert np.abs(np.asarray(decode(encoded(image, icc_profile=swapped_profile())), int) - (60, 200, 30)).max() <= 2
@@ -230,20 +216,6 @@ def test_icc_profile_is_applied():
     translucent.putalpha(128)
     pixels = np.asarray(decode(encoded(translucent, icc_profile=swapped_profile())), int)
     assert np.abs(pixels - (157, 227, 142)).max() <= 3
-
-
-def gray_profile(gamma):
-    """A gray ICC profile: 128 bytes of header, a table of tags, white point D50 and a curve."""
-    white = b"XYZ \0\0\0\0" + struct.pack(">3i", 63190, 65536, 54061)  # 1/65536
-    curve = b"curv\0\0\0\0" + struct.pack(">IH", 1, round(gamma * 256)) + b"\0\0"
-    tags = [(b"wtpt", white), (b"kTRC", curve)]
-    table, body = struct.pack(">I", len(tags)), b""
-    for name, tag in tags:
-        table += name + struct.pack(">II", 128 + 4 + 12 * len(tags) + len(body), len(tag))
-        body += tag
-    header = struct.pack(">I", 128 + len(table + body)) + b"lcms\x02\x10\0\0mntrGRAYXYZ " + b"\0" * 12 + b"acsp"
-    header += b"\0" * 28 + struct.pack(">3i", 63190, 65536, 54061)
-    return header.ljust(128, b"\0") + table + body
 
 
 @pytest.mark.parametrize("kind", ["gray", "16 bits", "with alpha"])
@@ -317,36 +289,37 @@ def test_formats_that_are_not_read_and_headers_that_are_damaged(photo):
 
 
 def test_memory_stays_near_that_of_the_pixels(tmp_path):
-    """Peak of a fresh process; Pillow itself holds 4 bytes a pixel, 64 MB here, of what it reads and of the result."""
+    """Pillow itself holds 4 bytes a pixel, 64 MB here, of what it reads and of the result."""
     side = 4000
     Image.new("RGBA", (side, side), (1, 2, 3, 4)).save(tmp_path / "alpha.png", compress_level=1)
     Image.fromarray(np.zeros((side, side), np.uint16)).save(tmp_path / "gray16.png", compress_level=1)
-    for name in ("alpha.png", "gray16.png"):
-        assert peak([tmp_path / name]) < 2.7 * 4 * side**2, name
+    enough, little = 2.7 * 4 * side**2, 0.9 * 4 * side**2
+    found = within([(size, tmp_path / name) for name in ("alpha.png", "gray16.png") for size in (enough, little)])
+    assert found == ["read", "out_of_memory"] * 2  # and what the limit does
 
 
-def peak(files):
-    """Bytes that decoding takes at its peak, whether it succeeds or not."""
+def within(limits):
+    """What becomes of images in a process that may take so many bytes more than it had before each: "read", or the
+    reason of the refusal. limits: (bytes, file)."""
     code = """if True:
-        import resource, sys, warnings
+        import pathlib, re, resource, sys
         from litevae.images import ImageError, decode
-        def now():
-            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        datas = [open(name, "rb").read() for name in sys.argv[1:]]
-        before = now()
-        for data in datas:
+
+        def outcome(size, data):
+            taken = int(re.search(r"VmData:\\s+(\\d+) kB", pathlib.Path("/proc/self/status").read_text())[1]) * 1024
+            resource.setrlimit(resource.RLIMIT_DATA, (taken + size, resource.RLIM_INFINITY))
             try:
                 decode(data)
             except ImageError as error:
-                pass
-        print(now() - before)
+                return error.reason
+            return "read"
+
+        for size, name in zip(sys.argv[1::2], sys.argv[2::2]):
+            print(outcome(int(size), pathlib.Path(name).read_bytes()))
     """
-    command = [sys.executable, "-c", code, *map(str, files)]
-    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-
-
-def chunk(name, body):
-    return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+    command = [sys.executable, "-c", code, *(str(word) for size, file in limits for word in (int(size), file))]
+    exact = os.environ | {"MALLOC_MMAP_THRESHOLD_": "131072"}  # large blocks that are freed are given back at once
+    return subprocess.run(command, check=True, capture_output=True, text=True, env=exact).stdout.split()
 
 
 def test_a_long_strip_does_not_blow_up():
@@ -665,10 +638,11 @@ def test_decoding_opens_no_threads(tmp_path):
     assert torchs > 0  # it would have been seen
 
 
-# --- the collection of odd files ------------------------------------------------------------------------------
+# --- odd and broken files ---------------------------------------------------------------------------------------
 
 MODES = ("pillow", "fast", "scaled")
-# What is refused, and why; every other file decodes to what `reading` makes of it.
+# Of a collection of such files as they were found, where that lies beside the repository: what is refused, and why;
+# every other file decodes to what `reading` makes of it.
 REFUSED = {
     "float32.tiff": "unsupported",  # no range defined: 0..1, 0..255, metres?
     "jpeg_12bit.jpg": "unsupported",
@@ -711,11 +685,27 @@ UPRIGHT = {
 }
 
 
-def nasty():
+def collected():
+    """name -> row of nasty.csv; none where the collection is not here."""
     if not (NASTY / "nasty.csv").is_file():
-        return [pytest.param({}, marks=pytest.mark.skip(reason="the odd files are not here"), id="none")]
+        return {}
     with open(NASTY / "nasty.csv", newline="") as file:
-        return [pytest.param(row, id=row["file"]) for row in csv.DictReader(file)]
+        return {f"nasty/{row['file']}": row for row in csv.DictReader(file)}
+
+
+COLLECTED = collected()
+
+
+def odd_file(name):
+    if name not in COLLECTED:
+        return odd_images()[name]
+    row = COLLECTED[name]
+    data = (NASTY / row["file"]).read_bytes()
+    if reason := REFUSED.get(row["file"]):
+        assert row["rgb"] != "yes" or row["file"] == "float32.tiff"  # Pillow fails as well
+        return Odd(data, reason=reason)
+    tolerance = {"LAB": 3, "RGBA": 1, "P": 1}.get(row["mode"], 0)  # other arithmetic of alpha and LAB
+    return Odd(data, reading(row), tolerance, most=tolerance)
 
 
 def reading(row):
@@ -749,67 +739,71 @@ def reading(row):
     return np.asarray(white, dtype=float)
 
 
-@pytest.mark.parametrize("row", nasty())
+@pytest.mark.parametrize("name", [*odd_images(), *COLLECTED])
 @pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, of damaged EXIF
-def test_odd_files_are_read_as_pillow_reads_them_or_refused_with_the_right_reason(row):
-    data = (NASTY / row["file"]).read_bytes()
-    if reason := REFUSED.get(row["file"]):
+def test_odd_files_look_as_they_should_or_are_refused_with_the_right_reason(name):
+    odd = odd_file(name)
+    if odd.reason:
         for mode in MODES:
             with pytest.raises(ImageError) as error:
-                ImageTransform(64, decode=mode)(data)
-            assert error.value.reason == reason, str(error.value)
-        assert row["rgb"] != "yes" or row["file"] == "float32.tiff"  # Pillow fails as well
+                ImageTransform(64, decode=mode)(odd.data)
+            assert error.value.reason == odd.reason, str(error.value)
         return
-    image = decode(data)
-    expected = reading(row)
+    image = decode(odd.data)
     assert image.mode == "RGB"
-    assert expected.shape == (image.height, image.width, 3)
-    tolerance = {"LAB": 3, "RGBA": 1, "P": 1}.get(row["mode"], 0)  # other arithmetic of alpha and LAB
-    assert np.abs(np.asarray(image, dtype=float) - expected).max() <= tolerance
+    assert odd.pixels.shape == (image.height, image.width, 3)
+    distance = np.abs(np.asarray(image, dtype=float) - odd.pixels)
+    assert distance.mean() <= odd.near
+    assert distance.max() <= odd.most
     for mode in MODES:
         transform = ImageTransform(64, crop="random", crops=2, both=True, buckets=True, bucket_step=16, decode=mode)
-        for view in agree(data, transform, {"pillow": np.inf, "fast": 60, "scaled": 38}[mode]):
+        for view in agree(odd.data, transform, {"pillow": np.inf, "fast": 60, "scaled": 38}[mode]):
             assert (view.height, view.width) == (image.height, image.width)
             assert view.pixels.shape[0] * view.pixels.shape[1] <= 64**2
 
 
-def test_the_tables_name_files_that_are_there():
-    if not NASTY.is_dir():
-        pytest.skip("the odd files are not here")
-    names = {path.name for path in NASTY.iterdir()}
-    assert len(names) == 82  # with nasty.csv
-    assert {*REFUSED, *SPECIAL, *PROFILE_IGNORED} <= names
+def test_wrong_readings_of_the_picture_are_far_from_it():
+    """Or the tolerances above would let them pass: turned, with channels exchanged, inverted."""
+    pixels = PICTURE.astype(float)
+    wrong = [pixels[::-1], pixels[:, ::-1], pixels[::-1, ::-1], 255 - pixels, pixels[..., ::-1], pixels[..., [1, 0, 2]]]
+    assert min(np.abs(other - pixels).mean() for other in wrong) > 20
+    assert max(odd.near for odd in odd_images().values()) < 10
 
 
-def test_odd_files_mean_what_they_should():
-    """Not only equal to Pillow: what a person would see."""
-    if not NASTY.is_dir():
-        pytest.skip("the odd files are not here")
+if COLLECTED:  # none is skipped where it is not
 
-    def pixels(name):
-        return np.asarray(decode((NASTY / name).read_bytes()), dtype=float)
+    def test_the_tables_name_files_that_are_there():
+        assert len(COLLECTED) == 81
+        assert {*REFUSED, *SPECIAL, *PROFILE_IGNORED} <= {path.name for path in NASTY.iterdir()}
 
-    assert (pixels("all_transparent.png") == 255).all()
-    raw = np.asarray(Image.open(NASTY / "xmp_orientation.png").convert("RGBA"))  # its orientation is in XMP only
-    turned, stored = (np.abs(pixels("xmp_orientation.png") - way[..., :3]).mean() for way in (raw[::-1, ::-1], raw))
-    assert turned < stored / 2  # not equal: it has a profile
-    naive = np.asarray(Image.open(NASTY / "xyb_icc.jpg").convert("RGB"), dtype=float)
-    same_photo = pixels("palette.png")
-    assert np.abs(pixels("xyb_icc.jpg") - same_photo).mean() < 8
-    assert np.abs(naive - same_photo).mean() > 20  # colours are wildly wrong without the profile
-    upright = pixels("exif_orientation_6.jpg")
-    assert upright.shape == pixels("exif_orientation_3.jpg").shape == (450, 600, 3)
-    assert np.abs(upright - pixels("exif_orientation_3.jpg")).mean() < 12  # the same photo, turned and saved again
-    for name in ("gif_animated.gif", "webp_animated.webp", "apng_animated.png"):
-        with Image.open(NASTY / name) as animation:
-            animation.seek(animation.n_frames // 2)
-            later = np.asarray(animation.convert("RGB"), dtype=float)
-        assert np.abs(pixels(name) - later).max() > 50
+    def test_collected_files_mean_what_they_should():
+        """Not only equal to Pillow: what a person would see."""
+
+        def pixels(name):
+            return np.asarray(decode((NASTY / name).read_bytes()), dtype=float)
+
+        assert (pixels("all_transparent.png") == 255).all()
+        raw = np.asarray(Image.open(NASTY / "xmp_orientation.png").convert("RGBA"))  # its orientation is in XMP only
+        turned, stored = (np.abs(pixels("xmp_orientation.png") - way[..., :3]).mean() for way in (raw[::-1, ::-1], raw))
+        assert turned < stored / 2  # not equal: it has a profile
+        naive = np.asarray(Image.open(NASTY / "xyb_icc.jpg").convert("RGB"), dtype=float)
+        same_photo = pixels("palette.png")
+        assert np.abs(pixels("xyb_icc.jpg") - same_photo).mean() < 8
+        assert np.abs(naive - same_photo).mean() > 20  # colours are wildly wrong without the profile
+        upright = pixels("exif_orientation_6.jpg")
+        assert upright.shape == pixels("exif_orientation_3.jpg").shape == (450, 600, 3)
+        assert np.abs(upright - pixels("exif_orientation_3.jpg")).mean() < 12  # the same photo, turned and saved again
+        for name in ("gif_animated.gif", "webp_animated.webp", "apng_animated.png"):
+            with Image.open(NASTY / name) as animation:
+                animation.seek(animation.n_frames // 2)
+                later = np.asarray(animation.convert("RGB"), dtype=float)
+            assert np.abs(pixels(name) - later).max() > 50
 
 
-def test_bombs_take_no_memory():
-    if not NASTY.is_dir():
-        pytest.skip("the odd files are not here")
-    bombs = [*NASTY.glob("huge_*"), NASTY / "text_chunk_bomb.png"]
-    assert len(bombs) == 5
-    assert peak(bombs) < 100e6
+def test_bombs_take_no_memory(tmp_path):
+    """The largest would take 12 GB."""
+    write_odd_images(tmp_path / "odd")
+    folders = [tmp_path / "odd", *([NASTY] if COLLECTED else [])]
+    bombs = [path for folder in folders for path in folder.iterdir() if path.name.startswith(("huge", "text_chunk"))]
+    assert len(bombs) == 5 * len(folders)
+    assert within([(100e6, bomb) for bomb in bombs]) == ["too_large"] * len(bombs)

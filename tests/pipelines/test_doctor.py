@@ -5,10 +5,8 @@ import io
 import json
 import os
 import random
-import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -61,12 +59,6 @@ def states(findings):
 def only(findings, state):
     (found,) = [finding for finding in findings if finding.state == state]
     return found
-
-
-def closed_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 # --- findings -----------------------------------------------------------------------------------------------------
@@ -198,10 +190,10 @@ def test_s3_clock(s3):
     assert states(examined(doctor.clock, here, s3)) == [("a", "ok"), ("S3", "ok")]
 
 
-def test_a_rank_that_nobody_can_reach():
+def test_a_rank_that_nobody_can_reach(closed_port):
     """Rank 1, whose rank 0 is not there."""
     with pytest.raises(UserError, match="not all of 2 processes reach the first one at 127.0.0.1"):
-        doctor.rank(1, 2, f"127.0.0.1:{closed_port()}", "gloo", False, 2.0)
+        doctor.rank(1, 2, f"127.0.0.1:{closed_port}", "gloo", False, 2.0)
 
 
 class Ranks:
@@ -297,8 +289,8 @@ def test_a_store_that_ignores_the_condition(s3, monkeypatch):
     assert "If-None-Match" in failed.advice
 
 
-def test_a_store_that_is_dead(s3, monkeypatch):
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{closed_port()}")
+def test_a_store_that_is_dead(s3, monkeypatch, closed_port):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{closed_port}")
     (failed,) = examined(doctor.folder, here, f"{s3}/cache")
     assert failed.state == "failed"
     assert "can't be reached" in failed.found
@@ -335,8 +327,8 @@ def test_mlflow(tmp_path):
     assert client.search_runs([experiment.experiment_id]) == []
 
 
-def test_an_mlflow_that_refuses():
-    config = load(Doctor, None, [f"tracking.uri=http://me:secret@127.0.0.1:{closed_port()}"])
+def test_an_mlflow_that_refuses(closed_port):
+    config = load(Doctor, None, [f"tracking.uri=http://me:secret@127.0.0.1:{closed_port}"])
     (failed,) = examined(doctor.mlflow, here, config)
     assert failed.state == "failed"
     assert "Connection refused" in failed.found
@@ -435,9 +427,9 @@ def test_an_estimate():
 # --- clusters -----------------------------------------------------------------------------------------------------
 
 
-def test_a_cluster_that_is_not_there(tmp_path, monkeypatch, capsys):
+def test_a_cluster_that_is_not_there(tmp_path, monkeypatch, capsys, closed_port):
     """The other checks are of this machine alone."""
-    monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{closed_port()}")
+    monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{closed_port}")
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     report = tmp_path / "report.json"
     assert doctor.run(load(Doctor, None, [f"root={tmp_path}", "tracking.enabled=false", f"report={report}"])) == 1
@@ -455,7 +447,7 @@ def test_a_cluster_that_is_not_there(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_a_node_that_shares_nothing(tmp_path):
+def test_a_node_that_shares_nothing(tmp_path, closed_port):
     """Two nodes, of which one does not see the folder that all is in."""
     data, photos = tmp_path / "data", tmp_path / "data" / "photos"
     photos.mkdir(parents=True)
@@ -467,16 +459,14 @@ def test_a_node_that_shares_nothing(tmp_path):
     report = tmp_path / "report.json"
     with cluster(num_cpus=4) as nodes:
         apart = nodes.add_apart(str(data), cpus=2)
-        begun = time.monotonic()
         done = subprocess.run(
             [
                 sys.executable, "jobs/doctor.py", f"root={data}/runs", f"source.uri={photos}", f"model={data}/model",
                 f"report={report}", "transform.resolution=32", "batch_size=2", "images=4", "ray.workers=50",
-                f"tracking.uri=http://127.0.0.1:{closed_port()}",
+                f"tracking.uri=http://127.0.0.1:{closed_port}",
             ],
             cwd=REPO, env=os.environ | {"RAY_ADDRESS": nodes.address}, capture_output=True, text=True, timeout=600,
         )  # fmt: skip
-        print(f"{time.monotonic() - begun:.0f} s")
     assert done.returncode == 1, done.stdout + done.stderr
     assert "Traceback" not in done.stdout
     found = json.loads(report.read_text())["findings"]

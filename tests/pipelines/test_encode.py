@@ -1,8 +1,10 @@
 """The encode job on a real Ray cluster: what it stores against the model run by hand, faults, resuming, refusals."""
 
+import contextlib
 import io
 import json
 import os
+from collections import Counter
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -15,10 +17,10 @@ import torch
 from PIL import Image
 from skimage import data as photos
 
-from litevae.autoencoder import fingerprint, load_autoencoder
+from litevae.autoencoder import encode_latents, fingerprint, load_autoencoder
 from litevae.cache import LatentCache
 from litevae.errors import UserError
-from litevae.images import ImageError, ImageTransform
+from litevae.images import ImageError, ImageTransform, to_tensor
 from pipelines import audit, cluster, decode, encode
 from pipelines.config import Views
 from pipelines.encode import encode_dataset
@@ -36,6 +38,7 @@ from tests.encoding import (
     save_model,
 )
 from tests.in_process import in_process
+from tests.odd_images import odd_images, write_odd_images
 
 
 @pytest.fixture(scope="module")
@@ -425,25 +428,30 @@ NASTY = Path(__file__).resolve().parents[3] / "shared" / "data" / "nasty"
 
 
 @pytest.mark.usefixtures("in_process")
-@pytest.mark.skipif(not NASTY.is_dir(), reason=f"no {NASTY}")
-def test_ugly_images_do_not_stop_the_job(model, tmp_path):
-    """81 odd and broken files: each is a row like Pillow reads it, or in quarantine; test_images.py says which."""
-    out = tmp_path / "cache"
+@pytest.mark.parametrize("kind", ["made", *(["collected"] if NASTY.is_dir() else [])])
+def test_ugly_images_do_not_stop_the_job(model, tmp_path, kind):
+    """A hundred odd and broken files and more: each is a row like Pillow reads it, or in quarantine; odd_images.py, and
+    of the collection test_images.py, say which."""
+    out, folder = tmp_path / "cache", NASTY
+    if kind == "made":
+        write_odd_images(folder := tmp_path / "odd")
     with pytest.raises(UserError, match="more than error_budget=0.01 allows"):
-        encode_dataset(config(NASTY, model, out, "error_budget=0.01", "rows_per_shard=20"))
-    done = encode_dataset(config(NASTY, model, out, "error_budget=0.5", "rows_per_shard=20"))
+        encode_dataset(config(folder, model, out, "error_budget=0.01", "rows_per_shard=20"))
+    done = encode_dataset(config(folder, model, out, "error_budget=0.5", "rows_per_shard=20"))
     assert set(done["reasons"]) <= {"corrupt", "empty", "not_an_image", "too_large", "unsupported"}
+    if kind == "made":
+        assert done["reasons"] == Counter(odd.reason for odd in odd_images().values() if odd.reason)
     found = audit.audit(str(out))
     assert (found.problems, found.general) == ({}, [])
+    readable = {}
+    for name in os.listdir(folder):
+        with contextlib.suppress(ImageError):
+            readable[name] = ImageTransform(SIDE, decode="fast")((folder / name).read_bytes()).pixels
     latents = LatentCache(out)
-    encoded = {latents.row(i)["id"] for i in range(len(latents))}
-    for name in os.listdir(NASTY):
-        try:
-            (expected,) = moments_by_hand(model, (NASTY / name).read_bytes())
-        except ImageError:
-            assert name not in encoded
-            continue
-        if name.endswith((".csv", ".psd", ".pgm", ".svg")) and name not in encoded:
-            continue  # not listed: no suffix of an image
-        index = next(i for i in range(len(latents)) if latents.row(i)["id"] == name)
-        torch.testing.assert_close(latents.moments([index])[0].float(), expected, atol=5e-3, rtol=5e-3)
+    names = [latents.row(i)["id"] for i in range(len(latents))]
+    missing = {name for name in readable if name not in names}
+    assert all(name.endswith((".csv", ".psd", ".pgm", ".svg")) for name in missing)  # not listed: no suffix of an image
+    assert sorted(names) == sorted({*readable} - missing)
+    with torch.no_grad():
+        expected = encode_latents(load_autoencoder(model), to_tensor(np.stack([readable[name] for name in names])))
+    torch.testing.assert_close(latents.moments(range(len(names))).float(), expected, atol=5e-3, rtol=5e-3)

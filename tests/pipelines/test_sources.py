@@ -553,24 +553,49 @@ def test_tars(tmp_path, encoded, form, monkeypatch):
     assert source.ids(1, 5) == [source.id(unit) for unit in range(1, 5)]
 
 
-def test_tars_of_originals(tmp_path):
-    if not ORIGINALS.is_dir():
-        pytest.skip(f"no {ORIGINALS}")
-    with open(ORIGINALS / "originals.csv") as file:
+def made_originals(root):
+    """Photos one a class in a folder, named in a list, and again in three tars, as ImageNet's samples come."""
+    rows, samples = [], []
+    for n, (width, height) in enumerate([(90, 60), (64, 128), (50, 50)] * 4):
+        wnid, name = f"n{1440764 + 9 * n:08d}", f"class_{'abc'[n % 3]}_{n}"
+        buffer = io.BytesIO()
+        Image.fromarray(photos.coffee()[n : n + height, :width]).convert("L" if n % 5 == 0 else "RGB").save(
+            buffer, "JPEG"
+        )
+        path = root / "files" / f"{wnid}_{name}" / f"{wnid}_{name}.JPEG"
+        path.parent.mkdir(parents=True)
+        path.write_bytes(buffer.getvalue())
+        row = {"wnid": wnid, "label_name": name, "width": width, "height": height}
+        files = {"jpg": buffer.getvalue(), "cls": b"%d" % (83 * n), "json": json.dumps(row).encode()}
+        rows.append(row | {"file": path.relative_to(root), "imagenet_index": 83 * n})
+        samples.append((f"{wnid}_{name}", files))
+    for part in range(3):
+        save_tar(root / "wds" / f"originals-{part:06d}.tar", samples[part::3])
+    with open(root / "originals.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    return root
+
+
+@pytest.mark.parametrize("kind", ["made", *(["collected"] if ORIGINALS.is_dir() else [])])
+def test_tars_of_originals(tmp_path, kind):
+    originals, count = (ORIGINALS, 300) if kind == "collected" else (made_originals(tmp_path), 12)
+    with open(originals / "originals.csv") as file:
         rows = {row["wnid"]: row for row in csv.DictReader(file)}
-    source = source_of(ORIGINALS / "wds", columns=["cls", "json", "json.width", "json.label_name"])
-    assert source.units == len(rows) == 300
+    source = source_of(originals / "wds", columns=["cls", "json", "json.width", "json.label_name"])
+    assert source.units == len(rows) == count
     strings = [(name, pa.string()) for name in ("json", "json.label_name")]
     assert set(source.schema) == set(pa.schema([("cls", pa.int64()), ("json.width", pa.int64()), *strings]))
     for item in everything(source):
         row = rows.pop(item.id.split("/")[1].split("_")[0])
-        assert item.data == (ORIGINALS / row["file"]).read_bytes()
+        assert item.data == (originals / row["file"]).read_bytes()
         assert item.columns["cls"] == int(row["imagenet_index"])
         assert item.columns["json.width"] == int(row["width"])
         assert item.columns["json.label_name"] == row["label_name"]
         assert json.loads(item.columns["json"])["wnid"] == row["wnid"]
     assert not rows
-    assert source_of(ORIGINALS / "wds/originals-{000000..000002}.tar").digest == source_of(ORIGINALS / "wds").digest
+    assert source_of(originals / "wds/originals-{000000..000002}.tar").digest == source_of(originals / "wds").digest
 
 
 def test_ranges_end_where_they_are_full(tmp_path, monkeypatch):

@@ -1,0 +1,504 @@
+"""Odd and broken images of the kinds that folders of photos hold, made from one picture whose pixels are known, and
+what is right for each: how it looks to a person, or why it is refused.
+
+Pillow writes what it can; the rest is put together by hand, from the formats' standards."""
+
+import io
+import struct
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageCms
+
+
+@dataclass(frozen=True)
+class Odd:
+    """
+    Attributes:
+        data: the file's bytes.
+        pixels: what a viewer shows on white, (H, W, 3); None of what is refused.
+        near: how far from it the mean pixel may be, in levels: 0 where nothing is lost.
+        reason: of the refusal.
+        most: how far the furthest pixel may be.
+    """
+
+    data: bytes
+    pixels: np.ndarray | None = None
+    near: float = 0.0
+    reason: str = ""
+    most: float = 255.0
+
+
+def _picture() -> np.ndarray:
+    """Smooth, as JPEG likes it, and different in its eight orientations."""
+    y, x = np.mgrid[:64, :96] / 96
+    waves = [40 + 200 * x, 230 - 280 * y, 128 + 90 * np.sin(5 * x + 9 * y * y)]
+    return np.stack(waves, axis=2).round().clip(0, 255).astype(np.uint8)
+
+
+PICTURE = _picture()
+GRAY = PICTURE[..., 0]
+_RGB, _L = Image.fromarray(PICTURE), Image.fromarray(GRAY)
+_HIGH, _WIDE = GRAY.shape
+_SVG = b'<?xml version="1.0"?><svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"><rect width="9"/></svg>'
+_LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"4d7a" * 16 + b"\nsize 39127\n"
+
+
+def _saved(image: Image.Image, format: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def _jpeg(image: Image.Image = _RGB, **options: object) -> bytes:
+    return _saved(image, "JPEG", **{"quality": 95, "subsampling": 0} | options)
+
+
+def _grays(values: np.ndarray) -> np.ndarray:
+    return np.repeat(np.asarray(values, dtype=float)[..., None], 3, axis=2)
+
+
+def _on_white(pixels: np.ndarray, alpha: np.ndarray) -> np.ndarray:
+    part = alpha[..., None] / 255
+    return pixels * part + 255 * (1 - part)
+
+
+# --- PNG --------------------------------------------------------------------------------------------------------
+
+
+def chunk(name: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+
+def png(samples: np.ndarray, kind: int, bits: int = 8, before: bytes = b"", interlaced: bool = False) -> bytes:
+    """
+    Args:
+        samples: (H, W, channels), or (H, W, 1) with indices.
+        kind: 0 gray, 2 RGB, 3 palette, 4 gray with alpha, 6 RGBA.
+        before: chunks before the pixels.
+        interlaced: in Adam7's seven passes.
+    """
+    high, wide = samples.shape[:2]
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", wide, high, bits, kind, 0, 0, interlaced))
+    adam7 = [(0, 8, 0, 8), (0, 8, 4, 8), (4, 8, 0, 4), (0, 4, 2, 4), (2, 4, 0, 2), (0, 2, 1, 2), (1, 2, 0, 1)]
+    passes = [samples[a::b, c::d] for a, b, c, d in adam7] if interlaced else [samples]
+    rows = [_packed(row, bits) for part in passes if part.size for row in part.reshape(len(part), -1)]
+    body = chunk(b"IDAT", zlib.compress(b"".join(b"\0" + row for row in rows)))
+    return b"\x89PNG\r\n\x1a\n" + header + before + body + chunk(b"IEND", b"")
+
+
+def _packed(row: np.ndarray, bits: int) -> bytes:
+    if bits == 16:
+        return row.astype(">u2").tobytes()
+    if bits == 8:
+        return row.astype(np.uint8).tobytes()
+    return np.packbits((row.astype(np.uint8)[:, None] >> np.arange(bits - 1, -1, -1)) & 1).tobytes()
+
+
+def _pngs() -> dict[str, Odd]:
+    deep = GRAY[..., None].astype(int) * 257
+    alpha = np.linspace(0, 255, _WIDE).round()[None].repeat(_HIGH, 0)
+    rgba = np.concatenate([PICTURE, alpha[..., None]], axis=2)
+    hidden = np.where(alpha[..., None] > 127, PICTURE, 0)
+    cut = np.where(alpha > 127, 255, 0)
+    bit = (GRAY > 128).astype(int)
+    index = np.add.outer(np.arange(_HIGH), np.arange(_WIDE)) // 20 % 4
+    colours = np.array([(250, 10, 20), (0, 0, 0), (20, 200, 90), (9, 8, 200)])
+    palette = chunk(b"PLTE", bytes(colours.astype(np.uint8).ravel()))
+    seen = colours[index]
+    key = PICTURE.copy()
+    key[:20] = (1, 2, 3)
+    keyed = np.where((key == (1, 2, 3)).all(axis=2, keepdims=True), 255, key)
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><r:RDF xmlns:r="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
+    xmp += b'<r:Description xmlns:tiff="http://ns.adobe.com/tiff/1.0/"><tiff:Orientation>3</tiff:Orientation>'
+    xmp = b"XML:com.adobe.xmp\0\0\0\0\0" + xmp + b"</r:Description></r:RDF></x:xmpmeta>"
+    profile = zlib.compress(swapped_profile())
+    whole = png(PICTURE, 2)
+    start = whole.index(b"IDAT") - 4
+    header = whole[:start]
+    damaged = bytearray(whole)
+    damaged[start + 200 : start + 260] = bytes(60)
+    wrong = bytearray(whole)
+    wrong[29] ^= 1  # of the header's checksum
+    bomb = chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(3 << 20)))
+    swapped = PICTURE[..., [1, 0, 2]]
+    return {
+        "rgb.png": Odd(whole, PICTURE),
+        "interlaced.png": Odd(png(PICTURE, 2, interlaced=True), PICTURE),
+        "gray_1bit.png": Odd(png(bit[..., None], 0, 1), _grays(bit * 255)),
+        "gray_2bit.png": Odd(png(index[..., None], 0, 2), _grays(index * 85)),
+        "gray_16bit.png": Odd(png(deep, 0, 16), _grays(GRAY)),
+        "gray_alpha.png": Odd(png(np.stack([GRAY, alpha], axis=2), 4), _on_white(_grays(GRAY), alpha), 0.6),
+        "gray_alpha_16bit.png": Odd(
+            png(np.stack([deep[..., 0], alpha * 257], axis=2), 4, 16), _on_white(_grays(GRAY), alpha), 0.6
+        ),
+        "rgb_16bit.png": Odd(png(PICTURE.astype(int) * 257, 2, 16), PICTURE),
+        "rgba_16bit.png": Odd(png(rgba * 257, 6, 16), _on_white(PICTURE, alpha), 0.6),
+        "rgba.png": Odd(png(rgba, 6), _on_white(PICTURE, alpha), 0.6),
+        "rgba_black_under_alpha.png": Odd(
+            png(np.concatenate([hidden, cut[..., None]], axis=2), 6), _on_white(PICTURE, cut)
+        ),
+        "palette.png": Odd(png(index[..., None], 3, 2, palette), seen),
+        "palette_trns.png": Odd(
+            png(index[..., None], 3, 8, palette + chunk(b"tRNS", b"\xff\0")),
+            np.where(index[..., None] == 1, 255, seen),
+        ),
+        "all_transparent.png": Odd(
+            png(index[..., None], 3, 8, palette + chunk(b"tRNS", bytes(4))), np.full_like(PICTURE, 255)
+        ),
+        "rgb_trns.png": Odd(png(key, 2, before=chunk(b"tRNS", struct.pack(">3H", 1, 2, 3))), keyed),
+        "gray_trns.png": Odd(
+            png(GRAY[..., None], 0, before=chunk(b"tRNS", struct.pack(">H", 90))),
+            _grays(np.where(GRAY == 90, 255, GRAY)),
+        ),
+        "xmp_orientation.png": Odd(png(PICTURE, 2, before=chunk(b"iTXt", xmp)), PICTURE[::-1, ::-1]),
+        "icc.png": Odd(png(PICTURE, 2, before=chunk(b"iCCP", b"swapped\0\0" + profile)), swapped, 1.5),
+        "icc_without_checksum.png": Odd(
+            png(PICTURE, 2, before=chunk(b"iCCP", b"swapped\0\0" + profile[:-4])), swapped, 1.5
+        ),
+        "icc_that_is_none.png": Odd(
+            png(PICTURE, 2, before=chunk(b"iCCP", b"none\0\0" + zlib.compress(b"no profile" * 20))), PICTURE
+        ),
+        "icc_of_cmyk_on_rgb.png": Odd(
+            png(PICTURE, 2, before=chunk(b"iCCP", b"inks\0\0" + zlib.compress(ink_profile()))), PICTURE
+        ),
+        "png_named.jpg": Odd(whole, PICTURE),
+        "apng_animated.png": Odd(_animated("PNG"), PICTURE),
+        "truncated.png": Odd(whole[: len(whole) // 2], reason="corrupt"),
+        "broken_data_stream.png": Odd(bytes(damaged), reason="corrupt"),
+        "bad_ihdr_crc.png": Odd(bytes(wrong), reason="corrupt"),
+        "no_idat.png": Odd(header + chunk(b"IEND", b""), reason="corrupt"),
+        "only_a_signature.png": Odd(whole[:8], reason="corrupt"),
+        "huge.png": Odd(
+            whole[:8] + chunk(b"IHDR", struct.pack(">IIBBBBB", 65536, 65536, 8, 2, 0, 0, 0)) + whole[start:],
+            reason="too_large",
+        ),
+        "text_chunk_bomb.png": Odd(header + bomb + whole[start:], reason="too_large"),
+    }
+
+
+# --- colour profiles --------------------------------------------------------------------------------------------
+
+
+def swapped_profile() -> bytes:
+    """The sRGB profile with the red and green primaries exchanged."""
+    profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    for number in range(struct.unpack(">I", profile[128:132])[0]):
+        entry = 132 + 12 * number
+        if name := {b"rXYZ": b"gXYZ", b"gXYZ": b"rXYZ"}.get(bytes(profile[entry : entry + 4])):
+            profile[entry : entry + 4] = name
+    return bytes(profile)
+
+
+def _profile(space: bytes, connection: bytes, kind: bytes, tags: dict[bytes, bytes]) -> bytes:
+    """Of ICC version 2: 128 bytes of header, a table of tags, the tags."""
+    table, body = struct.pack(">I", len(tags)), b""
+    for name, tag in tags.items():
+        tag = tag.ljust(-(-len(tag) // 4) * 4, b"\0")
+        table += name + struct.pack(">II", 132 + 12 * len(tags) + len(body), len(tag))
+        body += tag
+    header = struct.pack(">I", 128 + len(table + body)) + b"lcms\x02\x10\0\0" + kind + space + connection
+    header += bytes(12) + b"acsp" + bytes(28) + struct.pack(">3i", 63190, 65536, 54061)  # D50
+    return header.ljust(128, b"\0") + table + body
+
+
+def gray_profile(gamma: float) -> bytes:
+    white = b"XYZ \0\0\0\0" + struct.pack(">3i", 63190, 65536, 54061)  # 1/65536
+    curve = b"curv\0\0\0\0" + struct.pack(">IH", 1, round(gamma * 256))
+    return _profile(b"GRAY", b"XYZ ", b"mntr", {b"wtpt": white, b"kTRC": curve})
+
+
+INKS = (20, 30, 10, 40)  # how much of L* a full ink takes away
+
+
+def ink_profile(padding: int = 0) -> bytes:
+    """Of CMYK whose inks are all gray: L* = 100 - 20 C - 30 M - 10 Y - 40 K, by a table of two points a channel."""
+    corners = np.array(np.meshgrid(*[[0, 1]] * 4, indexing="ij")).reshape(4, -1).T
+    lightness = 100 - corners @ INKS
+    grid = np.stack([lightness * 2.55, np.full(16, 128), np.full(16, 128)], axis=1).round().astype(np.uint8)
+    line = bytes(range(256))
+    unity = struct.pack(">9i", 65536, 0, 0, 0, 65536, 0, 0, 0, 65536)
+    lut = b"mft1" + bytes(4) + bytes((4, 3, 2, 0)) + unity + line * 4 + grid.tobytes() + line * 3
+    white = b"XYZ \0\0\0\0" + struct.pack(">3i", 63190, 65536, 54061)
+    tags = {b"wtpt": white, b"A2B0": lut}
+    if padding:
+        tags[b"fill"] = b"data" + bytes(4 + padding)
+    return _profile(b"CMYK", b"Lab ", b"prtr", tags)
+
+
+def of_inks(cmyk: np.ndarray) -> np.ndarray:
+    """Gray levels in sRGB of what `ink_profile` says of inks, 0 to 255: (H, W, 4) -> (H, W, 3)."""
+    lightness = 100 - cmyk @ np.array(INKS) / 255
+    f = (lightness + 16) / 116
+    linear = np.where(f > 6 / 29, f**3, 3 * (6 / 29) ** 2 * (f - 4 / 29))
+    return _grays(np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055) * 255)
+
+
+# --- JPEG -------------------------------------------------------------------------------------------------------
+
+
+def _segments(data: bytes) -> list[tuple[int, bytes]]:
+    """(marker, body) of a JPEG up to the scan, which is the last body with all that follows."""
+    place, found = 2, []
+    while True:
+        marker, length = data[place + 1], struct.unpack(">H", data[place + 2 : place + 4])[0]
+        if marker == 0xDA:
+            return [*found, (marker, data[place + 4 :])]
+        found.append((marker, data[place + 4 : place + 2 + length]))
+        place += 2 + length
+
+
+def _joined(segments: list[tuple[int, bytes]], between: bytes = b"") -> bytes:
+    result = b"\xff\xd8"
+    for marker, body in segments:
+        # the scan's own header has 12 bytes with its length where there are three components, 8 where there is one
+        length = 6 + 2 * body[0] if marker == 0xDA else 2 + len(body)
+        result += between + bytes((255, marker)) + struct.pack(">H", length) + body
+    return result
+
+
+def _frame(data: bytes, change: Callable[[bytes], bytes]) -> bytes:
+    """With another SOF segment: precision, height, width, components."""
+    return _joined([(m, change(b) if 0xC0 <= m <= 0xC2 else b) for m, b in _segments(data)])
+
+
+def _exif(tag: int, kind: int, count: int, value: bytes) -> bytes:
+    """One field, big endian."""
+    return b"Exif\0\0MM\0*\0\0\0\x08" + struct.pack(">HHHI4sI", 1, tag, kind, count, value, 0)
+
+
+# How pixels are stored so that a viewer that obeys EXIF sees the picture, from the standard.
+STORED: dict[int, Callable[[np.ndarray], np.ndarray]] = {
+    1: lambda seen: seen,
+    2: lambda seen: seen[:, ::-1],
+    3: lambda seen: seen[::-1, ::-1],
+    4: lambda seen: seen[::-1],
+    5: lambda seen: seen.transpose(1, 0, 2),
+    6: lambda seen: np.rot90(seen, 1),
+    7: lambda seen: seen[::-1, ::-1].transpose(1, 0, 2),
+    8: lambda seen: np.rot90(seen, -1),
+}
+
+
+def _turned(orientation: int) -> Odd:
+    stored = Image.fromarray(np.ascontiguousarray(STORED[orientation](PICTURE)))
+    return Odd(_jpeg(stored, exif=_exif(0x0112, 3, 1, struct.pack(">Hxx", orientation))), PICTURE, 2)
+
+
+def _jpegs() -> dict[str, Odd]:
+    whole, gray, progressive = _jpeg(), _jpeg(_L), _jpeg(progressive=True)
+    cmyk = _RGB.convert("CMYK")
+    inked = np.concatenate([PICTURE, 255 - PICTURE[..., :1]], axis=2) // 2
+    inks = Image.frombytes("CMYK", (_WIDE, _HIGH), np.ascontiguousarray(inked).tobytes())
+    # Adobe's YCCK: C, M, Y as if they were R, G, B, in YCbCr, and all inverted; the marker's last byte says so.
+    ycc = np.asarray(Image.merge("RGB", cmyk.split()[:3]).convert("YCbCr"))
+    stored = np.concatenate([255 - ycc, np.asarray(cmyk)[..., 3:]], axis=2)
+    ycck = _jpeg(Image.frombytes("CMYK", (_WIDE, _HIGH), np.ascontiguousarray(stored).tobytes()))
+    ycck = _joined([(m, b[:-1] + b"\2" if m == 0xEE else b) for m, b in _segments(ycck)])
+    large = np.asarray(_RGB.resize((960, 640), Image.Resampling.BICUBIC))
+    wide = b"".join(
+        bytes((16 | body[place],)) + bytes(v for byte in body[place + 1 : place + 65] for v in (0, byte))
+        for marker, body in _segments(whole)
+        if marker == 0xDB
+        for place in range(0, len(body), 65)
+    )
+    parts = _segments(whole)
+    first = next(n for n, (marker, _) in enumerate(parts) if marker == 0xDB)
+    deep = [part for part in parts if part[0] != 0xDB]
+    deep.insert(first, (0xDB, wide))
+    strip = np.linspace(0, 255, 1000).round().astype(np.uint8)[:, None]
+    maker = b"Exif\0\0MM\0*\0\0\0\x08" + struct.pack(">HHHIII", 1, 0x927C, 7, 60_000, 26, 0) + bytes(60_000)
+    other = Image.fromarray(255 - PICTURE)
+    scans = [place for place in range(len(progressive) - 1) if progressive[place : place + 2] == b"\xff\xda"]
+    fuzzed = bytearray(whole)
+    for place in range(len(whole) // 2, len(whole) // 2 + 40):
+        fuzzed[place] = 0x55
+    return (
+        {f"exif_orientation_{number}.jpg": _turned(number) for number in STORED}
+        | {
+            "baseline.jpg": Odd(whole, PICTURE, 2),
+            "subsampled.jpg": Odd(_jpeg(subsampling=2), PICTURE, 2),
+            "gray.jpg": Odd(gray, _grays(GRAY), 2),
+            "progressive.jpg": Odd(progressive, PICTURE, 2),
+            "progressive_large.jpg": Odd(_jpeg(Image.fromarray(large), progressive=True), large, 2),
+            "progressive_partial.jpg": Odd(
+                progressive[: scans[4]] + b"\xff\xd9", PICTURE, 6
+            ),  # the last scans are missing
+            "restart_markers.jpg": Odd(_jpeg(restart_marker_blocks=3), PICTURE, 2),
+            "rgb_not_ycc.jpg": Odd(_jpeg(keep_rgb=True), PICTURE, 2),
+            "cmyk_adobe.jpg": Odd(_jpeg(cmyk), PICTURE, 2),  # inks are stored inverted
+            "cmyk_no_marker.jpg": Odd(_joined([p for p in _segments(_jpeg(cmyk)) if p[0] != 0xEE]), PICTURE, 2),
+            "ycck_adobe.jpg": Odd(ycck, PICTURE, 2),
+            "cmyk_icc_multi_segment.jpg": Odd(_jpeg(inks, icc_profile=ink_profile(150_000)), of_inks(inked), 2),
+            "icc.jpg": Odd(_jpeg(icc_profile=swapped_profile()), PICTURE[..., [1, 0, 2]], 3),
+            "icc_of_gray.jpg": Odd(
+                _jpeg(_L, icc_profile=gray_profile(1.0)),
+                _grays(
+                    255
+                    * np.where(GRAY / 255 <= 0.0031308, 12.92 * GRAY / 255, 1.055 * (GRAY / 255) ** (1 / 2.4) - 0.055)
+                ),
+                2,
+            ),
+            "icc_that_is_none.jpg": Odd(_jpeg(icc_profile=b"no profile" * 20), PICTURE, 2),
+            "extraneous_bytes.jpg": Odd(_joined(parts, b"\xff\xff"), PICTURE, 2),
+            "junk_between_segments.jpg": Odd(_joined(parts[:1]) + _joined(parts[1:], b"\x12\x34")[2:], PICTURE, 2),
+            "qtables_16bit.jpg": Odd(_joined(deep), PICTURE, 2),
+            "one_pixel.jpg": Odd(_jpeg(Image.new("RGB", (1, 1), (200, 100, 50))), np.array([[(200, 100, 50)]]), 2),
+            "long_strip.jpg": Odd(_jpeg(Image.fromarray(strip)), _grays(strip), 2),
+            "more_after_the_end.jpg": Odd(whole + b"camera's own data" * 99, PICTURE, 2),
+            "mpo_two_frames.jpg": Odd(
+                _saved(_RGB, "MPO", save_all=True, append_images=[other], quality=95, subsampling=0), PICTURE, 2
+            ),
+            "exif_corrupt.jpg": Odd(_jpeg(exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff" + b"\x01\x12\0\3" * 9), PICTURE, 2),
+            "exif_that_is_text.jpg": Odd(_jpeg(exif=b"Exif\0\0no tables here"), PICTURE, 2),
+            "exif_wrong_types.jpg": Odd(_jpeg(exif=_exif(0x0112, 2, 4, b"six\0")), PICTURE, 2),
+            "exif_orientation_0.jpg": Odd(_jpeg(exif=_exif(0x0112, 3, 1, bytes(4))), PICTURE, 2),
+            "exif_orientation_9.jpg": Odd(_jpeg(exif=_exif(0x0112, 3, 1, b"\0\x09\0\0")), PICTURE, 2),
+            "exif_large_maker_note.jpg": Odd(_jpeg(exif=maker), PICTURE, 2),
+            "truncated.jpg": Odd(whole[: len(whole) // 2], reason="corrupt"),
+            "truncated_progressive.jpg": Odd(progressive[: scans[1] + 20], reason="corrupt"),
+            "fuzzed_until_it_ends_early.jpg": Odd(bytes(fuzzed)[:-400], reason="corrupt"),
+            "corrupt_header.jpg": Odd(whole[:30] + whole[60:90], reason="corrupt"),
+            "no_scan.jpg": Odd(_joined(parts[:-1]) + b"\xff\xd9", reason="corrupt"),
+            "null_height.jpg": Odd(_frame(whole, lambda sof: sof[:1] + b"\0\0" + sof[3:]), reason="corrupt"),
+            "zeros_after_the_start.jpg": Odd(b"\xff\xd8\xff\xe0" + bytes(200), reason="corrupt"),
+            "jpeg_12bit.jpg": Odd(_frame(whole, lambda sof: b"\x0c" + sof[1:]), reason="unsupported"),
+            "huge.jpg": Odd(
+                _frame(whole, lambda sof: sof[:1] + struct.pack(">HH", 20000, 14000) + sof[5:]), reason="too_large"
+            ),
+        }
+    )
+
+
+# --- TIFF and the others ----------------------------------------------------------------------------------------
+
+
+def _tiff(samples: bytes, wide: int, high: int, bits: int, kind: int, form: int = 1) -> bytes:
+    """One channel, little endian, in one strip; kind: 1 is gray with black at 0; form: 1 is whole numbers, 3 float."""
+    fields = {
+        256: wide,
+        257: high,
+        258: bits,
+        259: 1,
+        262: kind,
+        273: 0,
+        277: 1,
+        278: high,
+        279: len(samples),
+        339: form,
+    }
+    fields[273] = 8 + 2 + 12 * len(fields) + 4
+    body = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in fields.items())
+    return b"II*\0" + struct.pack("<IH", 8, len(fields)) + body + bytes(4) + samples
+
+
+def _animated(format: str, **options: object) -> bytes:
+    frames = [_RGB, Image.fromarray(255 - PICTURE), Image.new("RGB", _RGB.size, (0, 0, 250))]
+    return _saved(frames[0], format, save_all=True, append_images=frames[1:], duration=80, **options)
+
+
+def _tiffs() -> dict[str, Odd]:
+    twelve = (GRAY.astype(int) * 4095 / 255).round().astype(int)
+    pairs = twelve.reshape(-1, 2)
+    packed = np.stack([pairs[:, 0] >> 4, (pairs[:, 0] & 15) << 4 | pairs[:, 1] >> 8, pairs[:, 1] & 255], axis=1)
+    bit = _L.point(lambda value: 255 if value > 128 else 0, "1")
+    # L*, a*, b* of sRGB's red, green, blue and white as D50 has them: byte, signed byte, signed byte
+    lab = np.array([(54.29, 80.81, 69.89), (87.82, -79.27, 80.99), (29.57, 68.30, -112.03), (100, 0, 0)])
+    stripes = (lab * (2.55, 1, 1)).round().astype(np.int16).astype(np.uint8)[None].repeat(4, 0)
+    primaries = np.array([(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)])[None].repeat(4, 0)
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    return {
+        "deflate.tif": Odd(_saved(_RGB, "TIFF", compression="tiff_adobe_deflate"), PICTURE),
+        "lzw.tif": Odd(_saved(_RGB, "TIFF", compression="tiff_lzw"), PICTURE),
+        "jpeg.tif": Odd(_saved(_RGB, "TIFF", compression="jpeg", quality=95), PICTURE, 3),
+        "bigtiff.tif": Odd(_saved(_RGB, "TIFF", big_tiff=True), PICTURE),
+        "fax_g4.tif": Odd(_saved(bit, "TIFF", compression="group4"), _grays((GRAY > 128) * 255)),
+        "cmyk.tif": Odd(_saved(_RGB.convert("CMYK"), "TIFF"), PICTURE, 1),
+        "cmyk_jpeg.tif": Odd(_saved(_RGB.convert("CMYK"), "TIFF", compression="jpeg", quality=95), PICTURE, 3),
+        "icc.tif": Odd(_saved(_RGB, "TIFF", icc_profile=swapped_profile()), PICTURE[..., [1, 0, 2]], 1.5),
+        "lab.tif": Odd(_saved(Image.frombytes("LAB", (4, 4), stripes.tobytes()), "TIFF"), primaries, 8),
+        "turned.tif": Odd(_saved(Image.fromarray(np.rot90(PICTURE, 1).copy()), "TIFF", exif=turned), PICTURE),
+        "pages.tiff": Odd(_animated("TIFF"), PICTURE),
+        "gray_12bit.tif": Odd(_tiff(packed.astype(np.uint8).tobytes(), _WIDE, _HIGH, 12, 1), _grays(GRAY)),
+        "gray_16bit.tif": Odd(_tiff((GRAY.astype("<u2") * 257).tobytes(), _WIDE, _HIGH, 16, 1), _grays(GRAY)),
+        "gray_white_is_zero.tif": Odd(_tiff(GRAY.tobytes(), _WIDE, _HIGH, 8, 0), _grays(255 - GRAY)),
+        "float32.tiff": Odd(_tiff((GRAY / np.float32(255)).tobytes(), _WIDE, _HIGH, 32, 1, 3), reason="unsupported"),
+        "truncated.tif": Odd(_saved(_RGB, "TIFF", compression="tiff_adobe_deflate")[:-900], reason="corrupt"),
+    }
+
+
+def _others() -> dict[str, Odd]:
+    clear = _RGB.convert("RGBA")
+    clear.putalpha(Image.fromarray(np.where(GRAY > 128, 255, 0).astype(np.uint8)))
+    shown = np.where(GRAY[..., None] > 128, PICTURE, 255)
+    webp, avif, jp2 = (
+        _saved(_RGB, "WEBP", lossless=True),
+        _saved(_RGB, "AVIF", quality=95, subsampling="4:4:4"),
+        _saved(_RGB, "JPEG2000"),
+    )
+    index = (np.add.outer(np.arange(_HIGH), np.arange(_WIDE)) // 20 % 3).astype(np.uint8)
+    colours = np.array([(250, 10, 20), (0, 0, 0), (20, 200, 90)], dtype=np.uint8)
+    gif = Image.fromarray(index)
+    gif.putpalette(colours.tobytes())
+    second = Image.fromarray(2 - index)
+    second.putpalette(colours.tobytes())
+    frames = {"save_all": True, "append_images": [second], "optimize": False}
+    psd = b"8BPS" + struct.pack(">H6xHIIHH", 1, 3, _HIGH, _WIDE, 8, 3) + bytes(12)  # and three empty sections
+    psd += b"\0\0" + PICTURE.transpose(2, 0, 1).tobytes()
+    place, canvas = avif.index(b"ispe") + 8, (65535, 65535)
+    return {
+        "webp_lossless.webp": Odd(webp, PICTURE),
+        "webp_photo.webp": Odd(_saved(_RGB, "WEBP", quality=95), PICTURE, 4),
+        "webp_alpha.webp": Odd(_saved(clear, "WEBP", lossless=True), shown),
+        "webp_animated.webp": Odd(_animated("WEBP", lossless=True), PICTURE),
+        "webp_named.jpg": Odd(webp, PICTURE),
+        "avif_named.jpg": Odd(avif, PICTURE, 3),
+        "gif.gif": Odd(_saved(gif, "GIF"), colours[index]),
+        "gif_animated.gif": Odd(_saved(gif, "GIF", **frames), colours[index]),
+        "gif_animated_transparent.gif": Odd(
+            _saved(gif, "GIF", transparency=1, disposal=2, **frames),
+            np.where(index[..., None] == 1, 255, colours[index]),
+        ),
+        "bmp.bmp": Odd(_saved(_RGB, "BMP"), PICTURE),
+        "bmp_of_a_palette.bmp": Odd(_saved(gif, "BMP"), colours[index]),
+        "jpeg2000.jp2": Odd(jp2, PICTURE),
+        "ppm.ppm": Odd(b"P6 %d %d 255\n" % (_WIDE, _HIGH) + PICTURE.tobytes(), PICTURE),
+        "gray_16bit.pgm": Odd(
+            b"P5\n# by hand\n%d %d\n65535\n" % (_WIDE, _HIGH) + (GRAY.astype(">u2") * 257).tobytes(), _grays(GRAY)
+        ),
+        "psd.psd": Odd(psd, PICTURE),
+        "truncated.webp": Odd(webp[:60], reason="corrupt"),
+        "truncated.avif": Odd(avif[:150], reason="corrupt"),
+        "truncated.jp2": Odd(jp2[: len(jp2) // 2], reason="corrupt"),
+        "huge.avif": Odd(avif[:place] + struct.pack(">II", 17000, 17000) + avif[place + 8 :], reason="too_large"),
+        "huge.gif": Odd(
+            b"GIF89a" + struct.pack("<HHBBBcHHHHB", *canvas, 0, 0, 0, b",", 0, 0, *canvas, 0) + b"\2\1\0\0;",
+            reason="too_large",
+        ),
+        "heic_named.jpg": Odd(b"\0\0\0\x24ftypheic\0\0\0\0mif1heic" + bytes(200), reason="unsupported"),
+        "zero_bytes.jpg": Odd(b"", reason="empty"),
+        "git_lfs_pointer.jpg": Odd(_LFS, reason="not_an_image"),
+        "svg_named.jpg": Odd(_SVG, reason="not_an_image"),
+        "page_not_found.jpg": Odd(b"<!DOCTYPE html><html><title>404</title></html>", reason="not_an_image"),
+        "text_named.jpg": Odd(b"Python 3 was released in 2008\n", reason="not_an_image"),
+        "zeros.png": Odd(bytes(500), reason="not_an_image"),
+        "icon_named.png": Odd(_saved(_RGB, "ICO"), reason="not_an_image"),
+        "postscript_named.jpg": Odd(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", reason="not_an_image"),
+    }
+
+
+@cache
+def odd_images() -> dict[str, Odd]:
+    """By name, with the suffix that the file has where it is found."""
+    return _pngs() | _jpegs() | _tiffs() | _others()
+
+
+def write_odd_images(folder: Path) -> None:
+    folder.mkdir()
+    for name, odd in odd_images().items():
+        (folder / name).write_bytes(odd.data)
