@@ -3,7 +3,7 @@ it. A worker's process takes ten seconds to import what it needs; how work is sp
 each job as a whole."""
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,20 +11,24 @@ from typing import Any
 
 import pytest
 
-from pipelines import cluster, encode, evaluate, judge, sample, training
+from pipelines import cluster, encode, evaluate, judge, reading, sample, training
 from pipelines.config import Ray
 from pipelines.decode import decode_shard, views_of
 
 
 @contextmanager
 def in_process() -> Iterator[None]:
-    """For encode (then without Ray), sample and evaluate; reading tasks of the latter stay Ray's."""
+    """For encode, sample and evaluate, which then do without Ray."""
     with pytest.MonkeyPatch.context() as patch:
-        here = {"start": _share, "check_folders": lambda written, read: None}
-        patch.setattr(encode, "cluster", SimpleNamespace(**vars(cluster) | here))
+        here = SimpleNamespace(**vars(cluster) | {"start": _share, "check_folders": lambda written, read: None})
+        for module in (encode, sample, evaluate, judge):
+            patch.setattr(module, "cluster", here)
         patch.setattr(encode, "_pipeline", _Pipeline)
         for module in (sample, evaluate, judge):
             patch.setattr(module, "pool", _pool)
+        for module in (sample, evaluate):
+            patch.setattr(module, "spread", _spread)
+        patch.setattr(reading, "over", _over)
         yield
 
 
@@ -62,14 +66,20 @@ class _Actor:
         self._instance = instance
 
     def __getattr__(self, name: str) -> SimpleNamespace:
-        import ray
-
-        def remote(*arguments: Any) -> Any:
-            given = [ray.get(each) if isinstance(each, ray.ObjectRef) else each for each in arguments]
-            return ray.put(getattr(self._instance, name)(*given))
-
-        return SimpleNamespace(remote=remote)
+        return SimpleNamespace(remote=getattr(self._instance, name))
 
 
 def _pool(cls: type, share: cluster.Share, *arguments: Any) -> list[Any]:
     return [_Actor(cls(*arguments)) for _ in range(share.workers)]
+
+
+def _spread(actors: list[Any], call: Callable[[Any, Any], Any], items: Iterable[Any]) -> Iterator[Any]:
+    for number, item in enumerate(items):
+        yield call(actors[number % len(actors)], item)
+
+
+def _over(
+    units: Sequence[int], call: Any, source: Any, transform: Any, batch_size: int, actors: list[Any], decoders: int
+) -> Iterator[Any]:
+    parts = reading.chunks(units, batch_size, transform.resolution, len(actors))
+    return _spread(actors, lambda actor, part: call(actor, reading._read(source, transform, part), part), parts)

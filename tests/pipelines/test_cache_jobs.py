@@ -21,6 +21,7 @@ from pipelines.config import Inspect, Repair, Retry, Verify
 from pipelines.encode import encode_dataset
 from tests.commands import run, run_in_this_process
 from tests.encoding import BAD, SIDE, config, crops, photo_folder, save_model, shard_bytes
+from tests.in_process import in_process
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +31,8 @@ def made(tmp_path_factory):
     (root / "photos").mkdir()
     photo_folder(root / "photos")
     model = save_model(root / "model")
-    encode_dataset(config(root / "photos", model, root / "cache"))
+    with in_process():
+        encode_dataset(config(root / "photos", model, root / "cache"))
     return root
 
 

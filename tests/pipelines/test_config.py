@@ -1,11 +1,15 @@
 """Configs: defaults, presets, overrides, and what is said of wrong ones."""
 
+import inspect
 import re
+from pathlib import Path
 
 import pytest
 import yaml
+from pydantic import BaseModel, ValidationError
 
 from litevae.errors import UserError
+from pipelines import config
 from pipelines.config import (
     PRESETS,
     Encode,
@@ -21,6 +25,12 @@ from pipelines.config import (
     usage,
 )
 
+RECORDED = yaml.safe_load((Path(__file__).parents[1] / "data" / "configs.yaml").read_text())
+CLASSES = {
+    name: cls
+    for name, cls in vars(config).items()
+    if inspect.isclass(cls) and issubclass(cls, config.Section) and cls is not config.Section
+}
 JOBS = {"train_vae": TrainVAE, "encode_dataset": Encode, "train_ldm": TrainLDM, "sample": Sample, "evaluate": Evaluate}
 
 
@@ -29,6 +39,106 @@ def test_defaults_are_the_papers():
     assert (config.optim.lr, config.optim.betas) == (1e-4, (0.5, 0.9))  # Appendix F
     assert [(s.resolution, s.images // s.batch_size) for s in config.stages] == [(128, 100_000), (256, 50_000)]
     assert (config.model.encoder, config.model.latent_channels) == ("B", 4)
+
+
+def flat(values, prefix=""):
+    """Values by dotted name. An empty section is a value."""
+    found = {}
+    for key, value in values.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {prefix + key: value}
+    return found
+
+
+def values_of(config: BaseModel):
+    return flat(config.model_dump(mode="json"))
+
+
+def bare(schema):
+    """Of a JSON schema what it allows, without defaults and words."""
+    if isinstance(schema, dict):
+        words = ("title", "description", "default", "$defs")
+        return {key: bare(value) for key, value in schema.items() if key not in words}
+    return [bare(item) for item in schema] if isinstance(schema, list) else schema
+
+
+@pytest.mark.parametrize("job", RECORDED["defaults"])
+def test_defaults_are_those_recorded(job):
+    expected, cls = RECORDED["defaults"][job], CLASSES[job]
+    if job != "Job" and issubclass(cls, config.Job):
+        expected = RECORDED["defaults"]["Job"] | expected
+    assert values_of(cls()) == expected
+
+
+def test_all_jobs_are_recorded():
+    of_jobs = {name for name, cls in CLASSES.items() if issubclass(cls, config.Tracked)} | {"Verify", "Inspect"}
+    assert RECORDED["defaults"].keys() == of_jobs - {"Tracked", "Mend"}
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_fields_allow_what_is_recorded(name):
+    cls = CLASSES[name]
+    fields = {field: bare(cls.model_json_schema()["properties"][field]) for field in cls.__annotations__}
+    assert {key: value for key, value in fields.items() if [*value] != ["$ref"]} == RECORDED["limits"].get(name, {})
+
+
+def test_a_stage_has_a_size():
+    stage = config.Stage(images=5)
+    assert (stage.resolution, stage.batch_size) == (256, 16)
+    assert config.TrainLDM().objective == config.Objective()
+
+
+def test_configs_do_not_change():
+    with pytest.raises(ValidationError, match="frozen"):
+        Sample().steps = 3
+
+
+@pytest.mark.parametrize(
+    ("cls", "overrides", "message"),
+    [
+        (TrainVAE, ["ray.workers=2", "ray.min_workers=3"], "min_workers=3 is more than workers=2"),
+        (TrainVAE, ["ray.min_workers=1", "ray.worker_labels={a: b}"], "min_workers and worker_labels do not go"),
+        (TrainVAE, ["loss.adversarial.cutmix=0.5", "loss.adversarial.kind=patch"], "kind=unet, not patch"),
+        (TrainVAE, ["model.encoder=dwt"], "dwt has 12 latent channels"),
+        (TrainVAE, ["model.encoder=dwt-2", "model.latent_channels=12"], "dwt-2 has 48 latent channels"),
+        (TrainVAE, ["loss.ldl.weight=1"], r"set loop\.ema"),
+        (TrainVAE, ["checkpointing=true", "model.decoder.norm=batch"], "running statistics of batch norm"),
+        (Encode, ["transform.crops=2"], "crops=2 would be the same one 2 times"),
+        (Encode, ["transform.buckets=true", "transform.resize=none"], "buckets resize images"),
+        (Encode, ["transform.buckets=true", "transform.resolution=96"], "not a multiple of bucket_step=64"),
+        (Encode, ["compile=true", "kernels=native"], "leave compile=false"),
+    ],
+)
+def test_fields_that_do_not_go_together(cls, overrides, message):
+    with pytest.raises(UserError, match=message):
+        load(cls, None, overrides)
+
+
+@pytest.mark.parametrize(
+    ("cls", "overrides"),
+    [
+        (TrainVAE, ["ray.workers=2", "ray.min_workers=2"]),
+        (TrainVAE, ["ray.worker_labels={a: b}"]),
+        (TrainVAE, ["loss.adversarial.cutmix=0.5"]),
+        (TrainVAE, ["loss.adversarial.kind=patch"]),
+        (TrainVAE, ["model.encoder=dwt", "model.latent_channels=12"]),
+        (TrainVAE, ["loss.ldl.weight=1", "loop.ema=0.9"]),
+        (TrainVAE, ["model.decoder.norm=batch"]),
+        (TrainVAE, ["checkpointing=true"]),
+        (Encode, ["transform.crops=2", "transform.crop=random"]),
+        (Encode, ["transform.buckets=true", "transform.resolution=128"]),
+        (Encode, ["transform.resize=none"]),
+        (Encode, ["transform.resolution=96"]),
+        (Encode, ["compile=true"]),
+        (Encode, ["kernels=native"]),
+    ],
+)
+def test_fields_that_go_together(cls, overrides):
+    load(cls, None, overrides)
+
+
+@pytest.mark.parametrize("cls", [config.EvaluateComplexity, config.Benchmark])
+def test_lists_may_be_written_with_commas(cls):
+    assert load(cls, None, ["models=S,B"]).models == load(cls, None, ["models=[S, B]"]).models == ["S", "B"]
 
 
 def test_overrides_go_before_the_preset_and_the_preset_before_defaults(tmp_path):
@@ -104,7 +214,10 @@ def test_what_is_evaluated_is_decoded_by_pillow():
 @pytest.mark.parametrize(("name", "section"), RECIPES)
 def test_shipped_presets_are_valid(name, section):
     (cls,) = (cls for cls in (*JOBS.values(), EvaluateSamples) if section_of(cls) == section)
-    assert load(cls, name) != cls()
+    found, defaults = values_of(load(cls, name)), values_of(cls())
+    changed = {field: value for field, value in found.items() if defaults.get(field) != value}
+    assert changed == RECORDED["presets"][name][section]
+    assert changed
 
 
 @pytest.mark.parametrize("job", JOBS)
@@ -139,3 +252,87 @@ def test_exit_codes(capsys):
     assert main(Sample, refuse, ["--verbose"]) == 2
     assert "unknown option --verbose" in capsys.readouterr().err
     assert main(Sample, interrupt, []) == 130
+
+
+def test_words_of_the_command_line(tmp_path):
+    """What --config, switches and a bare word after an action come to."""
+    (tmp_path / "mine.yaml").write_text("append: false\nmodel: m\n")
+    found = []
+    preset = ["--config", str(tmp_path / "mine.yaml")]
+    assert main(Encode, found.append, [*preset, "--append", "dtype=fp32"], switches=("append",)) == 0
+    assert main(Encode, found.append, [f"--config={preset[1]}"], switches=("append",)) == 0
+    assert [(job.append, job.model, job.dtype) for job in found] == [(True, "m", "fp32"), (False, "m", "fp16")]
+    assert main(config.Verify, found.append, ["folder", "threads=2"], action="verify") == 0
+    assert (found[-1].cache, found[-1].threads) == ("folder", 2)
+    assert main(EvaluateSamples, found.append, ["drawn"], action="samples", subject="samples.uri") == 0
+    assert found[-1].samples.uri == "drawn"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "switches", "message"),
+    [
+        (["--config"], (), "--config wants a preset's name"),
+        (["folder"], (), "override 'folder' is not of the form key=value"),
+        (["--append"], (), "unknown option --append"),
+        (["append"], ("append",), "override 'append' is not of the form"),
+        (["=3"], (), "override '=3' is not of the form"),
+    ],
+)
+def test_words_that_are_none(arguments, switches, message, capsys):
+    assert main(Encode, lambda job: pytest.fail("it ran"), arguments, switches=switches) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_printed_configs_hide_passwords(capsys):
+    words = ["--print-config", "tracking.uri=https://me:secret@host/"]
+    assert main(Sample, lambda job: pytest.fail("it ran"), words) == 0
+    shown = capsys.readouterr().out
+    assert "secret" not in shown
+    assert "host" in shown
+
+
+def test_what_is_kept_of_a_config():
+    kept = config.values_to_keep(load(Sample, None, ["steps=3", "tracking.uri=https://me:secret@host/"]))
+    assert (kept["steps"], kept["root"]) == (3, "runs")
+    assert "tracking" not in kept
+
+
+@pytest.mark.parametrize(
+    ("cls", "job", "section"),
+    [
+        (TrainVAE, "train_vae", "train_vae"),
+        (TrainLDM, "train_ldm", "train_ldm"),
+        (Encode, "encode_dataset", "encode_dataset"),
+        (config.Verify, "encode_dataset", "encode_dataset"),
+        (config.Repair, "encode_dataset", "encode_dataset"),
+        (config.Retry, "encode_dataset", "encode_dataset"),
+        (config.Inspect, "encode_dataset", "encode_dataset"),
+        (Sample, "sample", "sample"),
+        (Evaluate, "evaluate", "evaluate"),
+        (EvaluateSamples, "evaluate", "evaluate_samples"),
+        (config.EvaluateLatents, "evaluate", "evaluate_latents"),
+        (config.EvaluateComplexity, "evaluate", "evaluate_complexity"),
+        (config.Compare, "compare_runs", "compare_runs"),
+        (config.Sweep, "sweep", "sweep"),
+        (config.Doctor, "doctor", "doctor"),
+        (config.Benchmark, "benchmark", "benchmark"),
+    ],
+)
+def test_commands_and_their_sections(cls, job, section):
+    assert (config.job_of(cls), section_of(cls)) == (job, section)
+
+
+def test_help_says_what_fields_allow():
+    shown = usage(TrainVAE)
+    assert "  optim.lr = 0.0001    (float > 0)\n" in shown
+    assert "  data.max_bad = 0.01    (float >= 0 <= 1)\n" in shown
+    assert "  model.downsample = conv    (conv | pool)\n" in shown
+    assert "  ray.gpu = auto    (auto | true | false)\n" in shown
+    assert "  model.levels = [1, 2, 3]    (list of values" in shown
+    assert "presets: celebahq-256, demo, demo-gpu, ffhq-256, imagenet-256\n" in shown
+    assert "usage: python jobs/train_vae.py [--config PRESET_OR_FILE.yaml] [--print-config] [key=value ...]" in shown
+    verify = usage(config.Verify, "verify")
+    assert "usage: python jobs/encode_dataset.py verify CACHE [--print-config]" in verify
+    samples = usage(EvaluateSamples, "samples", "samples.uri")
+    assert "usage: python jobs/evaluate.py samples SAMPLES [--print-config]" in samples
+    assert "presets" not in usage(config.EvaluateLatents)

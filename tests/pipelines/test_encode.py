@@ -28,7 +28,6 @@ from pipelines.sources import open_source
 from tests.commands import run_in_this_process
 from tests.encoding import (
     BAD,
-    MANY,
     SIDE,
     arguments,
     config,
@@ -39,6 +38,8 @@ from tests.encoding import (
 )
 from tests.in_process import in_process
 from tests.odd_images import odd_images, write_odd_images
+
+SEVERAL = ("rows_per_shard=8",)
 
 
 @pytest.fixture(scope="module")
@@ -54,11 +55,13 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def encoded(folder, model, tmp_path_factory):
     out = tmp_path_factory.mktemp("caches") / "cache"
-    more = ("tracking.enabled=true", f"root={out.parent}/runs", *MANY)
-    return out, encode_dataset(config(folder, model, out, *more))
+    more = ("tracking.enabled=true", f"root={out.parent}/runs", *SEVERAL)
+    with in_process():
+        return out, encode_dataset(config(folder, model, out, *more))
 
 
 def test_rows_are_what_the_model_says(encoded, folder, model):
+    """In the order of the files, in shards of 8, of which a batch has 5."""
     out, summary = encoded
     assert (summary["images"], summary["quarantined"], summary["encoded_now"]) == (45, 3, 45)
     latents = LatentCache(out)
@@ -67,12 +70,16 @@ def test_rows_are_what_the_model_says(encoded, folder, model):
     good = [name for name in files if name not in BAD]
     rows = [latents.row(i) for i in range(45)]
     assert [row["id"] for row in rows] == good
-    for index, row in enumerate(rows):
+    assert [row["unit"] for row in rows] == [files.index(name) for name in good]
+    assert [(shard["units"], shard["rows"]) for shard in latents.manifest["shards"]] == [
+        ([start, start + 8], sum(name not in BAD for name in files[start : start + 8])) for start in range(0, 48, 8)
+    ]
+    for row in rows:
         assert (row["width"], row["height"]) == Image.open(folder / row["id"]).size
         assert (row["label_name"], row["label"]) == (row["id"][:4], 0 if row["id"].startswith("cats") else 1)
-        if index % 9 == 0:
-            (expected,) = moments_by_hand(model, (folder / row["id"]).read_bytes())
-            torch.testing.assert_close(latents.moments([index])[0].float(), expected, atol=2e-3, rtol=2e-3)
+    expected = torch.stack([moments_by_hand(model, (folder / name).read_bytes())[0] for name in good])
+    torch.testing.assert_close(latents.moments(range(45)).float(), expected, atol=2e-3, rtol=2e-3)
+    assert torch.cdist(expected.flatten(1), expected.flatten(1)).fill_diagonal_(1).min() > 0.1  # no two alike
 
 
 def test_quarantine_names_what_is_wrong(encoded, folder):
@@ -93,7 +100,7 @@ def test_manifest_says_where_it_comes_from(encoded, folder, model):
     assert manifest["transform"] == ImageTransform(SIDE, decode="fast").identity
     assert (manifest["source"]["uri"], manifest["source"]["units"]) == (str(folder), 48)
     assert manifest["counts"]["input"] == manifest["counts"]["encoded"] + manifest["counts"]["quarantined"]
-    assert manifest["run"]["config"]["rows_per_shard"] == 1
+    assert manifest["run"]["config"]["rows_per_shard"] == 8
     assert {"torch", "pillow", "simplejpeg", "ray"} <= manifest["run"]["versions"].keys()
     stored = sum(path.stat().st_size for path in (out / "shards").iterdir())
     assert summary["bits_per_pixel"] == pytest.approx(8 * stored / 45 / SIDE**2, abs=1e-3)
@@ -119,7 +126,7 @@ def test_the_run_is_in_mlflow(encoded):
 def test_finished_cache_is_left_as_it_is(encoded, folder, model):
     out, summary = encoded
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*.*")}
-    again = encode_dataset(config(folder, model, out, *MANY))
+    again = encode_dataset(config(folder, model, out, *SEVERAL))
     assert again["encoded_now"] == 0
     assert again["digest"] == summary["digest"]
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*.*")} == before
@@ -195,12 +202,15 @@ def test_refusals(encoded, folder, model, tmp_path):
     few.mkdir()
     next(crops(1)).save(few / "a.png")
     refused = [
-        (config(folder, other, out, *MANY), "is a cache of something else(.|\n)*model.fingerprint: "),
-        (config(folder, model, out, *MANY, "transform.resolution=64"), "transform.resolution: 32 in the cache, 64 now"),
-        (config(folder, model, out, *MANY, "transform.decode=scaled"), 'decode: "fast" in the cache, "scaled" now'),
-        (config(few, model, out, *MANY), r"source.units: 48 in the cache, 1 now"),
-        (config(folder, model, out, "rows_per_shard=9"), "rows_per_shard: 1 in the cache, 9 now"),
-        (config(folder, model, out, *MANY, "precision=bf16"), 'precision: "fp32" in the cache, "bf16" now'),
+        (config(folder, other, out, *SEVERAL), "is a cache of something else(.|\n)*model.fingerprint: "),
+        (
+            config(folder, model, out, *SEVERAL, "transform.resolution=64"),
+            "transform.resolution: 32 in the cache, 64 now",
+        ),
+        (config(folder, model, out, *SEVERAL, "transform.decode=scaled"), 'decode: "fast" in the cache, "scaled" now'),
+        (config(few, model, out, *SEVERAL), r"source.units: 48 in the cache, 1 now"),
+        (config(folder, model, out, "rows_per_shard=9"), "rows_per_shard: 8 in the cache, 9 now"),
+        (config(folder, model, out, *SEVERAL, "precision=bf16"), 'precision: "fp32" in the cache, "bf16" now'),
         (config(folder, "", out), "model is empty"),
         (config(folder, tmp_path / "nothing", out), "does not exist"),
         (config(folder, tmp_path / "full", out), "is not a model folder"),

@@ -24,6 +24,7 @@ from pipelines.cluster import start
 from pipelines.config import Evaluate, main, validate
 from pipelines.evaluate import Measured, Total, _frechet, evaluate
 from pipelines.reading import chunks
+from tests.in_process import in_process
 from tests.networks import save_resnet, save_squeezenet
 
 SIDE, GOOD, MMD = 64, 10, 7
@@ -79,7 +80,8 @@ def weights(tmp_path_factory):
 def summary(model, photos, weights, tmp_path_factory):
     out = tmp_path_factory.mktemp("one")
     more = {"tracking": {"enabled": True}, "resolutions": [96, 32], "mmd_images": MMD}
-    return evaluate(config(model, photos, out, **weights, **more)) | {"out": out}
+    with in_process():
+        return evaluate(config(model, photos, out, **weights, **more)) | {"out": out}
 
 
 def crops(photos, pixels: int = SIDE) -> np.ndarray:
@@ -386,6 +388,7 @@ def test_mistakes_are_refused_with_nothing_written(model, photos, tmp_path, caps
     assert capsys.readouterr().err.startswith("error: ")
 
 
+@pytest.mark.usefixtures("in_process")
 def test_a_broken_model_stops_it(photos, tmp_path):
     torch.manual_seed(0)
     vae = LiteVAE.from_preset("S", latent_channels=4, block_out_channels=(32, 32, 32, 32), layers_per_block=1)

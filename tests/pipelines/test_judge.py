@@ -107,7 +107,8 @@ def pixels_of(folder) -> np.ndarray:
 @pytest.fixture(scope="module")
 def summary(fake, real, weights, tmp_path_factory):
     out = tmp_path_factory.mktemp("one")
-    return judge.samples(config(fake, real, out, tracking={"enabled": True}, **weights)) | {"at": out}
+    with in_process():
+        return judge.samples(config(fake, real, out, tracking={"enabled": True}, **weights)) | {"at": out}
 
 
 def test_numbers_are_torch_fidelitys(summary, fake, real, weights):

@@ -1,5 +1,6 @@
 """sample: the same image from the same seed, whoever draws it, however many there are, and whatever is killed."""
 
+import io
 import json
 import os
 import signal
@@ -36,6 +37,8 @@ def make_ldm(poison: bool = False, classes: int = 0, objective: Objective | None
     unet = build_denoiser("tiny", 4, 8, classes)
     for parameter in unet.parameters():
         torch.nn.init.normal_(parameter, std=0.05)
+    if classes:
+        torch.nn.init.normal_(unet.class_embedding.weight, std=3)  # so that another class is another image
     if poison:
         torch.nn.init.constant_(unet.conv_out.bias, float("nan"))
     vae = LiteVAE.from_preset("S", latent_channels=4, block_out_channels=(32, 32, 32, 32), layers_per_block=1)
@@ -101,7 +104,8 @@ def about(folder) -> dict:
 @pytest.fixture(scope="module")
 def five(model, tmp_path_factory):
     out = tmp_path_factory.mktemp("five")
-    sample(config(model, out, eta=1.0))
+    with in_process():
+        sample(config(model, out, eta=1.0))
     return out
 
 
@@ -145,10 +149,17 @@ def test_more_images_and_workers_change_no_bit(five, model, tmp_path):
 def test_classes_come_in_turn(by_class, tmp_path, chosen, sampler, guidance, labels):
     sample(config(by_class, tmp_path, classes=chosen, sampler=sampler, guidance=guidance))
     name = sampler.replace("auto", "euler")
-    expected = load_ldm(by_class).sample(
-        [(11, n) for n in range(5)], steps=4, sampler=name, labels=labels, guidance=guidance
-    )
-    assert np.abs(pixels(tmp_path, 5).astype(int) - to_uint8(expected)).max() <= 1
+    ldm, seeds = load_ldm(by_class), [(11, n) for n in range(5)]
+
+    def drawn(labels, guidance):
+        return to_uint8(ldm.sample(seeds, steps=4, sampler=name, labels=labels, guidance=guidance)).astype(int)
+
+    expected = drawn(labels, guidance)
+    assert np.abs(pixels(tmp_path, 5) - expected).max() <= 1
+    others = [drawn([(label + 1) % 3 for label in labels], guidance)]  # of the next class: each is another image
+    others += [drawn(labels, 1.0)] if guidance != 1 else []
+    for other in others:
+        assert np.abs(other - expected).max(axis=(1, 2, 3)).min() > 10
     assert about(tmp_path)["sampler"] == name
     assert about(tmp_path)["classes"] == (chosen or [0, 1, 2])
 
@@ -179,6 +190,85 @@ def test_a_diverged_model_stops_it(tmp_path):
     with pytest.raises(UserError, match="NaN or infinite pixels: its training has diverged"):
         sample(config(tmp_path / "model", tmp_path / "out", images=1, batch_size=1))
     assert not (tmp_path / "out/png").exists()
+
+
+# --- a worker
+
+
+class Drawn:
+    """A model whose images are what it was asked for: seed, number, label, guidance."""
+
+    def __init__(self):
+        self.asked = []
+
+    def to(self, device):
+        return self
+
+    def sample(self, seeds, **options):
+        self.asked.append((seeds, options))
+        colour = [[seed, number, label] for (seed, number), label in zip(seeds, options["labels"], strict=True)]
+        return (torch.tensor(colour).float() / 127.5 - 1)[:, :, None, None].expand(-1, -1, 8, 8)
+
+
+def test_a_worker_gives_the_model_all_that_decides_on_an_image(monkeypatch, tmp_path):
+    model = Drawn()
+    monkeypatch.setattr(module, "load_ldm", lambda folder: model)
+    monkeypatch.setattr(module, "ldm_fingerprint", lambda folder: "print")
+    cfg = config(tmp_path, tmp_path, classes=[7, 5, 2], guidance=2.5, sampler="heun", eta=0.25)
+    worker = module.Sampler(cfg, module.cluster.Share(workers=1, gpu=False, threads=1), "print")
+    images = [np.asarray(Image.open(io.BytesIO(data))) for data in worker.draw(range(4, 8))]
+    assert [image[0, 0].tolist() for image in images] == [[11, 4, 5], [11, 5, 2], [11, 6, 7], [11, 7, 5]]
+    assert images[0].shape == (8, 8, 3)
+    options = {"steps": 4, "sampler": "heun", "eta": 0.25, "labels": [5, 2, 7, 5], "guidance": 2.5}
+    assert model.asked == [([(11, 4), (11, 5), (11, 6), (11, 7)], options)]
+    with pytest.raises(UserError, match="is not the same model here as where the job was started"):
+        module.Sampler(cfg, module.cluster.Share(workers=1, gpu=False, threads=1), "another")
+
+
+@pytest.mark.parametrize(
+    ("form", "names", "numbers"),
+    [
+        ("png", ["000000.png", "000001.png", "000002.png"], [[0], [1], [2]]),
+        ("parquet", ["part-000000.parquet", "part-000001.parquet"], [[0, 1], [2]]),
+    ],
+)
+def test_files_of_a_job(tmp_path, form, names, numbers):
+    pieces = module._pieces(config(tmp_path, tmp_path, images=3, format=form, shard=2), "out")
+    assert [piece.path for piece in pieces] == [f"out/{form}/{name}" for name in names]
+    assert [[*piece.numbers] for piece in pieces] == numbers
+
+
+@pytest.mark.parametrize("form", ["png", "parquet"])
+def test_batches_are_whole_and_files_written_as_they_are_complete(tmp_path, monkeypatch, form):
+    """Of 11 images in batches of 4 and files of 3; the first and the last file are there already."""
+    cfg = config(tmp_path, tmp_path, images=11, batch_size=4, format=form, shard=3)
+    written, drawn, shown = [], [], []
+    monkeypatch.setattr(
+        module, "_file", lambda cfg, piece, held: (written.append((len(drawn), [*piece.numbers])), held)[1]
+    )
+    monkeypatch.setattr(storage, "put", lambda path, data: shown.append((os.path.basename(path), sorted(data))))
+
+    def spread(actors, call, batches):
+        assert actors == ["actor"]
+        for batch in batches:
+            drawn.append([*batch])
+            yield [b"%d" % number for number in batch]
+
+    monkeypatch.setattr(module, "spread", spread)
+    pieces = module._pieces(cfg, "out")
+    module._draw(cfg, ["actor"], pieces[1:-1])
+    if form == "parquet":
+        assert drawn == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
+        assert written == [(2, [3, 4, 5]), (3, [6, 7, 8])]
+        assert [name for name, _ in shown] == ["part-000001.parquet", "part-000002.parquet"]
+        assert shown[0][1][0] == 0  # what came before the first file is let go with the batch
+        assert shown[1][1][0] == 6
+    else:
+        assert drawn == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
+        assert written == [(1 + number // 4, [number]) for number in range(1, 10)]
+    drawn.clear()
+    module._draw(cfg, ["actor"], pieces[-1:])
+    assert drawn == [[8, 9, 10, 11]]
 
 
 # --- Parquet

@@ -1,0 +1,606 @@
+"""What a sweep gives to Tune, and what becomes of a trial, with stand-ins for Tune, Ray and the jobs."""
+
+import json
+import queue
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import ray
+from ray import tune
+from ray.tune.schedulers import ASHAScheduler, PopulationBasedTraining
+from ray.util.queue import Empty
+
+from pipelines import cluster, evaluate, paper, sweep, tracking, train_ldm, train_vae, trial
+from pipelines import encode as encode_job
+from pipelines import judge as judge_job
+from pipelines import sample as sample_job
+from pipelines.config import Sweep, load
+from pipelines.trial import Row, Trial
+
+STAGES = "train_vae.stages=[{resolution: 32, images: 500, batch_size: 8}, {resolution: 64, images: 300, batch_size: 8}]"
+SHARE = cluster.Share(workers=1, gpu=False, threads=3, jobs=5, labels={"pool": "w"}, decode_labels={"pool": "d"})
+
+
+def configured(root="runs", *more) -> Sweep:
+    return load(Sweep, None, [f"root={root}", "tracking.enabled=false", STAGES, *more])
+
+
+# --- what Tune is given -------------------------------------------------------------------------------------------
+
+
+def test_a_look_at_a_trial_is_an_eighth_of_its_images_or_as_said():
+    assert sweep._lengths(configured(), configured().train_vae) == (800, 100)
+    assert sweep._lengths(configured("runs", "every=70"), configured().train_vae) == (800, 70)
+    odd = {"stages": [{"images": 801}]}
+    assert sweep._lengths(configured(), odd) == (801, 101)
+
+
+@pytest.mark.parametrize("metric", ["psnr", "ssim"])
+def test_what_is_best_is_the_highest(metric):
+    plain = sweep._tune_config(configured("runs", f"metric={metric}"), SHARE, False)
+    assert (plain.metric, plain.mode, plain.scheduler, plain.search_alg) == (metric, "max", None, None)
+    asha = sweep._tune_config(configured("runs", f"metric={metric}", "scheduler=asha", "every=40"), SHARE, False)
+    assert (asha.metric, asha.mode) == (None, None)  # Tune takes them once: here of the scheduler
+    assert (asha.scheduler._metric, asha.scheduler._mode) == (metric, "max")
+    space = "space.optim.lr.uniform=[1e-4, 1e-3]"
+    pbt = sweep._tune_config(configured("runs", f"metric={metric}", "scheduler=pbt", space), SHARE, False)
+    assert (pbt.scheduler._metric, pbt.scheduler._mode) == (metric, "max")
+    optuna = sweep._tune_config(configured("runs", f"metric={metric}", "search=optuna", "seeds=[7]"), SHARE, False)
+    assert (optuna.metric, optuna.mode) == (metric, "max")
+    assert (optuna.search_alg._metric, optuna.search_alg._mode, optuna.search_alg._seed) == (metric, "max", 7)
+
+
+def test_given_trials_are_run_once_and_so_many_at_a_time():
+    assert sweep._tune_config(configured("runs", "trials=9"), SHARE, True).num_samples == 1
+    drawn = sweep._tune_config(configured("runs", "trials=9"), SHARE, False)
+    assert (drawn.num_samples, drawn.max_concurrent_trials) == (9, 5)
+
+
+def test_asha_may_stop_a_trial_from_its_first_look_on():
+    scheduler = sweep._tune_config(configured("runs", "scheduler=asha"), SHARE, True).scheduler
+    assert isinstance(scheduler, ASHAScheduler)
+    assert (scheduler._time_attr, scheduler._max_t, scheduler._reduction_factor) == ("images", 801, 3)
+    (bracket,) = scheduler._brackets
+    assert min(milestone for milestone, _ in bracket._rungs) == 100
+
+
+def test_pbt_moves_the_fields_of_the_space():
+    space = ["space.optim.lr.loguniform=[1e-4, 1e-2]", "space.model.encoder=[S, B]"]
+    scheduler = sweep._tune_config(configured("runs", "scheduler=pbt", "every=40", *space), SHARE, False).scheduler
+    assert isinstance(scheduler, PopulationBasedTraining)
+    assert (scheduler._time_attr, scheduler._perturbation_interval) == ("images", 40)
+    assert scheduler._hyperparam_mutations["model.encoder"] == ["S", "B"]
+    rate = scheduler._hyperparam_mutations["optim.lr"]
+    assert (rate.lower, rate.upper) == (1e-4, 1e-2)
+    moved = scheduler._custom_explore_fn({"optim.lr": 0.5, "model.encoder": "S"})
+    assert moved == {"optim.lr": 1e-2, "model.encoder": "S"}
+
+
+def test_what_a_field_is_drawn_from():
+    fields = (
+        "space={a: {uniform: [1, 2]}, b: {loguniform: [1e-4, 1e-2]}, c: {randint: [3, 5]}, d: {choice: [x, y]}, "
+        "e: [5, 1e-3]}"
+    )
+    space = sweep._space(configured("runs", fields, "seeds=[4]"))
+    assert space["seed"] == 4
+    assert (space["a"].lower, space["a"].upper) == (1, 2)
+    assert {type(space[key].get_sampler()).__name__ for key in "ac"} == {"_Uniform"}
+    assert (space["b"].lower, space["b"].upper) == (1e-4, 1e-2)
+    assert "Log" in type(space["b"].get_sampler()).__name__
+    assert (space["c"].lower, space["c"].upper) == (3, 6)  # Tune's upper end is not drawn
+    assert space["d"].categories == ["x", "y"]
+    assert space["e"].categories == [5, 1e-3]
+
+
+def test_values_drawn_here_are_of_the_same_kinds():
+    generator = np.random.default_rng(0)
+
+    def many(values):
+        return [sweep._drawn(values, generator) for _ in range(300)]
+
+    assert {*many([1, "b"])} == {*many({"choice": [1, "b"]})} == {1, "b"}
+    assert {*many({"randint": [3, 5]})} == {3, 4, 5}
+    plain, log = many({"uniform": [1, 100]}), many({"loguniform": [1, 100]})
+    assert all(1 <= value <= 100 for value in plain + log)
+    assert 40 < np.median(plain) < 60
+    assert 5 < np.median(log) < 20
+
+
+def test_numbers_as_yaml_does_not_take_them():
+    assert [sweep._number(each) for each in ("1e-4", "-2.5E+3", "1", "e4", 5, None)] == [
+        1e-4,
+        -2500.0,
+        "1",
+        "e4",
+        5,
+        None,
+    ]
+    assert dict(sweep._fields({"a": {"b": ["1e-4", "x"]}, "c": {"uniform": ["1e-4", 1]}})) == {
+        "a.b": [1e-4, "x"], "c": {"uniform": [1e-4, 1]},
+    }  # fmt: skip
+    assert sweep._nested({"a.b": 1, "a.c.d": 2, "e": 3}) == {"a": {"b": 1, "c": {"d": 2}}, "e": 3}
+
+
+def test_fields_within_others():
+    assert sweep._is("data.train.uri", ("data.train",))
+    assert sweep._is("seed", ("seed",))
+    assert not sweep._is("data.training", ("data.train",))
+
+
+class Tuner:
+    """A stand-in for Tune's that keeps what it was given."""
+
+    restorable, results = False, ()
+
+    def __init__(self, trainable, **given):
+        type(self).last = SimpleNamespace(trainable=trainable, **given)
+
+    @classmethod
+    def can_restore(cls, path):
+        return cls.restorable
+
+    @classmethod
+    def restore(cls, path, trainable, resume_unfinished):
+        cls.last = SimpleNamespace(trainable=trainable, restored=path, unfinished=resume_unfinished)
+        return cls.__new__(cls)
+
+    def fit(self):
+        return self.results
+
+
+@pytest.fixture
+def tuner(monkeypatch):
+    kind = type("Tuner", (Tuner,), {})
+    monkeypatch.setattr(tune, "Tuner", kind)
+    monkeypatch.setattr(tune, "with_resources", lambda function, resources: (function, resources))
+    monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "10.0.0.1")
+    return kind
+
+
+def trials_in(folder, count=4):
+    rows = [Row(f"row {n}", n, str(folder / "rows" / f"{n}"), {}) for n in range(count)]
+    return [Trial({"name": f"vae-{n}", "root": str(folder / "trained")}, [row]) for n, row in enumerate(rows)]
+
+
+def leave(row, name):
+    Path(row.folder).mkdir(parents=True, exist_ok=True)
+    Path(row.folder, name).write_text("{}")
+
+
+def test_trials_that_are_done_or_were_stopped_are_not_run_again(tuner, tmp_path, monkeypatch):
+    trials = trials_in(tmp_path)
+    trials[3].rows.append(Row("row 3 again", 0, str(tmp_path / "rows" / "again"), {}))
+    for row, name in (
+        (trials[0].rows[0], "result.json"),
+        (trials[2].rows[0], "stopped.json"),
+        (trials[3].rows[0], "result.json"),
+    ):
+        leave(row, name)
+    cfg = configured(tmp_path, "scheduler=asha", "space.optim.lr=[1]", "ray.wait=4")
+    run = SimpleNamespace(run_id="parent")
+    assert sweep._tune(cfg, trials, SHARE, run, str(tmp_path / "sweep")) == []
+    given = tuner.last
+    assert given.param_space == {"trial": {"grid_search": [1, 3]}}
+    assert given.tune_config.num_samples == 1
+    assert given.run_config.storage_path == str(tmp_path / "sweep")
+    assert given.run_config.name == "tune"
+    assert len(given.run_config.callbacks) == 1
+    function, resources = given.trainable
+    assert resources.bundles == [{"node:10.0.0.1": 0.001}]
+    called = []
+    monkeypatch.setattr(trial, "run", lambda values, setup: called.append((values, setup)))
+    function({"trial": 1})
+    ((values, setup),) = called
+    assert values == {"trial": 1}
+    assert setup["cfg"] == cfg.model_dump(mode="json")
+    assert [each["train"]["name"] for each in setup["trials"]] == [f"vae-{n}" for n in range(4)]
+    assert (setup["parent"], setup["folder"]) == ("parent", str(tmp_path / "sweep"))
+    own = {"cpus_per_worker": 3, "worker_labels": {"pool": "w"}, "decode_labels": {"pool": "d"}}
+    assert setup["ray"] == cfg.ray.model_dump(mode="json") | own
+    for each in trials:
+        leave(each.rows[-1], "result.json")
+    leave(trials[1].rows[0], "result.json")
+    del tuner.last
+    assert sweep._tune(cfg, trials, SHARE, run, str(tmp_path / "sweep")) == []
+    assert not hasattr(tuner, "last")
+
+
+def test_points_that_tune_draws_go_on_where_tune_was(tuner, tmp_path):
+    cfg, run = configured(tmp_path, "search=optuna", "space.optim.lr=[1, 2]"), SimpleNamespace(run_id=None)
+    sweep._tune(cfg, [], SHARE, run, str(tmp_path))
+    assert tuner.last.param_space["optim.lr"].categories == [1, 2]
+    assert tuner.last.tune_config.num_samples == 8
+    assert tuner.last.run_config.callbacks is None
+    tuner.restorable = True
+    sweep._tune(cfg, [], SHARE, run, str(tmp_path))
+    assert (tuner.last.restored, tuner.last.unfinished) == (str(tmp_path / "tune"), True)
+    sweep._tune(configured(tmp_path), trials_in(tmp_path), SHARE, run, str(tmp_path))
+    assert not hasattr(tuner.last, "restored")  # given trials go on by themselves
+
+
+def test_what_failed_is_told_by_its_row(tuner, tmp_path):
+    error = "Traceback\n  ...\nlitevae.errors.UserError: the disk is full\nin all"
+    tuner.results = [
+        SimpleNamespace(error=None, config={"trial": 0}),
+        SimpleNamespace(error=error, config={"trial": 1}),
+        SimpleNamespace(error="Traceback\nKeyError: 5", config={"optim.lr": 1, "seed": 0}),
+    ]
+    failed = sweep._tune(configured(tmp_path), trials_in(tmp_path), SHARE, SimpleNamespace(run_id=""), str(tmp_path))
+    assert failed == ["  row 1, seed 1: the disk is full\nin all", "  optim.lr=1, seed=0: KeyError: 5"]
+
+
+def test_a_trial_that_asha_stops_is_noted(tmp_path, capsys):
+    trials = trials_in(tmp_path, 2)
+    callback = sweep._stopped(trials)
+    last = {"images": 1600, "psnr": 21.25, "ssim": 0.5, "time_total_s": 3}
+    callback.on_trial_complete(3, [], SimpleNamespace(config={"trial": 1}, last_result=last))
+    noted = json.loads(Path(trials[1].rows[0].folder, "stopped.json").read_text())
+    assert noted == {"images": 1600, "psnr": 21.25, "ssim": 0.5}
+    assert "row 1, seed 1: stopped after 1,600 images, psnr 21.25" in capsys.readouterr().out
+    Path(trials[0].folder).mkdir(parents=True)
+    Path(trials[0].folder, "trained.json").write_text("{}")  # it came to its end
+    callback.on_trial_complete(3, [], SimpleNamespace(config={"trial": 0}, last_result=last))
+    assert not Path(trials[0].rows[0].folder, "stopped.json").exists()
+
+
+# --- what comes of it ---------------------------------------------------------------------------------------------
+
+
+def test_results_are_in_the_tables_order(tmp_path):
+    trials = trials_in(tmp_path, 3)
+    for each in trials[:2]:
+        leave(each.rows[0], "result.json")
+        Path(each.rows[0].folder, "result.json").write_text(json.dumps({"row": each.rows[0].name}))
+    assert [each["row"] for each in sweep._results(str(tmp_path), trials, ["row 1", "row 0"])] == ["row 1", "row 0"]
+    assert [each["row"] for each in sweep._results(str(tmp_path), trials, [])] == ["row 0", "row 1"]
+    assert [each["row"] for each in sweep._results(str(tmp_path), [], [])] == ["row 0", "row 1"]
+
+
+def test_a_report_without_mlflow_has_the_numbers(tmp_path):
+    metrics = {"eval/reconstruction/psnr": 20.12345, "eval/params_m": 1.5, "eval/bicubic/psnr": 3.0}
+    results = [
+        {"row": "a", "seed": 0, "metrics": metrics, "remarks": ["no rFID", "no LPIPS"]},
+        {"row": "b", "seed": 1, "metrics": {"eval/params_m": 2.0}, "remarks": ["no rFID"]},
+    ]
+    lines = sweep._report(configured(tmp_path), results, "folder").split("\n")
+    assert [line.split() for line in lines[1:4]] == [
+        ["params_m", "psnr"], ["a,", "seed", "0", "1.5", "20.12"], ["b,", "seed", "1", "2", "-"],
+    ]  # fmt: skip
+    assert lines[5:10] == [
+        "no LPIPS", "no rFID", "results  folder/results.json", "configs  folder/configs",
+        "best     folder/best.yaml (train_vae.py --config)",
+    ]  # fmt: skip
+    tracked = configured(tmp_path, "tracking.enabled=true")
+    assert "psnr" not in sweep._report(tracked, results, "folder")
+    assert "best" not in sweep._report(tracked, [], "folder")
+
+
+def test_a_files_name_of_a_label():
+    assert sweep._slug("FFHQ 128: VAE").startswith("FFHQ-128-VAE-")
+    assert sweep._slug("a b") != sweep._slug("a-b")
+    assert len(sweep._slug("x" * 200)) == 87
+
+
+# --- a trial ------------------------------------------------------------------------------------------------------
+
+
+class Reports:
+    """What a training has reported, a list for each time that it is waited for."""
+
+    def __init__(self, rounds):
+        self.rounds, self.left = iter(rounds), []
+
+    def wait(self, running, timeout):
+        self.left = next(self.rounds)
+        return (running if self.left and self.left[-1] == "end" else []), []
+
+    def get_nowait(self):
+        if not self.left or self.left[0] == "end":
+            raise Empty
+        return self.left.pop(0)
+
+
+@pytest.fixture
+def tunes_actor(monkeypatch):
+    """`trial.run` with a task that reports so, and what it and Tune are given."""
+    found = SimpleNamespace(reported=[], checkpoints=[], task=[], options={}, begin=None)
+
+    def report(metrics, checkpoint=None):
+        found.reported.append(metrics)
+        found.checkpoints.append(checkpoint and json.loads(Path(checkpoint, "checkpoint.json").read_text()))
+
+    class Task:
+        def options(self, **options):
+            found.options = options
+            return self
+
+        def remote(self, *given):
+            found.task = given
+            return "task"
+
+    def run(values, setup, rounds):
+        reports = Reports(rounds)
+        monkeypatch.setattr("ray.util.queue.Queue", lambda actor_options: reports)
+        monkeypatch.setattr(ray, "wait", reports.wait)
+        trial.run(values, setup)
+        return found
+
+    context = SimpleNamespace(get_node_id=lambda: "0" * 56)
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: context)
+    monkeypatch.setattr(ray, "remote", lambda function: Task())
+    monkeypatch.setattr(ray, "get", lambda task: {"psnr": 99.0, "of": task})
+    monkeypatch.setattr(tune, "report", report)
+    monkeypatch.setattr(tune, "get_checkpoint", lambda: found.begin)
+    monkeypatch.setattr(tune, "Checkpoint", SimpleNamespace(from_directory=str))
+    found.run = run
+    return found
+
+
+def setup_of(cfg, **more):
+    return {
+        "cfg": cfg.model_dump(mode="json"),
+        "ray": {"worker_labels": {}},
+        "folder": "f",
+        "trials": ["zero", "one"],
+    } | more
+
+
+def test_what_a_training_reports_at_checkpoints_is_tunes(tunes_actor):
+    rounds = [[({"images": 8}, "a"), ({"psnr": 1.0}, "b")], [], [({"psnr": 2.0}, "c"), "end"]]
+    found = tunes_actor.run({"trial": 1}, setup_of(configured()), rounds)
+    assert found.reported == [{"psnr": 1.0}, {"psnr": 2.0}, {"psnr": 99.0, "of": "task"}]
+    assert found.checkpoints == [None] * 3
+    assert found.task[0] == "one"
+    assert (found.options["num_cpus"], found.options["scheduling_strategy"], found.options["max_retries"]) == (
+        0,
+        "DEFAULT",
+        3,
+    )
+
+
+def test_with_pbt_a_trial_goes_on_from_another_ones_checkpoint(tunes_actor, tmp_path, monkeypatch):
+    points = []
+
+    def point(cfg, values, seed, folder, begin):
+        points.append((values, seed, folder, begin))
+        return Trial({"name": "n", "root": "r"})
+
+    monkeypatch.setattr(sweep, "point", point)
+    (tmp_path / "checkpoint.json").write_text('{"path": "runs/a/checkpoint-8"}')
+    cfg = configured("runs", "scheduler=pbt", "space.optim.lr=[1]")
+    tunes_actor.begin = SimpleNamespace(as_directory=lambda: nullcontext(str(tmp_path)))
+    found = tunes_actor.run(
+        {"optim.lr": 0.5, "seed": 3}, setup_of(cfg), [[({"psnr": 1.0}, "runs/b/checkpoint-16"), "end"]]
+    )
+    assert points == [({"optim.lr": 0.5}, 3, "f", "runs/a/checkpoint-8")]
+    assert found.task[0] == {"train": {"name": "n", "root": "r"}, "rows": []}
+    assert found.checkpoints == [{"path": "runs/b/checkpoint-16"}, None]
+    tunes_actor.begin = None
+    tunes_actor.run({"optim.lr": 0.5, "seed": 3}, setup_of(cfg), [["end"]])
+    assert points[1][3] == ""
+
+
+def result_of(row, psnr):
+    metrics = {"eval/reconstruction/psnr": psnr, "eval/reconstruction/ssim": psnr / 100}
+    Path(row.folder).mkdir(parents=True, exist_ok=True)
+    Path(row.folder, "result.json").write_text(json.dumps({"metrics": metrics}))
+
+
+def test_a_trial_is_a_training_and_its_rows_that_are_not_done(tmp_path, monkeypatch, capsys):
+    rows = [Row(f"row {n}", n, str(tmp_path / str(n)), {"evaluate": {"images": n}}, "decoder") for n in range(2)]
+    result_of(rows[0], 20.0)
+    trained, judged = [], []
+
+    def train(cfg, mine, parent, reports):
+        print("much")
+        trained.append((mine, parent, reports))
+        return {"metrics": {"psnr": 1.0, "images": 800}}
+
+    def judge(cfg, values, trained, row, parent):
+        print("more")
+        judged.append((values, row, parent))
+        result_of(row, 30.0)
+
+    monkeypatch.setattr(trial, "_trained", train)
+    monkeypatch.setattr(trial, "_evaluate", judge)
+    asked = {"train": {"name": "n", "root": "r"}, "rows": [vars(row) for row in rows]}
+    setup = setup_of(configured(), ray={"workers": 2}, cwd=str(tmp_path / "nowhere"), parent="p")
+    found = trial._work(asked, setup, "reports")
+    assert found == {"psnr": 30.0, "ssim": 0.3, "images": 800}
+    (mine, parent, reports), ((values, row, of),) = trained[0], judged
+    assert (parent, reports, of) == ("p", "reports", "p")
+    assert mine.train == values == {"name": "n", "root": "r", "ray": {"workers": 2}}
+    assert (row.name, row.part) == ("row 1", "decoder")
+    assert row.jobs == {"evaluate": {"images": 1, "ray": {"workers": 2}}}
+    assert Path(rows[0].folder, "log.txt").read_text() == "much\n"
+    assert Path(rows[1].folder, "log.txt").read_text() == "more\n"
+    shown = capsys.readouterr().out
+    assert "much" not in shown
+    assert "row 0, seed 0: psnr 20  ssim 0.2" in shown
+    assert "row 1, seed 1: psnr 30  ssim 0.3" in shown
+
+
+def test_a_training_is_done_once(tmp_path, monkeypatch):
+    row = Row("a row", 3, str(tmp_path / "row"), {})
+    mine = Trial({"name": "vae-1", "root": str(tmp_path / "trained"), "seed": 3}, [row])
+    ran = []
+
+    def train(config, callbacks):
+        ran.append((config, callbacks))
+        Path(mine.folder).mkdir()
+        return {"model": "the model", "psnr": 20.5, "images": 8, "stages": [1]}
+
+    monkeypatch.setattr(train_vae, "train_vae", train)
+    monkeypatch.setattr(trial, "_reporter", lambda reports: f"reporter of {reports}")
+    cfg = configured(tmp_path, "name=mine", "tracking.tags={a: b}")
+    for _ in range(2):
+        found = trial._trained(cfg, mine, "parent", "queue")
+    assert found == {
+        "folder": mine.folder, "model": "the model", "metrics": {"psnr": 20.5, "images": 8}, "row": row.folder,
+    }  # fmt: skip
+    ((config, callbacks),) = ran
+    assert (config.name, config.seed, callbacks) == ("vae-1", 3, ["reporter of queue"])
+    tags = {"a": "b", "litevae.sweep": "mine", "litevae.row": "a row", "litevae.seed": "3"}
+    assert (config.tracking.tags, config.tracking.run, config.tracking.parent) == (tags, "a row, seed 3", "parent")
+    of_table = trial.tracked(configured(tmp_path, "table=t9", "scale=smoke"), row, "parent")
+    assert (of_table.tags["litevae.table"], of_table.tags["litevae.scale"]) == ("9", "smoke")
+
+
+def test_a_reporter_hands_on_checkpoints():
+    reports = queue.Queue()
+    reporter = trial._reporter(reports)
+    reporter.after_report(None, [{"psnr": 1.0}, {"psnr": 2.0}], SimpleNamespace(path="there"))
+    reporter.after_report(None, [{"psnr": 3.0}], None)
+    assert (reports.get_nowait(), reports.qsize()) == (({"psnr": 1.0}, "there"), 0)
+
+
+@pytest.fixture
+def tracked(monkeypatch):
+    """What a trial brings to MLflow."""
+    found = SimpleNamespace(started=[], logged=[], replayed=[], closed=[])
+
+    class Tracker:
+        def __init__(self, run, system):
+            assert (run, system) == ("run", False)
+
+        def metrics(self, values, step):
+            found.logged.append((values.copy(), step))
+
+        def close(self, status):
+            found.closed.append(status)
+
+    def replay(folder, tracker, images, training=False):
+        found.replayed.append((folder, images, training))
+        return {f"eval/{Path(folder).name}": 1.0}
+
+    monkeypatch.setattr(tracking, "start_run", lambda *given: found.started.append(given) or "run")
+    monkeypatch.setattr(tracking, "Tracker", Tracker)
+    monkeypatch.setattr(tracking, "replay", replay)
+    monkeypatch.setattr(tracking, "link", lambda run: f"link to {run}")
+    monkeypatch.setattr(trial, "_parameters", lambda model, part: {"encoder": 1_500_000, "decoder": 7}[part])
+    return found
+
+
+def test_a_row_is_evaluated_and_joins_its_trainings_run(tracked, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(evaluate, "evaluate", lambda config: asked.append(config) or {"remarks": ["no rFID"]})
+    row = Row("a row", 3, str(tmp_path / "row"), {"evaluate": {"images": 5}})
+    training = tmp_path / "training"
+    for folder in (training, tmp_path / "row"):
+        folder.mkdir()
+    (training / "metrics.jsonl").write_text('{"train/loss": 1}\n')
+    trained = {"folder": str(training), "model": "the model", "metrics": {"images": 800}, "row": row.folder}
+    cfg, values = configured(tmp_path), {"name": "vae-1", "optim": {}}
+    trial._evaluate(cfg, values, trained, row, "parent")
+    assert (asked[0].model, asked[0].images, asked[0].out) == ("the model", 5, str(tmp_path / "row/evaluation"))
+    where, root, job, name, given, folder = tracked.started[0]
+    assert (where.parent, root, job, name) == ("parent", cfg.root, "train_vae", "vae-1")
+    assert (given, folder) == (values, str(training))  # of the training's own row: its run
+    assert tracked.logged == [({"eval/params_m": 1.5}, 800)]
+    assert tracked.replayed == [(str(tmp_path / "row/evaluation"), 800, False)]
+    assert tracked.closed == ["FINISHED"]
+    assert json.loads((tmp_path / "row/result.json").read_text()) == {
+        "row": "a row", "seed": 3, "metrics": {"eval/params_m": 1.5, "eval/evaluation": 1.0}, "model": "the model",
+        "evaluation": str(tmp_path / "row/evaluation"), "remarks": ["no rFID"],
+        "run": "link to run", "train_vae": values,
+    }  # fmt: skip
+    # of another row, or where the run has an evaluation already: a run of its own, with the training's metrics
+    trial._evaluate(cfg, values, trained | {"row": "another"}, row, "parent")
+    (training / "metrics.jsonl").write_text('{"eval/reconstruction/psnr": 1}\n')
+    trial._evaluate(cfg, values, trained, row, "parent")
+    for started in tracked.started[1:]:
+        assert started[5] == str(tmp_path / "row/run")
+    assert tracked.replayed[1::2] == [(str(training), 800, True)] * 2
+
+
+def test_a_row_with_a_diffusion_model(tracked, tmp_path, monkeypatch):
+    asked = {}
+
+    def keep(name, result=None):
+        return lambda config: asked.update({name: config}) or result
+
+    monkeypatch.setattr(encode_job, "run", keep("encode"))
+    monkeypatch.setattr(train_ldm, "train_ldm", keep("ldm", {"model": "the ldm"}))
+    monkeypatch.setattr(sample_job, "sample", keep("sample"))
+    monkeypatch.setattr(judge_job, "samples", keep("judge"))
+    monkeypatch.setattr(evaluate, "evaluate", lambda config: {"remarks": []})
+    jobs = {
+        "evaluate": {}, "encode_dataset": {"rows_per_shard": 7}, "train_ldm": {"images": 6}, "sample": {"steps": 4},
+        "evaluate_samples": {"images": 12},
+    }  # fmt: skip
+    row = Row("a row", 3, str(tmp_path), jobs)
+    (tmp_path / "metrics.jsonl").write_text("")
+    trained = {"folder": str(tmp_path), "model": "the model", "metrics": {"images": 800}, "row": row.folder}
+    trial._evaluate(configured(tmp_path), {"name": "vae-1"}, trained, row, "")
+    encoded, ldm, drawn, judged = (asked[name] for name in ("encode", "ldm", "sample", "judge"))
+    assert (encoded.model, encoded.out, encoded.rows_per_shard) == ("the model", f"{tmp_path}/cache", 7)
+    assert (ldm.cache, ldm.root, ldm.name, ldm.seed, ldm.images) == (f"{tmp_path}/cache", str(tmp_path), "ldm", 3, 6)
+    assert (drawn.model, drawn.out, drawn.steps) == ("the ldm", f"{tmp_path}/samples", 4)
+    out = f"{tmp_path}/evaluation-samples"
+    assert (judged.samples.uri, judged.out, judged.images) == (f"{tmp_path}/samples", out, 12)
+    assert [folder for folder, *_ in tracked.replayed] == [f"{tmp_path}/evaluation", out]
+
+
+# --- a table's jobs -----------------------------------------------------------------------------------------------
+
+
+def listed(monkeypatch, units=20):
+    monkeypatch.setattr(sweep, "_source", lambda cfg, name: SimpleNamespace(units=units, digest=f"digest of {name}"))
+
+
+def test_jobs_after_a_training_have_their_sources_and_sizes(tmp_path, monkeypatch):
+    listed(monkeypatch)
+    monkeypatch.setattr(sweep, "check_networks", lambda *given: checked.append(given))
+    checked = []
+    data = ["data.train.uri=/train", "data.val.uri=/val", "evaluate_samples.squeezenet=w.pth", "sample.steps=7"]
+    cfg = configured(tmp_path, *data)
+    values = {
+        "evaluate": {"images": 50, "mmd_images": 40},
+        "train_ldm": {"images": 9},
+        "sample": {"steps": 5, "images": 3},
+    }
+    jobs = sweep._jobs(cfg, values, "ldm")
+    assert [*jobs] == ["evaluate", "encode_dataset", "train_ldm", "sample", "evaluate_samples"]
+    sources = {job: values["source"]["uri"] for job, values in jobs.items() if "source" in values}
+    assert sources == {"evaluate": "/val", "encode_dataset": "/train", "evaluate_samples": "/train"}
+    assert (jobs["evaluate"]["images"], jobs["evaluate"]["mmd_images"]) == (20, 20)  # as many as there are
+    assert (jobs["sample"]["steps"], jobs["sample"]["images"], jobs["train_ldm"]["images"]) == (7, 3, 9)
+    assert {values["root"] for values in jobs.values()} == {str(tmp_path)}
+    assert not any(values["tracking"]["enabled"] for values in jobs.values())
+    assert checked == [("", "w.pth", "", "resnet50")]
+    assert [*sweep._jobs(cfg, {}, "vae")] == ["evaluate"]
+    few = configured(tmp_path, *data, "evaluate.images=8", "evaluate.mmd_images=30")
+    assert sweep._jobs(few, {}, "vae")["evaluate"]["mmd_images"] == 8
+
+
+def test_a_searched_training_looks_and_keeps_its_checkpoints(tmp_path, monkeypatch):
+    listed(monkeypatch)
+    plain = sweep._train(configured(tmp_path), configured().train_vae, 5)
+    assert (plain["seed"], plain["begin"], plain["root"]) == (5, "", str(tmp_path / "trained"))
+    assert plain["loop"]["keep"] == 2
+    for more in ("scheduler=asha", "scheduler=pbt", "search=optuna"):
+        loop = sweep._train(configured(tmp_path, more, "every=70"), configured().train_vae, 5)["loop"]
+        assert (loop["val_every"], loop["checkpoint_every"], loop["keep"]) == (70, 70, 12)  # 800 // 70, and one
+    begun = sweep.point(configured(tmp_path), {"optim.lr": 1e-3}, 5, "folder", "runs/a/checkpoint-8")
+    assert begun.train["begin"] == "runs/a/checkpoint-8"
+    (row,) = begun.rows
+    assert row.name == f"optim.lr=0.001 ({begun.train['name']})"
+    assert row.folder == f"folder/rows/{begun.train['name']}"
+    assert row.jobs["evaluate"]["transform"]["resolution"] == 64  # of the last stage
+
+
+def test_a_tables_rows_are_merged_into_trainings(tmp_path, monkeypatch):
+    listed(monkeypatch)
+    cfg = configured(tmp_path, "table=20", "scale=smoke", "seeds=[0, 4]")
+    trials, left_out = sweep._of_table(cfg, paper.table("20"), "folder")
+    assert left_out == {}
+    assert [(row.name, row.seed, row.part) for each in trials for row in each.rows] == [
+        ("UNet", 0, "encoder.aggregator"), ("UNet", 4, "encoder.aggregator"),
+        ("ViT", 0, "encoder.aggregator"), ("ViT", 4, "encoder.aggregator"),
+    ]  # fmt: skip
+    assert [each.train["seed"] for each in trials] == [0, 4, 0, 4]
+    assert trials[2].train["model"]["aggregator"] == "vit"
+    assert trials[0].rows[0].folder.startswith("folder/rows/UNet-seed-0-")
