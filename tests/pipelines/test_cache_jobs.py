@@ -19,7 +19,7 @@ from litevae.errors import UserError
 from pipelines import audit, decode, encode
 from pipelines.config import Inspect, Repair, Retry, Verify
 from pipelines.encode import encode_dataset
-from tests.commands import run, run_in_this_process
+from tests.commands import run_in_this_process
 from tests.encoding import BAD, SIDE, config, crops, photo_folder, save_model, shard_bytes
 from tests.in_process import in_process
 
@@ -406,7 +406,7 @@ def test_inspect(made, copy, capsys):
 
 def test_command_line(made):
     script = "jobs/encode_dataset.py"
-    sound = run(script, "verify", made / "cache")
+    sound = run_in_this_process(script, "verify", made / "cache")
     assert (sound.code, "sound" in sound.output) == (0, True), sound.output
     wrong = run_in_this_process(script, "verify", made / "model")
     assert (wrong.code, wrong.output.startswith("error: ")) == (2, True)
@@ -422,6 +422,7 @@ def test_quarantine_says_where(made):
     assert all(files[row["unit"]] == row["id"] for row in records)
 
 
+@pytest.mark.usefixtures("in_process")
 def test_s3_source_and_cache(made, s3):
     """Photos and cache in a store: the same bytes as on disk; verified and repaired there."""
     import boto3

@@ -146,6 +146,7 @@ def test_decoding_is_not_done_in_the_encoder(folder, model, tmp_path, capsys):
 
 
 def test_error_budget_stops_and_a_higher_one_goes_on(folder, model, tmp_path):
+    """The first of the jobs on Ray, as it is: decoding tasks, and an encoder that is given up in the middle."""
     with pytest.raises(
         UserError, match=r"of 48 images could not be encoded \(.*\), more than error_budget=0.02 allows"
     ):
