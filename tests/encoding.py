@@ -25,7 +25,7 @@ BAD = {"cats/empty.jpg": "empty", "cats/zcut.png": "corrupt", "dogs/text.jpg": "
 
 def save_model(folder, seed=0, change=lambda model: None):
     torch.manual_seed(seed)
-    model = LiteVAE.from_preset("S", latent_channels=4, block_out_channels=(8, 8, 8, 8), layers_per_block=1)
+    model = LiteVAE("S", latent_channels=4, levels=(3,), block_out_channels=(8, 8, 8, 8), layers_per_block=1)
     change(model)
     model.save_pretrained(folder)
     return str(folder)
@@ -59,7 +59,7 @@ def encoded_crops(root, rows_per_shard):
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(photos.coffee()[left // 2 : left // 2 + 64, left : left + 64]).save(folder / f"{n:02}.png")
     torch.manual_seed(0)
-    LiteVAE("S", block_out_channels=(8, 8, 8, 8), layers_per_block=1).save_pretrained(root / "vae")
+    LiteVAE("S", levels=(3,), block_out_channels=(8, 8, 8, 8), layers_per_block=1).save_pretrained(root / "vae")
     values = {
         "source": {"uri": str(root / "photos")}, "model": str(root / "vae"), "out": str(root / "cache"),
         "root": str(root), "transform": {"resolution": 64}, "precision": "fp32", "rows_per_shard": rows_per_shard,

@@ -56,7 +56,7 @@ def encoding(made, mode, *more):
 
 
 @pytest.fixture
-def task(made, tmp_path, monkeypatch):
+def task(made, tmp_path, monkeypatch, in_process):
     """The task as in worker `rank` of `world`, without Ray Train; of several, none waits for the others."""
     import ray.train.torch
 
