@@ -119,6 +119,13 @@ def in_process() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(params=["here", pytest.param("ray", marks=pytest.mark.slow)])
+def wherever(request: pytest.FixtureRequest) -> None:
+    """A job once as with `in_process`, and in the slow suite with Ray's workers, too."""
+    if request.param == "here":
+        request.getfixturevalue("in_process")
+
+
 @pytest.fixture(scope="session")
 def _moto() -> Iterator[None]:
     """The server that the environment of all tests names."""

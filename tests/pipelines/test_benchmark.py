@@ -113,6 +113,7 @@ def test_children_answer(answering, monkeypatch):
         assert child.ask(number=5)["twice"] == 10  # and goes on
 
 
+@pytest.mark.slow
 def test_children_that_die_are_told_of(answering):
     with meter.Child(answering, "word") as child:
         with pytest.raises(UserError, match="exit code 3"):
@@ -123,6 +124,7 @@ def test_children_that_die_are_told_of(answering):
         child.ask(**{"raise": True})
 
 
+@pytest.mark.slow
 def test_memory_is_the_peak_beyond_what_was_there(answering):
     size = 200 * 10**6
     with meter.Child(answering, "word") as child:

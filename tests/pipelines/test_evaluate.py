@@ -268,6 +268,7 @@ def test_it_is_logged_to_mlflow(summary):
     assert "metrics.json" in [file.path for file in client.list_artifacts(run.info.run_id)]
 
 
+@pytest.mark.usefixtures("wherever")
 def test_two_workers_give_the_same_to_the_last_bit(summary, model, photos, weights, tmp_path, capsys):
     ray = {"gpu": "no", "cpus_per_worker": 1, "workers": 2, "decode_tasks": 1}
     more = {"ray": ray, "pictures": 1, "resolutions": [32], "mmd_images": MMD}

@@ -166,6 +166,7 @@ def test_it_is_written_and_logged(summary):
         assert run.data.metrics[f"eval/{name}"] == value
 
 
+@pytest.mark.usefixtures("wherever")
 def test_two_workers_parquet_and_a_kept_reference_give_the_same(summary, fake, real, weights, tmp_path, monkeypatch):
     """The same samples in Parquet, in a folder as a sample job leaves it; the reference set is not read again."""
     drawn = tmp_path / "drawn"

@@ -31,6 +31,7 @@ def exported():
     ray.shutdown()
 
 
+@pytest.mark.slow
 def test_what_is_shown_is_exported(exported):
     training, encoding = monitoring.Training("vae"), monitoring.Encoding("cache")
     speed = {"images_per_second": 25.0, "waiting_for_data": 0.5}

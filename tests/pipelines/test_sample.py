@@ -129,6 +129,7 @@ def test_images_are_those_of_their_seeds(five, model):
     assert sorted(os.listdir(five / "png")) == [f"{n:06}.png" for n in range(5)]  # a source of images, of nothing else
 
 
+@pytest.mark.usefixtures("wherever")
 def test_more_images_and_workers_change_no_bit(five, model, tmp_path):
     ray = {"gpu": "no", "cpus_per_worker": 1, "workers": 2}
     summary = sample(config(model, tmp_path, images=11, ray=ray, eta=1.0))

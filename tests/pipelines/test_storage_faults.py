@@ -294,6 +294,7 @@ def test_sources_are_read_through_faults_that_pass(proxy, sources):
         assert [source.read(unit) for unit in range(source.units)] == expected[name]
 
 
+@pytest.mark.chaos
 def test_sources_that_are_away_are_not_unreadable_images(proxy, sources):
     found = {name: opened(uri) for name, uri in sources.items()}
     proxy.fault = lambda *request: "503"
@@ -426,6 +427,7 @@ def _decode_in(group, folder, writer):
     writer.send([(unit, item.id if item else (why.reason, why.message)) for unit, item, why in found])
 
 
+@pytest.mark.chaos
 def test_what_the_kernel_kills_for_its_memory_is_lost_alone(large):
     context = multiprocessing.get_context("spawn")
     reader, writer = context.Pipe(duplex=False)
