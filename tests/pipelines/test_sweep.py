@@ -1,5 +1,6 @@
 """Sweeps: what is trained for a table or a space; tables end to end; kills, asha, optuna, pbt."""
 
+import contextlib
 import json
 import math
 import os
@@ -298,17 +299,17 @@ def test_a_killed_sweep_goes_on_and_the_best_config_can_be_trained(photos, tmp_p
     words += ["space.optim.lr=[1e-2]", *TINY]
     first = subprocess.Popen([sys.executable, "jobs/sweep.py", *words], cwd=REPO, stdout=subprocess.DEVNULL)
     end = time.monotonic() + 240
-    while not (done := [*tmp_path.glob(f"trained/*/{trial.TRAINED}")]) and time.monotonic() < end:
-        time.sleep(0.05)
-    assert done, "nothing was trained in time"
+    while not (done := [*tmp_path.glob(f"trained/*/{trial.TRAINED}")]):
+        assert first.poll() is None, "it ended before it was killed"
+        assert time.monotonic() < end, "nothing was trained in time"
+        time.sleep(0.01)
     children = psutil.Process(first.pid).children(recursive=True)
     first.send_signal(signal.SIGKILL)
     first.wait()
     for child in children:
-        try:
-            os.kill(child.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child.kill()
+    psutil.wait_procs(children, timeout=240)
     assert not [*tmp_path.glob(f"rates/rows/*/{trial.RESULT}")], "it was killed too late"
     before = {path: path.stat().st_mtime_ns for path in done[0].parent.rglob("*.pt")}
     assert main(Sweep, sweep.sweep, words) == 0
