@@ -1,10 +1,8 @@
 """Sweeps: what is trained for a table or a space; tables end to end; kills, asha, optuna, pbt."""
 
-import contextlib
 import json
 import math
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -14,7 +12,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import mlflow
-import psutil
 import pytest
 import skimage.data
 import torch
@@ -26,6 +23,7 @@ from litevae.autoencoder import load_autoencoder
 from pipelines import paper, sweep, trial
 from pipelines.config import Sweep, TrainVAE, load, main, validate
 from tests.in_process import in_process
+from tests.killing import kill_driver
 from tests.networks import save_squeezenet
 
 REPO = Path(__file__).resolve().parents[2]
@@ -303,13 +301,7 @@ def test_a_killed_sweep_goes_on_and_the_best_config_can_be_trained(photos, tmp_p
         assert first.poll() is None, "it ended before it was killed"
         assert time.monotonic() < end, "nothing was trained in time"
         time.sleep(0.01)
-    children = psutil.Process(first.pid).children(recursive=True)
-    first.send_signal(signal.SIGKILL)
-    first.wait()
-    for child in children:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            child.kill()
-    psutil.wait_procs(children, timeout=240)
+    kill_driver(first)
     assert not [*tmp_path.glob(f"rates/rows/*/{trial.RESULT}")], "it was killed too late"
     before = {path: path.stat().st_mtime_ns for path in done[0].parent.rglob("*.pt")}
     assert main(Sweep, sweep.sweep, words) == 0
