@@ -3,7 +3,6 @@
 import random
 import re
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -97,7 +96,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._refuse(*ERRORS[fault])
             return
         if fault == "slow":
-            time.sleep(1)
+            self.proxy.ended.wait(1)
         connection = HTTPConnection(*self.target)
         headers = {name: value for name, value in self.headers.items() if name.lower() != "expect"}
         connection.request(self.command, self.path, body, headers)

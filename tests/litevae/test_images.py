@@ -23,6 +23,8 @@ from skimage.color import lab2rgb
 from litevae import images
 from litevae.errors import UserError
 from litevae.images import ImageError, ImageTransform, decode, to_tensor, to_uint8
+from tests import memory
+from tests.commands import REPO
 from tests.odd_images import PICTURE, STORED, Odd, chunk, gray_profile, odd_images, swapped_profile, write_odd_images
 
 NASTY = Path(__file__).parents[3] / "shared" / "data" / "nasty"
@@ -302,12 +304,12 @@ def within(limits):
     """What becomes of images in a process that may take so many bytes more than it had before each: "read", or the
     reason of the refusal. limits: (bytes, file)."""
     code = """if True:
-        import pathlib, re, resource, sys
+        import pathlib, sys
         from litevae.images import ImageError, decode
+        from tests.memory import allow
 
         def outcome(size, data):
-            taken = int(re.search(r"VmData:\\s+(\\d+) kB", pathlib.Path("/proc/self/status").read_text())[1]) * 1024
-            resource.setrlimit(resource.RLIMIT_DATA, (taken + size, resource.RLIM_INFINITY))
+            allow(size)
             try:
                 decode(data)
             except ImageError as error:
@@ -318,8 +320,9 @@ def within(limits):
             print(outcome(int(size), pathlib.Path(name).read_bytes()))
     """
     command = [sys.executable, "-c", code, *(str(word) for size, file in limits for word in (int(size), file))]
-    exact = os.environ | {"MALLOC_MMAP_THRESHOLD_": "131072"}  # large blocks that are freed are given back at once
-    return subprocess.run(command, check=True, capture_output=True, text=True, env=exact).stdout.split()
+    environment = os.environ | memory.EXACT
+    done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=REPO, env=environment)
+    return done.stdout.split()
 
 
 def test_a_long_strip_does_not_blow_up():

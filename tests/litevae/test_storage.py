@@ -205,7 +205,6 @@ def test_killed_writer(folder):
             time.sleep(random.uniform(0, 0.1))
             writer.send_signal(signal.SIGKILL)
             reported = 1 + len(writer.stdout.read().split())
-        time.sleep(0.2)  # the server may be about to finish the last one
         there = sorted(int(name) for name in storage.names(place))
         assert there in ([*range(reported)], [*range(reported + 1)])
         for number in there:
@@ -333,6 +332,13 @@ def test_no_credentials(s3, monkeypatch):
         storage.read(f"{s3}/a")
 
 
+@pytest.fixture
+def at_once(monkeypatch):
+    """botocore does not wait before it asks again."""
+    monkeypatch.setattr("botocore.retries.standard.ExponentialBackoff.delay_amount", lambda *_: 0)
+
+
+@pytest.mark.usefixtures("at_once")
 def test_unreachable(s3, monkeypatch, closed_port):
     storage.put(f"{s3}/a", b"1")
     endpoint = f"http://127.0.0.1:{closed_port}"
@@ -346,6 +352,7 @@ def test_unreachable(s3, monkeypatch, closed_port):
     assert storage.read(f"{s3}/a") == b"1"  # back at the server that works
 
 
+@pytest.mark.usefixtures("at_once")
 def test_a_store_that_is_silent_is_asked_four_times_and_given_up(monkeypatch):
     """Instead of for ever: botocore's client has our limits, and keeps them."""
     monkeypatch.setattr(storage, "SILENCE", 0.2)
@@ -436,6 +443,7 @@ def test_passing_faults(s3, faulty, fault):
     assert not faulty.plan
 
 
+@pytest.mark.usefixtures("at_once")
 def test_lasting_fault(s3, faulty):
     faulty.plan[:] = ["503"] * 100
     with pytest.raises(UserError, match=f"{s3}/a: .*503"):

@@ -2,7 +2,9 @@
 
 import os
 import signal
+import time
 from dataclasses import replace
+from functools import partial
 
 import pytest
 
@@ -46,11 +48,13 @@ def worker():
             if not fit:
                 raise UserError("no such model\nlook elsewhere")
 
-        def square(self, number: int) -> int:
-            import time
-
-            if number == 3:
-                time.sleep(0.5)  # so that later ones finish earlier
+        def square(self, number: int, folder: str) -> int:
+            """3 is finished when a later one is."""
+            end = time.monotonic() + 240
+            while number == 3 and not any(int(name) > 3 for name in os.listdir(folder)):
+                assert time.monotonic() < end, "nothing goes on beside one that takes its time"
+                time.sleep(0.01)
+            open(os.path.join(folder, str(number)), "w").close()
             return number**2
 
         def die_once(self, number: int, folder: str) -> int:
@@ -73,20 +77,25 @@ def actors(share, worker):
     return pool(worker, share, True)
 
 
-def test_results_come_in_order_and_items_are_taken_as_needed(actors):
-    taken, seen = [], []
+def test_results_come_in_order_and_items_are_taken_as_needed(actors, tmp_path):
+    taken, seen, none = [], [], tmp_path / "none"
+    none.mkdir()
+    (tmp_path / "9").touch()  # one worker alone does 3 before 4
+
+    def square(actor, number, folder=tmp_path):
+        return actor.square.remote(number, str(folder))
 
     def items():
         for number in range(12):
             taken.append(number)
             yield number
 
-    for result in spread(actors[:1], lambda actor, n: actor.square.remote(n), items(), ahead=2):
+    for result in spread(actors[:1], square, items(), ahead=2):
         seen.append(result)
         assert len(taken) <= 4 + len(seen)  # two for the worker, and two whose results came before those ahead of them
     assert seen == [n**2 for n in range(12)]
-    assert list(spread(actors, lambda actor, n: actor.square.remote(n), range(12))) == seen
-    assert list(spread(actors, lambda actor, n: actor.square.remote(n), [])) == []
+    assert list(spread(actors, partial(square, folder=none), range(12))) == seen
+    assert list(spread(actors, square, [])) == []
 
 
 def test_a_users_mistake_comes_back_as_one(actors, share, worker):

@@ -28,6 +28,7 @@ from pipelines.config import Sample, Source, main, validate
 from pipelines.sample import sample
 from pipelines.sources import open_source
 from tests.in_process import in_process
+from tests.killing import kill_driver
 
 JOB = Path(__file__).parents[2] / "jobs" / "sample.py"
 
@@ -415,8 +416,7 @@ def test_a_killed_job_goes_on(model, tmp_path):
     folder = killed / "parquet"
     process = start(model, killed, tmp_path, more)
     wait_for(lambda: len(storage.names(str(folder))) >= 3, process)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    kill_driver(process)
     kept = stamps(folder)
     count = len(stamps(whole / "parquet"))
     assert 3 <= len(kept) < count

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -13,7 +12,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import mlflow
-import psutil
 import pytest
 import skimage.data
 import torch
@@ -25,6 +23,7 @@ from litevae.autoencoder import load_autoencoder
 from pipelines import paper, sweep, trial
 from pipelines.config import Sweep, TrainVAE, load, main, validate
 from tests.in_process import in_process
+from tests.killing import kill_driver
 from tests.networks import save_squeezenet
 
 REPO = Path(__file__).resolve().parents[2]
@@ -298,17 +297,11 @@ def test_a_killed_sweep_goes_on_and_the_best_config_can_be_trained(photos, tmp_p
     words += ["space.optim.lr=[1e-2]", *TINY]
     first = subprocess.Popen([sys.executable, "jobs/sweep.py", *words], cwd=REPO, stdout=subprocess.DEVNULL)
     end = time.monotonic() + 240
-    while not (done := [*tmp_path.glob(f"trained/*/{trial.TRAINED}")]) and time.monotonic() < end:
-        time.sleep(0.05)
-    assert done, "nothing was trained in time"
-    children = psutil.Process(first.pid).children(recursive=True)
-    first.send_signal(signal.SIGKILL)
-    first.wait()
-    for child in children:
-        try:
-            os.kill(child.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
+    while not (done := [*tmp_path.glob(f"trained/*/{trial.TRAINED}")]):
+        assert first.poll() is None, "it ended before it was killed"
+        assert time.monotonic() < end, "nothing was trained in time"
+        time.sleep(0.01)
+    kill_driver(first)
     assert not [*tmp_path.glob(f"rates/rows/*/{trial.RESULT}")], "it was killed too late"
     before = {path: path.stat().st_mtime_ns for path in done[0].parent.rglob("*.pt")}
     assert main(Sweep, sweep.sweep, words) == 0
@@ -328,7 +321,8 @@ def test_a_killed_sweep_goes_on_and_the_best_config_can_be_trained(photos, tmp_p
 def simulated(monkeypatch):
     """Trials are Tune's, each with its task beside it; what they train, for `images` / 80 seconds, is a number, psnr,
     the higher the nearer its rate is to 1e-3, which a checkpoint holds. It does not grow: of two trials that do, one a
-    report ahead may seem the better."""
+    report ahead may seem the better. With pbt they go on together, whatever each waits for; with asha one of a rate
+    below 1e-6 comes to no end by itself."""
 
     def work(found, setup, reports):
         cfg, train = validate(Sweep, setup["cfg"]), found["train"]
@@ -337,13 +331,27 @@ def simulated(monkeypatch):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(json.dumps(train))
         started.mkdir(exist_ok=True)
-        (started / train["name"]).touch()
-        while cfg.scheduler == "pbt" and len([*started.iterdir()]) < cfg.trials:
-            time.sleep(0.1)  # each is there to learn from
+        mine, end = started / train["name"], time.monotonic() + 600
+
+        def wait_while(condition):
+            while condition():
+                assert time.monotonic() < end, "waited in vain"
+                time.sleep(0.1)
+
+        def alone_ahead():
+            others = [int(path.read_text() or 0) for path in started.iterdir() if path != mine]
+            return len(others) + 1 < cfg.trials or max(others) < images
+
         images, psnr = json.loads(Path(train["begin"]).read_text()) if train["begin"] else (0, 0.0)
+        mine.write_text(str(images))
         while images < total:
+            if cfg.scheduler == "pbt":
+                wait_while(alone_ahead)
             time.sleep(every / 80)
+            if cfg.scheduler == "asha" and train["optim"]["lr"] < 1e-6 and images + every == total:
+                wait_while(lambda: True)
             images += every
+            mine.write_text(str(images))
             psnr = max(psnr, 1 / (1 + abs(math.log10(train["optim"]["lr"]) + 3)))
             kept = folder / f"checkpoint-{images}.json"
             kept.write_text(json.dumps([images, psnr]))

@@ -284,7 +284,7 @@ def test_a_server_that_dies_after_the_start_holds_nothing_up(
 def test_a_start_that_does_not_end_is_not_waited_for(tmp_path: Path, capfd, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tracking, "REQUEST_TIMEOUT", 0.05)
     ended = threading.Event()
-    monkeypatch.setattr(tracking, "_open_run", lambda *_: ended.wait())
+    monkeypatch.setattr(tracking, "_open_run", lambda *_: ended.wait(120))
     try:
         assert begin(tmp_path / "vae", "http://nowhere.invalid").run_id is None
     finally:

@@ -422,14 +422,16 @@ def test_a_killed_owner_holds_nothing_up(owner, tmp_path):
 
 
 def test_of_many_at_once_one_has_it(tmp_path):
-    """Each takes it in turn, as often as it can; whoever has it finds nobody else there."""
+    """Each takes it in turn, ten times; whoever has it finds nobody else there."""
     code = """
-import os, sys, time
+import sys
 from pathlib import Path
 from litevae.errors import UserError
 from pipelines.checkpoint import claimed
-end, had = time.monotonic() + 4, 0
-while time.monotonic() < end:
+print("here", flush=True)
+sys.stdin.read()  # until all are
+had = 0
+while had < 10:
     try:
         with claimed(sys.argv[1] + "/run"):
             inside = Path(sys.argv[1], "inside")
@@ -438,14 +440,19 @@ while time.monotonic() < end:
             inside.unlink()
     except UserError:
         continue
-print(had)
 """
-    started = [
-        subprocess.Popen([sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE, text=True) for _ in range(3)
-    ]
-    had = [int(process.communicate(timeout=120)[0]) for process in started]
-    assert [process.returncode for process in started] == [0, 0, 0]
-    assert sum(had) > 10
+    command = [sys.executable, "-c", code, tmp_path]
+    started = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    try:
+        assert [process.stdout.readline() for process in started] == ["here\n"] * 3
+        for process in started:
+            process.stdin.close()
+        assert [process.wait(240) for process in started] == [0, 0, 0]
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+            process.stdout.close()
     assert not any(tmp_path.iterdir())
 
 
