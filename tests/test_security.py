@@ -647,12 +647,14 @@ def started() -> Iterator[SimpleNamespace]:
     assert process.wait(60) == 0
 
 
+@pytest.mark.slow
 def test_a_cluster_that_a_job_starts_listens_on_loopback_alone(started):
     assert len(started.listening) > 8
     addresses = {address.removeprefix("::ffff:") for _, address, _ in started.listening}
     assert addresses == {"127.0.0.1"}, started.listening
 
 
+@pytest.mark.slow
 def test_a_client_without_the_token_is_refused(started, tmp_path):
     """On this machine, where its ports can be reached."""
 

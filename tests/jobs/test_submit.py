@@ -153,6 +153,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_every_job_has_the_same_config_both_ways(cluster: Cluster) -> None:
     settings = ["ray.workers=1", "root=/data/runs", "tracking.uri=http://host:5000"]
     good = [[f"jobs/{job}.py", "--print-config", *settings] for job in JOBS]
@@ -164,6 +165,7 @@ def test_every_job_has_the_same_config_both_ways(cluster: Cluster) -> None:
         assert here.output in there.output
 
 
+@pytest.mark.slow
 def test_bad_input_both_ways(cluster: Cluster) -> None:
     words = ["jobs/train_vae.py", "tracking.enabld=false"]
     for result in (run_in_this_process(*words), cluster.submit(*words)):
