@@ -390,7 +390,7 @@ def test_online_workers_get_the_source_and_write_through_ones_the_plan_too(job, 
     assert setup["shape"] == (4, 4, 4)
     assert (plan["rows_per_shard"], plan["transform"]["resolution"]) == (4, 32)
     assert (plan["transform"]["resize"], plan["transform"]["decode"]) == ("none", "scaled")
-    assert plan["settings"]["precision"] == "bf16"
+    assert plan["precision"] == "bf16"
 
 
 MAY_DIFFER = [
