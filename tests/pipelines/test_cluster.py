@@ -161,7 +161,12 @@ def test_without_a_cluster_one_is_started_on_loopback_alone(init, nodes):
     assert cluster._MANY_MACHINES not in os.environ
     assert "RAY_API_SERVER_ADDRESS" not in os.environ
     assert os.environ[cluster._NOTICES] == "0"
-    assert {name: os.environ[name] for name in cluster._ENVIRONMENT} == cluster._ENVIRONMENT
+    assert {name: os.environ[name] for name in cluster._ENVIRONMENT} == {
+        "RAY_USAGE_STATS_ENABLED": "0", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5", "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+        "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": "600", "RAY_CHDIR_TO_TRIAL_DIR": "0", "RAY_DEDUP_LOGS": "0",
+        "RAY_DATA_LOG_LEVEL": "ERROR", "GOMP_SPINCOUNT": "20000",
+        "MALLOC_MMAP_THRESHOLD_": "1073741824", "MALLOC_TRIM_THRESHOLD_": "1073741824",
+    }  # fmt: skip
     cluster.start(Ray())
     assert init[1]["num_cpus"] == 8 + 2  # this machine's, and two to spare
 
