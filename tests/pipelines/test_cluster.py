@@ -171,6 +171,47 @@ def test_without_a_cluster_one_is_started_on_loopback_alone(init, nodes):
     assert init[1]["num_cpus"] == 8 + 2  # this machine's, and two to spare
 
 
+def test_a_cluster_of_ones_own_has_a_token_of_its_own(init, monkeypatch):
+    def started(*modules):
+        for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):
+            monkeypatch.setenv(name, "")
+            monkeypatch.delenv(name)
+        monkeypatch.setattr(cluster, "sys", SimpleNamespace(modules=dict.fromkeys(modules)))
+        cluster.start(Ray())
+        return os.environ.get("RAY_AUTH_MODE"), os.environ.get("RAY_AUTH_TOKEN")
+
+    found = [started(), started()]
+    assert [mode for mode, _ in found] == ["token", "token"]
+    assert len({token for _, token in found}) == 2
+    assert {len(token) for _, token in found} == {64}
+    monkeypatch.setattr(cluster, "_in_worker", lambda: False)
+    assert started("ray") == (None, None)  # it has read them, and its own default holds
+    monkeypatch.setenv("RAY_AUTH_MODE", "mine")
+    monkeypatch.setattr(cluster, "sys", SimpleNamespace(modules={}))
+    cluster.start(Ray())
+    assert os.environ["RAY_AUTH_MODE"] == "mine"
+    monkeypatch.delenv("RAY_AUTH_MODE")
+    monkeypatch.setenv("RAY_ADDRESS", "here")
+    cluster.start(Ray())
+    assert "RAY_AUTH_MODE" not in os.environ  # another's cluster has its own
+
+
+@pytest.mark.parametrize(("mode", "inside"), [(1, True), (0, False)])
+def test_a_process_of_rays_leaves_labels_to_the_driver(init, monkeypatch, mode, inside):
+    context = SimpleNamespace(worker=SimpleNamespace(mode=mode))
+    monkeypatch.setattr(ray, "WORKER_MODE", 1)
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: context)
+    assert cluster._in_worker() == inside
+    if inside:
+        with pytest.raises(UserError, match="no node of the cluster has the labels"):
+            cluster.start(Ray(worker_labels={"pool": "a"}))
+    else:
+        assert cluster.start(Ray(worker_labels={"pool": "a"})).labels == {}
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    assert not cluster._in_worker()
+
+
 def test_a_cluster_that_there_is_is_joined(init, monkeypatch):
     for name in ("RAY_ADDRESS", "RAY_JOB_CONFIG_JSON_ENV_VAR"):
         monkeypatch.setenv(name, "here")
