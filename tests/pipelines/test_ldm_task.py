@@ -23,6 +23,7 @@ from pipelines import train_ldm as module
 from pipelines.config import TrainLDM, load, validate, values_to_keep
 from pipelines.train_ldm import CACHED, FREE, Diffusion
 from tests.encoding import encoded_crops
+from tests.networks import Noted
 
 SMALL = [
     "network=tiny", "batch_size=8", "images=24", "loop.precision=fp32", "loop.ema=0.9", "sample_images=5",
@@ -99,6 +100,17 @@ def test_averages_have_their_decays_and_are_updated_once_a_step(task):
         for name, value in one.averages[decay].average.items():
             torch.testing.assert_close(value, kept * before[name] + (1 - kept) * one.network.state_dict()[name])
     assert task("loop.ema=0").averages == {}
+
+
+def test_ddp_gets_each_pass_and_sends_the_last(task, monkeypatch):
+    one = task("optim.accumulate=4")
+    one.net = Noted(one.network)
+    one.step(first(one), 0)
+    assert one.net.passes == [False, False, False, True]
+    monkeypatch.setattr(ray.train.torch, "prepare_model", Noted)
+    again = task()
+    assert isinstance(again.net, Noted)
+    assert again.net.module is again.network
 
 
 def test_weights_and_noise_are_the_seeds(task):

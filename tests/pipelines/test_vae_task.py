@@ -24,7 +24,7 @@ from pipelines import train_vae as module
 from pipelines.config import TrainVAE, load, validate, values_to_keep
 from pipelines.sources import open_source
 from pipelines.train_vae import FREE, Autoencoder, Networks, Objective, Validation, build_model, lpips_or_warning
-from tests.networks import save_squeezenet
+from tests.networks import Noted, save_squeezenet
 
 SMALL = [
     "model.encoder=S", "model.decoder.channels=[8, 8, 8, 8]", "model.decoder.layers=1", "loss.lpips.weight=0",
@@ -161,6 +161,44 @@ def test_the_average_is_updated_once_a_step(networks):
     for name, value in nets.ema.average.items():  # the first update keeps a tenth
         torch.testing.assert_close(value, 0.1 * before[name] + 0.9 * nets.model.state_dict()[name])
     assert networks().ema is None
+
+
+@pytest.mark.parametrize(("kind", "times"), [("patch", 2), ("unet", 1)])
+def test_ddp_gets_each_pass_and_sends_the_last(networks, monkeypatch, kind, times):
+    """PatchGAN's batch normalisation takes real images and fakes apart."""
+    monkeypatch.setattr(ray.train.torch, "prepare_model", Noted)
+    nets = networks(GAN, "optim.accumulate=4", f"loss.adversarial.kind={kind}", *DWT2)
+    nets.step(pixels(), 0)
+    assert nets.net.module is nets.model
+    assert nets.disc_net.module is nets.disc
+    assert nets.net.passes == [False, False, False, True]
+    assert nets.disc_net.passes == [last for last in nets.net.passes for _ in range(times)]
+
+
+def test_running_statistics_are_shared_before_they_are_averaged(networks, monkeypatch):
+    nets, seen = networks("loop.ema=0.9", "loss.adversarial.weight=0", *DWT2), []
+    monkeypatch.setattr(module, "_share_buffers", lambda model: seen.append((model is nets.model, nets.ema.updates)))
+    nets.step(pixels(), 0)
+    assert seen == [(True, 0)]
+
+
+def test_cutmix_is_drawn_by_seed_position_and_micro_batch(networks, monkeypatch):
+    x, drawn = to_tensor(pixels(count=1)), []
+    mask = losses.cutmix_mask
+    monkeypatch.setattr(losses, "cutmix_mask", lambda *size: drawn.append(True) or mask(*size))
+
+    def mixed(nets, images, part):
+        drawn.clear()
+        nets._discriminator_loss(x, x.clone(), images, part)
+        return bool(drawn)
+
+    one, other = (networks(GAN, "loss.adversarial.cutmix=0.5", f"seed={seed}", *DWT2) for seed in (0, 1))
+    rows = [[mixed(nets, 4 * n, part) for n in range(12)] for nets in (one, other) for part in (0, 1)]
+    assert len(set(map(tuple, rows))) == 4
+    assert 12 < sum(map(sum, rows)) < 36
+    assert [mixed(one, 4 * n, 0) for n in range(12)] == rows[0]
+    rare = networks(GAN, "loss.adversarial.cutmix=0.05", *DWT2)
+    assert sum(mixed(rare, 4 * n, 0) for n in range(12)) < 4
 
 
 def test_the_discriminator_has_its_own_seed_size_and_rate(networks):
@@ -522,6 +560,12 @@ def test_a_run_that_goes_on_says_so_and_may_be_longer(job, tmp_path):
         job()
     with pytest.raises(UserError, match="seed: was 0, is 1"):
         job(longer, "seed=1")
+
+
+def test_workers_are_told_whether_there_is_lpips(job, tmp_path):
+    path = save_squeezenet(tmp_path / "squeezenet.pth")
+    _, _, noted = job("loss.lpips.weight=1", "loss.lpips.net=squeeze", f"loss.lpips.weights={path}")
+    assert noted.fitted[1]["lpips"] is True
 
 
 def test_a_new_run_begins_with_a_folder_that_workers_find(job, tmp_path, monkeypatch):
