@@ -1,5 +1,7 @@
-"""Networks of random weights in files, to judge by where nobody looks at the numbers."""
+"""Networks of random weights in files, to judge by where nobody looks at the numbers, and one that notes its use."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -33,3 +35,21 @@ def save_resnet(path: Path) -> Path:
     torch.manual_seed(0)
     torch.save(models.resnet18(weights=None).state_dict(), path)
     return path
+
+
+class Noted(torch.nn.Module):
+    """In DDP's place: `passes` has whether gradients of each forward pass would cross the network."""
+
+    def __init__(self, module: torch.nn.Module):
+        super().__init__()
+        self.module, self.passes, self._sync = module, [], True
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        self._sync = False
+        yield
+        self._sync = True
+
+    def forward(self, *inputs, **options):
+        self.passes.append(self._sync)
+        return self.module(*inputs, **options)

@@ -21,6 +21,13 @@ def test_every_epoch_is_another_permutation():
     assert [EpochOrder(GROUPS, seed=4, window=10).index(i) for i in range(ROWS)] != epochs[0]
 
 
+def test_rows_of_a_lone_group_come_otherwise_in_each_epoch_and_window():
+    order = EpochOrder([20], seed=3, window=20)
+    assert len({tuple(order.index(20 * epoch + i) for i in range(20)) for epoch in range(5)}) == 5
+    order = EpochOrder([20] * 5, seed=3, window=20)
+    assert len({tuple(order.index(20 * n + i) % 20 for i in range(20)) for n in range(5)}) == 5
+
+
 def test_any_position_directly():
     order = EpochOrder(GROUPS, seed=3, window=10)
     straight = [order.index(i) for i in range(3 * ROWS)]

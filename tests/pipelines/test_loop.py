@@ -270,6 +270,20 @@ def test_people_see_how_far_it_is(run, clock, capsys):
                      "a run: 20/20 images  loss 16  0.0 images/s  0:00 left"]  # fmt: skip
 
 
+def test_on_a_terminal_the_bar_is_closed_whatever_happens(run, clock, monkeypatch):
+    moved = []
+    bar = SimpleNamespace(update=moved.append, close=lambda: moved.append("closed"))
+    monkeypatch.setattr("ray.experimental.tqdm_ray.tqdm", lambda **about: bar)
+    run(Task(clock, (12, 8)), live=True)
+    assert moved == [0, 8, 4, "closed"]  # the last batch goes beyond the end
+    task = Task(clock, (32, 8))
+    task.then[16] = lambda: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        run(task, live=True)
+    assert moved[-1] == "closed"
+    assert Told.last.closed
+
+
 def test_without_a_picture_there_is_none(run, clock):
     task = Task(clock, (8, 8))
     task.picture = None

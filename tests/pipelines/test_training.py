@@ -32,6 +32,8 @@ def test_the_rate_warms_up_and_falls():
     config = Optimizer(warmup=100, schedule="cosine")
     factors = [training.learning_rate_factor(config, n, 1100) for n in (0, 50, 100, 600, 1100)]
     assert factors == pytest.approx([1 / 101, 51 / 101, 1, 0.5, 0])
+    assert training.learning_rate_factor(config, 1300, 1100) == 0  # a last batch that goes beyond the end
+    assert training.learning_rate_factor(Optimizer(schedule="cosine"), 0, 0) == 1
     assert training.learning_rate_factor(Optimizer(), 10**9, 1) == 1
 
 
@@ -40,19 +42,34 @@ def test_seeds_differ_and_stay():
     assert len(set(seeds)) == 1000
     assert seeds[0] == training.seed_for(0, 0)
     assert all(0 <= seed < 2**63 for seed in seeds)
+    assert len({training.seed_for(*key) for key in ((1, 2, 3), (1, 3, 2), (3, 2, 1), (1, 2), (1, 2, 4))}) == 5
+
+
+def test_seeds_are_fixed_for_ever():
+    """A resumed run must draw what the version that started it would have drawn."""
+    assert [training.seed_for(0, 0), training.seed_for(0, 16, 1), training.seed_for(7, 2**40)] == [
+        7896617691693857887, 6027083068679656692, 2079425455804338922,
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ((10, 100, Ray(workers=4), 1), "does not divide by ray.workers=4"),
+        ((8, 100, Ray(workers=2), 3), "does not divide by ray.workers=2 x optim.accumulate=3"),
+        ((6, 100, Ray(workers=4, min_workers=2), 1), "does not divide by ray.workers=4 .any of"),
         ((64, 32, Ray(), 1), "larger than the data: 32 images"),
+        ((33, 32, Ray(), 1), "larger than the data: 32 images"),
         ((16, 100, Ray(workers=4, min_workers=2), 1), "ray.workers=3 .any of ray.min_workers=2 to 4"),
     ],
 )
 def test_impossible_batches(arguments, message):
     with pytest.raises(UserError, match=f"^batch=.*{message}"):
         training.check_batch("batch", *arguments)
+
+
+def test_a_batch_may_be_all_of_the_data():
+    training.check_batch("batch", 36, 36, Ray(workers=3, min_workers=1), 2)
 
 
 def test_totals_are_means_since_the_last_look():
@@ -64,6 +81,13 @@ def test_totals_are_means_since_the_last_look():
     assert {key: float(value) for key, value in means.items()} == {"loss": 3.0, "late": 5.0}
     assert not means["loss"].requires_grad
     assert totals.means() == {}
+
+
+def test_totals_count_a_metric_in_every_step_that_has_it():
+    totals = training.Totals()
+    for values in ({"loss": 1.0}, {"loss": 3.0, "r1": 7.0}, {}, {"loss": 8.0}, {"loss": 4.0, "r1": 9.0}):
+        totals.add({name: torch.tensor(value) for name, value in values.items()})
+    assert {key: float(value) for key, value in totals.means().items()} == {"loss": 4.0, "r1": 8.0}
 
 
 def test_what_is_not_finite_counts_neither_in_totals_nor_over_ranks(monkeypatch):
@@ -93,11 +117,12 @@ def linear(values):
 
 def test_adam_is_torchs_adam_without_decay():
     model, weight = linear([1.0, 1.0, 1.0]), torch.nn.Parameter(torch.ones(1, 3))
-    ours = training.Adam(model, Optimizer())
-    theirs = torch.optim.Adam([weight], lr=1e-4, betas=(0.5, 0.9))
-    for _ in range(3):
+    ours = training.Adam(model, Optimizer(lr=1.0))
+    theirs = torch.optim.Adam([weight], betas=(0.5, 0.9))
+    for rate in (1e-4, 3e-4, 2e-4):  # each step's own
         model.weight.grad, weight.grad = model.weight.detach() * 2, weight.detach() * 2
-        ours.step(1e-4)
+        ours.step(rate)
+        theirs.param_groups[0]["lr"] = rate
         theirs.step()
     torch.testing.assert_close(model.weight, weight, rtol=0, atol=1e-7)
 
