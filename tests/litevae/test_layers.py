@@ -40,7 +40,7 @@ def test_every_normalisation_of_a_model_has_sd_vaes_epsilon(norm):
         (48, 1, 16),
         (160, 1, 32),
         (64, 4, 16),
-        (128, 4, 32),
+        (128, 8, 32),
         (127, 4, 1),
         (8, 16, 1),
         (96, 8, 4),
