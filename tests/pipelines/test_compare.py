@@ -23,7 +23,7 @@ from pipelines import paper
 from pipelines.charts import chart, mean, thinned
 from pipelines.compare import compare, select
 from pipelines.compare_page import as_json, markdown, page, report
-from pipelines.comparison import Run, comparison, paper_key, significance
+from pipelines.comparison import Metric, Run, comparison, paper_key, significance
 from pipelines.config import Compare, load
 
 PSNR = "eval/reconstruction/psnr"
@@ -131,6 +131,37 @@ def test_rows_are_params_but_the_seed_and_only_what_differs_is_shown() -> None:
     assert result.params == ["optim.lr", "same"]
     assert [row.params for row in result.rows] == [["0.1", "1"], ["0.2", "2"]]
     assert any(remark.startswith("1 older run") for remark in result.remarks)
+
+
+def test_rows_are_named_by_what_their_runs_names_have_in_common() -> None:
+    def names(*runs: Run) -> list[str]:
+        return [row.name for row in comparison(runs).rows]
+
+    assert names(run("mine-s", params={"x": "1"})) == ["mine-s"]  # of one run: its own
+    assert names(*(run(f"mine-s{n}", seed=n) for n in range(2))) == ["mine"]
+    assert names(*(run(f"mine, seed {n}", seed=n) for n in range(2))) == ["mine"]
+    assert names(*(run(name, seed=n) for n, name in enumerate(("one", "two")))) == ["one"]
+
+
+@pytest.mark.parametrize(
+    ("values", "shown"),
+    [((1234.5, 1.0), "1,234"), ((123.456, 1.0), "123.5"), ((12.3456, 1.0), "12.35"), ((0.0123456, 0), "0.01235")],
+)
+def test_numbers_have_four_digits_of_the_largest(values: tuple[float, float], shown: str) -> None:
+    result = comparison([run(f"r{n}", value, params={"x": str(n)}) for n, value in enumerate(values)])
+    (metric,) = result.metrics
+    assert metric.text(values[0]) == shown
+
+
+def test_signs_and_numbers_that_are_next_to_nothing() -> None:
+    metric = Metric("eval/lpips", "", False, 3)
+    assert (metric.text(None), metric.text(0.0), metric.text(-0.5, sign=True)) == ("–", "0.000", "−0.500")
+    assert (metric.text(0.25, sign=True), metric.text(0.0001), metric.text(0.001)) == ("+0.250", "1.0e−04", "0.001")
+    assert [metric.better(value) for value in (1.0, -1.0, 0.0, None)] == [False, True, None, None]
+    assert replace(metric, higher=True).better(1.0) is True
+    assert replace(metric, higher=None).better(1.0) is None
+    assert [replace(metric, higher=way).arrow for way in (True, False, None)] == [" ↑", " ↓", ""]
+    assert (metric.title, Metric("", "rfid", False).title) == ("LPIPS", "rFID")
 
 
 def test_the_papers_numbers_stand_beside_ours() -> None:
