@@ -141,12 +141,13 @@ def _check_shard(
             return commit, [f"its commit is of inputs {commit['units']}, the plan says {list(units)}"], nothing
         lost = cache.read_quarantine(out, commit)
         rows, latents = cache.read_shard(out, commit, how) if commit["rows"] else (None, [])
+        statistics = commit["statistics"] if rows is not None else {}
     except storage.Unavailable:
         raise
     except UserError as error:
         return commit, [str(error)], nothing
     except (KeyError, TypeError) as error:
-        return commit, [f"its commit is damaged: {error!r}"], nothing
+        return {}, [f"its commit is damaged: {error!r}"], nothing
     problems = []
     absent = lost["unit"].to_numpy()
     ids = dict(zip(absent.tolist(), lost["id"].to_pylist(), strict=True))
@@ -164,7 +165,7 @@ def _check_shard(
         keys = np.array([hash(name) for name, view in zip(names, rows["view"].to_pylist(), strict=True) if view == 0])
         if any(cache.unusable(_fp32(values, how), how["dtype"]) != [None] * len(values) for values in latents):
             problems.append("has latents that are not finite")
-        if not _close(cache.statistics(latents, how), commit["statistics"]):
+        if not _close(cache.statistics(latents, how), statistics):
             problems.append("its statistics are not those of its latents")
     elif len(expected):
         problems.append(f"has no rows, but {len(expected)} inputs that are not in quarantine")

@@ -277,11 +277,27 @@ def test_it_is_the_vae_of_a_diffusers_pipeline(model):
     transformer = DiTTransformer2DModel(
         num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=4, num_layers=1, sample_size=4,
         patch_size=2, num_embeds_ada_norm=1000,
-    )  # fmt: skip
+    ).eval()  # fmt: skip
     pipeline = DiTPipeline(transformer=transformer, vae=model, scheduler=DDIMScheduler())
     pipeline.set_progress_bar_config(disable=True)
-    images = pipeline(class_labels=[1], num_inference_steps=2, output_type="np").images
+    generator = torch.Generator().manual_seed(3)
+    images = pipeline(class_labels=[1], num_inference_steps=2, output_type="np", generator=generator).images
+
+    # The same by hand: the pipeline guides by 4 away from class 1000.
+    scheduler = DDIMScheduler()
+    scheduler.set_timesteps(2)
+    z = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        for time in scheduler.timesteps:
+            given, free = (
+                transformer(z, timestep=time[None], class_labels=torch.tensor([label])).sample for label in (1, 1000)
+            )
+            z = scheduler.step(free + 4 * (given - free), time, z).prev_sample
+        expected = model.decode(z / model.config.scaling_factor).sample
+    expected = (expected / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()
     assert images.shape == (1, 32, 32, 3)
+    assert expected.std() > 0.05
+    np.testing.assert_allclose(images, expected, atol=1e-4)
 
 
 def test_the_fingerprint_is_of_config_and_weights(tmp_path, model):

@@ -420,3 +420,53 @@ def test_a_process_that_has_read_ends_cleanly(made):
     ]
     errors = [process.communicate(timeout=120)[1] for process in running]
     assert [process.returncode for process in running] == [0] * 4, errors
+
+
+# --- log-variances that no model means
+
+
+WILD = [[-100.0, -30.5], [30.0, 20.5], [0.0, 1.0]]  # of three channels of 1 x 2
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "bfloat16"])
+def test_statistics_clip_log_variances_as_diffusers_does(dtype):
+    how = cache.layout("moments", dtype)
+    moments = np.array([[[[1.0, 2.0]], [[0.0, 0.0]], [[-1.0, 1.0]], *([row] for row in WILD)]], np.float32)
+    posterior = DiagonalGaussianDistribution(torch.from_numpy(moments).double())
+    found = cache.statistics([cache.to_stored(moments, dtype)], how)
+    np.testing.assert_allclose(found["variance"], posterior.var.sum((0, 2, 3)), rtol=1e-6)
+    assert found["variance"][1] == pytest.approx(2 * np.exp(20))
+    assert found["elements"] == 2
+    assert (found["mean"], found["square"]) == ([3, 0, 0], [5, 0, 2])
+    assert cache.statistics([cache.to_stored(moments, dtype)], cache.layout("mean", dtype))["variance"] == [0] * 6
+
+
+def test_draws_clip_log_variances_as_diffusers_does():
+    moments = torch.tensor([[*([[0.0, 0.0]] for _ in WILD), *([row] for row in WILD)]])
+    mean, logvar = moments.chunk(2, dim=1)
+    noise = np.stack([cache._noise(mean.shape[1:], 7, 2, "a")])
+    expected = DiagonalGaussianDistribution(moments).std.numpy() * noise
+    found = cache.drawn(mean, logvar, 7, [(2, "a")])
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    assert np.abs(found[0, 1]).max() < 5 * np.exp(10)
+    meta = cache.drawn(mean.to("meta"), logvar.to("meta"), 7, [(2, "a")])
+    assert meta.shape == mean.shape
+
+
+def test_what_can_not_be_stored_by_type():
+    values = np.zeros((4, 2, 1, 1), np.float32)
+    values[1, 1], values[2, 0], values[3, 1] = 65_505, np.inf, -70_000
+    assert cache.unusable(values) == [None, "out_of_range", "not_finite", "out_of_range"]
+    assert cache.unusable(values, "bfloat16") == cache.unusable(values, "float32") == [None, None, "not_finite", None]
+    for dtype in cache.DTYPES:
+        assert cache.finite(cache.to_stored(values[:3], dtype), dtype).tolist()[::2] == [True, False]
+    assert not cache.finite(cache.to_stored(values, "float16"), "float16")[3]
+
+
+def test_mean_and_std_of_parts_of_different_sizes():
+    parts = [
+        {"elements": 1, "mean": [1.0], "square": [1.0], "variance": [0.5]},
+        {"elements": 3, "mean": [15.0], "square": [75.0], "variance": [1.5]},
+    ]
+    mean, std = cache.mean_and_std(parts)  # of 1, 5, 5, 5, each with a variance of 0.5
+    assert (mean, std) == ([4.0], [pytest.approx((3 + 0.5) ** 0.5)])

@@ -60,15 +60,27 @@ def test_the_transform_of_the_input_has_no_gradient():
     assert x.grad is None
 
 
-def test_the_transform_stays_in_fp32_under_autocast(monkeypatch):
+@pytest.mark.parametrize("wavelet", ["haar", "db2"])  # Haar only adds; db2 is a convolution, which autocast takes
+def test_the_transform_stays_in_fp32_under_autocast(wavelet, monkeypatch):
     import litevae.encoder
 
     seen = []
     pyramid = litevae.encoder.wavelet_pyramid
-    monkeypatch.setattr(litevae.encoder, "wavelet_pyramid", lambda x, w: seen.extend(pyramid(x, w)) or pyramid(x, w))
+
+    def look(x, name):
+        seen.extend(pyramid(x, name))
+        return seen[-3:]
+
+    monkeypatch.setattr(litevae.encoder, "wavelet_pyramid", look)
+    x = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    encoder = Encoder(4, SIZES["S"], wavelet)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        Encoder(4, SIZES["S"])(torch.randn(1, 3, 32, 32))
-    assert {bands.dtype for bands in seen} == {torch.float32}
+        encoder(x)
+        encoder(x.bfloat16())
+    for found, given in ((seen[:3], x), (seen[3:], x.bfloat16().float())):
+        assert {bands.dtype for bands in found} == {torch.float32}
+        for bands, expected in zip(found, pyramid(given, wavelet), strict=True):
+            assert torch.equal(bands, expected)
 
 
 @pytest.mark.parametrize("variant", [{}, {"extractor": "nafnet"}, {"aggregator": "vit"}, {"levels": [3]}])

@@ -23,7 +23,7 @@ from pipelines import paper
 from pipelines.charts import chart, mean, thinned
 from pipelines.compare import compare, select
 from pipelines.compare_page import as_json, markdown, page, report
-from pipelines.comparison import Run, comparison, paper_key, significance
+from pipelines.comparison import Metric, Run, comparison, paper_key, significance, tagged
 from pipelines.config import Compare, load
 
 PSNR = "eval/reconstruction/psnr"
@@ -131,6 +131,82 @@ def test_rows_are_params_but_the_seed_and_only_what_differs_is_shown() -> None:
     assert result.params == ["optim.lr", "same"]
     assert [row.params for row in result.rows] == [["0.1", "1"], ["0.2", "2"]]
     assert any(remark.startswith("1 older run") for remark in result.remarks)
+
+
+def test_rows_are_named_by_what_their_runs_names_have_in_common() -> None:
+    def names(*runs: Run) -> list[str]:
+        return [row.name for row in comparison(runs).rows]
+
+    assert names(run("mine-s", params={"x": "1"})) == ["mine-s"]  # of one run: its own
+    assert names(*(run(f"mine-s{n}", seed=n) for n in range(2))) == ["mine"]
+    assert names(*(run(f"mine, seed {n}", seed=n) for n in range(2))) == ["mine"]
+    assert names(*(run(name, seed=n) for n, name in enumerate(("one", "two")))) == ["one"]
+
+
+@pytest.mark.parametrize(
+    ("values", "shown"),
+    [((1234.5, 1.0), "1,234"), ((123.456, 1.0), "123.5"), ((12.3456, 1.0), "12.35"), ((0.0123456, 0), "0.01235")],
+)
+def test_numbers_have_four_digits_of_the_largest(values: tuple[float, float], shown: str) -> None:
+    result = comparison([run(f"r{n}", value, params={"x": str(n)}) for n, value in enumerate(values)])
+    (metric,) = result.metrics
+    assert metric.text(values[0]) == shown
+
+
+def test_signs_and_numbers_that_are_next_to_nothing() -> None:
+    metric = Metric("eval/lpips", "", False, 3)
+    assert (metric.text(None), metric.text(0.0), metric.text(-0.5, sign=True)) == ("–", "0.000", "−0.500")
+    assert (metric.text(0.25, sign=True), metric.text(0.0001), metric.text(0.001)) == ("+0.250", "1.0e−04", "0.001")
+    assert [metric.better(value) for value in (1.0, -1.0, 0.0, None)] == [False, True, None, None]
+    assert replace(metric, higher=True).better(1.0) is True
+    assert replace(metric, higher=None).better(1.0) is None
+    assert [replace(metric, higher=way).arrow for way in (True, False, None)] == [" ↑", " ↓", ""]
+    assert (metric.title, Metric("", "rfid", False).title) == ("LPIPS", "rFID")
+
+
+def test_remarks_say_what_the_numbers_are() -> None:
+    welch = comparison(table_runs(), tables=paper.tables()).remarks
+    assert welch[0] == "± is the standard deviation over seeds (n − 1)."
+    assert welch[1].startswith("p: Welch's t-test over the seeds, two-sided, with the numbers of seeds; not corrected")
+    assert welch[2].startswith(
+        "The paper's values are of its own data, size and length of training (ours: scale=smoke)"
+    )
+    assert "rFID: the paper has it, these runs do not, which takes the FID Inception's weights." in welch
+    assert "LPIPS: the paper has it, these runs do not." in welch
+    assert len(welch) == 6  # and of SSIM
+    paired = comparison(table_runs(), test="paired").remarks
+    assert paired[1].startswith("p: a paired t-test over the seeds in common, two-sided")
+    assert len(paired) == 2
+    alone = [run(f"r{n}", n, params={"x": str(n)}) for n in range(2)]
+    assert comparison(alone).remarks == ["No p: that takes two seeds and more of both rows."]
+    assert comparison(alone[:1]).remarks == []
+    again = [*alone[:1], replace(alone[0], id="later", metrics={PSNR: 5.0})]
+    found = comparison(again)
+    assert found.remarks == ["1 older runs of a row and seed that were run again are left out."]
+    assert found.rows[0].cells[0].values == {"0": 5.0}
+
+
+def test_one_row_is_the_baseline_or_one_of_each_setting() -> None:
+    runs = [run(f"r{n}", n, params={"x": str(n)}) for n in range(3)]
+    assert [row.baseline for row in comparison(runs).rows] == [True, False, False]
+    assert [row.baseline for row in comparison(runs, "r1").rows] == [False, True, False]
+    pairs = {name: (float(n),) for n, name in enumerate(paper.table("7").rows)}
+    result = comparison(table_runs(pairs, **{"litevae.table": "7"}), tables=paper.tables())
+    assert [row.baseline for row in result.rows] == [True, False, True, False]
+    assert result.baseline == "the first row of each setting"
+    assert [row.cells[-1].difference for row in result.rows] == [None, 1.0, None, 1.0]
+
+
+def test_curves_of_validation_come_first_and_those_of_zeros_not_at_all() -> None:
+    history = {"train/loss": [(1, 2.0)], "val/b": [(1, 0.0), (2, 1.0)], "val/a": [(1, 3.0)], "val/zero": [(1, 0.0)]}
+    result = comparison([run("a", history=history)])
+    assert [*result.curves] == ["val/a", "val/b", "train/loss"]
+    assert result.curves["val/b"] == [[[(1, 0.0), (2, 1.0)]]]
+
+
+def test_tags_of_all_runs_are_listed_in_order() -> None:
+    runs = [run(name, params={"x": name}, tags={"litevae.commit": name}) for name in ("cd", "ab", "cd", "ef")]
+    assert tagged([*runs, run("none")], "commit") == "ab, cd, ef"
 
 
 def test_the_papers_numbers_stand_beside_ours() -> None:

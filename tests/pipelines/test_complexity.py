@@ -1,6 +1,8 @@
 """complexity: MACs of a small autoencoder counted by hand, and what else is measured as far as it has to hold."""
 
 import json
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +11,8 @@ from diffusers import AutoencoderKL
 from jobs.evaluate import ACTIONS
 from litevae.autoencoder import LiteVAE
 from litevae.errors import UserError
+from pipelines import cluster
+from pipelines import complexity as module
 from pipelines.complexity import complexity
 from pipelines.config import EvaluateComplexity, main, usage, validate
 
@@ -56,6 +60,103 @@ def conv(channels: int, out: int, side: int, kernel: int = 3) -> int:
 def attention(channels: int, side: int) -> int:
     """Queries, keys, values and output are linear; scores of all pairs of positions, and sums weighted by them."""
     return 4 * channels**2 * side**2 + 2 * channels * side**4
+
+
+# --- parts, without processes of their own
+
+
+class Clock:
+    """Seconds, of which each forward pass takes what is next; nothing else takes any."""
+
+    def __init__(self, *seconds):
+        self.now, self.seconds, self.asked = 0.0, list(seconds), 0
+
+    def perf_counter(self):
+        if self.asked % 2:
+            self.now += self.seconds.pop(0)
+        self.asked += 1
+        return self.now
+
+
+@pytest.mark.parametrize("part", ["encoder", "decoder"])
+def test_one_model_is_measured(folder, tmp_path, monkeypatch, part):
+    """The model of diffusers above: warm-up left out, medians and extremes of the others, and its MACs by hand."""
+    cfg = config([str(folder)], tmp_path, part=part, warmup=2, batch_size=2, precision="fp32")
+    meter = module.Meter(module.Plan(str(folder), 2, 3), cfg, cluster.Share(workers=1, gpu=False, threads=2))
+    seen, forward = [], meter.forward
+    meter.forward = lambda x: seen.append(x) or forward(x)
+    clock = Clock(9, 9, 2.0, 0.5, 1.0, 9, 9, 0.004, 0.001, 0.002)
+    monkeypatch.setattr(module, "time", clock)
+    monkeypatch.setattr(meter, "_watch_memory", lambda: 5_000_000)
+    monkeypatch.setattr(meter, "_peak", lambda: 12_500_000)
+    found, machine = meter.measure()
+    shape = (3, SIDE, SIDE) if part == "encoder" else (3, SIDE // 2, SIDE // 2)
+    assert [tuple(x.shape) for x in seen] == [(2, *shape)] * 5 + [(1, *shape)] * 6
+    whole = AutoencoderKL.from_pretrained(folder)
+    assert found.pop("params_m") == sum(p.numel() for p in getattr(whole, part).parameters()) / 1e6
+    assert found.pop("gmacs") > 0
+    latencies = {"latency_ms": 2.0, "latency_ms_low": 1.0, "latency_ms_high": 4.0}
+    assert found == {
+        "memory_mb": 7.5,
+        "images_per_s": 2.0, "images_per_s_low": 1.0, "images_per_s_high": 4.0,
+        **{name: pytest.approx(ms) for name, ms in latencies.items()},
+    }  # fmt: skip
+    assert machine.startswith("2 threads of ")
+    assert isinstance(getattr(meter.model, "decoder" if part == "encoder" else "encoder"), torch.nn.Identity)
+    if part == "encoder":
+        assert -1 <= seen[0].min() < -0.9 < 0.9 < seen[0].max() <= 1
+    else:
+        assert 0.9 < seen[0].std() < 1.1
+
+
+def test_macs_are_half_the_flops(folder, tmp_path):
+    cfg = config([str(folder)], tmp_path, part="decoder", batch_size=1, repeats=1, warmup=1)
+    meter = module.Meter(module.Plan(str(folder), 2, 3), cfg, cluster.Share(workers=1, gpu=False, threads=1))
+    meter.model.decoder = meter.forward = torch.nn.Conv2d(3, 5, 3, padding=1)
+    assert meter.measure()[0]["gmacs"] * 1e9 == pytest.approx(conv(3, 5, SIDE // 2))
+
+
+def test_what_is_planned(folder, tmp_path):
+    plans = list(module._plans(config(["dwt", "dwt-2", " S", str(folder)], tmp_path, latent_channels=7)))
+    assert plans == [("dwt", 8, 12), ("dwt-2", 8, 48), ("S", 8, 7), (str(folder), 2, 3)]
+
+
+def test_models_are_compared_with_the_first(tmp_path, monkeypatch, capsys):
+    numbers = {
+        "sd-vae": {
+            "params_m": 34.0,
+            "gmacs": 0.0,
+            "images_per_s": 10.0,
+            "images_per_s_low": 9.0,
+            "images_per_s_high": 12.0,
+        },
+        "S": {"params_m": 1.0, "gmacs": 5.0, "images_per_s": 40.0, "memory_mb": 3.0},
+    }
+    logged = []
+    tracker = SimpleNamespace(metrics=lambda values, step: logged.append(values), artifact=lambda path: None)
+
+    @contextmanager
+    def tracked(cfg, job, name, folder):
+        assert (job, name, folder) == ("evaluate", "out", str(tmp_path / "out"))
+        (tmp_path / "out").mkdir()
+        yield tracker, None
+
+    workers = []
+    monkeypatch.setattr(module.cluster, "start", lambda ray: workers.append(ray.workers) or "share")
+    monkeypatch.setattr(module.tracking, "tracked", tracked)
+    monkeypatch.setattr(module.tracking, "link", lambda run: "a link")
+    monkeypatch.setattr(module, "_measured", lambda plan, cfg, share: (numbers[plan.name], f"machine, {share}"))
+    found = complexity(config(["sd-vae", "S"], tmp_path, ray={"workers": 3}))
+    assert workers == [1]
+    assert (found["complexity"], found["baseline"], found["machine"]) == (numbers, "sd-vae", "machine, share")
+    assert found["against"] == {
+        "sd-vae": {"params_m": 1, "images_per_s": 1}, "S": {"params_m": 1 / 34, "images_per_s": 4},
+    }  # fmt: skip
+    assert logged[1] == {f"eval/complexity/S/{key}": value for key, value in numbers["S"].items()}
+    shown = capsys.readouterr().out
+    assert "10.00 (9.00 to 12.00)" in shown
+    assert [line.split() for line in shown.splitlines() if line.startswith("S ")][1] == ["S", "0.029", "4.000"]
+    assert "batches of 8 images" in shown
 
 
 @pytest.mark.slow

@@ -39,7 +39,8 @@ def make_ldm(poison: bool = False, classes: int = 0, objective: Objective | None
     for parameter in unet.parameters():
         torch.nn.init.normal_(parameter, std=0.05)
     if classes:
-        torch.nn.init.normal_(unet.class_embedding.weight, std=3)  # so that another class is another image
+        torch.nn.init.normal_(unet.class_embedding.weight, std=3)  # so that another class is another image ...
+        torch.nn.init.normal_(unet.conv_out.weight, std=0.5)  # ... by more than a level or two
     if poison:
         torch.nn.init.constant_(unet.conv_out.bias, float("nan"))
     vae = LiteVAE.from_preset("S", latent_channels=4, block_out_channels=(32, 32, 32, 32), layers_per_block=1)
@@ -161,7 +162,7 @@ def test_classes_come_in_turn(by_class, tmp_path, chosen, sampler, guidance, lab
     others = [drawn([(label + 1) % 3 for label in labels], guidance)]  # of the next class: each is another image
     others += [drawn(labels, 1.0)] if guidance != 1 else []
     for other in others:
-        assert np.abs(other - expected).max(axis=(1, 2, 3)).min() > 10
+        assert np.abs(other - expected).max(axis=(1, 2, 3)).min() > 5
     assert about(tmp_path)["sampler"] == name
     assert about(tmp_path)["classes"] == (chosen or [0, 1, 2])
 
@@ -263,8 +264,7 @@ def test_batches_are_whole_and_files_written_as_they_are_complete(tmp_path, monk
         assert drawn == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
         assert written == [(2, [3, 4, 5]), (3, [6, 7, 8])]
         assert [name for name, _ in shown] == ["part-000001.parquet", "part-000002.parquet"]
-        assert shown[0][1][0] == 0  # what came before the first file is let go with the batch
-        assert shown[1][1][0] == 6
+        assert [data[0] for _, data in shown] == [3, 6]  # what no file needs any more is let go
     else:
         assert drawn == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
         assert written == [(1 + number // 4, [number]) for number in range(1, 10)]

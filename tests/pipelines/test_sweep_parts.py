@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import ray
+import yaml
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler, PopulationBasedTraining
 from ray.util.queue import Empty
@@ -604,3 +605,114 @@ def test_a_tables_rows_are_merged_into_trainings(tmp_path, monkeypatch):
     assert [each.train["seed"] for each in trials] == [0, 4, 0, 4]
     assert trials[2].train["model"]["aggregator"] == "vit"
     assert trials[0].rows[0].folder.startswith("folder/rows/UNet-seed-0-")
+
+
+# --- a sweep as a whole -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def whole(tmp_path, monkeypatch):
+    """`sweep.sweep` of a space, whose trials are stood in for: rates of 1e-4 and 1e-3 with PSNRs of 20 and 30."""
+    found = SimpleNamespace(asked=[], finished=[], failed=[])
+    listed(monkeypatch)
+    monkeypatch.setattr(sweep.cluster, "start", lambda ray, jobs: found.asked.append(jobs) or SHARE)
+    monkeypatch.setattr(sweep.cluster, "check_folders", lambda written, read: found.asked.append((written, read)))
+    monkeypatch.setattr(sweep.tracking, "finish", lambda run, status: found.finished.append(status))
+
+    def tune_it(cfg, trials, share, run, folder):
+        for each in trials:
+            for row in each.rows:
+                psnr = 20.0 if each.train["optim"]["lr"] == 1e-4 else 30.0
+                metrics = {"eval/reconstruction/psnr": psnr, "eval/reconstruction/ssim": 1 / psnr}
+                Path(row.folder).mkdir(parents=True)
+                about = {"row": row.name, "seed": row.seed, "metrics": metrics, "remarks": [], "train_vae": each.train}
+                Path(row.folder, "result.json").write_text(json.dumps(about))
+        return found.failed
+
+    monkeypatch.setattr(sweep, "_tune", tune_it)
+    data = ["data.train.uri=/train", "data.val.uri=/val", "train_vae.loss.lpips.weight=0", "name=rates", "concurrent=3"]
+    found.run = lambda *more: sweep.sweep(configured(tmp_path, *data, "space.optim.lr=[1e-4, 1e-3]", *more))
+    found.folder = tmp_path / "rates"
+    return found
+
+
+@pytest.mark.parametrize(("metric", "rate"), [("psnr", 1e-3), ("ssim", 1e-4)])
+def test_a_sweep_leaves_results_configs_and_the_best(whole, tmp_path, metric, rate, capsys):
+    results = whole.run(f"metric={metric}", "seeds=[0, 1]")
+    assert [(each["row"], each["seed"]) for each in results] == [
+        (f"optim.lr={value}", seed) for value in ("0.0001", "0.001") for seed in (0, 1)
+    ]
+    assert json.loads((whole.folder / "results.json").read_text()) == results
+    best = yaml.safe_load((whole.folder / "best.yaml").read_text())
+    assert (best["optim"]["lr"], best["name"], best["root"]) == (rate, "rates-best", str(tmp_path))
+    assert "tracking" not in best
+    configs = sorted((whole.folder / "configs").iterdir())
+    kept = [yaml.safe_load(path.read_text()) for path in configs]
+    assert {(each["optim"]["lr"], each["seed"]) for each in kept} == {(r, s) for r in (1e-4, 1e-3) for s in (0, 1)}
+    assert whole.asked == [3, ({"root": str(tmp_path)}, {"data.train.uri": "/train", "data.val.uri": "/val"})]
+    assert whole.finished == ["FINISHED"]
+    shown = capsys.readouterr().out
+    assert "sweep rates: 4 trainings, 5 at a time" in shown
+    assert "left out" not in shown
+
+
+def test_a_sweep_with_failures_leaves_what_is_done_and_tells(whole):
+    whole.failed.append("  a row: the disk is full")
+    with pytest.raises(
+        sweep.UserError, match="1 of 2 trials failed; the same command goes on with them:\n  a row: the"
+    ):
+        whole.run()
+    assert whole.finished == ["FAILED"]
+    assert len(json.loads((whole.folder / "results.json").read_text())) == 2
+
+
+def test_a_population_is_there_at_a_time(whole, monkeypatch):
+    monkeypatch.setattr(sweep, "_results", lambda folder, trials, order: [])
+    whole.run("scheduler=pbt", "trials=6")
+    assert whole.asked[0] == 6
+    assert not (whole.folder / "best.yaml").exists()
+
+
+def test_a_sweep_that_is_interrupted_is_killed(whole, monkeypatch):
+    def interrupt(*given):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sweep, "_tune", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        whole.run()
+    assert whole.finished == ["KILLED"]
+
+
+def test_a_table_of_costs_is_measured_by_one_job(tmp_path, monkeypatch, tracked):
+    asked = []
+    numbers = {"sd-vae": {"params_m": 34.0}, "S": {"params_m": 1.0}, "M": {"params_m": 32.0}}
+
+    def measure(job):
+        asked.append(job)
+        return {"complexity": {model: numbers[model] for model in job.models}}
+
+    monkeypatch.setattr("pipelines.complexity.complexity", measure)
+    monkeypatch.setattr(tracking, "start_run", lambda *given, **more: tracked.started.append(given) or Run())
+    monkeypatch.setattr(tracking, "finish", lambda run, status: tracked.closed.append(status))
+    monkeypatch.setattr(tracking, "Tracker", lambda run, system: tracked_by(tracked))
+    more = ["table=3", "scale=smoke", "rows=[LiteVAE-S, LiteVAE-M]", "evaluate_complexity.repeats=5", "seeds=[2]"]
+    results = sweep.sweep(configured(tmp_path, *more))
+    (job,) = asked
+    assert (job.models, job.batch_size, job.repeats, job.resolution) == (["S", "M"], 2, 5, 64)
+    assert (job.out, job.tracking.enabled) == (f"{tmp_path}/table-3-smoke/complexity", False)
+    assert results == [
+        {"row": f"LiteVAE-{model}", "seed": 2, "metrics": {"eval/params_m": numbers[model]["params_m"]}, "remarks": []}
+        for model in "SM"
+    ]
+    assert json.loads((tmp_path / "table-3-smoke/results.json").read_text()) == results
+    assert [given[4]["model"] for given in tracked.started[1:]] == ["S", "M"]
+    assert tracked.logged == [({"eval/params_m": 1.0}, 0), ({"eval/params_m": 32.0}, 0)]
+    assert tracked.closed == ["FINISHED"] * 3
+
+
+class Run:
+    run_id = "parent"
+
+
+def tracked_by(found):
+    return SimpleNamespace(metrics=lambda values, step: found.logged.append((values, step)), close=found.closed.append)

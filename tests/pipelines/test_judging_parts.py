@@ -1,0 +1,423 @@
+"""Parts of what judges images by themselves, with stand-ins for models and networks: which set is which, what is a mean
+of what, which images are shown, and what is said of a number."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+from torch_fidelity.metric_isc import isc_features_to_metric
+from torch_fidelity.metric_prc import prc_features_to_metric
+from torchmetrics.functional.image import peak_signal_noise_ratio
+
+from litevae import generation, metrics
+from litevae.images import ImageError, ImageTransform, to_tensor
+from pipelines import evaluate, judge, latents, outputs, reading, scores
+from pipelines.config import Evaluate, validate
+from pipelines.reading import Bad, Read
+from pipelines.scores import Score
+
+DRAW = np.random.default_rng(0)
+
+
+class Network:
+    """Features of an image are its mean colours; there are logits, too."""
+
+    name, dimension, sha256, protocol = "colours", 3, "5" * 64, "colours' protocol"
+
+    def __init__(self, name="colours", logits=True):
+        self.name, self.logits, self.seen = name, logits, []
+
+    def __call__(self, pixels):
+        self.seen.append(pixels)
+        features = torch.tensor(pixels.mean(axis=(1, 2)))
+        return features, features.repeat(1, 2) if self.logits else None
+
+
+class Photos:
+    """Images of one colour each, of which some can't be read."""
+
+    uri, digest, units, kind, bad = "/photos", "d", 40, "folder", (5, 9)
+
+    def id(self, unit):
+        return f"{unit}.png"
+
+    def data(self, unit):
+        if unit in self.bad:
+            raise ImageError("empty", f"no {unit}")
+        return unit
+
+
+def transform(unit):
+    return SimpleNamespace(pixels=np.full((4, 4, 3), (unit, 2 * unit, 255 - unit), np.uint8))
+
+
+transform.resolution, transform.resize = 4, "shorter"
+
+
+# --- reading ------------------------------------------------------------------------------------------------------
+
+
+def test_a_batch_is_what_can_be_read():
+    whole, none = reading._read(Photos(), transform, [range(3, 7), [9]])
+    assert whole.units == [3, 4, 6]
+    assert whole.pixels[:, 0, 0].tolist() == [[3, 6, 252], [4, 8, 251], [6, 12, 249]]
+    assert whole.bad == [Bad("5.png", "empty", "no 5")]
+    assert (none.pixels.shape, none.units, none.bad) == ((0, 4, 4, 3), [], [Bad("9.png", "empty", "no 9")])
+
+
+def test_images_are_taken_evenly():
+    assert reading.spaced(range(10), 4) == [0, 2, 5, 7]
+    assert reading.spaced([3, 5, 8], 3) == [3, 5, 8]
+    assert reading.spaced([3, 5, 8], 2) == [3, 5]
+
+
+def test_a_few_names_are_given():
+    bad = [Bad(f"{n}.png", "empty", "") for n in range(7)]
+    assert reading.named(bad[:2]) == "0.png (empty), 1.png (empty)"
+    assert reading.named(bad[:5]).endswith("4.png (empty)")
+    assert reading.named(bad).endswith("4.png (empty) and 2 more")
+
+
+def test_chunks_hold_64_megabytes_and_give_each_worker_four():
+    assert [len(part) for part in reading.chunks(range(1000), 10, 64, 5)] == [5] * 20
+    assert [len(part) for part in reading.chunks(range(1000), 16, 512, 1)] == [5] * 12 + [3]  # 12.6 MB a batch
+    assert [len(part) for part in reading.chunks(range(30), 10, 64, 5)] == [1, 1, 1]
+
+
+# --- scores -------------------------------------------------------------------------------------------------------
+
+
+def test_few_images_are_warned_of():
+    network = SimpleNamespace(dimension=512)
+    assert scores.caution(513, network) == []
+    for count in (512, 3):
+        (said,) = scores.caution(count, network)
+        assert said.startswith(f"CAUTION: {count} images make a singular covariance of 512 features")
+
+
+def test_how_images_were_brought_to_their_size():
+    assert scores.shown(ImageTransform(64, "none")) == "centre crop of 64 px, not resized"
+    assert scores.shown(ImageTransform(64)).startswith("shorter side to 64 px (Pillow ")
+
+
+def test_scores_are_written_and_logged(tmp_path):
+    logged, kept = {}, []
+    tracker = SimpleNamespace(metrics=lambda values, step: logged.update({step: values} | values), artifact=kept.append)
+    marks = [Score("fid", "FID", 1.5, None, "p"), Score("is", "IS", 2.0, 0.25, "p"), Score("x", "Long", 3.0, None, "q")]
+    summary = {"metrics": [mark._asdict() for mark in marks], "remarks": ["no LPIPS"], "run": "link"}
+    scores.leave(summary, str(tmp_path), tracker)
+    assert json.loads((tmp_path / "metrics.json").read_text()) == summary
+    assert kept == [f"{tmp_path}/metrics.json"]
+    assert {k: v for k, v in logged.items() if k} == {
+        "eval/fid": 1.5,
+        "eval/is": 2.0,
+        "eval/is_std": 0.25,
+        "eval/x": 3.0,
+    }
+    assert 0 in logged
+    assert scores.report(summary, "out").split("\n") == [
+        "FID   1.5", "IS    2 ± 0.25", "    p", "", "Long  3", "    q", "", "no LPIPS", "metrics   out/metrics.json",
+        "run       link",
+    ]  # fmt: skip
+
+
+def test_networks_are_those_with_weights(monkeypatch):
+    monkeypatch.setattr(scores, "Inception", lambda file: f"inception {file}")
+    monkeypatch.setattr(scores, "SqueezeNetCaffe", lambda file: f"squeezenet {file}")
+    monkeypatch.setattr(scores, "Backbone", lambda model, file: f"{model} {file}")
+    assert scores.networks("a", "b", "c", "m") == (["inception a", "squeezenet b", "m c"], [])
+    assert scores.networks("") == (["inception "], [])
+
+    def missing(file):
+        raise scores.WeightsMissing("no weights")
+
+    monkeypatch.setattr(scores, "Inception", missing)
+    assert scores.networks("", "b") == (["squeezenet b"], ["no weights"])
+
+
+def test_tables_have_columns(tmp_path):
+    assert outputs.table([["", "one"], ["long", "2"]]) == "      one\nlong    2"
+    outputs.write(tmp_path / "a", b"first")
+    outputs.write(tmp_path / "a", b"second")
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("a", b"second")]
+
+
+# --- evaluate -----------------------------------------------------------------------------------------------------
+
+
+def test_means_are_of_images_not_of_batches():
+    total = evaluate.Total([Network()])
+    batches = [DRAW.random(size) for size in (5, 1, 3)]
+    pairs = [(DRAW.random((size, 3)), DRAW.random((size, 3))) for size in (5, 1, 3)]
+    for number, (values, pair) in enumerate(zip(batches, pairs, strict=True)):
+        named = {"reconstruction/psnr": values, "bicubic/psnr": values + 1, "imbalance": values * 2}
+        part = evaluate.Measured(len(values), 1.0, 2.0, named, {"colours": pair}, [Bad(str(number), "r", "m")])
+        part.latents = np.full((len(values), 2), number) if number else None
+        part.pictures, part.maps = ((f"p{number}",), ()) if number == 1 else ((), (f"m{number}",))
+        total.add(part)
+    every = np.concatenate(batches)
+    assert (total.images, total.encode_seconds, total.decode_seconds) == (9, 3, 6)
+    assert total.numbers["reconstruction"]["psnr"] == pytest.approx(every.mean())
+    assert total.numbers["bicubic"] == {"psnr": pytest.approx(every.mean() + 1)}
+    assert total.means["imbalance"].value() == pytest.approx(2 * every.mean())
+    sides = [fid_features_to_statistics(torch.tensor(np.concatenate(side))) for side in zip(*pairs, strict=True)]
+    expected = fid_statistics_to_metric(*sides, verbose=False)["frechet_inception_distance"]
+    assert total.numbers["reconstruction"]["frechet/colours"] == pytest.approx(expected, rel=1e-6)
+    assert [bad.id for bad in total.bad] == ["0", "1", "2"]
+    assert [part.tolist() for part in total.latents] == [[[1, 1]], [[2, 2]] * 3]
+    assert (total.pictures, total.maps) == ([("p1",)], [("m0",), ("m2",)])
+    one = evaluate.Total([Network()])
+    one.add(evaluate.Measured(1, features={"colours": (pairs[1][0], pairs[1][1])}))
+    assert one.numbers == {"reconstruction": {}, "bicubic": {}}
+    assert (evaluate._frechet("inception"), evaluate._frechet("x")) == ("rfid", "frechet/x")
+
+
+def evaluator(monkeypatch, posterior=True, networks=(), **more):
+    """A worker whose autoencoder has f = 2: a latent is the means of 2 x 2 pixels, with log-variances of 9, and what is
+    decoded is twice as far from gray."""
+    found = evaluate.Evaluator.__new__(evaluate.Evaluator)
+    found.cfg = validate(Evaluate, {"precision": "fp32", "mmd_images": 6, "transform": {"resolution": 8}} | more)
+    found.device, found.factor, found.posterior, found.maps = torch.device("cpu"), 2, posterior, None
+
+    def encode(model, x):
+        mean = torch.nn.functional.avg_pool2d(x, 2)
+        return torch.cat([mean, torch.full_like(mean, 9)], dim=1) if posterior else mean
+
+    def decode(z, return_dict):
+        assert not return_dict
+        found.maps = z.repeat(1, 4, 1, 1) if networks else None
+        return (torch.nn.functional.interpolate(z, scale_factor=2) * 2,)
+
+    monkeypatch.setattr(evaluate, "encode_latents", encode)
+    found.model = SimpleNamespace(decode=decode)
+    measures = {"psnr": evaluate.METRICS["psnr"], "first": evaluate.Metric("", "", lambda x, y: x[:, 0, 0, 0])}
+    found.judges = SimpleNamespace(metrics=measures, networks=list(networks))
+    return found
+
+
+def batch_of(units):
+    smooth = np.add.outer(np.arange(8), np.arange(8))[..., None] * np.array([9, 5, 1])
+    pixels = np.stack([(smooth + 11 * unit) % 256 for unit in units]).astype(np.uint8)
+    return Read(pixels, list(units), [Bad("x", "r", "m")])
+
+
+@pytest.mark.parametrize("posterior", [True, False])
+def test_a_batch_is_measured_beside_bicubic(monkeypatch, posterior):
+    network = Network()
+    worker, batch = evaluator(monkeypatch, posterior, [network]), batch_of([2, 3, 5, 6])
+    (found,) = worker.measure([batch], [3], True)
+    x = to_tensor(batch.pixels)
+    mean = torch.nn.functional.avg_pool2d(x, 2)
+    y = (torch.nn.functional.interpolate(mean, scale_factor=2) * 2).clamp(-1, 1)
+    rounded = ((y + 1) * 127.5).round()
+    for which, other in (("reconstruction", y), ("bicubic", metrics.bicubic_baseline(x, 2))):
+        sides = [((each + 1) * 127.5).round().double() for each in (x, other)]
+        expected = [peak_signal_noise_ratio(a, b, data_range=255.0).item() for a, b in zip(*sides, strict=True)]
+        np.testing.assert_allclose(found.values[f"{which}/psnr"], expected, rtol=1e-4)
+        np.testing.assert_allclose(found.values[f"{which}/first"], x[:, 0, 0, 0])  # originals come first
+    assert (found.images, found.bad) == (4, batch.bad)
+    assert found.encode_seconds > 0 < found.decode_seconds
+    before, after = found.features["colours"]
+    np.testing.assert_allclose(before, batch.pixels.mean((1, 2)), rtol=1e-6)
+    np.testing.assert_allclose(after, rounded.mean((2, 3)), rtol=1e-6)
+    assert network.seen[1].dtype == np.uint8
+    shown, reconstructed, latent = found.pictures
+    assert torch.equal(shown, x[:3])
+    assert torch.equal(reconstructed, y[:3])
+    assert torch.equal(latent, mean[:3])
+    assert found.latents.shape == ((3, 6, 4, 4) if posterior else (3, 3, 4, 4))  # of images 2, 3 and 5: before 6
+    np.testing.assert_array_equal(found.latents[:, :3], mean[:3])
+    maps = mean.repeat(1, 4, 1, 1)
+    np.testing.assert_allclose(found.values["imbalance"], metrics.imbalance(maps), rtol=1e-6)
+    assert torch.equal(found.maps[0], x[:2])  # images 2 and 3 of the first 4
+    assert worker.maps is None
+
+
+def test_only_at_the_jobs_resolution_latents_and_maps_are_looked_at(monkeypatch):
+    worker = evaluator(monkeypatch, networks=[Network()])
+    (found,) = worker.measure([batch_of([0, 1])], [0], False)
+    assert (found.latents, found.pictures, found.maps) == (None, (), ())
+    assert "imbalance" not in found.values
+    (empty,) = worker.measure([Read(np.empty((0, 8, 8, 3), np.uint8), [], [Bad("x", "r", "m")])], [0], True)
+    assert (empty.images, empty.values, empty.bad) == (0, {}, [Bad("x", "r", "m")])
+
+
+def test_what_constant_colours_come_out_as(monkeypatch):
+    """Colours of all corners and gray, in batches; clipped, they come back as they are."""
+    worker = evaluator(monkeypatch, batch_size=4, transform={"resolution": 32})
+    rms, period = worker.artefacts()
+    assert (rms, period) == (pytest.approx(0, abs=1e-6), None)
+
+
+@pytest.mark.parametrize(
+    ("images", "pictures", "shown"),
+    [(12, 5, [[0, 3], [6, 9], []]), (12, 12, [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9], [10, 11]]), (3, 8, [[0, 1, 2]])],
+)
+def test_pictures_are_evenly_spaced(monkeypatch, images, pictures, shown):
+    asked = []
+    actor = SimpleNamespace(measure=SimpleNamespace(remote=lambda read, counts, whole: asked.append((counts, whole))))
+
+    def over(units, call, source, transform, batch_size, actors, decoders):
+        assert (transform.resolution, batch_size, actors, decoders) == (32, 5, [actor], 7)
+        for start in range(0, len(units), 5):
+            call(actor, "read", [units[start : start + 5]])
+            yield [evaluate.Measured(len(units[start : start + 5]))]
+
+    monkeypatch.setattr(reading, "over", over)
+    values = {"transform": {"resolution": 32}, "batch_size": 5, "images": images, "pictures": pictures}
+    cfg, judges = validate(Evaluate, values), SimpleNamespace(networks=[])
+    total = evaluate._measure(cfg, Photos(), 32, [actor], 7, judges)
+    assert total.images == images
+    assert asked == [([len(part)], True) for part in shown]
+    asked.clear()
+    other = validate(Evaluate, values | {"transform": {"resolution": 64}})
+    evaluate._measure(other, Photos(), 32, [actor], 7, judges)
+    assert asked == [([0], False)] * len(shown)
+
+
+@pytest.mark.parametrize("moments", [True, False])
+def test_mmd_is_of_all_latents_normalised_by_their_own_channels(moments):
+    generator = torch.Generator().manual_seed(1)
+    raw = torch.randn(6, 2, 4, 4, generator=generator) * torch.tensor([3.0, 0.5]).view(1, 2, 1, 1) + 2
+    log = torch.full_like(raw, -1.5)
+    total = SimpleNamespace(latents=[*(torch.cat([raw, log], 1) if moments else raw).split(4)])
+    if moments:
+        raw = raw + np.exp(-0.75) * torch.randn(raw.shape, generator=torch.Generator().manual_seed(5))
+    channels = raw.transpose(0, 1).flatten(1)
+    normalised = (raw - channels.mean(1).view(1, 2, 1, 1)) / channels.std(1, correction=0).view(1, 2, 1, 1)
+    found = evaluate._mmd(validate(Evaluate, {"seed": 5}), total, moments)
+    for kind, values in (("raw", raw), ("normalised", normalised)):
+        for sigma, (value, _) in generation.mmd(values, seed=5).items():
+            (score,) = [score for score in found if score.name == f"mmd/{kind}/{sigma:g}"]
+            assert score.value == pytest.approx(value, rel=1e-4, abs=1e-9)
+            said = "drawn from the posterior" if moments else "as the encoder gives them"
+            assert f"6 latents of 2x4x4, {said}, in 1 subset of 6" in score.protocol
+
+
+def test_subsets_of_an_mmd_are_told():
+    values = torch.randn(50, 3, 2, 2, generator=torch.Generator().manual_seed(0))
+    found = latents.judged(values, values / 2, "the cache", "means", [2.0, 5.0], 20, 3)
+    assert [score.name for score in found] == [f"mmd/{kind}/{s}" for kind in ("normalised", "raw") for s in (2, 5)]
+    for scores_of, given in ((found[:2], values / 2), (found[2:], values)):
+        expected = generation.mmd(given, [2.0, 5.0], 20, 3)
+        assert [(score.value, score.std) for score in scores_of] == [*expected.values()]
+    assert "50 latents of 3x2x2, means, in 2 subsets of 20" in found[0].protocol
+    assert "to mean 0 and standard deviation 1 a channel over the cache" in found[0].protocol
+
+
+@pytest.mark.parametrize(("side", "measured"), [(32, True), (31, False)])
+def test_artefacts_are_looked_for_within_borders(monkeypatch, side, measured):
+    monkeypatch.setattr(evaluate, "spread", lambda actors, call, items: [(0.5, 8.0)])
+    means = {"imbalance": SimpleNamespace(value=lambda: 0.25)}
+    cfg = SimpleNamespace(transform=SimpleNamespace(resolution=side))
+    remarks = []
+    found = evaluate._own_marks(cfg, SimpleNamespace(means=means, images=7), 8, None, remarks)
+    values = {score.name: score.value for score in found}
+    assert values == ({"artefacts": 0.5, "artefacts/period": 8.0} if measured else {}) | {"imbalance": 0.25}
+    assert [remark.split(":")[0] for remark in remarks] == ([] if measured else ["no artefacts in constant colour"])
+    monkeypatch.setattr(evaluate, "spread", lambda actors, call, items: [(0.5, None)])
+    found = evaluate._own_marks(cfg, SimpleNamespace(means={}, images=7), 8, None, remarks)
+    assert [score.name for score in found] == (["artefacts"] if measured else [])
+
+
+# --- judge --------------------------------------------------------------------------------------------------------
+
+
+def set_of(features, logits=None, kept=slice(None)):
+    statistics = generation.FrechetStatistics(features.shape[1])
+    statistics.add(features)
+    found = judge.Features(statistics, [features[kept]], [] if logits is None else [logits])
+    transform = ImageTransform(64)
+    result = judge.Set(Photos(), transform, range(len(features)), frozenset(), {})
+    return result, found
+
+
+@pytest.mark.parametrize("name", ["inception", "colours"])
+def test_generated_images_are_judged_by_the_reference(name):
+    """Precision is the share of generated ones, and recall that of the reference: here they differ."""
+    generator = torch.Generator().manual_seed(0)
+    drawn, real = torch.randn(40, 3, generator=generator) * 0.3, torch.randn(60, 3, generator=generator)
+    logits = torch.randn(40, 7, generator=generator)
+    network = Network(name)
+    (mine, own), (theirs, others) = set_of(drawn, logits, slice(0, 30)), set_of(real, kept=slice(0, 25))
+    mine.features[name], theirs.features[name] = own, others
+    found = {score.name: score for score in judge._scores(network, mine, theirs)}
+    suffix = "" if name == "inception" else f"/{name}"
+    distance = found["fid" if name == "inception" else f"frechet{suffix}"]
+    sides = [fid_features_to_statistics(each.double()) for each in (drawn, real)]
+    expected = fid_statistics_to_metric(*sides, verbose=False)["frechet_inception_distance"]
+    assert distance.value == pytest.approx(expected, rel=1e-5)
+    prc = prc_features_to_metric(drawn[:30].double(), real[:25].double(), verbose=False)
+    assert prc["precision"] > prc["recall"] + 0.1
+    assert found[f"precision/{name}"].value == pytest.approx(prc["precision"])
+    assert found[f"recall/{name}"].value == pytest.approx(prc["recall"])
+    isc = isc_features_to_metric(logits)
+    score = found[f"inception_score{suffix}"]
+    assert score.value == pytest.approx(isc["inception_score_mean"], rel=1e-5)
+    assert score.std == pytest.approx(isc["inception_score_std"], rel=1e-4)
+    assert len(found) == 4
+    assert "40 generated images of 64 px, as they are, against 60 of /photos" in distance.protocol
+    assert "30 generated images of 64 px, as they are, against 25 of /photos" in found[f"recall/{name}"].protocol
+    assert "CAUTION" not in distance.protocol
+    network.dimension = 50  # more than there are generated images, though not than there are real ones
+    assert "CAUTION: 40 images" in judge._scores(network, mine, theirs)[0].protocol
+    own.logits.clear()
+    assert len(judge._scores(network, mine, theirs)) == 3
+
+
+def test_features_are_of_the_images_that_can_be_read(monkeypatch):
+    network = Network(logits=False)
+    worker = judge.Extractor.__new__(judge.Extractor)
+    worker.networks = {"colours": network, "unwanted": None}
+    actor = SimpleNamespace(extract=SimpleNamespace(remote=worker.extract))
+
+    def over(units, call, source, transform, batch_size, actors, decoders):
+        assert (batch_size, actors, decoders) == (6, [actor], 2)
+        for part in reading.chunks(units, 3, 4, 1):
+            yield call(actor, reading._read(source, transform, part), part)
+
+    monkeypatch.setattr(reading, "over", over)
+    images = judge.Set(Photos(), transform, range(2, 18), frozenset([2, 5, 7, 17]))
+    judge._extract(images, [network], 6, [actor], 2, "samples")
+    found, units = images.features["colours"], [unit for unit in range(2, 18) if unit not in (5, 9)]
+    expected = np.array([[unit, 2 * unit, 255 - unit] for unit in units])
+    assert found.statistics.count == images.images == 14
+    np.testing.assert_allclose(found.statistics.mean, expected.mean(0))
+    np.testing.assert_allclose(found.statistics.covariance, np.cov(expected.T), rtol=1e-6)
+    assert torch.cat(found.kept)[:, 0].tolist() == [2, 7, 17]
+    assert found.logits == []
+    assert [bad.id for bad in images.bad] == ["5.png", "9.png"]
+    assert images.about == {
+        "uri": "/photos", "digest": "d", "images": 14,
+        "unreadable": [{"id": f"{n}.png", "reason": "empty", "message": f"no {n}"} for n in (5, 9)],
+    }  # fmt: skip
+    few = judge.Set(Photos(), transform, range(11), frozenset())
+    with pytest.raises(judge.UserError, match=r"9 of 11 images could be read: 5.png \(empty\), 9.png \(empty\)"):
+        judge._extract(few, [network], 6, [actor], 2, "samples")
+    judge._extract(judge.Set(Photos(), transform, range(12), frozenset()), [network], 6, [actor], 2, "samples")
+
+
+def test_a_set_takes_its_images_evenly():
+    found = judge._set(Photos(), transform, 8, 3, "images")
+    assert found.units == [0, 5, 10, 15, 20, 25, 30, 35]
+    assert found.kept == {0, 10, 25}
+    every = judge._set(Photos(), transform, 0, 100, "images", [3, 4, 5])
+    assert (every.units, every.kept) == ([3, 4, 5], {3, 4, 5})
+    with pytest.raises(judge.UserError, match="images=4, but /photos has 3"):
+        judge._set(Photos(), transform, 4, 3, "images", [3, 4, 5])
+
+
+def test_generated_images_are_not_resized(tmp_path):
+    for size in ((48, 48), (48, 64), (32, 32)):
+        Image.new("RGB", size).save(tmp_path / "a.png")
+        data = (tmp_path / "a.png").read_bytes()
+        if size == (48, 48):
+            assert judge.AsDrawn(48)(data).pixels.shape == (48, 48, 3)
+            continue
+        with pytest.raises(ImageError, match=f"{size[0]}x{size[1]} pixels") as error:
+            judge.AsDrawn(48)(data)
+        assert error.value.reason == "other_size"
