@@ -339,6 +339,8 @@ MUTANTS = [
         (
             "tests/pipelines/test_loop.py::test_one_of_several_workers_leaves_it_for_all_which_return_it_when_they_begin_anew",
         ),
+    ),
+    Mutant(
         "jobs/configs/demo.yaml",
         "optim: {lr: 1.0e-3, betas: [0.9, 0.99]",
         "optim: {lr: 1.0e-3, betas: [0.9, 0.999]",
