@@ -166,7 +166,7 @@ def test_it_is_written_and_logged(summary):
         assert run.data.metrics[f"eval/{name}"] == value
 
 
-@pytest.mark.usefixtures("wherever")
+@pytest.mark.slow
 def test_two_workers_parquet_and_a_kept_reference_give_the_same(summary, fake, real, weights, tmp_path, monkeypatch):
     """The same samples in Parquet, in a folder as a sample job leaves it; the reference set is not read again."""
     drawn = tmp_path / "drawn"
@@ -270,7 +270,7 @@ def test_a_damaged_or_foreign_file_is_not_believed(reference, tmp_path):
     whole = Path(file.path).read_bytes()
     draw = np.random.default_rng(0)
     cases = [b"", b"text", whole[:1000], whole[:-30], whole.replace(b'"format": 1', b'"format": 2')]
-    for place in draw.integers(len(whole), size=150):
+    for place in draw.integers(len(whole), size=40):
         cases.append(whole[:place] + bytes([whole[place] ^ 1 << int(draw.integers(8))]) + whole[place + 1 :])
     refused = 0
     for data in cases:
@@ -284,7 +284,7 @@ def test_a_damaged_or_foreign_file_is_not_believed(reference, tmp_path):
             refused += 1
         else:  # a bit that says nothing, such as a time stamp's in the zip's directory
             assert torch.equal(images.features["squeezenet-caffe"].statistics.outer, reference[2].statistics.outer)
-    assert refused >= 150
+    assert refused >= 40
 
 
 @pytest.mark.usefixtures("in_process")
