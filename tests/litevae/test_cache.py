@@ -470,3 +470,14 @@ def test_mean_and_std_of_parts_of_different_sizes():
     ]
     mean, std = cache.mean_and_std(parts)  # of 1, 5, 5, 5, each with a variance of 0.5
     assert (mean, std) == ([4.0], [pytest.approx((3 + 0.5) ** 0.5)])
+
+
+def test_noise_is_that_of_seed_epoch_and_id(made):
+    """By hand: NumPy's Philox under the BLAKE2b of the three. Of another view than the first the id has its number."""
+    folder, moments = made
+    key = hashlib.blake2b(b"7\x003\x00img-5", digest_size=16).digest()
+    generator = np.random.Generator(np.random.Philox(key=np.frombuffer(key, np.uint64)))
+    mean, logvar = np.split(moments[5].astype(np.float32), 2)
+    expected = mean + np.exp(logvar / 2) * generator.standard_normal(mean.shape, np.float32)
+    found = LatentCache(folder).latents([9, 5], epoch=[0, 3], seed=7, normalize=False)[1]
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)

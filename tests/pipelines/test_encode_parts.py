@@ -365,6 +365,13 @@ def test_an_encoder_loads_its_model_once_and_again_after_it_was_closed(model, tm
     assert loaded == ["cpu"] * 2
 
 
+def test_a_gpu_computes_the_same_each_time_and_in_fp32():
+    before = torch.backends.cudnn.flags(enabled=False, benchmark=True, deterministic=False, allow_tf32=True)
+    with before, encode.exact():
+        cudnn = torch.backends.cudnn
+        assert (cudnn.enabled, cudnn.deterministic, cudnn.allow_tf32) == (True, True, False)
+
+
 def planned(photos, model, before=None, **more):
     config = validate(Encode, {"source": {"uri": str(photos)}, "model": model, "precision": "fp32"} | more)
     source = Listed([1] * 3)

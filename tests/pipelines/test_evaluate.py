@@ -260,6 +260,7 @@ def test_it_is_logged_to_mlflow(summary):
     assert run.data.metrics["eval/reconstruction/psnr"] == summary["reconstruction"]["psnr"]
     assert run.data.metrics["eval/bicubic/ssim"] == summary["bicubic"]["ssim"]
     assert run.data.metrics["eval/mmd/raw/25"] == scored(summary)["mmd/raw/25"]
+    assert [each.step for each in client.get_metric_history(run.info.run_id, "eval/reconstruction/psnr")] == [0]
     curve = client.get_metric_history(run.info.run_id, "eval/scale/psnr")
     assert [(each.step, each.value) for each in curve] == [
         (int(pixels), each["reconstruction"]["psnr"]) for pixels, each in summary["scales"].items()
