@@ -16,7 +16,7 @@ from litevae.cache import LatentCache, read_plan
 from litevae.denoiser import null_class
 from litevae.errors import UserError
 from litevae.images import to_uint8
-from litevae.ldm import load_ldm
+from litevae.ldm import LDM, load_ldm
 from litevae.pictures import grid
 from pipelines import batches, checkpoint, cluster, tracking, training
 from pipelines import train_ldm as module
@@ -173,11 +173,23 @@ def trained(one):
 )
 def test_the_picture_is_of_the_exported_model(task, tmp_path, monkeypatch, words, count, labels, columns):
     monkeypatch.setattr(module, "PICTURES", 3)
-    one = trained(task(*words, f"sample_images={count}", "optim.lr=0.01"))
+    one, asked, sample = trained(task(*words, f"sample_images={count}", "optim.lr=0.01")), [], LDM.sample
+    monkeypatch.setattr(
+        LDM, "sample", lambda self, seeds, **more: asked.append((seeds, more)) or sample(self, seeds, **more)
+    )
+    for average in one.averages.values():
+        torch._foreach_mul_(list(average.average.values()), 1.5)  # so that it is seen whose picture it is
     before = copy.deepcopy(one.network.state_dict())
     values, picture = one.validate()
     assert values == {}
     assert all(torch.equal(value, before[name]) for name, value in one.network.state_dict().items())
+    seeds = [[(one.config.seed, n) for n in range(count)][start : start + 3] for start in range(0, count, 3)]
+    assert [seeds for seeds, _ in asked] == seeds
+    assert all(more.pop("steps") == 2 for _, more in asked)
+    if labels is not None:
+        assert [label for _, more in asked for label in more.pop("labels")] == labels
+        assert {more.pop("guidance") for _, more in asked} == {one.config.sample_guidance}
+    assert all(more == {} for _, more in asked)
     one.exports()["model"](tmp_path / "model")
     options = {} if labels is None else {"labels": labels, "guidance": one.config.sample_guidance}
     seed = one.config.seed
