@@ -266,14 +266,14 @@ DWT2 = [WHOLE, "model.encoder=dwt-2", "model.latent_channels=48"]
 @pytest.mark.parametrize(
     "more",
     [
-        ["model.encoder=B"],
-        *(pytest.param([f"model.encoder={size}"], marks=pytest.mark.slow) for size in ("M", "L", "sd-vae")),
-        ["model.encoder=vae-small"],
+        [WHOLE, "model.encoder=B"],
+        *(pytest.param([WHOLE, f"model.encoder={size}"], marks=pytest.mark.slow) for size in ("M", "L", "sd-vae")),
+        [WHOLE, "model.encoder=vae-small"],
         DWT,
         DWT2,
         ["model.extractor=nafnet"],
-        ["model.shared_extractor=true"],
-        ["model.levels=[2, 3]"],
+        ["model.shared_extractor=true", "model.levels=[2, 3]"],
+        [WHOLE],
         ["model.aggregator=vit", "model.vit_grid=4"],
         ["model.downsample=pool"],
         ["model.conv1x1=true"],
@@ -287,7 +287,7 @@ DWT2 = [WHOLE, "model.encoder=dwt-2", "model.latent_channels=48"]
 )
 def test_every_system_trains(networks, more):
     """Its losses are those of its own reconstruction and posterior, and on the same batch they fall."""
-    nets = ready(networks(WHOLE, "loss.l2.weight=1", "loss.adversarial.start=0", "loss.adversarial.adaptive=true",
+    nets = ready(networks("loss.l2.weight=1", "loss.adversarial.start=0", "loss.adversarial.adaptive=true",
                           "optim.lr=3e-3", *more))  # fmt: skip
     by_hand, reached = copy.deepcopy(nets.model), set()
     for name, p in nets.model.named_parameters():
