@@ -119,6 +119,12 @@ def in_process() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """botocore does not wait before it asks a store again."""
+    monkeypatch.setattr("botocore.retries.standard.ExponentialBackoff.delay_amount", lambda *_: 0)
+
+
 @pytest.fixture(params=["here", pytest.param("ray", marks=pytest.mark.slow)])
 def wherever(request: pytest.FixtureRequest) -> None:
     """A job once as with `in_process`, and in the slow suite with Ray's workers, too."""

@@ -37,6 +37,14 @@ def save_resnet(path: Path) -> Path:
     return path
 
 
+def save_vgg19(path: Path) -> Path:
+    """Of the convolutions of a VGG19; its classifier, of half a gigabyte, nobody asks for."""
+    torch.manual_seed(0)
+    features = models.vgg.make_layers(models.vgg.cfgs["E"], batch_norm=False)
+    torch.save({f"features.{name}": value for name, value in features.state_dict().items()}, path)
+    return path
+
+
 class Noted(torch.nn.Module):
     """In DDP's place: `passes` has whether gradients of each forward pass would cross the network."""
 

@@ -499,6 +499,7 @@ for path in sorted(Path(sys.argv[1]).iterdir()):
     assert {found[name] for name in ("icc", "rows", "exif")} <= read
 
 
+@pytest.mark.slow
 def test_a_parquet_row_of_gigabytes(tmp_path):
     """2.2 GB of zeros, which are 100 kB of file, are not unpacked."""
     with pq.ParquetWriter(tmp_path / "a.parquet", pa.schema([("image", pa.binary())]), compression="zstd") as writer:

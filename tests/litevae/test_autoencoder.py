@@ -186,10 +186,16 @@ SYSTEMS = {
 }
 
 
-SLOW_IN_BF16 = ("LiteVAE-M", "LiteVAE-L", "SD-VAE")  # on a CPU without it: most of a minute; of the parts of S
+LARGE = (
+    "LiteVAE-M",
+    "LiteVAE-L",
+    "SD-VAE",
+)  # of the parts of the others; in bf16 most of a minute where the CPU has none
 
 
-@pytest.mark.parametrize("name", SYSTEMS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in LARGE else ()) for name in SYSTEMS]
+)
 def test_every_system_trains_is_saved_and_loaded(tmp_path, x, name):
     torch.manual_seed(0)
     model = LiteVAE(**{"size": "S"} | SMALL | SYSTEMS[name])
@@ -198,11 +204,13 @@ def test_every_system_trains_is_saved_and_loaded(tmp_path, x, name):
             p.add_(0.05 * torch.randn_like(p))
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     before = {key: p.detach().clone() for key, p in model.named_parameters()}
-    if name not in SLOW_IN_BF16:
-        with torch.autocast("cpu", torch.bfloat16):
-            image, posterior = model(x)
-        assert image.isfinite().all()
-        assert posterior.parameters.isfinite().all()
+    if name not in LARGE:
+        part = x[:1, :, :32, :32]
+        with torch.no_grad():
+            exact, _ = model(part, sample_posterior=False)
+            with torch.autocast("cpu", torch.bfloat16):
+                rough, _ = model(part, sample_posterior=False)
+        assert 0 < (rough - exact).abs().mean() < 0.05 * exact.std(), (rough - exact).abs().mean() / exact.std()
     image, posterior = model(x)
     assert image.shape == x.shape
     (F.mse_loss(image, x) + 1e-3 * posterior.kl().mean()).backward()

@@ -412,6 +412,7 @@ def test_a_copy_in_another_process_reads_the_same(made):
     assert torch.equal(again.moments([3, 449]), latents.moments([3, 449]))
 
 
+@pytest.mark.slow
 def test_a_process_that_has_read_ends_cleanly(made):
     """Reading through a Python file left threads of Arrow's that aborted the process as it ended, one time in three."""
     script = f"from litevae.cache import LatentCache; LatentCache({str(made[0])!r}).row(7)"

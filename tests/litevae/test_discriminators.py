@@ -416,6 +416,7 @@ def workers(tmp_path_factory) -> list[dict[str, dict[str, torch.Tensor]]]:
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_workers_stay_equal(kind, workers):
     first, second = (trained[kind] for trained in workers)
@@ -425,6 +426,7 @@ def test_two_workers_stay_equal(kind, workers):
     assert not any(torch.equal(first[key], start[key]) for key in first if key.endswith("weight"))
 
 
+@pytest.mark.slow
 def test_two_workers_train_as_one_where_images_do_not_mix(workers):
     for key, value in train("unet", 0, workers=1).items():
         torch.testing.assert_close(workers[0]["unet"][key], value, rtol=1e-4, atol=1e-6)

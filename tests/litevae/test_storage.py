@@ -124,6 +124,7 @@ def test_names(folder):
     assert "b" in storage.names(folder)
 
 
+@pytest.mark.slow
 def test_pages(bucket):
     """More objects than a page of a listing holds."""
     client, name = boto3.client("s3"), bucket.removeprefix("s3://")
@@ -330,12 +331,6 @@ def test_no_credentials(s3, monkeypatch):
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     with pytest.raises(UserError, match="no credentials; set AWS_ACCESS_KEY_ID"):
         storage.read(f"{s3}/a")
-
-
-@pytest.fixture
-def at_once(monkeypatch):
-    """botocore does not wait before it asks again."""
-    monkeypatch.setattr("botocore.retries.standard.ExponentialBackoff.delay_amount", lambda *_: 0)
 
 
 @pytest.mark.usefixtures("at_once")

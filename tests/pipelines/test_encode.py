@@ -145,8 +145,8 @@ def test_decoding_is_not_done_in_the_encoder(folder, model, tmp_path, capsys):
     assert "ActorPoolMapOperator[Map(Encoder)]" in physical
 
 
+@pytest.mark.usefixtures("wherever")
 def test_error_budget_stops_and_a_higher_one_goes_on(folder, model, tmp_path):
-    """The first of the jobs on Ray, as it is: decoding tasks, and an encoder that is given up in the middle."""
     with pytest.raises(
         UserError, match=r"of 48 images could not be encoded \(.*\), more than error_budget=0.02 allows"
     ):
@@ -183,6 +183,7 @@ def test_parquet_source(model, tmp_path):
     torch.testing.assert_close(latents.moments(range(11)).float(), expected, atol=2e-3, rtol=2e-3)
 
 
+@pytest.mark.usefixtures("in_process")
 def test_a_damaged_parquet_file_is_one_message(model, tmp_path):
     file = tmp_path / "a.parquet"
     pq.write_table(pa.table({"image": [os.urandom(4000)] * 20}), file, compression="zstd", use_dictionary=False)

@@ -52,7 +52,7 @@ def proxy(_moto):
 
 
 @pytest.fixture(autouse=True)
-def well(proxy):
+def well(proxy, at_once):
     """The store works unless a test says otherwise."""
     yield
     proxy.fault = lambda *request: ""

@@ -17,14 +17,13 @@ import skimage.data
 import torch
 from PIL import Image
 from ray.util.queue import Queue
-from torchvision import models
 
 from litevae.autoencoder import load_autoencoder
 from pipelines import paper, sweep, trial
 from pipelines.config import Sweep, TrainVAE, load, main, validate
 from tests.in_process import in_process
 from tests.killing import kill_driver
-from tests.networks import save_squeezenet
+from tests.networks import save_squeezenet, save_vgg19
 
 REPO = Path(__file__).resolve().parents[2]
 ALONE = ["ray.gpu=false", "ray.cpus_per_worker=1"]  # two threads wait for each other where another test has a core
@@ -162,8 +161,7 @@ def test_random_points_are_in_range_and_the_same_again(photos, tmp_path):
 def test_a_row_whose_weights_are_missing_is_left_out_with_the_reason(photos, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     sweep._load.cache_clear()
-    torch.save(models.vgg19(weights=None).state_dict(), tmp_path / "vgg19.pth")
-    weights = f"train_vae.loss.esrgan.weights={tmp_path}/vgg19.pth"
+    weights = f"train_vae.loss.esrgan.weights={save_vgg19(tmp_path / 'vgg19.pth')}"
     cfg = configured(photos, tmp_path, "table=14", "scale=smoke", weights)
     trials, left_out = sweep._of_table(cfg, paper.table("14"), str(tmp_path))
     assert [row.name for each in trials for row in each.rows] == ["ESRGAN"]
@@ -214,7 +212,7 @@ def test_mistakes_are_told_before_anything_runs(photos, tmp_path, more, message,
 def weights(tmp_path_factory):
     """Random ones: nobody looks at the numbers."""
     folder = tmp_path_factory.mktemp("weights")
-    torch.save(models.vgg19(weights=None).state_dict(), folder / "vgg19.pth")
+    save_vgg19(folder / "vgg19.pth")
     squeezenet = save_squeezenet(folder / "squeezenet.pth")
     return [
         f"train_vae.loss.esrgan.weights={folder}/vgg19.pth",

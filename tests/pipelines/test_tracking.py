@@ -166,6 +166,7 @@ def test_all_of_a_run_is_on_the_server(server: Server, tmp_path: Path) -> None:
     assert len(recorded(tmp_path / "vae")) == 11
 
 
+@pytest.mark.chaos
 def test_server_killed_in_the_middle_and_back(
     server: Server, tmp_path: Path, capfd, monkeypatch, asked: list["Request"]
 ) -> None:

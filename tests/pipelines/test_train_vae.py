@@ -267,7 +267,10 @@ DWT2 = [WHOLE, "model.encoder=dwt-2", "model.latent_channels=48"]
     "more",
     [
         [WHOLE, "model.encoder=B"],
-        *(pytest.param([WHOLE, f"model.encoder={size}"], marks=pytest.mark.slow) for size in ("M", "L", "sd-vae")),
+        *(
+            pytest.param([WHOLE, f"model.encoder={size}", "optim.lr=3e-4"], marks=pytest.mark.slow)  # else too far
+            for size in ("M", "L", "sd-vae")
+        ),
         [WHOLE, "model.encoder=vae-small"],
         DWT,
         DWT2,

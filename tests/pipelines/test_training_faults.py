@@ -421,6 +421,7 @@ def test_a_killed_owner_holds_nothing_up(owner, tmp_path):
         assert f"process {os.getpid()} on" in (tmp_path / "run" / checkpoint.DRIVER).read_text()
 
 
+@pytest.mark.chaos
 def test_of_many_at_once_one_has_it(tmp_path):
     """Each takes it in turn, ten times; whoever has it finds nobody else there."""
     code = """
