@@ -59,7 +59,10 @@ os.environ.update(
 
 # Files whose tests take longest, of which a process that began one last would end long after the other; test_nodes.py
 # well before test_faults.py, since both need many nodes, which can't be there at the same time.
-FIRST = ("test_nodes.py", "test_train_vae.py", "test_sweep.py", "test_demo.py")
+FIRST = (
+    *("test_nodes.py", "test_train_vae.py", "test_sweep.py", "test_demo.py"),
+    *("test_autoencoder.py", "test_judge.py", "test_train_ldm.py", "test_cache_jobs.py", "test_encode.py"),
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -468,6 +468,7 @@ def bombs() -> dict[str, bytes]:
     }
 
 
+@pytest.mark.slow
 def test_bombs_take_no_memory(tmp_path):
     """In a process that may take 100 MB: what took more would be refused as out_of_memory."""
     code = """

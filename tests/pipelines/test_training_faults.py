@@ -226,6 +226,7 @@ def _sent(requests):
 # --- steps and rows that are not numbers ----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_steps_of_nan_are_skipped_counted_and_in_the_end_stop_the_run(photos, tmp_path):
     more = (OFF, "loop.max_skipped=3", "loop.checkpoint_every=24")
     config, run, poison = load(TrainVAE, None, words(photos, tmp_path, *more, images=64)), tmp_path / "run", {16}
