@@ -42,7 +42,9 @@ def pool(cls: type, share: Share, *arguments: Any, **options: Any) -> list[Any]:
 def spread(actors: list[Any], call: Callable[[Any, Item], Any], items: Iterable[Item], ahead: int = 2) -> Iterator[Any]:
     """Results of `call(actor, item)`, an object reference, in the order of `items`.
 
-    Items are taken one by one as actors become free, with `ahead` of them waiting or running per actor.
+    Items are taken one by one as actors become free, with `ahead` of them waiting or running per actor. No more than
+    four times as many are under way or have a result that waits for an earlier one, so that memory stays bounded where
+    one item takes long.
 
     Raises:
         UserError: as an actor raised it.
@@ -52,9 +54,9 @@ def spread(actors: list[Any], call: Callable[[Any, Item], Any], items: Iterable[
     free = actors * ahead
     running: dict[Any, tuple[int, Any]] = {}
     finished: dict[int, Any] = {}
-    upcoming, numbered = 0, enumerate(items)
+    upcoming, numbered, most = 0, enumerate(items), 4 * len(actors) * ahead
     while True:
-        while free and (next_item := next(numbered, None)) is not None:
+        while free and len(running) + len(finished) < most and (next_item := next(numbered, None)) is not None:
             number, item = next_item
             actor = free.pop(0)
             running[call(actor, item)] = number, actor

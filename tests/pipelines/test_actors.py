@@ -57,6 +57,15 @@ def worker():
             open(os.path.join(folder, str(number)), "w").close()
             return number**2
 
+        def hold(self, number: int, folder: str) -> int:
+            """3 is finished when 18 is."""
+            end = time.monotonic() + 240
+            while number == 3 and not os.path.exists(os.path.join(folder, "18")):
+                assert time.monotonic() < end, "others do not go on far enough"
+                time.sleep(0.01)
+            open(os.path.join(folder, str(number)), "w").close()
+            return number
+
         def die_once(self, number: int, folder: str) -> int:
             marker = os.path.join(folder, f"died-{number}")
             if number in (2, 5) and not os.path.exists(marker):
@@ -85,17 +94,35 @@ def test_results_come_in_order_and_items_are_taken_as_needed(actors, tmp_path):
     def square(actor, number, folder=tmp_path):
         return actor.square.remote(number, str(folder))
 
-    def items():
-        for number in range(12):
+    def items(count):
+        for number in range(count):
             taken.append(number)
             yield number
 
-    for result in spread(actors[:1], square, items(), ahead=2):
+    for result in spread(actors[:1], square, items(12), ahead=1):
         seen.append(result)
-        assert len(taken) <= 4 + len(seen)  # two for the worker, and two whose results came before those ahead of them
+        assert len(taken) == len(seen)  # one at a time: the next is taken only once this one's result was
     assert seen == [n**2 for n in range(12)]
     assert list(spread(actors, partial(square, folder=none), range(12))) == seen
     assert list(spread(actors, square, [])) == []
+
+
+def test_how_far_others_go_ahead_of_a_slow_one_is_bounded(actors, tmp_path):
+    """Item 3 ends when 18 has: two actors with two items each may have 16, that one among them, waiting or running."""
+    taken, seen = [], []
+
+    def hold(actor, number):
+        return actor.hold.remote(number, str(tmp_path))
+
+    def items():
+        for number in range(40):
+            taken.append(number)
+            yield number
+
+    for result in spread(actors, hold, items(), ahead=2):
+        seen.append(result)
+        assert len(taken) < 16 + len(seen)  # the one that has just been given is not counted
+    assert seen == list(range(40))
 
 
 def test_a_users_mistake_comes_back_as_one(actors, share, worker):
