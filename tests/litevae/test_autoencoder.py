@@ -1,6 +1,7 @@
 """The model as diffusers knows models: folders, posterior, pipelines; folders of diffusers' own autoencoders; and
 folders that are damaged."""
 
+import ast
 import json
 import pickle
 import subprocess
@@ -29,6 +30,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
+import litevae
 from litevae import LiteVAE, UserError, load_autoencoder
 from litevae.autoencoder import (
     INDEX,
@@ -591,6 +593,16 @@ def test_impossible_models_are_refused(config, message):
         LiteVAE(**config)
 
 
+@pytest.mark.parametrize("path", sorted(Path(litevae.__file__).parent.glob("*.py")), ids=lambda path: path.stem)
+def test_no_file_of_the_library_names_ray_or_mlflow(path):
+    """Not even in a function; the slow suite imports them where neither can be imported."""
+    tree = ast.walk(ast.parse(path.read_text()))
+    imports = [node for node in tree if isinstance(node, ast.Import | ast.ImportFrom)]
+    names = [getattr(node, "module", None) or name.name for node in imports for name in node.names]
+    assert not {name.partition(".")[0] for name in names} & {"ray", "mlflow", "pydantic", "pipelines", "jobs"}
+
+
+@pytest.mark.slow
 def test_the_library_needs_neither_ray_nor_mlflow():
     code = (
         "import sys; sys.modules.update(dict.fromkeys(('ray', 'mlflow', 'pydantic')));"

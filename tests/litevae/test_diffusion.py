@@ -187,7 +187,7 @@ def test_who_predicts_zero_errs_by_the_targets_variance(objective, expected):
     assert loss.mean().item() == pytest.approx(expected, abs=0.04)
 
 
-@pytest.mark.parametrize("prediction", ["epsilon", "v", "flow"])
+@pytest.mark.parametrize("prediction", ["epsilon", *(pytest.param(p, marks=pytest.mark.slow) for p in ("v", "flow"))])
 def test_training_learns(prediction):
     torch.manual_seed(0)
     model, objective = build_denoiser("tiny", 4, 8), Objective(prediction)

@@ -258,6 +258,7 @@ def test_bf16(tmp_path):
         assert 0 < error < 0.03
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_compiles_into_one_graph(checkpointing):
     model = make()

@@ -602,6 +602,7 @@ def test_scaled_keeps_the_phase_at_sides_that_eighths_do_not_fit(size):
     agree(encoded(Image.fromarray(tiles), "JPEG", quality=92), ImageTransform(128, decode="scaled"), 42)
 
 
+@pytest.mark.slow
 def test_decoding_opens_no_threads(tmp_path):
     """OpenMP's in a loader's thread slow the training step beside it (BENCHMARKS.md)."""
     code = """if True:

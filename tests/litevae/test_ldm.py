@@ -1,9 +1,11 @@
 """The folder of a latent diffusion model: what comes back is what was saved, by us and by diffusers alone."""
 
+import io
 import json
 import shutil
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -237,10 +239,10 @@ for name, folder in folders.items():
             images[f"{name} {guidance}"] = draw(class_labels=labels, guidance_scale=guidance)
     else:
         images[f"{name} 1.0"] = draw(batch_size=2)
-assert not {"ray", "mlflow", "pydantic", "pipelines", "jobs"} & sys.modules.keys()
 np.savez(out, **images)
 print(json.dumps(names))
 """
+_NOTHING_ELSE = 'assert not {"ray", "mlflow", "pydantic", "pipelines", "jobs"} & sys.modules.keys()\n'
 
 
 class Given:
@@ -253,18 +255,25 @@ class Given:
         return torch.randn(2, *shape, generator=torch.Generator().manual_seed(5))[self.row].numpy()
 
 
-@pytest.fixture(scope="module")
-def pipelines(tmp_path_factory):
-    """Folders of all models, what diffusers draws from them in a process of its own, pipelines' names, its words."""
+@pytest.fixture(scope="module", params=["here", pytest.param("alone", marks=pytest.mark.slow)])
+def pipelines(request, tmp_path_factory):
+    """Folders of all models, what diffusers draws from them, pipelines' names, and its words; the slow suite once more
+    in a process of its own, where nothing but the library can have helped."""
     root = tmp_path_factory.mktemp("pipelines")
     folders = {}
     for name, (network, classes, objective) in MODELS.items():
         folders[name] = str(root / name)
         save_ldm(root / name, make(network, classes, objective))
     script, out = root / "alone.py", root / "images.npz"
-    script.write_text(_ALONE)
-    words = [sys.executable, script, json.dumps(folders), json.dumps(LABELS), out]
-    done = subprocess.run(words, capture_output=True, text=True, cwd=Path(__file__).parents[2], env=None)
+    words = [str(script), json.dumps(folders), json.dumps(LABELS), str(out)]
+    if request.param == "here":
+        said, printed = io.StringIO(), io.StringIO()
+        with pytest.MonkeyPatch.context() as patch, redirect_stdout(printed), redirect_stderr(said):
+            patch.setattr(sys, "argv", words)
+            exec(compile(_ALONE, script, "exec"), {})
+        return folders, np.load(out), json.loads(printed.getvalue()), said.getvalue()
+    script.write_text(_ALONE + _NOTHING_ELSE)
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert done.returncode == 0, done.stderr
     return folders, np.load(out), json.loads(done.stdout), done.stderr
 

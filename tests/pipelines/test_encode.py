@@ -132,6 +132,7 @@ def test_finished_cache_is_left_as_it_is(encoded, folder, model):
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*.*")} == before
 
 
+@pytest.mark.slow
 def test_decoding_is_not_done_in_the_encoder(folder, model, tmp_path, capsys):
     """Ray fuses operators of equal resources; decoding would then run in the actor that holds the GPU."""
     settings = config(folder, model, tmp_path / "cache")

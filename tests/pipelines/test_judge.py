@@ -12,6 +12,7 @@ import pytest
 import skimage.data
 import torch
 from PIL import Image
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
@@ -102,6 +103,14 @@ def pixels_of(folder) -> np.ndarray:
         if path.name != "grid.png":
             found.append(np.asarray(image.crop((left, top, left + SIDE, top + SIDE))))
     return np.stack(found)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _small_images_for_inception():
+    """It resizes what it gets, to 299 pixels (tested beside the network itself); an eighth of the work will do here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FeatureExtractorInceptionV3, "INPUT_IMAGE_SIZE", 107)
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -296,6 +296,7 @@ def test_a_start_that_does_not_end_is_not_waited_for(tmp_path: Path, capfd, monk
 # --- the default store, and resuming ----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_sqlite_beside_the_runs_and_a_run_killed_and_resumed(tmp_path: Path) -> None:
     folder = tmp_path / "it's vae"
     first = f"""

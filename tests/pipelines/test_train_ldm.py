@@ -285,7 +285,9 @@ def test_write_through_takes_up_what_is_there_and_leaves_what_an_encode_job_can_
     assert audit.audit(str(half), source=True).problems == {}
 
 
-@pytest.mark.parametrize("window", [1, 2, 8])
+@pytest.mark.parametrize(
+    "window", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(8, marks=pytest.mark.slow)]
+)
 def test_the_first_epoch_ends_anywhere_for_any_number_of_workers(task, ranks, made, tmp_path, monkeypatch, window):
     """24 images in batches of 10: the third batch reaches into the second epoch's windows."""
     monkeypatch.setattr("pipelines.batches.WINDOW", window)
@@ -398,6 +400,7 @@ def test_losses_of_noise_levels_make_up_the_loss(task):
     assert total.item() == pytest.approx(values["loss"].item(), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_it_learns(task):
     one = task()
     one.begin(0)
