@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from pipelines import cluster, encode, evaluate, judge, reading, sample, training
+from pipelines import cluster, encode, evaluate, judge, reading, sample, tracking, training
 from pipelines.config import Ray
 from pipelines.decode import decode_shard, views_of
 
@@ -41,6 +41,28 @@ def as_worker() -> Iterator[None]:
         patch.setattr("ray.train.get_checkpoint", lambda: None)
         patch.setattr(training, "_report", _keep)
         yield
+
+
+@contextmanager
+def up_to_the_workers(result: dict[str, Any]) -> Iterator[SimpleNamespace]:
+    """A training job up to Ray Train, which is said to have ended with `result`: with what folders are `checked`, how
+    a run is `started`, and what the workers get, as `fitted`."""
+    noted = SimpleNamespace(started=None, fitted=None, checked=None)
+
+    def fit(*given: Any) -> dict[str, Any]:
+        noted.fitted = given
+        return result
+
+    def start_run(*given: Any, **more: Any) -> str:
+        noted.started = given, more
+        return "a handle"
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cluster, "start", _share)
+        patch.setattr(cluster, "check_folders", lambda *given: setattr(noted, "checked", given))
+        patch.setattr(tracking, "start_run", start_run)
+        patch.setattr(training, "fit", fit)
+        yield noted
 
 
 def _keep(metrics: dict[str, Any], checkpoint: str, run: Path) -> None:

@@ -2,7 +2,6 @@
 
 import copy
 import json
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,11 +17,12 @@ from litevae.errors import UserError
 from litevae.images import to_uint8
 from litevae.ldm import LDM, load_ldm
 from litevae.pictures import grid
-from pipelines import batches, checkpoint, cluster, tracking, training
+from pipelines import batches, checkpoint
 from pipelines import train_ldm as module
 from pipelines.config import TrainLDM, load, validate, values_to_keep
 from pipelines.train_ldm import CACHED, FREE, Diffusion
 from tests.encoding import encoded_crops
+from tests.in_process import up_to_the_workers
 from tests.networks import Noted
 
 SMALL = [
@@ -340,28 +340,15 @@ def test_what_all_ranks_have(monkeypatch):
 
 
 @pytest.fixture
-def job(made, tmp_path, monkeypatch):
+def job(made, tmp_path):
     """The job up to Ray Train: what workers would get, and how the run is tracked."""
-    noted = SimpleNamespace(started=None, fitted=None, checked=None)
+    with up_to_the_workers({"model": "there", "loss": 0.123456, "images": 24}) as noted:
 
-    def fit(*given):
-        noted.fitted = given
-        return {"model": "there", "loss": 0.123456, "images": 24}
+        def run(*more):
+            config = load(TrainLDM, None, [*SMALL, f"cache={made[0]}", f"root={tmp_path}/runs", *more])
+            return config, module.train_ldm(config), noted
 
-    def start_run(*given, **more):
-        noted.started = given, more
-        return "a handle"
-
-    monkeypatch.setattr(cluster, "start", lambda config: cluster.Share(workers=config.workers, gpu=False, threads=1))
-    monkeypatch.setattr(cluster, "check_folders", lambda *given: setattr(noted, "checked", given))
-    monkeypatch.setattr(tracking, "start_run", start_run)
-    monkeypatch.setattr(training, "fit", fit)
-
-    def run(*more):
-        config = load(TrainLDM, None, [*SMALL, f"cache={made[0]}", f"root={tmp_path}/runs", *more])
-        return config, module.train_ldm(config), noted
-
-    return run
+        yield run
 
 
 def test_what_workers_get_and_how_a_run_is_tracked(job, made, tmp_path, capsys):

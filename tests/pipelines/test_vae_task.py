@@ -1,7 +1,6 @@
 """How train_vae is wired: what its config sets in networks, steps, images, validation and the export."""
 
 import copy
-from types import SimpleNamespace
 
 import lpips
 import numpy as np
@@ -19,11 +18,12 @@ from litevae.errors import UserError
 from litevae.images import to_tensor
 from litevae.perceptual import SqueezeNetFeatures
 from litevae.pictures import reconstruction_picture
-from pipelines import checkpoint, cluster, tracking, training
+from pipelines import checkpoint
 from pipelines import train_vae as module
 from pipelines.config import TrainVAE, load, validate, values_to_keep
 from pipelines.sources import open_source
 from pipelines.train_vae import FREE, Autoencoder, Networks, Objective, Validation, build_model, lpips_or_warning
+from tests.in_process import up_to_the_workers
 from tests.networks import Noted, save_squeezenet
 
 SMALL = [
@@ -497,28 +497,15 @@ def test_the_exported_model_is_the_average(task, tmp_path):
 
 
 @pytest.fixture
-def job(photos, tmp_path, monkeypatch):
+def job(photos, tmp_path):
     """The job up to Ray Train: what workers would get, and how the run is tracked."""
-    noted = SimpleNamespace(started=None, fitted=None, checked=None)
+    with up_to_the_workers({"model": "there", "psnr": 21.23456, "images": 32}) as noted:
 
-    def fit(*given):
-        noted.fitted = given
-        return {"model": "there", "psnr": 21.23456, "images": 32}
+        def run(*more):
+            config = configured(photos, f"root={tmp_path}/runs", "name=mine", *more)
+            return config, module.train_vae(config, ["callback"]), noted
 
-    def start_run(*given, **more):
-        noted.started = given, more
-        return "a handle"
-
-    monkeypatch.setattr(cluster, "start", lambda config: cluster.Share(workers=config.workers, gpu=False, threads=1))
-    monkeypatch.setattr(cluster, "check_folders", lambda *given: setattr(noted, "checked", given))
-    monkeypatch.setattr(tracking, "start_run", start_run)
-    monkeypatch.setattr(training, "fit", fit)
-
-    def run(*more):
-        config = configured(photos, f"root={tmp_path}/runs", "name=mine", *more)
-        return config, module.train_vae(config, ["callback"]), noted
-
-    return run
+        yield run
 
 
 def test_what_workers_get_and_how_a_run_is_tracked(job, photos, tmp_path, capsys):
