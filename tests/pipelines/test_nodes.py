@@ -14,7 +14,7 @@ from litevae.autoencoder import LiteVAE
 from pipelines import audit, stopping, training
 from pipelines.config import TrainVAE, load
 from tests.encoding import BAD, crops, photo_folder, save_model, start_job
-from tests.nodes import cluster
+from tests.nodes import cluster, title_of
 
 pytestmark = pytest.mark.chaos
 
@@ -126,9 +126,16 @@ def test_encoding_over_nodes_that_go_and_come(nodes, photos, tmp_path):
         commits = out / "commits"
         wait_for(lambda: process.poll() is not None or "waiting up to 200 s for the cluster to grow" in log.read_text())
         nodes.add("b", num_cpus=1, labels=GPU)
+        encoders = seen["ray::MapWorker(Map(Encoder))"]
+        wait_for(lambda: process.poll() is not None or look(lambda: encoders == {"a", "b"}))
         wait_for(lambda: process.poll() is not None or look(lambda: commits.is_dir() and len(os.listdir(commits)) >= 3))
+        # the other one waits, or it might be through with all that is left before there is a third
+        (other,) = (worker for worker in nodes.workers("a") if title_of(worker).startswith("ray::MapWorker"))
+        other.suspend()
         nodes.kill("b")
         nodes.add("c", num_cpus=1, labels=GPU)
+        wait_for(lambda: process.poll() is not None or look(lambda: "c" in encoders))
+        other.resume()
         wait_for(lambda: look(lambda: process.poll() is not None))
         assert process.returncode == 0, log.read_text()
     finally:
