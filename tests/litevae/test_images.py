@@ -290,6 +290,7 @@ def test_formats_that_are_not_read_and_headers_that_are_damaged(photo):
         assert reason(huge) == ("too_large", f"an AVIF image of {size[0]}x{size[1]} pixels")
 
 
+@pytest.mark.slow
 def test_memory_stays_near_that_of_the_pixels(tmp_path):
     """Pillow itself holds 4 bytes a pixel, 64 MB here, of what it reads and of the result."""
     side = 4000
@@ -804,6 +805,7 @@ if COLLECTED:  # none is skipped where it is not
             assert np.abs(pixels(name) - later).max() > 50
 
 
+@pytest.mark.slow
 def test_bombs_take_no_memory(tmp_path):
     """The largest would take 12 GB."""
     write_odd_images(tmp_path / "odd")

@@ -99,7 +99,7 @@ def filled(model):
     return model.eval().requires_grad_(False)
 
 
-@pytest.mark.parametrize("size", ["S", "B", "sd-vae"])
+@pytest.mark.parametrize("size", ["S", "B", pytest.param("sd-vae", marks=pytest.mark.slow)])
 def test_an_autoencoder_equals_itself(size, generator):
     torch.manual_seed(1)
     model = filled(LiteVAE(size, block_out_channels=(16, 32, 64, 64)))

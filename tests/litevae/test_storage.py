@@ -196,6 +196,7 @@ while True:
 """
 
 
+@pytest.mark.slow
 def test_killed_writer(folder):
     """Killed anywhere: what has a name is whole."""
     random = np.random.default_rng(0)
@@ -460,6 +461,7 @@ def _forked(path, queue):
     queue.put(storage.read(path))
 
 
+@pytest.mark.slow
 def test_fork(s3):
     """A forked process does not use its parent's connections and threads."""
     storage.put(f"{s3}/a", b"1")

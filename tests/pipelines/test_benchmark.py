@@ -104,6 +104,7 @@ def answering(tmp_path, monkeypatch) -> str:
     return "answering"
 
 
+@pytest.mark.slow
 def test_children_answer(answering, monkeypatch):
     monkeypatch.setenv("OTHER", "outer")
     with meter.Child(answering, "word", environment={"SPINS": "7", "OTHER": None}) as child:

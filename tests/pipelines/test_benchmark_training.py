@@ -34,6 +34,7 @@ def test_the_plain_loop_takes_the_same_steps():
     assert moved.abs().mean() < 1e-5  # of three steps of 1e-4
 
 
+@pytest.mark.slow
 def test_tables_of_a_vae(setting):
     steps, parts = training.steps_of_vae(setting, 64, 2, SMALL)
     assert [row[0] for row in steps.rows] == ["plain loop", "plain loop, discriminator frozen", "ours"]

@@ -289,6 +289,7 @@ def test_a_store_that_ignores_the_condition(s3, monkeypatch):
     assert "If-None-Match" in failed.advice
 
 
+@pytest.mark.slow
 def test_a_store_that_is_dead(s3, monkeypatch, closed_port):
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{closed_port}")
     (failed,) = examined(doctor.folder, here, f"{s3}/cache")

@@ -441,7 +441,9 @@ NASTY = Path(__file__).resolve().parents[3] / "shared" / "data" / "nasty"
 
 
 @pytest.mark.usefixtures("in_process")
-@pytest.mark.parametrize("kind", ["made", *(["collected"] if NASTY.is_dir() else [])])
+@pytest.mark.parametrize(
+    "kind", ["made", *([pytest.param("collected", marks=pytest.mark.slow)] if NASTY.is_dir() else [])]
+)
 def test_ugly_images_do_not_stop_the_job(model, tmp_path, kind):
     """A hundred odd and broken files and more: each is a row like Pillow reads it, or in quarantine; odd_images.py, and
     of the collection test_images.py, say which."""

@@ -283,6 +283,7 @@ def opened(uri):
     return open_source(load(Encode, None, [f"source.uri={uri}", *columns]).source)
 
 
+@pytest.mark.slow
 def test_sources_are_read_through_faults_that_pass(proxy, sources):
     expected = {
         name: [*map(source.read, range(source.units))] for name, source in ((n, opened(u)) for n, u in sources.items())

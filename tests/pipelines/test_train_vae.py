@@ -564,9 +564,9 @@ def advance(nets, start, end=16, rank=0):
         one_step(nets, training.seed_for(0, at, rank), at, at + rank)
 
 
-# what "patch" and "ldl" keep is among what "late" and "batch" do
+# "late" and "unet" keep what most others do
 @pytest.mark.parametrize(
-    "variant", [pytest.param(each, marks=[pytest.mark.slow] * (each in ("patch", "ldl"))) for each in VARIANTS]
+    "variant", [pytest.param(each, marks=[pytest.mark.slow] * (each in ("patch", "ldl", "batch"))) for each in VARIANTS]
 )
 def test_what_goes_on_ends_with_the_same_bits(networks, variant):
     more = [*VARIANTS[variant], "stages=[{resolution: 32, images: 16, batch_size: 4}]"]
