@@ -73,18 +73,21 @@ class Cluster:
         return str(Path(sys.executable).with_name("ray"))
 
     def wait(self) -> None:
-        deadline = time.monotonic() + 120
+        """Until a job has ended well: the head answers before there is an agent that starts jobs."""
+        deadline = time.monotonic() + 180
         while time.monotonic() < deadline:
             assert self.head.poll() is None, (self.folder / "head.log").read_text()
             with contextlib.suppress(OSError):
-                self.get("/api/jobs/")
+                name = self.get("/api/jobs/", {"entrypoint": "true"})["submission_id"]
+                assert self.result(name).code == 0
                 return
             time.sleep(0.3)
         raise AssertionError("Ray did not come up:\n" + (self.folder / "head.log").read_text())
 
-    def get(self, path: str) -> dict:
-        request = urllib.request.Request(self.address + path, headers={"Authorization": f"Bearer {self.token}"})
-        with urllib.request.urlopen(request, timeout=10) as answer:
+    def get(self, path: str, posted: dict | None = None) -> dict:
+        headers = {"Authorization": f"Bearer {self.token}", "Content-Type": "application/json"}
+        data = None if posted is None else json.dumps(posted).encode()
+        with urllib.request.urlopen(urllib.request.Request(self.address + path, data, headers), timeout=30) as answer:
             return json.load(answer)
 
     def submit(self, *words: str) -> Result:

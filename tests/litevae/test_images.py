@@ -302,10 +302,13 @@ def test_memory_stays_near_that_of_the_pixels(tmp_path):
 
 
 def within(limits):
-    """What becomes of images in a process that may take so many bytes more than it had before each: "read", or the
-    reason of the refusal. limits: (bytes, file)."""
+    """What becomes of each image in a process of its own that may take so many bytes more than it had: "read", or the
+    reason of the refusal. limits: (bytes, file).
+
+    Of its own, since what an image before has left to Python's collector is room for the next once it is collected.
+    """
     code = """if True:
-        import pathlib, sys
+        import os, pathlib, sys
         from litevae.images import ImageError, decode
         from tests.memory import allow
 
@@ -318,7 +321,10 @@ def within(limits):
             return "read"
 
         for size, name in zip(sys.argv[1::2], sys.argv[2::2]):
-            print(outcome(int(size), pathlib.Path(name).read_bytes()))
+            if os.fork() == 0:
+                print(outcome(int(size), pathlib.Path(name).read_bytes()), flush=True)
+                os._exit(0)
+            assert os.wait()[1] == 0
     """
     command = [sys.executable, "-c", code, *(str(word) for size, file in limits for word in (int(size), file))]
     environment = os.environ | memory.EXACT
