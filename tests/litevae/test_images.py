@@ -811,7 +811,6 @@ if COLLECTED:  # none is skipped where it is not
             assert np.abs(pixels(name) - later).max() > 50
 
 
-@pytest.mark.slow
 def test_bombs_take_no_memory(tmp_path):
     """The largest would take 12 GB."""
     write_odd_images(tmp_path / "odd")

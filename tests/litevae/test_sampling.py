@@ -187,7 +187,7 @@ def test_ddim_is_diffusers(network, name):
     assert torch.equal(sample_latents(network, OBJECTIVES[name].scheduler(), SHAPE, [3, 4], 10, "ddim"), x)
 
 
-@pytest.mark.parametrize("steps", [1, 10, 25])
+@pytest.mark.parametrize("steps", [1, 10, 25, pytest.param(50, marks=pytest.mark.chaos)])
 @pytest.mark.parametrize("name", [name for name in OBJECTIVES if name != "flow"])
 def test_dpm_is_diffusers(network, name, steps):
     clip = {"lambda_min_clipped": -5.1} if name == "epsilon-cosine" else {}
@@ -247,10 +247,23 @@ def test_the_exported_scheduler_itself_samples_well(name):
 
 @pytest.mark.parametrize(("name", "sampler"), EVERY)
 def test_any_number_of_steps_is_finite(name, sampler):
+    _check_steps(name, sampler, (1, 2, 4, 5, 8, 10) if sampler == "ddim" else (1, 2, 3, 7, 15, 61), (0.0, 0.5, 1.0))
+    _check_steps(name, sampler, (20, 25, 40, 50, 1000) if sampler == "ddim" else (998,), (0.0,))
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize(("name", "sampler"), EVERY)
+def test_any_large_number_of_steps_is_finite(name, sampler):
+    if sampler == "ddim":
+        _check_steps(name, sampler, (20, 25, 40, 50, 100, 125, 200, 250, 500, 1000), (0.0, 0.5, 1.0))
+    else:
+        _check_steps(name, sampler, (100, 103, 500, 998, 1000), (0.0,))
+
+
+def _check_steps(name, sampler, numbers, etas):
     objective = OBJECTIVES[name]
-    fitting = (1, 2, 4, 5, 8, 10, 20, 25, 40, 50, 1000)
-    for steps in fitting if sampler == "ddim" else (1, 2, 3, 7, 15, 61, 998):
-        for eta in (0.0, 0.5, 1.0) if sampler == "ddim" and steps < 20 else (0.0,):
+    for steps in numbers:
+        for eta in etas if sampler == "ddim" else (0.0,):
             x = sample_latents(Exact(objective), objective.scheduler(), (1, 2, 2), range(4), steps, sampler, eta)
             assert x.isfinite().all(), (steps, eta)
             assert 1 < x.mean() < 3, (steps, eta)

@@ -383,21 +383,23 @@ def test_labels_keep_their_numbers(kinds, tmp_path):
     assert renumbered.digest == source.digest
 
 
-def test_parts_of_many_units_are_small(tmp_path, monkeypatch):
+@pytest.mark.parametrize("units", [10**5, pytest.param(10**6, marks=pytest.mark.slow)])
+def test_parts_of_many_units_are_small(tmp_path, monkeypatch, units):
+    """By class, of which there are a thousand: photo 70511 is the 71st of the 512th."""
     (tmp_path / "0511").mkdir()
     (tmp_path / "0511/photo-00070511.jpg").write_bytes(b"x")
-    found = ((b"%04d/photo-%08d.jpg" % (n % 1000, n), n) for n in range(10**5))
+    found = ((b"%04d/photo-%08d.jpg" % (n % 1000, n), n) for n in range(units))
     monkeypatch.setattr(finding, "_walk", lambda root: found)
     source = source_of(tmp_path)
-    assert (source.units, len(source.labels), source.labels[511]) == (10**5, 1000, "0511")
-    part = source.part(51_150, 51_662)
+    assert (source.units, len(source.labels), source.labels[511]) == (units, 1000, "0511")
+    place = 511 * units // 1000 + 70
+    part = source.part(place - 20, place + 492)
     packed = pickle.dumps(part)
     assert len(packed) < 50_000
     part = pickle.loads(packed)
-    assert part.ids(0, 512) == source.ids(51_150, 51_662)
-    # by class: a hundred of each, of which the 71st of the 512th is at 51170
-    assert part.read(20) == source.read(51_170)
-    assert source.read(51_170) == Item("0511/photo-00070511.jpg", b"x", {"label": 511, "label_name": "0511"})
+    assert part.ids(0, 512) == source.ids(place - 20, place + 492)
+    assert part.read(20) == source.read(place)
+    assert source.read(place) == Item("0511/photo-00070511.jpg", b"x", {"label": 511, "label_name": "0511"})
 
 
 def test_order_is_not_the_file_systems(folder, monkeypatch):
