@@ -729,7 +729,7 @@ def files_with(text: str, *folders: Path) -> list[Path]:
     return [path for path in found if text.encode() in path.read_bytes()]
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 def test_a_run_whose_files_are_replaced_by_pickles(bomb, tmp_path, closed_port):
     """A training with a secret in its tracking server's URI, by processes that listen on loopback alone; and going on
     from what somebody else put into its folder."""

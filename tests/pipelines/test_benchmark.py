@@ -308,7 +308,7 @@ def test_every_size_is_compiled_before_any_is_timed_on_a_gpu():
     assert asked == {"cpu": [("memory", 32)], "cuda": [("memory", 32), ("time", 1), ("time", 4)]}
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 def test_the_command_measures_models_and_the_loader(tmp_path):
     sizes = ["models=taesd,S", "batch_sizes=[1]", "resolutions=[32]", "loader_rows=1000"]
     found = measured(tmp_path, "parts=encoder,loader", *sizes)

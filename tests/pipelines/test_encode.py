@@ -4,6 +4,9 @@ import contextlib
 import io
 import json
 import os
+import pickle
+import subprocess
+import sys
 from collections import Counter
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -22,7 +25,7 @@ from litevae.cache import LatentCache
 from litevae.errors import UserError
 from litevae.images import ImageError, ImageTransform, to_tensor
 from pipelines import audit, cluster, decode, encode
-from pipelines.config import Views
+from pipelines.config import Source, Views
 from pipelines.encode import encode_dataset
 from pipelines.sources import open_source
 from tests.commands import run_in_this_process
@@ -130,6 +133,23 @@ def test_finished_cache_is_left_as_it_is(encoded, folder, model):
     assert again["encoded_now"] == 0
     assert again["digest"] == summary["digest"]
     assert {path: path.stat().st_mtime_ns for path in out.rglob("*.*")} == before
+
+
+@pytest.mark.slow
+def test_decoding_brings_neither_diffusers_nor_torchs_compiler(folder):
+    """A task that decodes is a process of its own, which takes seconds to import what it needs."""
+    code = """if True:
+        import pickle, sys
+        shard, views = pickle.loads(sys.stdin.buffer.read())
+        from pipelines.decode import decode_shard
+        row = decode_shard({"shard": shard}, views)
+        assert len(row["sizes"]), row["error"]
+        print([name for name in ("diffusers", "torch._dynamo", "torch._inductor", "mlflow") if name in sys.modules])
+    """
+    shard = encode.Planned([open_source(Source(uri=str(folder)))], 8).shard(decode.Task(0))
+    given = pickle.dumps((shard, Views(resolution=32)))
+    done = subprocess.run([sys.executable, "-c", code], input=given, capture_output=True, check=True)
+    assert done.stdout == b"[]\n"
 
 
 @pytest.mark.slow

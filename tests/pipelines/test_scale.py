@@ -212,7 +212,7 @@ def test_the_servers_log_is_read(tmp_path):
     assert served.new() == {("PUT", "c/commits"): 1}
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 def test_requests_of_the_job_are_the_models(model, tmp_path):
     with scale.Served(tmp_path) as served:
         found = scale.requests_of_job(served, "webdataset", tmp_path, model, shards=2, rows=16, group=16)

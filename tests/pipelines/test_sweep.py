@@ -257,8 +257,9 @@ def _in_this_process(cfg, trials, share, run, folder):
     return []
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("table", KINDS)
+@pytest.mark.parametrize(
+    "table", [pytest.param("3", marks=pytest.mark.slow), pytest.param("7", marks=pytest.mark.chaos)]
+)
 def test_tables_of_the_paper_run(photos, root, weights, table, monkeypatch):
     monkeypatch.setattr(sweep, "_tune", _in_this_process)
     rows = f"rows={json.dumps(KINDS[table])}"
@@ -406,7 +407,7 @@ def test_optuna_draws_from_the_space(photos, tmp_path, simulated):
     assert best.optim.lr == min(rates, key=lambda rate: abs(math.log10(rate) + 3))
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 def test_pbt_lets_poor_trials_go_on_from_better_ones(photos, tmp_path, simulated):
     space = ["space.optim.lr.loguniform=[1e-9, 1e-2]", "scheduler=pbt", "trials=2", "name=pbt"]
     results = sweep.sweep(configured(photos, tmp_path, *TINY, *simulated(2400, every=400), *space))

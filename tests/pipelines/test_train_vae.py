@@ -234,7 +234,7 @@ def test_a_step_with_channels_last_is_the_same_and_keeps_them_so(networks, monke
     assert all(p.is_contiguous() for p in plain.model.parameters())
 
 
-@pytest.mark.slow
+@pytest.mark.chaos
 def test_compiled_a_step_is_the_same_and_stages_compile_once(networks, monkeypatch):
     """All of torch.compile but its last stage, kernels: for CPUs it takes three seconds for each of hundreds."""
     more, sides = ["checkpointing=true"], (32, 32, 48, 32)
