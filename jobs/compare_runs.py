@@ -9,7 +9,7 @@ from pipelines.config import Compare, main
 
 
 def run(config: Compare) -> None:
-    from pipelines.compare import compare  # takes seconds; --help and typos do without
+    from pipelines.experiments.compare import compare  # takes seconds; --help and typos do without
 
     compare(config)
 

@@ -4,7 +4,7 @@ python jobs/demo.py root=demo
 """
 
 from pipelines.config import main
-from pipelines.demo import Demo, demo
+from pipelines.diagnostics.demo import Demo, demo
 
 if __name__ == "__main__":
     raise SystemExit(main(Demo, demo))

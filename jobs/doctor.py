@@ -8,7 +8,7 @@ from pipelines.config import Doctor, main
 
 
 def run(config: Doctor) -> None:
-    from pipelines.doctor import run  # takes seconds; --help and typos do without
+    from pipelines.diagnostics.doctor import run  # takes seconds; --help and typos do without
 
     raise SystemExit(run(config))
 

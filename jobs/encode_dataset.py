@@ -12,10 +12,13 @@ ACTIONS: dict[str, type[Section]] = {"verify": Verify, "repair": Repair, "retry"
 
 
 def run(config: Section) -> None:
-    from pipelines import audit, encode  # takes seconds; --help and typos do without
+    from pipelines.encoding import (
+        encode,  # takes seconds; --help and typos do without
+        verify,
+    )
 
     does = {Encode: encode.run, Repair: encode.repair, Retry: encode.retry}
-    sees = {Verify: audit.verify, Inspect: audit.inspect}
+    sees = {Verify: verify.verify, Inspect: verify.inspect}
     (does | sees)[type(config)](config)  # type: ignore[operator]
 
 

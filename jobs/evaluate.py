@@ -18,13 +18,18 @@ ACTIONS: dict[str, tuple[type[Section], str]] = {
 
 
 def run(config: Section) -> None:
-    from pipelines import complexity, evaluate, judge, latents  # takes seconds; --help and typos do without
+    from pipelines.evaluation import (
+        cost,
+        generated,
+        latent_mmd,  # takes seconds; --help and typos do without
+        reconstruction,
+    )
 
     does = {
-        Evaluate: evaluate.evaluate,
-        EvaluateSamples: judge.samples,
-        EvaluateLatents: latents.mmd,
-        EvaluateComplexity: complexity.complexity,
+        Evaluate: reconstruction.evaluate,
+        EvaluateSamples: generated.samples,
+        EvaluateLatents: latent_mmd.mmd,
+        EvaluateComplexity: cost.complexity,
     }
     does[type(config)](config)  # type: ignore[operator]
 

@@ -8,7 +8,7 @@ from pipelines.config import Sample, main
 
 
 def run(config: Sample) -> None:
-    from pipelines.sample import sample  # takes seconds; --help and typos do without
+    from pipelines.evaluation.sample import sample  # takes seconds; --help and typos do without
 
     sample(config)
 

@@ -8,7 +8,7 @@ from pipelines.config import Sweep, main
 
 
 def run(config: Sweep) -> None:
-    from pipelines.sweep import sweep  # takes seconds; --help and typos do without
+    from pipelines.experiments.sweep import sweep  # takes seconds; --help and typos do without
 
     sweep(config)
 

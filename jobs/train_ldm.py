@@ -8,7 +8,7 @@ from pipelines.config import TrainLDM, main
 
 
 def run(config: TrainLDM) -> None:
-    from pipelines.train_ldm import train_ldm  # takes seconds; --help and typos do without
+    from pipelines.training.ldm import train_ldm  # takes seconds; --help and typos do without
 
     train_ldm(config)
 

@@ -7,7 +7,7 @@ from pipelines.config import TrainVAE, main
 
 
 def run(config: TrainVAE) -> None:
-    from pipelines.train_vae import train_vae  # takes seconds; --help and typos do without
+    from pipelines.training.vae import train_vae  # takes seconds; --help and typos do without
 
     train_vae(config)
 

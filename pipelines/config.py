@@ -16,8 +16,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from pydantic_core import PydanticUndefined
 
 from litevae.errors import UserError, redact
-from pipelines import stopping
-from pipelines.logs import say
+from pipelines.runtime import shutdown
+from pipelines.runtime.logs import say
 
 PRESETS = Path(__file__).resolve().parent.parent / "jobs" / "configs"
 SECTIONS = {  # of a recipe
@@ -932,14 +932,14 @@ def main(
         if show:
             print(redact(dump(config)), end="")
             return 0
-        with stopping.on_sigterm():
+        with shutdown.on_sigterm():
             run(config)
         return 0
     except UserError as error:
         say(f"error: {error}", "ERROR")
         return 2
     except KeyboardInterrupt as error:
-        stopped = error if isinstance(error, stopping.Stopped) else stopping.Stopped()
+        stopped = error if isinstance(error, shutdown.Stopped) else shutdown.Stopped()
         say(str(stopped), "ERROR")
         return stopped.code
 

@@ -46,7 +46,7 @@ os.environ.update(
     RAY_DATA_DISABLE_PROGRESS_BARS="1",
     RAY_worker_niceness="0",  # 15 by default: beside another test that computes they would hardly get on
     MLFLOW_DISABLE_TELEMETRY="true",
-    # as pipelines.cluster does before it imports Ray; here a test may have imported it already
+    # as pipelines.runtime.cluster does before it imports Ray; here a test may have imported it already
     RAY_AUTH_MODE="token",
     RAY_AUTH_TOKEN=secrets.token_hex(32),
     # child processes, Ray's workers among them, find the same S3 server

@@ -14,7 +14,7 @@ from litevae import storage
 from litevae.autoencoder import LiteVAE, encode_latents, load_autoencoder
 from litevae.images import ImageTransform
 from pipelines.config import Encode, load, validate
-from pipelines.encode import encode_dataset
+from pipelines.encoding.encode import encode_dataset
 from tests.in_process import in_process
 
 SIDE = 32

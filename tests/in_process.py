@@ -11,9 +11,12 @@ from typing import Any
 
 import pytest
 
-from pipelines import cluster, encode, evaluate, judge, reading, sample, tracking, training
 from pipelines.config import Ray
-from pipelines.decode import decode_shard, views_of
+from pipelines.data.decode import decode_shard, views_of
+from pipelines.encoding import encode
+from pipelines.evaluation import generated, image_batches, reconstruction, sample
+from pipelines.runtime import cluster, mlflow_run
+from pipelines.training import loop
 
 
 @contextmanager
@@ -21,14 +24,14 @@ def in_process() -> Iterator[None]:
     """For encode, sample and evaluate, which then do without Ray."""
     with pytest.MonkeyPatch.context() as patch:
         here = SimpleNamespace(**vars(cluster) | {"start": _share, "check_folders": lambda written, read: None})
-        for module in (encode, sample, evaluate, judge):
+        for module in (encode, sample, reconstruction, generated):
             patch.setattr(module, "cluster", here)
         patch.setattr(encode, "_pipeline", _Pipeline)
-        for module in (sample, evaluate, judge):
+        for module in (sample, reconstruction, generated):
             patch.setattr(module, "pool", _pool)
-        for module in (sample, evaluate):
+        for module in (sample, reconstruction):
             patch.setattr(module, "spread", _spread)
-        patch.setattr(reading, "over", _over)
+        patch.setattr(image_batches, "over", _over)
         yield
 
 
@@ -39,7 +42,7 @@ def as_worker() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("ray.train.torch.prepare_model", lambda model: model)
         patch.setattr("ray.train.get_checkpoint", lambda: None)
-        patch.setattr(training, "_report", _keep)
+        patch.setattr(loop, "_report", _keep)
         yield
 
 
@@ -60,8 +63,8 @@ def up_to_the_workers(result: dict[str, Any]) -> Iterator[SimpleNamespace]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cluster, "start", _share)
         patch.setattr(cluster, "check_folders", lambda *given: setattr(noted, "checked", given))
-        patch.setattr(tracking, "start_run", start_run)
-        patch.setattr(training, "fit", fit)
+        patch.setattr(mlflow_run, "start_run", start_run)
+        patch.setattr(loop, "fit", fit)
         yield noted
 
 
@@ -103,5 +106,5 @@ def _spread(actors: list[Any], call: Callable[[Any, Any], Any], items: Iterable[
 def _over(
     units: Sequence[int], call: Any, source: Any, transform: Any, batch_size: int, actors: list[Any], decoders: int
 ) -> Iterator[Any]:
-    parts = reading.chunks(units, batch_size, transform.resolution, len(actors))
-    return _spread(actors, lambda actor, part: call(actor, reading._read(source, transform, part), part), parts)
+    parts = image_batches.chunks(units, batch_size, transform.resolution, len(actors))
+    return _spread(actors, lambda actor, part: call(actor, image_batches._read(source, transform, part), part), parts)

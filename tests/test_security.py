@@ -43,12 +43,13 @@ from litevae.generation import Backbone, Inception, SqueezeNetCaffe
 from litevae.images import ImageError, ImageTransform
 from litevae.ldm import LDM, NormalizedAutoencoder, load_ldm, save_ldm
 from litevae.perceptual import load_esrgan, load_lpips
-from pipelines import checkpoint, cluster
-from pipelines.compare_page import page
-from pipelines.comparison import Comparison, Row, Run
 from pipelines.config import Encode, Source, Sweep, TrainVAE, load, main
-from pipelines.encode import open_listings
-from pipelines.sources import open_source
+from pipelines.data.sources import open_source
+from pipelines.encoding.encode import open_listings
+from pipelines.experiments.comparison import Comparison, Row, Run
+from pipelines.experiments.page import page
+from pipelines.runtime import cluster
+from pipelines.training import checkpoint
 from tests import memory
 from tests.encoding import arguments, save_model
 
@@ -594,7 +595,7 @@ def test_a_tracking_servers_password_is_not_kept_or_printed(tmp_path, capsys):
 
 START = """
 import json, os, sys, psutil
-from pipelines import cluster
+from pipelines.runtime import cluster
 from pipelines.config import Ray
 cluster.start(Ray(gpu=False, cpus_per_worker=1))
 import ray

@@ -13,12 +13,12 @@ from unittest import mock
 import torch
 
 from litevae.errors import UserError
-from pipelines import cluster
 from pipelines.benchmark import meter
 from pipelines.benchmark.loader import synthetic_cache
 from pipelines.config import TrainLDM, TrainVAE, load
-from pipelines.sources import open_source
-from pipelines.training import seed_for
+from pipelines.data.sources import open_source
+from pipelines.runtime import cluster
+from pipelines.training.loop import seed_for
 
 INTERVALS = 6  # of a run; the first one warms up
 JOBS = Path(__file__).resolve().parents[2] / "jobs"
@@ -116,21 +116,21 @@ def _job(given: dict[str, Any], folder: Path, name: str) -> dict[str, float]:
 
 def alone(job: str, words: list[str], batch: int, steps: int, threads: int) -> float:
     """images/s of a job's loop in this process."""
-    from pipelines import train_ldm, train_vae
+    from pipelines.training import ldm, vae
 
     torch.set_num_threads(threads)
     task: Any
     with mock.patch("ray.train.torch.prepare_model", lambda model: model):  # without Ray nothing is to be prepared
         if job == "train_vae":
-            vae = load(TrainVAE, None, words)
-            device = _device(vae.ray.gpu)
-            setup: dict[str, Any] = {"lpips": False, "source": open_source(vae.data.train, "data.train"), "val": None}
-            task = train_vae.Autoencoder(vae.model_copy(update={"val_images": 1}), setup, 0, 1, device)
+            cfg = load(TrainVAE, None, words)
+            device = _device(cfg.ray.gpu)
+            setup: dict[str, Any] = {"lpips": False, "source": open_source(cfg.data.train, "data.train"), "val": None}
+            task = vae.Autoencoder(cfg.model_copy(update={"val_images": 1}), setup, 0, 1, device)
         else:
-            ldm = load(TrainLDM, None, words)
-            device = _device(ldm.ray.gpu)
-            data, shape, _ = train_ldm._cache(ldm)
-            task = train_ldm.Diffusion(ldm, data | {"shape": shape}, 0, 1, device)
+            config = load(TrainLDM, None, words)
+            device = _device(config.ray.gpu)
+            data, shape, _ = ldm._cache(config)
+            task = ldm.Diffusion(config, data | {"shape": shape}, 0, 1, device)
     task.begin(0)
     rates, every = [], steps // INTERVALS
     start = meter.now(device)

@@ -15,17 +15,18 @@ import torch
 from torch import Tensor
 
 from litevae.autoencoder import LiteVAE
-from pipelines import cluster, train_ldm
 from pipelines.benchmark import meter
 from pipelines.benchmark.models import build
 from pipelines.config import TrainLDM, load
-from pipelines.tracking import RunHandle
+from pipelines.runtime import cluster
+from pipelines.runtime.mlflow_run import RunHandle
+from pipelines.training import ldm
 
 ENCODERS = {"S": "LiteVAE-S", "B": "LiteVAE-B", "sd-vae": "SD-VAE"}
-MODES: dict[str, Callable[[TrainLDM], train_ldm.Found]] = {
-    "write-through": train_ldm._write_through,
-    "cache": train_ldm._cache,
-    "online": train_ldm._online,
+MODES: dict[str, Callable[[TrainLDM], ldm.Found]] = {
+    "write-through": ldm._write_through,
+    "cache": ldm._cache,
+    "online": ldm._online,
 }
 IMAGES, BATCH = 32, 8  # the images are also a forward pass of write-through, which pads the last one
 SHOWN = ("online", "write-through", "cache")
@@ -109,10 +110,10 @@ def _timed(config: TrainLDM, threads: int, device: torch.device) -> dict[str, fl
     """An epoch after a step that warms up."""
     data, shape, _ = MODES[config.mode](config)
     if config.mode == "write-through":
-        data |= train_ldm._begin_cache(config)
+        data |= ldm._begin_cache(config)
         ray.shutdown()  # of which the plan only asked what there is: its processes would be measured, too
     setup = data | {"shape": shape, "threads": threads, "handle": RunHandle("", None, "benchmark", config.root)}
-    task = train_ldm.Diffusion(config, setup, 0, 1, device)
+    task = ldm.Diffusion(config, setup, 0, 1, device)
     task.begin(0)  # encoders warm up by calibrating
     encoding: list[float] = []
     raw = task.feed.raw

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from litevae.errors import UserError
-from pipelines import cluster, outputs, tracking
 from pipelines.benchmark import meter
 from pipelines.benchmark.meter import Setting, Table
 from pipelines.config import Benchmark
+from pipelines.runtime import cluster, mlflow_run, tables
 
 PARTS = {  # module and function; some measure beside packages that only developers have
     "encoder": ("models", "encoder"),
@@ -50,22 +50,22 @@ def benchmark(config: Benchmark) -> dict[str, Any]:
     }
     with (
         tempfile.TemporaryDirectory(prefix="benchmark-") as place,
-        tracking.tracked(config, "benchmark", os.path.basename(out), out) as (tracker, run),
+        mlflow_run.tracked(config, "benchmark", os.path.basename(out), out) as (tracker, run),
     ):
         setting = Setting(config, device, threads, Path(place))
         for part in config.parts:
             print(f"benchmark: {part}", flush=True)
             start = time.monotonic()
-            tables = found["parts"].setdefault(part, {"tables": []})["tables"]
+            kept = found["parts"].setdefault(part, {"tables": []})["tables"]
             for table in _tables(part, setting):
                 print(f"\n{table.markdown}", flush=True)
-                tables.append({name: getattr(table, name) for name in ("title", "how", "head", "rows", "samples")})
+                kept.append({name: getattr(table, name) for name in ("title", "how", "head", "rows", "samples")})
                 _write(out, found)
             found["parts"][part]["seconds"] = round(time.monotonic() - start, 1)
         _write(out, found)
         for name in ("benchmark.md", "benchmark.json"):
             tracker.artifact(os.path.join(out, name))
-    print(f"report    {out}/benchmark.md\nsamples   {out}/benchmark.json\nrun       {tracking.link(run)}", flush=True)
+    print(f"report    {out}/benchmark.md\nsamples   {out}/benchmark.json\nrun       {mlflow_run.link(run)}", flush=True)
     return found
 
 
@@ -96,5 +96,5 @@ def _write(out: str, found: dict[str, Any]) -> None:
         f"{', '.join(map(str, about['load']))}; Python {about['python']}, {versions}",
         *(Table(**table).markdown for part in found["parts"].values() for table in part["tables"]),
     ]
-    outputs.write(os.path.join(out, "benchmark.md"), "\n\n".join(text).encode())
-    outputs.write(os.path.join(out, "benchmark.json"), json.dumps(found, indent=1).encode())
+    tables.write(os.path.join(out, "benchmark.md"), "\n\n".join(text).encode())
+    tables.write(os.path.join(out, "benchmark.json"), json.dumps(found, indent=1).encode())

@@ -40,9 +40,9 @@ from litevae.loader import LatentLoader
 from pipelines.benchmark import encoding, meter
 from pipelines.config import Encode
 from pipelines.config import Source as SourceConfig
-from pipelines.decode import Task
-from pipelines.encode import Planned
-from pipelines.sources import open_source, restore
+from pipelines.data.decode import Task
+from pipelines.data.sources import open_source, restore
+from pipelines.encoding.encode import Planned
 
 MODULE = "pipelines.benchmark.scale"
 SHARD: int = Encode.model_fields["rows_per_shard"].default

@@ -23,9 +23,9 @@ from litevae.errors import UserError
 from litevae.images import to_tensor
 from litevae.perceptual import WeightsMissing, load_lpips
 from litevae.precision import autocast
-from pipelines import train_ldm, train_vae
 from pipelines.benchmark import meter
 from pipelines.config import TrainLDM, TrainVAE, load
+from pipelines.training import ldm, vae
 
 PARTS = {
     "encoder": "encoder",
@@ -156,7 +156,7 @@ class Ours:
     def __init__(self, words: Sequence[str], resolution: int, batch: int, device: torch.device):
         self.config, self.device = vae_config(words, resolution, batch), device
         with _without_ray():
-            self.nets = train_vae.Networks(self.config, bool(self.config.loss.lpips.weight), device)
+            self.nets = vae.Networks(self.config, bool(self.config.loss.lpips.weight), device)
         if not isinstance(self.nets.disc, UNetDiscriminator):
             raise UserError("the plain loop is written for loss.adversarial.kind=unet, and a weight above 0")
         self.model, self.objective = self.nets.model, self.nets.objective
@@ -445,8 +445,8 @@ class OurDiffusion:
         torch.manual_seed(0)
         self.latents = torch.randn(config.batch_size, 4, side, side, device=device)
         setup = {"vae": "", "fingerprint": "", "shape": (4, side, side)}
-        with _without_ray(), mock.patch.object(train_ldm, "make_feed", return_value=_Latents(self.latents)):
-            self.task = train_ldm.Diffusion(config, setup, 0, 1, device)
+        with _without_ray(), mock.patch.object(ldm, "make_feed", return_value=_Latents(self.latents)):
+            self.task = ldm.Diffusion(config, setup, 0, 1, device)
         self.config, self.device, self.taken = config, device, 0
         self.task.network.train()
 

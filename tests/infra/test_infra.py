@@ -188,7 +188,7 @@ def test_the_image_gets_what_it_needs_and_no_more(tmp_path: Path) -> None:
     for package in ("litevae", "pipelines", "jobs"):
         here = {str(path.relative_to(REPO)) for path in (REPO / package).rglob("*.py")}
         assert here <= held
-    assert {"litevae/native.cpp", "jobs/configs/demo.yaml", "pipelines/paper.yaml"} <= held
+    assert {"litevae/native.cpp", "jobs/configs/demo.yaml", "pipelines/experiments/paper.yaml"} <= held
 
 
 def test_rays_cluster_file() -> None:

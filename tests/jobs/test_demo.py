@@ -6,7 +6,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from pipelines import demo
+from pipelines.diagnostics import demo
 from tests.commands import REPO, run_in_this_process
 
 

@@ -12,9 +12,9 @@ from types import SimpleNamespace
 import pytest
 
 from litevae.errors import UserError
-from pipelines import cluster
-from pipelines.actors import pool, spread
 from pipelines.config import Ray
+from pipelines.runtime import cluster
+from pipelines.runtime.actor_pool import pool, spread
 
 
 class Calls:

@@ -15,9 +15,10 @@ from PIL import Image
 from litevae import cache
 from litevae.errors import UserError
 from litevae.images import to_tensor
-from pipelines import audit, decode, encode
 from pipelines.config import Inspect, Source, Verify, Views
-from pipelines.sources import open_source
+from pipelines.data import decode
+from pipelines.data.sources import open_source
+from pipelines.encoding import encode, verify
 
 HOW = cache.layout("moments", "float16", views=2)
 VIEWS = Views(resolution=8, decode="pillow", flips=True)
@@ -97,7 +98,7 @@ def root(made, tmp_path):
 
 
 def audited(root, **more):
-    return audit.audit(str(root / "cache"), **more)
+    return verify.audit(str(root / "cache"), **more)
 
 
 def commit_of(root, number):
@@ -127,7 +128,7 @@ def with_column(rows, name, values):
 
 
 def test_a_sound_cache(root, capsys):
-    found = audit.verify(Verify(cache=str(root / "cache")))
+    found = verify.verify(Verify(cache=str(root / "cache")))
     assert (found.shards, found.rows, found.quarantined) == (3, 36, 2)
     assert (found.problems, found.general, found.missing, found.unnamed) == ({}, [], [], [])
     assert found.generations == {0: 0, 1: 0, 2: 0}
@@ -136,7 +137,7 @@ def test_a_sound_cache(root, capsys):
     assert [" ".join(line.split()) for line in shown.splitlines()][2:] == [
         "rows 36, each once", "quarantined 2", "ids as in the source",
     ]  # fmt: skip
-    audit.verify(Verify(cache=str(root / "cache"), source=False))
+    verify.verify(Verify(cache=str(root / "cache"), source=False))
     assert "not compared with the source" in capsys.readouterr().out
 
 
@@ -237,7 +238,7 @@ def test_each_kind_of_damage_is_named(root, damage, message):
     with pytest.raises(AssertionError, match=message):
         raise AssertionError(found.problems[1][0])
     with pytest.raises(UserError, match=f"1 of 3 shards are missing or damaged; repair it(.|\n)*shard 1: .*{message}"):
-        audit.verify(Verify(cache=str(root / "cache")))
+        verify.verify(Verify(cache=str(root / "cache")))
     assert not found.missing
     if damage is other_id:
         assert audited(root, source=False).problems == {}
@@ -282,16 +283,16 @@ def test_an_unfinished_cache_is_gone_on_with(root):
     found = audited(root)
     assert (found.missing, found.problems) == ([2], {2: ["has no commit"]})
     with pytest.raises(UserError, match="run the encode job with the same settings again"):
-        audit.verify(Verify(cache=str(root / "cache")))
+        verify.verify(Verify(cache=str(root / "cache")))
 
 
 def test_many_problems_are_counted(root):
     problems = {number: ["broken", "and worse"] for number in range(7)}
-    found = audit.Audit(9, problems=problems, general=["all in all"])
+    found = verify.Audit(9, problems=problems, general=["all in all"])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(audit, "audit", lambda out, source, threads: found)
+        patch.setattr(verify, "audit", lambda out, source, threads: found)
         with pytest.raises(UserError) as error:
-            audit.verify(Verify(cache=str(root / "cache")))
+            verify.verify(Verify(cache=str(root / "cache")))
     lines = str(error.value).split("\n")
     assert "7 of 9 shards are missing or damaged" in lines[0]
     assert lines[1:3] == ["  all in all", "  shard 0: broken"]
@@ -315,16 +316,16 @@ def test_files_that_no_commit_names(root):
 
 def test_statistics_agree_to_nine_digits():
     ours = {"elements": 5, "mean": [1.0, 2.0]}
-    assert audit._close(ours, {"elements": 5, "mean": [1.0, 2.0 * (1 + 1e-10)]})
-    assert not audit._close(ours, {"elements": 5, "mean": [1.0, 2.0 * (1 + 1e-7)]})
-    assert not audit._close(ours, {"elements": 6, "mean": [1.0, 2.0]})
-    assert not audit._close(ours, {"elements": 5})
+    assert verify._close(ours, {"elements": 5, "mean": [1.0, 2.0 * (1 + 1e-10)]})
+    assert not verify._close(ours, {"elements": 5, "mean": [1.0, 2.0 * (1 + 1e-7)]})
+    assert not verify._close(ours, {"elements": 6, "mean": [1.0, 2.0]})
+    assert not verify._close(ours, {"elements": 5})
 
 
 def test_a_few_are_spread_evenly():
-    assert audit._spread([*range(10, 20)], 3) == [10, 14, 19]
-    assert audit._spread([5, 6], 9) == [5, 6]
-    assert audit._spread([5, 6, 7], 1) == [5]
+    assert verify._spread([*range(10, 20)], 3) == [10, 14, 19]
+    assert verify._spread([5, 6], 9) == [5, 6]
+    assert verify._spread([5, 6, 7], 1) == [5]
 
 
 # --- inspect ------------------------------------------------------------------------------------------------------
@@ -340,10 +341,10 @@ def inspected(root, monkeypatch, **more):
     def decoded(latent, return_dict):
         return (latent.sum(1, keepdim=True).expand(-1, 3, 8, 8) / 20,)
 
-    monkeypatch.setattr(audit, "encode_latents", encoded)
-    monkeypatch.setattr(audit, "load_autoencoder", lambda folder: SimpleNamespace(decode=decoded))
-    monkeypatch.setattr(audit, "fingerprint", lambda folder: {"/m": "f"}.get(folder, "other"))
-    return audit.inspect(Inspect(cache=str(root / "cache"), out=str(root / "seen"), **more))
+    monkeypatch.setattr(verify, "encode_latents", encoded)
+    monkeypatch.setattr(verify, "load_autoencoder", lambda folder: SimpleNamespace(decode=decoded))
+    monkeypatch.setattr(verify, "fingerprint", lambda folder: {"/m": "f"}.get(folder, "other"))
+    return verify.inspect(Inspect(cache=str(root / "cache"), out=str(root / "seen"), **more))
 
 
 def test_rows_are_looked_at_beside_their_sources(root, monkeypatch, capsys):
@@ -382,6 +383,6 @@ def test_rows_come_with_the_views_that_they_are_of(root):
     latents = cache.LatentCache(root / "cache")
     source = open_source(Source(uri=str(root / "photos")))
     shard = encode.Planned([source], 8).shard(decode.Task(1))
-    pixels, stored = audit._rows_of(latents, shard, latents.manifest, 14)
+    pixels, stored = verify._rows_of(latents, shard, latents.manifest, 14)
     assert [values[0, 0, 0] for values in stored] == [u + v / 2 for u in (8, 9, 10, 12, 13, 14, 15) for v in (0, 1)]
     assert [image[0, 0, 0] for image in pixels] == [12 * u for u in (8, 9, 10, 12, 13, 14, 15) for _ in (0, 1)]

@@ -16,9 +16,10 @@ from litevae import cache, storage
 from litevae.autoencoder import load_autoencoder
 from litevae.cache import LatentCache
 from litevae.errors import UserError
-from pipelines import audit, decode, encode
 from pipelines.config import Inspect, Repair, Retry, Verify
-from pipelines.encode import encode_dataset
+from pipelines.data import decode
+from pipelines.encoding import encode, verify
+from pipelines.encoding.encode import encode_dataset
 from tests.commands import run_in_this_process
 from tests.encoding import BAD, SIDE, config, crops, photo_folder, save_model, shard_bytes
 from tests.in_process import in_process
@@ -62,7 +63,7 @@ def files_of(folder):
 
 
 def test_a_sound_cache_is_found_sound(made, capsys):
-    found = audit.verify(Verify(cache=str(made / "cache")))
+    found = verify.verify(Verify(cache=str(made / "cache")))
     assert (found.shards, found.rows, found.quarantined) == (6, 45, 3)
     assert (found.problems, found.general, found.missing, found.unnamed) == ({}, [], [], [])
     assert "45, each once" in capsys.readouterr().out
@@ -157,7 +158,7 @@ DAMAGES = {
 def test_damage_is_found(copy, damage):
     damage(copy, 3)
     with pytest.raises(UserError, match=DAMAGES[damage]) as error:
-        audit.verify(Verify(cache=str(copy / "cache"), source=False))
+        verify.verify(Verify(cache=str(copy / "cache"), source=False))
     assert "1 of 6 shards are missing or damaged; repair it: python jobs/encode_dataset.py" in str(error.value)
 
 
@@ -174,7 +175,7 @@ def test_damage_is_repaired(made, copy, damages):
     assert shard_bytes(copy / "cache") == shard_bytes(made / "cache")
     after = files_of(copy / "cache")
     assert all(after[file] == before[file] for file in before.keys() & after.keys())
-    found = audit.verify(Verify(cache=str(copy / "cache"), source=False))
+    found = verify.verify(Verify(cache=str(copy / "cache"), source=False))
     assert not found.unnamed
     assert LatentCache(copy / "cache").manifest["digest"] == LatentCache(made / "cache").manifest["digest"]
 
@@ -213,29 +214,29 @@ def test_an_unfinished_cache_is_not_read(copy):
 def test_ids_are_compared_with_the_source(copy):
     rename_a_row(copy, 3, "elsewhere.png")
     with pytest.raises(UserError, match="shard 3: input 24 is 'elsewhere.png', in the source 'dogs/"):
-        audit.verify(Verify(cache=str(copy / "cache")))
+        verify.verify(Verify(cache=str(copy / "cache")))
 
 
 def test_an_id_twice_is_found(copy):
     rename_a_row(copy, 3, "cats/001.png")
     with pytest.raises(UserError, match="id 'cats/001.png' is there more than once"):
-        audit.verify(Verify(cache=str(copy / "cache"), source=False))
+        verify.verify(Verify(cache=str(copy / "cache"), source=False))
 
 
 @pytest.mark.usefixtures("in_process")
 def test_a_lost_or_wrong_manifest_is_written_again(made, copy):
     (copy / "cache/manifest.json").unlink()
     with pytest.raises(UserError, match="unfinished"):
-        audit.verify(Verify(cache=str(copy / "cache"), source=False))
+        verify.verify(Verify(cache=str(copy / "cache"), source=False))
     encode.repair(mend(Repair, copy, made))
-    audit.verify(Verify(cache=str(copy / "cache"), source=False))
+    verify.verify(Verify(cache=str(copy / "cache"), source=False))
     manifest = json.loads((copy / "cache/manifest.json").read_text())
     manifest["latents"]["std"][0] *= 2
     (copy / "cache/manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match=r"its digest is not that of its content(.|\n)*mean and std are not those"):
-        audit.verify(Verify(cache=str(copy / "cache"), source=False))
+        verify.verify(Verify(cache=str(copy / "cache"), source=False))
     encode.repair(mend(Repair, copy, made))
-    audit.verify(Verify(cache=str(copy / "cache"), source=False))
+    verify.verify(Verify(cache=str(copy / "cache"), source=False))
 
 
 @pytest.mark.usefixtures("in_process")
@@ -246,12 +247,12 @@ def test_left_over_files_are_removed(made, copy):
     fresh = copy / "cache/commits/.tmp-456"  # perhaps of a driver that is at work
     fresh.write_bytes(b"half")
     (copy / "cache/shards/000001-attempt.parquet").write_bytes(b"killed before the commit")
-    found = audit.verify(Verify(cache=str(copy / "cache"), source=False))
+    found = verify.verify(Verify(cache=str(copy / "cache"), source=False))
     assert found.unnamed == ["shards/000001-attempt.parquet", "shards/.tmp-123"]
     encode.repair(mend(Repair, copy, made))
     assert not stale.exists()
     assert fresh.exists()
-    assert audit.audit(str(copy / "cache"), source=False).unnamed == []
+    assert verify.audit(str(copy / "cache"), source=False).unnamed == []
 
 
 @pytest.mark.usefixtures("in_process")
@@ -261,7 +262,7 @@ def test_repair_needs_the_same_model(made, copy, tmp_path):
     with pytest.raises(UserError, match="is not the model that encoded"):
         encode.repair(mend(Repair, copy, made, model=other))
     for action, cls in (("verify", Verify), ("repair", Repair), ("retry", Retry), ("inspect", Inspect)):
-        job = getattr(audit, action, None) or getattr(encode, action)
+        job = getattr(verify, action, None) or getattr(encode, action)
         with pytest.raises(UserError, match=r"is not a latent cache|does not exist"):
             job(cls(cache=str(tmp_path / "nothing")))
         with pytest.raises(UserError, match="give a cache folder"):
@@ -286,7 +287,7 @@ def test_retry_gives_what_would_have_been(made, copy):
     assert (done["recovered"], done["quarantined"], done["reasons"]) == (1, 1, {"empty": 1})
     after = files_of(copy / "cache")
     assert len(after.keys() - before.keys()) == 2  # a shard and its commit; the empty file's stayed as they were
-    audit.verify(Verify(cache=str(copy / "cache"), source=False))
+    verify.verify(Verify(cache=str(copy / "cache"), source=False))
     fresh = config(copy / "photos", str(made / "model"), copy / "fresh")
     encode_dataset(fresh)
     assert shard_bytes(copy / "cache") == shard_bytes(copy / "fresh")
@@ -326,7 +327,7 @@ def test_append_adds_what_is_new(made, tmp_path, capsys):
     assert len(LatentCache(out, version=1)) == 45
     source = latents.manifest["source"]
     assert (source["units"], [listing["units"] for listing in source["listings"]]) == (58, [48, 10])
-    found = audit.verify(Verify(cache=str(out)))
+    found = verify.verify(Verify(cache=str(out)))
     assert found.rows == 55
     assert encode_dataset(config(photos, model, out, "append=true"))["number"] == 2  # nothing is new any more
 
@@ -346,10 +347,10 @@ def test_another_driver_has_listed_other_inputs(made, copy, monkeypatch):
     monkeypatch.setattr(cache, "write_listing", second)
     done = encode_dataset(config(copy / "photos", str(made / "model"), copy / "cache", "append=true"))
     assert (done["encoded_now"], done["images"]) == (1, 46)
-    audit.verify(Verify(cache=str(copy / "cache"), source=False))
+    verify.verify(Verify(cache=str(copy / "cache"), source=False))
     done = encode_dataset(config(copy / "photos", str(made / "model"), copy / "cache", "append=true"))
     assert (done["encoded_now"], done["images"]) == (1, 47)
-    audit.verify(Verify(cache=str(copy / "cache"), source=False))
+    verify.verify(Verify(cache=str(copy / "cache"), source=False))
 
 
 @pytest.mark.usefixtures("in_process")
@@ -359,7 +360,7 @@ def test_a_driver_killed_between_plan_and_listing(made, copy):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     (copy / "cache/.tmp-123").write_bytes(b"half")  # of a file
     assert encode_dataset(config(made / "photos", str(made / "model"), copy / "cache"))["encoded_now"] == 45
-    audit.verify(Verify(cache=str(copy / "cache")))
+    verify.verify(Verify(cache=str(copy / "cache")))
 
 
 @pytest.mark.usefixtures("in_process")
@@ -372,7 +373,7 @@ def test_a_moved_source_is_the_same_source(made, copy, capsys):
 
 
 def test_inspect(made, copy, capsys):
-    about = audit.inspect(
+    about = verify.inspect(
         Inspect(cache=str(copy / "cache"), source=str(copy / "photos"), out=str(copy / "seen"), shards=3, rows=2)
     )
     shown = capsys.readouterr().out
@@ -398,7 +399,7 @@ def test_inspect(made, copy, capsys):
     assert picture.width > 4 * SIDE
     # Other weights under the same name are not taken for the cache's.
     with pytest.raises(UserError, match="is not the model that encoded"):
-        audit.inspect(Inspect(cache=str(copy / "cache"), model=save_model(copy / "other", seed=2)))
+        verify.inspect(Inspect(cache=str(copy / "cache"), model=save_model(copy / "other", seed=2)))
 
 
 # --- the command ----------------------------------------------------------------------------------------------
@@ -435,14 +436,14 @@ def test_s3_source_and_cache(made, s3):
     assert (done["images"], done["quarantined"]) == (45, 3)
     assert shard_bytes(out) == shard_bytes(made / "cache")
     assert LatentCache(out).manifest["digest"] == LatentCache(made / "cache").manifest["digest"]
-    audit.verify(Verify(cache=out))
+    verify.verify(Verify(cache=out))
     broken = LatentCache(out).manifest["shards"][3]["file"]
     data = client.get_object(Bucket=bucket, Key=f"cache/{broken}")["Body"].read()
     client.put_object(Bucket=bucket, Key=f"cache/{broken}", Body=data[:1000] + b"x" + data[1001:])
     with pytest.raises(UserError, match="shard 3: s3://.*its sha256"):
-        audit.verify(Verify(cache=out))
+        verify.verify(Verify(cache=out))
     settings = {"tracking": {"enabled": False}, "ray": {"gpu": False, "cpus_per_worker": 1}, "root": str(made / "runs")}
     encode.repair(Repair(cache=out, **settings))
-    audit.verify(Verify(cache=out))
+    verify.verify(Verify(cache=out))
     assert shard_bytes(out) == shard_bytes(made / "cache")
     assert storage.names(f"{out}/manifests") == ["000001.json", "000002.json"]

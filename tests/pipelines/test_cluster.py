@@ -9,8 +9,8 @@ import pytest
 import ray
 
 from litevae.errors import UserError
-from pipelines import actors, cluster, stopping
 from pipelines.config import Ray
+from pipelines.runtime import actor_pool, cluster, shutdown
 
 
 def node(cpus, gpus=0, alive=True, **labels):
@@ -374,14 +374,14 @@ def test_actors_get_the_share_and_can_be_started_again(monkeypatch):
     monkeypatch.setattr(ray, "remote", Remote)
     monkeypatch.setattr(ray, "get", lambda found: made.append(found))
     share = cluster.Share(workers=3, gpu=True, threads=1, gpus=0.5, labels={"pool": "a"})
-    found = actors.pool(dict, share, 1, 2)
+    found = actor_pool.pool(dict, share, 1, 2)
     assert [actor.what for actor in found] == [(dict, 1, 2)] * 3
     assert made == [
         {"num_cpus": 1.0, "num_gpus": 0.5, "max_restarts": 3, "max_task_retries": 3, "label_selector": {"pool": "a"}},
         ["ready"] * 3,
     ]
     made.clear()
-    actors.pool(dict, cluster.Share(workers=1, gpu=False, threads=1), max_restarts=0)
+    actor_pool.pool(dict, cluster.Share(workers=1, gpu=False, threads=1), max_restarts=0)
     strategy = made[0].pop("scheduling_strategy")
     assert strategy.placement_group is None
     assert made[0] == {"num_cpus": 1.0, "num_gpus": 0, "max_restarts": 0, "max_task_retries": 3}
@@ -402,12 +402,12 @@ def handlers():
 @pytest.mark.usefixtures("handlers")
 def test_sigterm_ends_a_job_as_ctrl_c_does():
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(stopping.Stopped, match="run the same command again") as stopped, stopping.on_sigterm():
+    with pytest.raises(shutdown.Stopped, match="run the same command again") as stopped, shutdown.on_sigterm():
         signal.raise_signal(signal.SIGTERM)
     assert stopped.value.code == 143
     assert signal.getsignal(signal.SIGTERM) == before
-    assert stopping.Stopped().code == 130
-    assert isinstance(stopping.Stopped(), KeyboardInterrupt)
+    assert shutdown.Stopped().code == 130
+    assert isinstance(shutdown.Stopped(), KeyboardInterrupt)
 
 
 @pytest.mark.usefixtures("handlers")
@@ -415,13 +415,13 @@ def test_rays_handler_does_not_take_the_place_of_ours():
     def rays(number, frame):
         raise AssertionError
 
-    with stopping.on_sigterm():
+    with shutdown.on_sigterm():
         ours = signal.getsignal(signal.SIGTERM)
-        with stopping.kept():
+        with shutdown.kept():
             signal.signal(signal.SIGTERM, rays)
         assert signal.getsignal(signal.SIGTERM) == ours
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # no job of ours: Ray's stays
-    with stopping.kept():
+    with shutdown.kept():
         signal.signal(signal.SIGTERM, rays)
     assert signal.getsignal(signal.SIGTERM) == rays
 
@@ -429,7 +429,7 @@ def test_rays_handler_does_not_take_the_place_of_ours():
 @pytest.mark.usefixtures("handlers")
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_the_first_signal_asks_a_run_to_stop(tmp_path, capsys, number, code):
-    file = tmp_path / stopping.FILE
+    file = tmp_path / shutdown.FILE
 
     def run():
         os.kill(os.getpid(), number)
@@ -437,22 +437,22 @@ def test_the_first_signal_asks_a_run_to_stop(tmp_path, capsys, number, code):
             os.sched_yield()
         return "a result"
 
-    with stopping.on_sigterm():
+    with shutdown.on_sigterm():
         ours = signal.getsignal(signal.SIGTERM)
-        assert stopping.patiently(run, str(tmp_path)) == "a result"
+        assert shutdown.patiently(run, str(tmp_path)) == "a result"
         assert signal.getsignal(signal.SIGTERM) == ours
     assert "stopping: the run leaves at its next step" in capsys.readouterr().out
-    assert stopping.withdraw(str(tmp_path)) == code
+    assert shutdown.withdraw(str(tmp_path)) == code
     assert not file.exists()
 
 
 @pytest.mark.usefixtures("handlers")
 def test_a_second_signal_ends_it_at_once(tmp_path):
-    file = tmp_path / stopping.FILE
-    with stopping._asking(file):
+    file = tmp_path / shutdown.FILE
+    with shutdown._asking(file):
         signal.raise_signal(signal.SIGINT)
         assert file.read_text() == "130"
-        with pytest.raises(stopping.Stopped) as stopped:
+        with pytest.raises(shutdown.Stopped) as stopped:
             signal.raise_signal(signal.SIGTERM)
     assert stopped.value.code == 143
 
@@ -462,16 +462,16 @@ def test_what_a_run_raises_comes_back_and_without_a_job_signals_are_left(tmp_pat
     def fail():
         raise UserError("no such column")
 
-    with stopping.on_sigterm(), pytest.raises(UserError, match="no such column"):
-        stopping.patiently(fail, str(tmp_path))
+    with shutdown.on_sigterm(), pytest.raises(UserError, match="no such column"):
+        shutdown.patiently(fail, str(tmp_path))
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    assert stopping.patiently(lambda: signal.getsignal(signal.SIGTERM), str(tmp_path)) == signal.SIG_DFL
+    assert shutdown.patiently(lambda: signal.getsignal(signal.SIGTERM), str(tmp_path)) == signal.SIG_DFL
 
 
 @pytest.mark.parametrize(("text", "code"), [(None, 130), ("", 130), ("143\n", 143), ("by hand", 130)])
 def test_a_request_is_forgotten_with_its_code(tmp_path, text, code):
-    file = Path(tmp_path, stopping.FILE)
+    file = Path(tmp_path, shutdown.FILE)
     if text is not None:
         file.write_text(text)
-    assert stopping.withdraw(str(tmp_path)) == code
+    assert shutdown.withdraw(str(tmp_path)) == code
     assert not file.exists()

@@ -11,10 +11,10 @@ from diffusers import AutoencoderKL
 from jobs.evaluate import ACTIONS
 from litevae.autoencoder import LiteVAE
 from litevae.errors import UserError
-from pipelines import cluster
-from pipelines import complexity as module
-from pipelines.complexity import complexity
 from pipelines.config import EvaluateComplexity, main, usage, validate
+from pipelines.evaluation import cost as module
+from pipelines.evaluation.cost import complexity
+from pipelines.runtime import cluster
 
 SIDE = 32
 
@@ -143,8 +143,8 @@ def test_models_are_compared_with_the_first(tmp_path, monkeypatch, capsys):
 
     workers = []
     monkeypatch.setattr(module.cluster, "start", lambda ray: workers.append(ray.workers) or "share")
-    monkeypatch.setattr(module.tracking, "tracked", tracked)
-    monkeypatch.setattr(module.tracking, "link", lambda run: "a link")
+    monkeypatch.setattr(module.mlflow_run, "tracked", tracked)
+    monkeypatch.setattr(module.mlflow_run, "link", lambda run: "a link")
     monkeypatch.setattr(module, "_measured", lambda plan, cfg, share: (numbers[plan.name], f"machine, {share}"))
     found = complexity(config(["sd-vae", "S"], tmp_path, ray={"workers": 3}))
     assert workers == [1]

@@ -4,8 +4,8 @@ import numpy as np
 import skimage.data
 from PIL import Image
 
-from pipelines import demo
-from pipelines.demo import HELD_OUT, TILE, _free_square, cut_photos
+from pipelines.diagnostics import demo
+from pipelines.diagnostics.demo import HELD_OUT, TILE, _free_square, cut_photos
 
 
 def test_photos_are_cut_once_and_the_same_everywhere(tmp_path, monkeypatch):

@@ -14,10 +14,11 @@ from PIL import Image
 
 from litevae import native, storage
 from litevae.errors import UserError
-from pipelines import asking, doctor, tracking
 from pipelines.config import Doctor, load
-from pipelines.doctor import DRIVER, Finding, examined
-from pipelines.sources import Source, restore
+from pipelines.data.sources import Source, restore
+from pipelines.diagnostics import doctor, probe
+from pipelines.diagnostics.doctor import DRIVER, Finding, examined
+from pipelines.runtime import mlflow_run
 from tests.encoding import BAD, photo_folder, save_model
 from tests.nodes import cluster
 from tests.proxy import proxied
@@ -159,7 +160,7 @@ def test_kernels(tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", str(tmp_path / "none"))
     native._library.cache_clear()
     try:
-        (found,) = examined(doctor.kernels, asking.alone)
+        (found,) = examined(doctor.kernels, probe.alone)
     finally:
         native._library.cache_clear()
     assert found.state == "warning"
@@ -322,7 +323,7 @@ def test_mlflow(tmp_path):
 
     (sound,) = examined(doctor.mlflow, here, config)
     assert sound.state == "ok", sound
-    client = tracking._client(f"sqlite:///{tmp_path}/runs/mlflow.db")
+    client = mlflow_run._client(f"sqlite:///{tmp_path}/runs/mlflow.db")
     experiment = client.get_experiment_by_name("litevae-doctor")
     assert experiment is not None
     assert client.search_runs([experiment.experiment_id]) == []
@@ -411,7 +412,7 @@ def test_images_that_are_noise(tmp_path):
 
 
 def test_an_estimate():
-    from pipelines.cluster import Share
+    from pipelines.runtime.cluster import Share
 
     speeds = doctor.Speeds()
     speeds.images, speeds.encode, speeds.decode = 1_000_000, [10.0, 30.0], [100.0]

@@ -24,10 +24,12 @@ from litevae.autoencoder import encode_latents, fingerprint, load_autoencoder
 from litevae.cache import LatentCache
 from litevae.errors import UserError
 from litevae.images import ImageError, ImageTransform, to_tensor
-from pipelines import audit, cluster, decode, encode
-from pipelines.config import Source, Views
-from pipelines.encode import encode_dataset
-from pipelines.sources import open_source
+from pipelines.config import Views
+from pipelines.data import decode
+from pipelines.data.sources import open_source
+from pipelines.encoding import encode, verify
+from pipelines.encoding.encode import encode_dataset
+from pipelines.runtime import cluster
 from tests.commands import run_in_this_process
 from tests.encoding import (
     BAD,
@@ -352,7 +354,7 @@ def test_random_crops_and_flips(few, model, tmp_path):
     )
     rows = [latents.row(i) for i in range(4)]
     assert [(row["id"], row["view"], row["flip"]) for row in rows] == [("0.png", v, bool(v % 2)) for v in range(4)]
-    assert audit.audit(str(tmp_path / "cache")).problems == {}
+    assert verify.audit(str(tmp_path / "cache")).problems == {}
     with pytest.raises(UserError, match=r"transform.seed: 0 in the cache, 1 now"):
         encode_dataset(config(few, model, tmp_path / "cache", *more, "transform.seed=1"))
 
@@ -366,7 +368,7 @@ def test_aspect_ratio_buckets(few, model, tmp_path):
     assert done["shape"] is None
     assert [count for count, *_ in latents.manifest["latents"]["shapes"]] == [3, 3]
     assert sorted(set(latents.group_shapes)) == [(8, 4, 8), (8, 6, 6)]
-    assert audit.audit(str(tmp_path / "cache")).problems == {}
+    assert verify.audit(str(tmp_path / "cache")).problems == {}
 
 
 def test_a_size_the_model_can_not_take(few, tmp_path):
@@ -476,7 +478,7 @@ def test_ugly_images_do_not_stop_the_job(model, tmp_path, kind):
     assert set(done["reasons"]) <= {"corrupt", "empty", "not_an_image", "too_large", "unsupported"}
     if kind == "made":
         assert done["reasons"] == Counter(odd.reason for odd in odd_images().values() if odd.reason)
-    found = audit.audit(str(out))
+    found = verify.audit(str(out))
     assert (found.problems, found.general) == ({}, [])
     readable = {}
     for name in os.listdir(folder):

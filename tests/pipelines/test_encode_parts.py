@@ -16,10 +16,12 @@ from litevae import cache
 from litevae.autoencoder import fingerprint
 from litevae.errors import UserError
 from litevae.images import ImageError, to_tensor
-from pipelines import cluster, decode, encode
 from pipelines.config import Encode, Retry, Views, validate
-from pipelines.decode import Lost, Shard, Task
-from pipelines.sources import Item
+from pipelines.data import decode
+from pipelines.data.decode import Lost, Shard, Task
+from pipelines.data.sources import Item
+from pipelines.encoding import encode
+from pipelines.runtime import cluster
 from tests.encoding import save_model
 
 HOW = cache.layout("moments", "float16")
@@ -534,7 +536,7 @@ def runs(monkeypatch, tmp_path):
 
     monkeypatch.setattr(encode, "_pipeline", pipeline)
     monkeypatch.setattr(encode, "Progress", progress)
-    monkeypatch.setattr(encode.monitoring, "Encoding", shown)
+    monkeypatch.setattr(encode.prometheus, "Encoding", shown)
     monkeypatch.setattr(encode, "time", Clock())
 
     def run(numbers, budget=1.0, total=4):

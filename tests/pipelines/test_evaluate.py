@@ -20,10 +20,10 @@ from litevae.errors import UserError
 from litevae.generation import Backbone, SqueezeNetCaffe, mmd
 from litevae.images import to_tensor
 from litevae.perceptual import load_lpips
-from pipelines.cluster import start
 from pipelines.config import Evaluate, main, validate
-from pipelines.evaluate import Measured, Total, _frechet, evaluate
-from pipelines.reading import chunks
+from pipelines.evaluation.image_batches import chunks
+from pipelines.evaluation.reconstruction import Measured, Total, _frechet, evaluate
+from pipelines.runtime.cluster import start
 from tests.in_process import in_process
 from tests.networks import save_resnet, save_squeezenet
 

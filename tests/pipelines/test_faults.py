@@ -22,8 +22,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from litevae import storage
-from pipelines import audit
-from pipelines.encode import encode_dataset
+from pipelines.encoding import verify
+from pipelines.encoding.encode import encode_dataset
 from tests.encoding import BAD, JOB, config, crops, photo_folder, save_model, shard_bytes, start_job
 from tests.in_process import in_process
 from tests.nodes import cluster, title_of
@@ -302,7 +302,7 @@ def encoded(source, model, out, *more):
 
 def check_cache(out, folder, undisturbed, bad=BAD):
     """The cache is sound, has every file in a row or in its quarantine, and is the same as the undisturbed one."""
-    found = audit.audit(out)
+    found = verify.audit(out)
     assert (found.problems, found.general, found.missing) == ({}, [], [])
     manifest, expected = (
         json.loads(storage.read(storage.join(str(root), "manifest.json"))) for root in (out, undisturbed)
@@ -352,7 +352,7 @@ def test_append_repair_and_retry_survive_what_is_killed(model, tmp_path):
         return subprocess.Popen([sys.executable, JOB, action, out, *common], stderr=subprocess.STDOUT, **options)
 
     def sound(out):
-        found = audit.audit(out)
+        found = verify.audit(out)
         assert (found.problems, found.general, found.missing) == ({}, [], [])
 
     def disturbed(name, launch, before, kinds):

@@ -21,8 +21,9 @@ from jobs.evaluate import ACTIONS
 from litevae.cache import LatentCache
 from litevae.errors import UserError
 from litevae.generation import Backbone, Inception, SqueezeNetCaffe, mmd
-from pipelines import encode, judge, latents
 from pipelines.config import EvaluateLatents, EvaluateSamples, main, usage, validate
+from pipelines.encoding import encode
+from pipelines.evaluation import generated, latent_mmd
 from tests import encoding
 from tests.in_process import in_process
 from tests.networks import save_inception, save_resnet, save_squeezenet
@@ -117,7 +118,7 @@ def _small_images_for_inception():
 def summary(fake, real, weights, tmp_path_factory):
     out = tmp_path_factory.mktemp("one")
     with in_process():
-        return judge.samples(config(fake, real, out, tracking={"enabled": True}, **weights)) | {"at": out}
+        return generated.samples(config(fake, real, out, tracking={"enabled": True}, **weights)) | {"at": out}
 
 
 def frechet_of_few(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -131,14 +132,14 @@ def test_numbers_are_torch_fidelitys(summary, fake, real, weights):
     found = values(summary)
     resnet = Backbone(weights["backbone_model"], weights["backbone"])
     for network in (Inception(weights["inception"]), SqueezeNetCaffe(weights["squeezenet"]), resnet):
-        (generated, logits), (reference, _) = (network(pixels_of(folder)) for folder in (fake, real))
+        (drawn, logits), (reference, _) = (network(pixels_of(folder)) for folder in (fake, real))
         if logits is None:
-            both = [fid_features_to_statistics(each.double()) for each in (generated, reference)]
+            both = [fid_features_to_statistics(each.double()) for each in (drawn, reference)]
             expected = fid_statistics_to_metric(*both, verbose=False)["frechet_inception_distance"]
         else:  # whose root of 2048 x 2048 takes ten seconds
-            expected = frechet_of_few(generated.double(), reference.double())
+            expected = frechet_of_few(drawn.double(), reference.double())
         assert found[f"frechet/{network.name}"] == pytest.approx(expected, rel=1e-3)
-        prc = prc_features_to_metric(generated.double(), reference.double(), verbose=False)
+        prc = prc_features_to_metric(drawn.double(), reference.double(), verbose=False)
         assert found[f"precision/{network.name}"] == pytest.approx(prc["precision"])
         assert found[f"recall/{network.name}"] == pytest.approx(prc["recall"])
         if logits is not None:
@@ -164,7 +165,7 @@ def test_protocols_name_what_the_numbers_depend_on(summary, fake, real, capsys):
         }
         (library,) = (text for name, text in libraries.items() if name in score["name"])
         assert library in score["protocol"]
-    text = judge._report(summary, "out")
+    text = generated.summary_text(summary, "out")
     assert "Frechet distance on squeezenet-caffe features" in text
     assert "1 unreadable left out: class0/05a.jpg (not_an_image)" in text
     for score in summary["metrics"]:
@@ -199,14 +200,14 @@ def test_two_workers_parquet_and_a_kept_reference_give_the_same(fake, real, weig
     shutil.copy(fake / "grid.png", drawn)
     (drawn / "sampling.json").write_text("{}")
     read = []
-    over = judge.reading.over
-    monkeypatch.setattr(judge.reading, "over", lambda *a: read.append(a[2].uri) or over(*a))
+    over = generated.image_batches.over
+    monkeypatch.setattr(generated.image_batches, "over", lambda *a: read.append(a[2].uri) or over(*a))
     ray = {"gpu": "no", "cpus_per_worker": 1, "workers": 2, "decode_tasks": 1}
     with pytest.raises(UserError, match="the sample job is not finished"):
-        judge.samples(config(drawn, real, tmp_path, ray=ray, **weights))
+        generated.samples(config(drawn, real, tmp_path, ray=ray, **weights))
     (drawn / "samples.json").write_text("{}")
-    two = judge.samples(config(drawn, real, tmp_path, ray=ray, **weights))
-    assert values(two) == values(one)  # to the last bit
+    two = generated.samples(config(drawn, real, tmp_path, ray=ray, **weights))
+    assert values(two) == values(summary)  # to the last bit
     assert read == [str(parquet)]
     assert two["reference"]["unreadable"] == one["reference"]["unreadable"]
     assert not two["remarks"]
@@ -218,7 +219,9 @@ def test_a_set_against_itself(real, weights, tmp_path):
     same.mkdir()
     for number, pixels in enumerate(tiles(REAL, skimage.data.astronaut(), 17)):
         Image.fromarray(pixels).save(same / f"{number:06d}.png")
-    found = values(judge.samples(config(same, same, tmp_path, squeezenet=weights["squeezenet"], **missing(tmp_path))))
+    found = values(
+        generated.samples(config(same, same, tmp_path, squeezenet=weights["squeezenet"], **missing(tmp_path)))
+    )
     assert found["frechet/squeezenet-caffe"] == pytest.approx(0, abs=1e-3)
     assert (found["precision/squeezenet-caffe"], found["recall/squeezenet-caffe"]) == (1, 1)
 
@@ -237,10 +240,12 @@ def _hub():
 
 
 def kept(cfg):
-    source = judge.open_source(cfg.source)
-    images = judge._set(source, judge.ImageTransform(SIDE), cfg.reference_images, cfg.pr_images, "reference_images")
+    source = generated.open_source(cfg.source)
+    images = generated._set(
+        source, generated.ImageTransform(SIDE), cfg.reference_images, cfg.pr_images, "reference_images"
+    )
     network = SqueezeNetCaffe(cfg.squeezenet)
-    return judge.Kept(cfg.root + "/references", images, network), images
+    return generated.Kept(cfg.root + "/references", images, network), images
 
 
 @pytest.fixture
@@ -248,10 +253,10 @@ def reference(real, fake, weights, tmp_path):
     """A kept file of SqueezeNet's features, made up."""
     cfg = config(fake, real, tmp_path, squeezenet=weights["squeezenet"])
     file, images = kept(cfg)
-    found = judge.Features(judge.FrechetStatistics(512), [torch.randn(9, 512), torch.randn(2, 512)])
+    found = generated.Features(generated.FrechetStatistics(512), [torch.randn(9, 512), torch.randn(2, 512)])
     found.statistics.add(torch.cat(found.kept))
     images.features["squeezenet-caffe"] = found
-    images.bad = [judge.Bad("a", "b", "c")]
+    images.bad = [generated.Bad("a", "b", "c")]
     file.save()
     return cfg, file, found
 
@@ -260,7 +265,7 @@ def test_what_is_kept_comes_back_for_the_same_set_only(reference, real, fake, tm
     cfg, file, found = reference
     again, images = kept(cfg)
     assert again.load() == ""
-    assert images.bad == [judge.Bad("a", "b", "c")]
+    assert images.bad == [generated.Bad("a", "b", "c")]
     loaded = images.features["squeezenet-caffe"]
     assert loaded.statistics.count == 11
     assert torch.equal(loaded.statistics.outer, found.statistics.outer)
@@ -311,7 +316,7 @@ def test_a_damaged_or_foreign_file_is_not_believed(reference, tmp_path):
 @pytest.mark.usefixtures("in_process")
 def test_images_are_taken_evenly_and_as_many_as_said(fake, real, weights, tmp_path, capsys):
     more = {"images": 12, "reference_images": 13, "pr_images": 10, "squeezenet": weights["squeezenet"]}
-    summary = judge.samples(config(fake, real, tmp_path, **more, **missing(tmp_path)))
+    summary = generated.samples(config(fake, real, tmp_path, **more, **missing(tmp_path)))
     assert (summary["samples"]["images"], summary["reference"]["images"]) == (12, 13)
     assert {score["name"] for score in summary["metrics"]} == {
         f"{name}/squeezenet-caffe" for name in ("frechet", "precision", "recall")
@@ -340,7 +345,7 @@ def test_mistakes_are_refused_with_nothing_written(fake, real, weights, tmp_path
 
     def refused(match: str, where=fake, **more) -> None:
         with pytest.raises(UserError, match=match):
-            judge.samples(config(where, real, tmp_path, **missing(tmp_path) | more))
+            generated.samples(config(where, real, tmp_path, **missing(tmp_path) | more))
 
     refused(r"nothing to judge by: no Inception weights.*weights-inception.*does not exist.*squeezenet=FILE")
     refused("no weights file at", inception=str(tmp_path / "no.pth"))
@@ -364,7 +369,7 @@ def test_mistakes_are_refused_with_nothing_written(fake, real, weights, tmp_path
     assert not (tmp_path / "out" / "metrics.json").exists()
     words = ["--print-config", "/data/samples", "source.uri=/data/photos"]
     kind, subject = ACTIONS["samples"]
-    assert main(kind, judge.samples, words, "samples", subject=subject) == 0
+    assert main(kind, generated.samples, words, "samples", subject=subject) == 0
     assert "samples:\n  uri: /data/samples\n" in capsys.readouterr().out
     assert "evaluate.py samples SAMPLES" in usage(kind, "samples", subject)
 
@@ -388,7 +393,7 @@ def about(cache, out, **more) -> EvaluateLatents:
 
 
 def test_mmd_of_a_cache(cache, tmp_path, capsys):
-    summary = latents.mmd(about(cache, tmp_path, subset=20, seed=3, tracking={"enabled": True}))
+    summary = latent_mmd.mmd(about(cache, tmp_path, subset=20, seed=3, tracking={"enabled": True}))
     rows = LatentCache(cache)
     found = values(summary)
     for kind, normalize in (("normalised", True), ("raw", False)):
@@ -412,16 +417,16 @@ def test_mmd_of_a_cache(cache, tmp_path, capsys):
 
 
 def test_mmd_options_and_mistakes(cache, tmp_path):
-    few = latents.mmd(about(cache, tmp_path, images=15, sigmas=[2, 2.5], draw="mean"))
+    few = latent_mmd.mmd(about(cache, tmp_path, images=15, sigmas=[2, 2.5], draw="mean"))
     rows = [n * 45 // 15 for n in range(15)]
     expected = mmd(LatentCache(cache).latents(rows, 0, 0, "mean"), (2.0, 2.5), subset=15)
     assert values(few)["mmd/normalised/2.5"] == pytest.approx(expected[2.5][0], rel=1e-9)
     assert few["metrics"][0]["std"] is None
     assert "15 latents of 4x4x4, means, in 1 subset of 15" in few["metrics"][0]["protocol"]
     with pytest.raises(UserError, match="cache is empty"):
-        latents.mmd(about("", tmp_path))
+        latent_mmd.mmd(about("", tmp_path))
     with pytest.raises(UserError, match="does not exist"):
-        latents.mmd(about(tmp_path / "no", tmp_path))
+        latent_mmd.mmd(about(tmp_path / "no", tmp_path))
     with pytest.raises(UserError, match="sigmas"):
         about(cache, tmp_path, sigmas=[0])
 
@@ -434,7 +439,7 @@ def test_mmd_of_buckets_is_of_the_most_frequent_shape(tmp_path):
         Image.fromarray(skimage.data.coffee()[: 90 + number, :45]).save(photos / "dogs" / f"tall{number}.png")
     more = ("transform.buckets=true", "transform.bucket_step=8", "transform.resolution=32", "error_budget=0.5")
     encode.run(encoding.config(photos, encoding.save_model(tmp_path / "vae"), tmp_path / "cache", *more))
-    summary = latents.mmd(about(tmp_path / "cache", tmp_path))
+    summary = latent_mmd.mmd(about(tmp_path / "cache", tmp_path))
     assert (summary["images"], summary["cache"]["rows"]) == (30, 50)
     assert summary["cache"]["shape"] == [4, 5, 3]
     assert "30 of 50" in summary["remarks"][0]

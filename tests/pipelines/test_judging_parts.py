@@ -15,10 +15,11 @@ from torchmetrics.functional.image import peak_signal_noise_ratio
 
 from litevae import generation, metrics
 from litevae.images import ImageError, ImageTransform, to_tensor
-from pipelines import evaluate, judge, latents, outputs, reading, scores
 from pipelines.config import Evaluate, validate
-from pipelines.reading import Bad, Read
-from pipelines.scores import Score
+from pipelines.evaluation import generated, image_batches, latent_mmd, reconstruction, report
+from pipelines.evaluation.image_batches import Bad, Read
+from pipelines.evaluation.report import Score
+from pipelines.runtime import tables
 
 DRAW = np.random.default_rng(0)
 
@@ -62,7 +63,7 @@ transform.resolution, transform.resize = 4, "shorter"
 
 
 def test_a_batch_is_what_can_be_read():
-    whole, none = reading._read(Photos(), transform, [range(3, 7), [9]])
+    whole, none = image_batches._read(Photos(), transform, [range(3, 7), [9]])
     assert whole.units == [3, 4, 6]
     assert whole.pixels[:, 0, 0].tolist() == [[3, 6, 252], [4, 8, 251], [6, 12, 249]]
     assert whole.bad == [Bad("5.png", "empty", "no 5")]
@@ -70,22 +71,22 @@ def test_a_batch_is_what_can_be_read():
 
 
 def test_images_are_taken_evenly():
-    assert reading.spaced(range(10), 4) == [0, 2, 5, 7]
-    assert reading.spaced([3, 5, 8], 3) == [3, 5, 8]
-    assert reading.spaced([3, 5, 8], 2) == [3, 5]
+    assert image_batches.spaced(range(10), 4) == [0, 2, 5, 7]
+    assert image_batches.spaced([3, 5, 8], 3) == [3, 5, 8]
+    assert image_batches.spaced([3, 5, 8], 2) == [3, 5]
 
 
 def test_a_few_names_are_given():
     bad = [Bad(f"{n}.png", "empty", "") for n in range(7)]
-    assert reading.named(bad[:2]) == "0.png (empty), 1.png (empty)"
-    assert reading.named(bad[:5]).endswith("4.png (empty)")
-    assert reading.named(bad).endswith("4.png (empty) and 2 more")
+    assert image_batches.named(bad[:2]) == "0.png (empty), 1.png (empty)"
+    assert image_batches.named(bad[:5]).endswith("4.png (empty)")
+    assert image_batches.named(bad).endswith("4.png (empty) and 2 more")
 
 
 def test_chunks_hold_64_megabytes_and_give_each_worker_four():
-    assert [len(part) for part in reading.chunks(range(1000), 10, 64, 5)] == [5] * 20
-    assert [len(part) for part in reading.chunks(range(1000), 16, 512, 1)] == [5] * 12 + [3]  # 12.6 MB a batch
-    assert [len(part) for part in reading.chunks(range(30), 10, 64, 5)] == [1, 1, 1]
+    assert [len(part) for part in image_batches.chunks(range(1000), 10, 64, 5)] == [5] * 20
+    assert [len(part) for part in image_batches.chunks(range(1000), 16, 512, 1)] == [5] * 12 + [3]  # 12.6 MB a batch
+    assert [len(part) for part in image_batches.chunks(range(30), 10, 64, 5)] == [1, 1, 1]
 
 
 # --- scores -------------------------------------------------------------------------------------------------------
@@ -93,15 +94,15 @@ def test_chunks_hold_64_megabytes_and_give_each_worker_four():
 
 def test_few_images_are_warned_of():
     network = SimpleNamespace(dimension=512)
-    assert scores.caution(513, network) == []
+    assert report.caution(513, network) == []
     for count in (512, 3):
-        (said,) = scores.caution(count, network)
+        (said,) = report.caution(count, network)
         assert said.startswith(f"CAUTION: {count} images make a singular covariance of 512 features")
 
 
 def test_how_images_were_brought_to_their_size():
-    assert scores.shown(ImageTransform(64, "none")) == "centre crop of 64 px, not resized"
-    assert scores.shown(ImageTransform(64)).startswith("shorter side to 64 px (Pillow ")
+    assert report.shown(ImageTransform(64, "none")) == "centre crop of 64 px, not resized"
+    assert report.shown(ImageTransform(64)).startswith("shorter side to 64 px (Pillow ")
 
 
 def test_scores_are_written_and_logged(tmp_path):
@@ -109,7 +110,7 @@ def test_scores_are_written_and_logged(tmp_path):
     tracker = SimpleNamespace(metrics=lambda values, step: logged.update({step: values} | values), artifact=kept.append)
     marks = [Score("fid", "FID", 1.5, None, "p"), Score("is", "IS", 2.0, 0.25, "p"), Score("x", "Long", 3.0, None, "q")]
     summary = {"metrics": [mark._asdict() for mark in marks], "remarks": ["no LPIPS"], "run": "link"}
-    scores.leave(summary, str(tmp_path), tracker)
+    report.leave(summary, str(tmp_path), tracker)
     assert json.loads((tmp_path / "metrics.json").read_text()) == summary
     assert kept == [f"{tmp_path}/metrics.json"]
     assert {k: v for k, v in logged.items() if k} == {
@@ -119,30 +120,30 @@ def test_scores_are_written_and_logged(tmp_path):
         "eval/x": 3.0,
     }
     assert 0 in logged
-    assert scores.report(summary, "out").split("\n") == [
+    assert report.report(summary, "out").split("\n") == [
         "FID   1.5", "IS    2 ± 0.25", "    p", "", "Long  3", "    q", "", "no LPIPS", "metrics   out/metrics.json",
         "run       link",
     ]  # fmt: skip
 
 
 def test_networks_are_those_with_weights(monkeypatch):
-    monkeypatch.setattr(scores, "Inception", lambda file: f"inception {file}")
-    monkeypatch.setattr(scores, "SqueezeNetCaffe", lambda file: f"squeezenet {file}")
-    monkeypatch.setattr(scores, "Backbone", lambda model, file: f"{model} {file}")
-    assert scores.networks("a", "b", "c", "m") == (["inception a", "squeezenet b", "m c"], [])
-    assert scores.networks("") == (["inception "], [])
+    monkeypatch.setattr(report, "Inception", lambda file: f"inception {file}")
+    monkeypatch.setattr(report, "SqueezeNetCaffe", lambda file: f"squeezenet {file}")
+    monkeypatch.setattr(report, "Backbone", lambda model, file: f"{model} {file}")
+    assert report.networks("a", "b", "c", "m") == (["inception a", "squeezenet b", "m c"], [])
+    assert report.networks("") == (["inception "], [])
 
     def missing(file):
-        raise scores.WeightsMissing("no weights")
+        raise report.WeightsMissing("no weights")
 
-    monkeypatch.setattr(scores, "Inception", missing)
-    assert scores.networks("", "b") == (["squeezenet b"], ["no weights"])
+    monkeypatch.setattr(report, "Inception", missing)
+    assert report.networks("", "b") == (["squeezenet b"], ["no weights"])
 
 
 def test_tables_have_columns(tmp_path):
-    assert outputs.table([["", "one"], ["long", "2"]]) == "      one\nlong    2"
-    outputs.write(tmp_path / "a", b"first")
-    outputs.write(tmp_path / "a", b"second")
+    assert tables.table([["", "one"], ["long", "2"]]) == "      one\nlong    2"
+    tables.write(tmp_path / "a", b"first")
+    tables.write(tmp_path / "a", b"second")
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("a", b"second")]
 
 
@@ -150,12 +151,12 @@ def test_tables_have_columns(tmp_path):
 
 
 def test_means_are_of_images_not_of_batches():
-    total = evaluate.Total([Network()])
+    total = reconstruction.Total([Network()])
     batches = [DRAW.random(size) for size in (5, 1, 3)]
     pairs = [(DRAW.random((size, 3)), DRAW.random((size, 3))) for size in (5, 1, 3)]
     for number, (values, pair) in enumerate(zip(batches, pairs, strict=True)):
         named = {"reconstruction/psnr": values, "bicubic/psnr": values + 1, "imbalance": values * 2}
-        part = evaluate.Measured(len(values), 1.0, 2.0, named, {"colours": pair}, [Bad(str(number), "r", "m")])
+        part = reconstruction.Measured(len(values), 1.0, 2.0, named, {"colours": pair}, [Bad(str(number), "r", "m")])
         part.latents = np.full((len(values), 2), number) if number else None
         part.pictures, part.maps = ((f"p{number}",), ()) if number == 1 else ((), (f"m{number}",))
         total.add(part)
@@ -170,16 +171,16 @@ def test_means_are_of_images_not_of_batches():
     assert [bad.id for bad in total.bad] == ["0", "1", "2"]
     assert [part.tolist() for part in total.latents] == [[[1, 1]], [[2, 2]] * 3]
     assert (total.pictures, total.maps) == ([("p1",)], [("m0",), ("m2",)])
-    one = evaluate.Total([Network()])
-    one.add(evaluate.Measured(1, features={"colours": (pairs[1][0], pairs[1][1])}))
+    one = reconstruction.Total([Network()])
+    one.add(reconstruction.Measured(1, features={"colours": (pairs[1][0], pairs[1][1])}))
     assert one.numbers == {"reconstruction": {}, "bicubic": {}}
-    assert (evaluate._frechet("inception"), evaluate._frechet("x")) == ("rfid", "frechet/x")
+    assert (reconstruction._frechet("inception"), reconstruction._frechet("x")) == ("rfid", "frechet/x")
 
 
 def evaluator(monkeypatch, posterior=True, networks=(), **more):
     """A worker whose autoencoder has f = 2: a latent is the means of 2 x 2 pixels, with log-variances of 9, and what is
     decoded is twice as far from gray."""
-    found = evaluate.Evaluator.__new__(evaluate.Evaluator)
+    found = reconstruction.Evaluator.__new__(reconstruction.Evaluator)
     found.cfg = validate(Evaluate, {"precision": "fp32", "mmd_images": 6, "transform": {"resolution": 8}} | more)
     found.device, found.factor, found.posterior, found.maps = torch.device("cpu"), 2, posterior, None
 
@@ -192,9 +193,12 @@ def evaluator(monkeypatch, posterior=True, networks=(), **more):
         found.maps = z.repeat(1, 4, 1, 1) if networks else None
         return (torch.nn.functional.interpolate(z, scale_factor=2) * 2,)
 
-    monkeypatch.setattr(evaluate, "encode_latents", encode)
+    monkeypatch.setattr(reconstruction, "encode_latents", encode)
     found.model = SimpleNamespace(decode=decode)
-    measures = {"psnr": evaluate.METRICS["psnr"], "first": evaluate.Metric("", "", lambda x, y: x[:, 0, 0, 0])}
+    measures = {
+        "psnr": reconstruction.METRICS["psnr"],
+        "first": reconstruction.Metric("", "", lambda x, y: x[:, 0, 0, 0]),
+    }
     found.judges = SimpleNamespace(metrics=measures, networks=list(networks))
     return found
 
@@ -265,17 +269,17 @@ def test_pictures_are_evenly_spaced(monkeypatch, images, pictures, shown):
         assert (transform.resolution, batch_size, actors, decoders) == (32, 5, [actor], 7)
         for start in range(0, len(units), 5):
             call(actor, "read", [units[start : start + 5]])
-            yield [evaluate.Measured(len(units[start : start + 5]))]
+            yield [reconstruction.Measured(len(units[start : start + 5]))]
 
-    monkeypatch.setattr(reading, "over", over)
+    monkeypatch.setattr(image_batches, "over", over)
     values = {"transform": {"resolution": 32}, "batch_size": 5, "images": images, "pictures": pictures}
     cfg, judges = validate(Evaluate, values), SimpleNamespace(networks=[])
-    total = evaluate._measure(cfg, Photos(), 32, [actor], 7, judges)
+    total = reconstruction._measure(cfg, Photos(), 32, [actor], 7, judges)
     assert total.images == images
     assert asked == [([len(part)], True) for part in shown]
     asked.clear()
     other = validate(Evaluate, values | {"transform": {"resolution": 64}})
-    evaluate._measure(other, Photos(), 32, [actor], 7, judges)
+    reconstruction._measure(other, Photos(), 32, [actor], 7, judges)
     assert asked == [([0], False)] * len(shown)
 
 
@@ -289,7 +293,7 @@ def test_mmd_is_of_all_latents_normalised_by_their_own_channels(moments):
         raw = raw + np.exp(-0.75) * torch.randn(raw.shape, generator=torch.Generator().manual_seed(5))
     channels = raw.transpose(0, 1).flatten(1)
     normalised = (raw - channels.mean(1).view(1, 2, 1, 1)) / channels.std(1, correction=0).view(1, 2, 1, 1)
-    found = evaluate._mmd(validate(Evaluate, {"seed": 5}), total, moments)
+    found = reconstruction._mmd(validate(Evaluate, {"seed": 5}), total, moments)
     for kind, values in (("raw", raw), ("normalised", normalised)):
         for sigma, (value, _) in generation.mmd(values, seed=5).items():
             (score,) = [score for score in found if score.name == f"mmd/{kind}/{sigma:g}"]
@@ -300,7 +304,7 @@ def test_mmd_is_of_all_latents_normalised_by_their_own_channels(moments):
 
 def test_subsets_of_an_mmd_are_told():
     values = torch.randn(50, 3, 2, 2, generator=torch.Generator().manual_seed(0))
-    found = latents.judged(values, values / 2, "the cache", "means", [2.0, 5.0], 20, 3)
+    found = latent_mmd.judged(values, values / 2, "the cache", "means", [2.0, 5.0], 20, 3)
     assert [score.name for score in found] == [f"mmd/{kind}/{s}" for kind in ("normalised", "raw") for s in (2, 5)]
     for scores_of, given in ((found[:2], values / 2), (found[2:], values)):
         expected = generation.mmd(given, [2.0, 5.0], 20, 3)
@@ -311,16 +315,16 @@ def test_subsets_of_an_mmd_are_told():
 
 @pytest.mark.parametrize(("side", "measured"), [(32, True), (31, False)])
 def test_artefacts_are_looked_for_within_borders(monkeypatch, side, measured):
-    monkeypatch.setattr(evaluate, "spread", lambda actors, call, items: [(0.5, 8.0)])
+    monkeypatch.setattr(reconstruction, "spread", lambda actors, call, items: [(0.5, 8.0)])
     means = {"imbalance": SimpleNamespace(value=lambda: 0.25)}
     cfg = SimpleNamespace(transform=SimpleNamespace(resolution=side))
     remarks = []
-    found = evaluate._own_marks(cfg, SimpleNamespace(means=means, images=7), 8, None, remarks)
+    found = reconstruction._own_marks(cfg, SimpleNamespace(means=means, images=7), 8, None, remarks)
     values = {score.name: score.value for score in found}
     assert values == ({"artefacts": 0.5, "artefacts/period": 8.0} if measured else {}) | {"imbalance": 0.25}
     assert [remark.split(":")[0] for remark in remarks] == ([] if measured else ["no artefacts in constant colour"])
-    monkeypatch.setattr(evaluate, "spread", lambda actors, call, items: [(0.5, None)])
-    found = evaluate._own_marks(cfg, SimpleNamespace(means={}, images=7), 8, None, remarks)
+    monkeypatch.setattr(reconstruction, "spread", lambda actors, call, items: [(0.5, None)])
+    found = reconstruction._own_marks(cfg, SimpleNamespace(means={}, images=7), 8, None, remarks)
     assert [score.name for score in found] == (["artefacts"] if measured else [])
 
 
@@ -330,9 +334,9 @@ def test_artefacts_are_looked_for_within_borders(monkeypatch, side, measured):
 def set_of(features, logits=None, kept=slice(None)):
     statistics = generation.FrechetStatistics(features.shape[1])
     statistics.add(features)
-    found = judge.Features(statistics, [features[kept]], [] if logits is None else [logits])
+    found = generated.Features(statistics, [features[kept]], [] if logits is None else [logits])
     transform = ImageTransform(64)
-    result = judge.Set(Photos(), transform, range(len(features)), frozenset(), {})
+    result = generated.Set(Photos(), transform, range(len(features)), frozenset(), {})
     return result, found
 
 
@@ -345,7 +349,7 @@ def test_generated_images_are_judged_by_the_reference(name):
     network = Network(name)
     (mine, own), (theirs, others) = set_of(drawn, logits, slice(0, 30)), set_of(real, kept=slice(0, 25))
     mine.features[name], theirs.features[name] = own, others
-    found = {score.name: score for score in judge._scores(network, mine, theirs)}
+    found = {score.name: score for score in generated._scores(network, mine, theirs)}
     suffix = "" if name == "inception" else f"/{name}"
     distance = found["fid" if name == "inception" else f"frechet{suffix}"]
     sides = [fid_features_to_statistics(each.double()) for each in (drawn, real)]
@@ -364,25 +368,25 @@ def test_generated_images_are_judged_by_the_reference(name):
     assert "30 generated images of 64 px, as they are, against 25 of /photos" in found[f"recall/{name}"].protocol
     assert "CAUTION" not in distance.protocol
     network.dimension = 50  # more than there are generated images, though not than there are real ones
-    assert "CAUTION: 40 images" in judge._scores(network, mine, theirs)[0].protocol
+    assert "CAUTION: 40 images" in generated._scores(network, mine, theirs)[0].protocol
     own.logits.clear()
-    assert len(judge._scores(network, mine, theirs)) == 3
+    assert len(generated._scores(network, mine, theirs)) == 3
 
 
 def test_features_are_of_the_images_that_can_be_read(monkeypatch):
     network = Network(logits=False)
-    worker = judge.Extractor.__new__(judge.Extractor)
+    worker = generated.Extractor.__new__(generated.Extractor)
     worker.networks = {"colours": network, "unwanted": None}
     actor = SimpleNamespace(extract=SimpleNamespace(remote=worker.extract))
 
     def over(units, call, source, transform, batch_size, actors, decoders):
         assert (batch_size, actors, decoders) == (6, [actor], 2)
-        for part in reading.chunks(units, 3, 4, 1):
-            yield call(actor, reading._read(source, transform, part), part)
+        for part in image_batches.chunks(units, 3, 4, 1):
+            yield call(actor, image_batches._read(source, transform, part), part)
 
-    monkeypatch.setattr(reading, "over", over)
-    images = judge.Set(Photos(), transform, range(2, 18), frozenset([2, 5, 7, 17]))
-    judge._extract(images, [network], 6, [actor], 2, "samples")
+    monkeypatch.setattr(image_batches, "over", over)
+    images = generated.Set(Photos(), transform, range(2, 18), frozenset([2, 5, 7, 17]))
+    generated._extract(images, [network], 6, [actor], 2, "samples")
     found, units = images.features["colours"], [unit for unit in range(2, 18) if unit not in (5, 9)]
     expected = np.array([[unit, 2 * unit, 255 - unit] for unit in units])
     assert found.statistics.count == images.images == 14
@@ -395,20 +399,20 @@ def test_features_are_of_the_images_that_can_be_read(monkeypatch):
         "uri": "/photos", "digest": "d", "images": 14,
         "unreadable": [{"id": f"{n}.png", "reason": "empty", "message": f"no {n}"} for n in (5, 9)],
     }  # fmt: skip
-    few = judge.Set(Photos(), transform, range(11), frozenset())
-    with pytest.raises(judge.UserError, match=r"9 of 11 images could be read: 5.png \(empty\), 9.png \(empty\)"):
-        judge._extract(few, [network], 6, [actor], 2, "samples")
-    judge._extract(judge.Set(Photos(), transform, range(12), frozenset()), [network], 6, [actor], 2, "samples")
+    few = generated.Set(Photos(), transform, range(11), frozenset())
+    with pytest.raises(generated.UserError, match=r"9 of 11 images could be read: 5.png \(empty\), 9.png \(empty\)"):
+        generated._extract(few, [network], 6, [actor], 2, "samples")
+    generated._extract(generated.Set(Photos(), transform, range(12), frozenset()), [network], 6, [actor], 2, "samples")
 
 
 def test_a_set_takes_its_images_evenly():
-    found = judge._set(Photos(), transform, 8, 3, "images")
+    found = generated._set(Photos(), transform, 8, 3, "images")
     assert found.units == [0, 5, 10, 15, 20, 25, 30, 35]
     assert found.kept == {0, 10, 25}
-    every = judge._set(Photos(), transform, 0, 100, "images", [3, 4, 5])
+    every = generated._set(Photos(), transform, 0, 100, "images", [3, 4, 5])
     assert (every.units, every.kept) == ([3, 4, 5], {3, 4, 5})
-    with pytest.raises(judge.UserError, match="images=4, but /photos has 3"):
-        judge._set(Photos(), transform, 4, 3, "images", [3, 4, 5])
+    with pytest.raises(generated.UserError, match="images=4, but /photos has 3"):
+        generated._set(Photos(), transform, 4, 3, "images", [3, 4, 5])
 
 
 def test_generated_images_are_not_resized(tmp_path):
@@ -416,8 +420,8 @@ def test_generated_images_are_not_resized(tmp_path):
         Image.new("RGB", size).save(tmp_path / "a.png")
         data = (tmp_path / "a.png").read_bytes()
         if size == (48, 48):
-            assert judge.AsDrawn(48)(data).pixels.shape == (48, 48, 3)
+            assert generated.AsDrawn(48)(data).pixels.shape == (48, 48, 3)
             continue
         with pytest.raises(ImageError, match=f"{size[0]}x{size[1]} pixels") as error:
-            judge.AsDrawn(48)(data)
+            generated.AsDrawn(48)(data)
         assert error.value.reason == "other_size"

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from pipelines.config import Encode, main
-from pipelines.logs import say
+from pipelines.runtime.logs import say
 
 
 def test_people_read_the_text(capsys):

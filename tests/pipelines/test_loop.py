@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from litevae.errors import UserError
-from pipelines import checkpoint, monitoring, stopping, tracking, training
-from pipelines.cluster import Share
 from pipelines.config import Loop, Optimizer, TrainLDM, load, values_to_keep
+from pipelines.runtime import mlflow_run, prometheus, shutdown
+from pipelines.runtime.cluster import Share
+from pipelines.training import checkpoint, loop
 
 WAIT, STEP = 0.5, 1.5  # seconds for a batch, and for a step unless the task says otherwise
 
@@ -24,7 +25,7 @@ WAIT, STEP = 0.5, 1.5  # seconds for a batch, and for a step unless the task say
 def clock(monkeypatch):
     """Moves when the task does something."""
     clock = SimpleNamespace(now=1000.0)
-    monkeypatch.setattr(training, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: clock.now))
     return clock
 
 
@@ -37,7 +38,7 @@ class Task:
         self.stages, self._clock = list(stages), clock
         self.model = torch.nn.Linear(1, 1, bias=False)
         torch.nn.init.ones_(self.model.weight)
-        self.optimizer = training.Adam(self.model, Optimizer())
+        self.optimizer = loop.Adam(self.model, Optimizer())
         self.calls, self.drawn = [], {}
         self.seconds, self.then, self.counts = {}, {}, {}  # by position
         self.picture = np.zeros((4, 6, 3), np.uint8)
@@ -99,7 +100,7 @@ class Task:
         return [call for call in self.calls if call[0] in names]
 
 
-class Told(tracking.Tracker):
+class Told(mlflow_run.Tracker):
     """A tracker that notes besides."""
 
     def __init__(self, handle):
@@ -133,9 +134,9 @@ def run(clock, tmp_path, monkeypatch):
 
     monkeypatch.setattr("ray.train.report", report)
     monkeypatch.setattr("ray.train.get_checkpoint", lambda: None)
-    monkeypatch.setattr(tracking, "Tracker", Told)
-    monkeypatch.setattr(training, "LOOK_EVERY", 0.0)
-    monkeypatch.setattr(monitoring, "Training", lambda name: SimpleNamespace(
+    monkeypatch.setattr(mlflow_run, "Tracker", Told)
+    monkeypatch.setattr(loop, "LOOK_EVERY", 0.0)
+    monkeypatch.setattr(prometheus, "Training", lambda name: SimpleNamespace(
         show=lambda *arguments: shown.append((name, *arguments))
     ))  # fmt: skip
 
@@ -144,10 +145,10 @@ def run(clock, tmp_path, monkeypatch):
         config = load(TrainLDM, None, words)
         setup = {
             "folder": str(folder), "data": "/data/photos", "live": False, "nodes": 1, "begin": "",
-            "handle": tracking.RunHandle("", None, "test", str(folder)),
+            "handle": mlflow_run.RunHandle("", None, "test", str(folder)),
         } | setup  # fmt: skip
         drive.config = config
-        return training.run(task, "a run", config, setup, rank, 1)
+        return loop.run(task, "a run", config, setup, rank, 1)
 
     drive.folder, drive.reports, drive.shown = folder, [], shown
     return drive
@@ -435,7 +436,7 @@ def test_a_checkpoint_that_does_not_fit_is_named_and_its_folder_not_left(run, cl
 
 def test_a_request_to_stop_ends_in_a_checkpoint_and_the_run_goes_on_later(run, clock):
     task = Task(clock, (20, 8), (20, 4))
-    task.then[8] = (run.folder / stopping.FILE).touch
+    task.then[8] = (run.folder / shutdown.FILE).touch
     result = run(task, "loop.log_every=100")
     assert result == {"images": 16, "stopped": True, "images_per_second": 4.0, "loss": 4.0}
     assert [name for _, name, _ in run.reports] == ["checkpoint-000000000016"]
@@ -443,7 +444,7 @@ def test_a_request_to_stop_ends_in_a_checkpoint_and_the_run_goes_on_later(run, c
     assert [what for what, *_ in Told.last.told] == ["dataset"]
     assert not (run.folder / "model").exists()
 
-    (run.folder / stopping.FILE).unlink()
+    (run.folder / shutdown.FILE).unlink()
     again = Task(clock, (20, 8), (20, 4))
     assert run(again)["stopped"] is False
     assert again.of("batches") == [("batches", 16, 20, 8), ("batches", 24, 40, 4)]
@@ -451,7 +452,7 @@ def test_a_request_to_stop_ends_in_a_checkpoint_and_the_run_goes_on_later(run, c
 
 def test_a_request_at_the_last_step_stops_nothing(run, clock):
     task = Task(clock, (16, 8))
-    task.then[8] = (run.folder / stopping.FILE).touch
+    task.then[8] = (run.folder / shutdown.FILE).touch
     assert run(task)["stopped"] is False
     assert (run.folder / "model").exists()
     assert len(Told.last.told) == 3
@@ -508,14 +509,14 @@ def test_all_ranks_hear_of_a_request_at_the_same_step(tmp_path, monkeypatch):
             sent.append(float(tensor))
         return SimpleNamespace(wait=lambda: tensor.fill_(sent[number]))
 
-    monkeypatch.setattr(training, "LOOK_EVERY", 0.0)
+    monkeypatch.setattr(loop, "LOOK_EVERY", 0.0)
     monkeypatch.setattr(torch.distributed, "new_group", lambda backend: backend)
     monkeypatch.setattr(torch.distributed, "broadcast", broadcast)
-    ranks = [training.Watch(str(tmp_path), rank, 2) for rank in (0, 1)]
+    ranks = [loop.Watch(str(tmp_path), rank, 2) for rank in (0, 1)]
     heard = []
     for step in range(6):
         if step == 2:
-            (tmp_path / stopping.FILE).touch()
+            (tmp_path / shutdown.FILE).touch()
         row = []
         for asking in (0, 1):
             row.append(ranks[asking].asked())
@@ -526,14 +527,14 @@ def test_all_ranks_hear_of_a_request_at_the_same_step(tmp_path, monkeypatch):
 def test_one_rank_looks_for_a_request_now_and_then_and_remembers_it(tmp_path, clock, monkeypatch):
     looks = []
     monkeypatch.setattr(os.path, "exists", lambda path: looks.append(clock.now) or os.access(path, os.F_OK))
-    watch = training.Watch(str(tmp_path), 0, 1)
+    watch = loop.Watch(str(tmp_path), 0, 1)
     for n in range(8):
         assert watch.asked() == (n >= 6)
         clock.now += 0.2
         if n == 4:
-            (tmp_path / stopping.FILE).touch()
+            (tmp_path / shutdown.FILE).touch()
     assert looks == pytest.approx([1000, 1000.6, 1001.2])
-    (tmp_path / stopping.FILE).unlink()
+    (tmp_path / shutdown.FILE).unlink()
     clock.now += 10
     assert watch.asked()
 
@@ -552,11 +553,11 @@ def test_gradients_cross_the_network_with_the_last_micro_batch_only():
         def __exit__(self, *_):
             held.append("out")
 
-    with training.synced(Net(), last=True):
+    with loop.synced(Net(), last=True):
         assert held == []
-    with training.synced(Net(), last=False):
+    with loop.synced(Net(), last=False):
         assert held == [True, "in"]
-    with training.synced(object(), last=False):
+    with loop.synced(object(), last=False):
         pass
     assert held == [True, "in", "out"]
 
@@ -585,8 +586,8 @@ def worker(tmp_path, monkeypatch):
                 raise error
             return {"task": task, "arguments": arguments}
 
-        monkeypatch.setattr(training, "run", ran)
-        return training.work(lambda *made: made, config, "a run", {"folder": str(tmp_path), "threads": 7})
+        monkeypatch.setattr(loop, "run", ran)
+        return loop.work(lambda *made: made, config, "a run", {"folder": str(tmp_path), "threads": 7})
 
     work.folder, work.threads, work.config = tmp_path, [], config
     yield work
@@ -609,7 +610,7 @@ def test_a_lone_worker_returns_the_users_mistake(worker):
 def test_one_of_several_workers_leaves_it_for_all_which_return_it_when_they_begin_anew(worker):
     with pytest.raises(RuntimeError, match="no such column"):
         worker(UserError("no such column"), rank=1, world=2)
-    assert (worker.folder / training.ERROR).read_text() == "no such column"
+    assert (worker.folder / loop.ERROR).read_text() == "no such column"
     for rank in (0, 1):
         assert worker(AssertionError("it ran"), rank=rank, world=2) == {"error": "no such column"}
 
@@ -632,7 +633,7 @@ def fitted(tmp_path, monkeypatch):
 
     folder = tmp_path / "runs" / "mine"
     folder.mkdir(parents=True)
-    handle = tracking.RunHandle("", None, "test", str(folder))
+    handle = mlflow_run.RunHandle("", None, "test", str(folder))
 
     class Trainer:
         def __init__(self, worker, **given):
@@ -645,13 +646,13 @@ def fitted(tmp_path, monkeypatch):
 
     monkeypatch.setattr(ray.train.torch, "TorchTrainer", Trainer)
     monkeypatch.setattr(ray, "nodes", lambda: ["one", "two", "three"])
-    monkeypatch.setattr(tracking, "finish", lambda *arguments: fit.ended.append(arguments))
+    monkeypatch.setattr(mlflow_run, "finish", lambda *arguments: fit.ended.append(arguments))
 
-    def fit(ends, loop=None, callbacks=(), **share):
+    def fit(ends, options=None, callbacks=(), **share):
         fit.ends = ends if callable(ends) else lambda: ends
         share = Share(**({"workers": 2, "gpu": False, "threads": 3} | share))
         setup = {"folder": str(folder), "data": "d"}
-        return training.fit(print, setup, handle, share, loop or Loop(), callbacks)
+        return loop.fit(print, setup, handle, share, options or Loop(), callbacks)
 
     fit.folder, fit.ended, fit.handle = folder, [], handle
     return fit
@@ -700,7 +701,7 @@ def test_workers_meet_only_where_there_may_be_several(fitted, share, workers, gr
     assert scaling.num_workers == workers
     assert scaling.label_selector is None
     assert (scaling.use_gpu, scaling.resources_per_worker) == (False, {"CPU": 1.0})
-    assert scaling.elastic_resize_monitor_interval_s == training.RESIZE_EVERY
+    assert scaling.elastic_resize_monitor_interval_s == loop.RESIZE_EVERY
     assert (torch_config.backend_cls.__name__ == "_TorchBackend") == group
 
 
@@ -712,10 +713,10 @@ def test_what_a_worker_found_is_the_users_and_the_run_failed(fitted):
 
 def test_a_run_that_was_asked_to_stop_says_where_it_goes_on(fitted):
     def asked():
-        (fitted.folder / stopping.FILE).write_text("143")
+        (fitted.folder / shutdown.FILE).write_text("143")
         return done(stopped=True, images=1600)
 
-    with pytest.raises(stopping.Stopped, match="stopped after 1,600 images; the checkpoint is in .*/mine") as stopped:
+    with pytest.raises(shutdown.Stopped, match="stopped after 1,600 images; the checkpoint is in .*/mine") as stopped:
         fitted(asked)
     assert stopped.value.code == 143
     assert fitted.ended == [(fitted.handle, "KILLED")]
@@ -724,8 +725,8 @@ def test_a_run_that_was_asked_to_stop_says_where_it_goes_on(fitted):
 
 def test_an_interrupt_is_one_and_no_request_is_left(fitted):
     def interrupted():
-        (fitted.folder / stopping.FILE).touch()
-        (fitted.folder / training.ERROR).touch()
+        (fitted.folder / shutdown.FILE).touch()
+        (fitted.folder / loop.ERROR).touch()
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -735,8 +736,8 @@ def test_an_interrupt_is_one_and_no_request_is_left(fitted):
 
 
 def test_requests_and_errors_of_an_earlier_run_are_not_for_this_one(fitted):
-    (fitted.folder / stopping.FILE).touch()
-    (fitted.folder / training.ERROR).write_text("an old one")
+    (fitted.folder / shutdown.FILE).touch()
+    (fitted.folder / loop.ERROR).write_text("an old one")
     fitted(done())
     assert fitted.left == []
 
@@ -764,7 +765,7 @@ def test_what_ray_train_gives_up_names_the_rank_and_the_cause(fitted):
 
 
 def test_progress_is_a_line_now_and_then(clock, capsys):
-    progress = training.Progress("job", 2000, 400, live=False)
+    progress = loop.Progress("job", 2000, 400, live=False)
     for seconds, images in ((9, 600), (2, 700), (5, 900), (6, 1000), (1, 2000)):
         clock.now += seconds
         progress.update(images, loss=0.123456)
@@ -790,7 +791,7 @@ def test_progress_is_a_bar_on_a_terminal(clock, monkeypatch, capsys):
             moved.append("closed")
 
     monkeypatch.setattr("ray.experimental.tqdm_ray.tqdm", Bar)
-    progress = training.Progress("job", 100, 40, live=True)
+    progress = loop.Progress("job", 100, 40, live=True)
     clock.now += 100
     for done_so_far in (50, 58, 100):
         progress.update(done_so_far)
@@ -802,9 +803,9 @@ def test_progress_is_a_bar_on_a_terminal(clock, monkeypatch, capsys):
 def test_the_mean_of_micro_batches():
     one = {"loss": torch.tensor(1.0, requires_grad=True), "kl": torch.tensor(2.0)}
     other = {"loss": torch.tensor(4.0), "kl": torch.tensor(float("nan"))}
-    assert not training.mean_of([one])["loss"].requires_grad
-    assert {name: float(value) for name, value in training.mean_of([one]).items()} == {"loss": 1, "kl": 2}
-    assert {name: float(value) for name, value in training.mean_of([one, other]).items()} == {"loss": 2.5, "kl": 2}
+    assert not loop.mean_of([one])["loss"].requires_grad
+    assert {name: float(value) for name, value in loop.mean_of([one]).items()} == {"loss": 1, "kl": 2}
+    assert {name: float(value) for name, value in loop.mean_of([one, other]).items()} == {"loss": 2.5, "kl": 2}
 
 
 def test_the_newest_checkpoint_is_the_last_whole_one(tmp_path):

@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 
 from litevae.autoencoder import LiteVAE
-from pipelines import audit, stopping, training
 from pipelines.config import TrainVAE, load
+from pipelines.encoding import verify
+from pipelines.runtime import shutdown
+from pipelines.training import loop
 from tests.encoding import BAD, crops, photo_folder, save_model, start_job
 from tests.nodes import cluster, title_of
 
@@ -52,7 +54,7 @@ def test_training_goes_on_with_the_nodes_that_there_are(photos, tmp_path, monkey
     import ray
 
     monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "40")
-    monkeypatch.setattr(training, "RESIZE_EVERY", 2.0)
+    monkeypatch.setattr(loop, "RESIZE_EVERY", 2.0)
     more = ["stages=[{resolution: 32, images: 800000, batch_size: 12}]", "loop.checkpoint_every=120"]
     elastic = ["ray.workers=3", "ray.min_workers=1"]
     cfg = load(TrainVAE, None, [*TRAIN, *more, *elastic, f"data.train.uri={photos}", f"root={tmp_path}", "name=run"])
@@ -90,10 +92,10 @@ def test_training_goes_on_with_the_nodes_that_there_are(photos, tmp_path, monkey
             trains_on("head", "a", "c")
         finally:
             run.mkdir(exist_ok=True)  # where it ended before it began
-            (run / stopping.FILE).touch()
+            (run / shutdown.FILE).touch()
             error = trained.exception(240)
             ray.shutdown()
-    assert isinstance(error, stopping.Stopped), error
+    assert isinstance(error, shutdown.Stopped), error
     assert "goes on after" in shown()
     lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
     steps = [line["step"] for line in lines if "train/loss" in line]
@@ -102,7 +104,7 @@ def test_training_goes_on_with_the_nodes_that_there_are(photos, tmp_path, monkey
 
 
 def train(cfg):
-    from pipelines.train_vae import train_vae
+    from pipelines.training.vae import train_vae
 
     return train_vae(cfg)
 
@@ -142,7 +144,7 @@ def test_encoding_over_nodes_that_go_and_come(nodes, photos, tmp_path):
         process.kill()
     assert seen["ray::Map(decode_shard)"] == {"decode"}
     assert seen["ray::MapWorker(Map(Encoder))"] == {"a", "b", "c"}
-    found = audit.audit(str(out))
+    found = verify.audit(str(out))
     assert (found.problems, found.general, found.missing) == ({}, [], [])
     counts = json.loads((out / "manifest.json").read_text())["counts"]
     assert (counts["encoded"], counts["quarantined"]) == (45, len(BAD))

@@ -6,9 +6,9 @@ import pytest
 
 from litevae.autoencoder import count_parameters
 from litevae.errors import UserError
-from pipelines import paper
 from pipelines.config import Encode, Evaluate, EvaluateSamples, Sample, TrainLDM, TrainVAE, validate
-from pipelines.train_vae import build_model
+from pipelines.experiments import paper
+from pipelines.training.vae import build_model
 
 TRAINED = [(name, row) for name, table in paper.tables().items() if table.kind != "complexity" for row in table.rows]
 

@@ -12,13 +12,13 @@ import pytest
 
 from litevae import cache, storage
 from litevae.cache import LatentCache
-from pipelines import encode
 from pipelines.benchmark import scale
 from pipelines.benchmark.scale import Node, Store, Work
 from pipelines.config import Source as SourceConfig
-from pipelines.decode import Task, decode_shard, views_of
-from pipelines.encode import Encoder, Planned
-from pipelines.sources import open_source
+from pipelines.data.decode import Task, decode_shard, views_of
+from pipelines.data.sources import open_source
+from pipelines.encoding import encode
+from pipelines.encoding.encode import Encoder, Planned
 from tests.encoding import config, save_model
 
 # --- what is made -------------------------------------------------------------------------------------------------

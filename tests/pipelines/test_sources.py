@@ -22,9 +22,9 @@ from litevae import storage
 from litevae.errors import UserError
 from litevae.images import ImageError
 from litevae.order import EpochOrder
-from pipelines import finding, tars
 from pipelines.config import Source as SourceConfig
-from pipelines.sources import Item, compare, open_source, restore
+from pipelines.data import discovery, tar_index
+from pipelines.data.sources import Item, compare, open_source, restore
 
 ORIGINALS = Path(__file__).resolve().parents[3] / "shared" / "data" / "originals"
 
@@ -270,7 +270,7 @@ def numbered(first, count):
 @pytest.fixture
 def kinds(tmp_path, table, monkeypatch):
     """A source of every kind with several groups, by name."""
-    monkeypatch.setattr(tars, "RANGE_SAMPLES", 8)
+    monkeypatch.setattr(tar_index, "RANGE_SAMPLES", 8)
     for n in range(20):
         path = tmp_path / f"folder/{'ab'[n % 2]}/{n:02d}.jpg"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -388,8 +388,8 @@ def test_parts_of_many_units_are_small(tmp_path, monkeypatch, units):
     """By class, of which there are a thousand: photo 70511 is the 71st of the 512th."""
     (tmp_path / "0511").mkdir()
     (tmp_path / "0511/photo-00070511.jpg").write_bytes(b"x")
-    found = ((b"%04d/photo-%08d.jpg" % (n % 1000, n), n) for n in range(units))
-    monkeypatch.setattr(finding, "_walk", lambda root: found)
+    found = ((b"%04d/photo-%08d.jpg" % (n % 1000, n), n) for n in range(10**5))
+    monkeypatch.setattr(discovery, "_walk", lambda root: found)
     source = source_of(tmp_path)
     assert (source.units, len(source.labels), source.labels[511]) == (units, 1000, "0511")
     place = 511 * units // 1000 + 70
@@ -536,7 +536,7 @@ def by_tarfile(path):
 
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_tars(tmp_path, encoded, form, monkeypatch):
-    monkeypatch.setattr(tars, "RANGE_SAMPLES", 3)
+    monkeypatch.setattr(tar_index, "RANGE_SAMPLES", 3)
     long = "folder/" * 13  # 91 characters: names beyond 100 take another header or another field
     names = ["a", f"{long}b", f"{long}some-longer-name", "with space/é", "./z"]
     samples = [(name, {"jpg": encoded[n % 4], "TXT": b"t%d" % n}) for n, name in enumerate(names)]
@@ -602,7 +602,7 @@ def test_tars_of_originals(tmp_path, kind):
 
 
 def test_ranges_end_where_they_are_full(tmp_path, monkeypatch):
-    monkeypatch.setattr(tars, "RANGE_BYTES", 2500)
+    monkeypatch.setattr(tar_index, "RANGE_BYTES", 2500)
     sizes = [1, 1, 5000, 1, 1, 1, 1]  # 1024, 1024, 5632 bytes with headers
     save_tar(tmp_path / "0.tar", [(f"{n}", {"jpg": bytes(size)}) for n, size in enumerate(sizes)])
     source = source_of(tmp_path / "0.tar")
@@ -612,7 +612,7 @@ def test_ranges_end_where_they_are_full(tmp_path, monkeypatch):
 
 
 def test_a_range_is_one_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(tars, "RANGE_SAMPLES", 8)
+    monkeypatch.setattr(tar_index, "RANGE_SAMPLES", 8)
     save_tar(tmp_path / "0.tar", numbered(0, 20))
     source = source_of(tmp_path / "0.tar", columns=["cls"])
     reads, read = [], storage.read_range

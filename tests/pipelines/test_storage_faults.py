@@ -28,11 +28,11 @@ from litevae import storage
 from litevae.cache import LatentCache
 from litevae.errors import UserError
 from litevae.loader import LatentLoader
-from pipelines import audit
 from pipelines.config import Encode, Views, load, main
-from pipelines.decode import decode_carefully
-from pipelines.encode import encode_dataset, run
-from pipelines.sources import open_source
+from pipelines.data.decode import decode_carefully
+from pipelines.data.sources import open_source
+from pipelines.encoding import verify
+from pipelines.encoding.encode import encode_dataset, run
 from tests import memory
 from tests.disks import resize, small_disk
 from tests.encoding import BAD, JOB, arguments, config, crops, photo_folder, save_model, shard_bytes
@@ -94,7 +94,7 @@ def job(source, model, out, *more):
 
 def check_same(out, undisturbed):
     """Sound; of all images those that can't be read, and no others, are in quarantine; the same bytes."""
-    found = audit.audit(str(out))
+    found = verify.audit(str(out))
     assert (found.problems, found.general, found.missing) == ({}, [], [])
     ours, theirs = (json.loads(storage.read(storage.join(str(each), "manifest.json"))) for each in (out, undisturbed))
     assert ours["counts"] == theirs["counts"]
@@ -251,9 +251,9 @@ def test_an_audit_takes_a_store_that_is_away_for_no_damage(proxy, cached, part):
     """Which `repair` would mend, and files of commits that can't be read now be removed."""
     proxy.fault = lambda method, path, *_: "503" if method == "GET" and part in path and "list-type" not in path else ""
     with pytest.raises(storage.Unavailable, match=r"fails \(SlowDown"):
-        audit.audit(cached)
+        verify.audit(cached)
     proxy.fault = lambda *request: ""
-    found = audit.audit(cached)
+    found = verify.audit(cached)
     assert (found.problems, found.general, found.unnamed) == ({}, [], [])
 
 
@@ -356,8 +356,8 @@ def test_an_image_that_memory_does_not_hold_is_lost_alone(large):
     code = """if True:
         import json, sys
         from pipelines.config import Encode, Views, load
-        from pipelines.decode import decode_carefully
-        from pipelines.sources import open_source
+        from pipelines.data.decode import decode_carefully
+        from pipelines.data.sources import open_source
 
         source = open_source(load(Encode, None, ["source.uri=" + sys.argv[1]]).source)
         found = decode_carefully(source, Views(resolution=32), range(4), memory=100 * 2**20)
@@ -455,7 +455,7 @@ def test_what_the_kernel_kills_for_its_memory_is_lost_alone(large):
 
 
 def test_a_child_that_dies_takes_one_image_with_it(large, monkeypatch):
-    monkeypatch.setattr("pipelines.decode.decode_units", _dying)
+    monkeypatch.setattr("pipelines.data.decode.decode_units", _dying)
     source = open_source(load(Encode, None, [f"source.uri={large}"]).source)
     found = [*decode_carefully(source, Views(resolution=32), range(4))]
     assert [(unit, why.reason if item is None else None) for unit, item, why in found] == [

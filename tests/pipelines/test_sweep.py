@@ -19,8 +19,8 @@ from PIL import Image
 from ray.util.queue import Queue
 
 from litevae.autoencoder import load_autoencoder
-from pipelines import paper, sweep, trial
 from pipelines.config import Sweep, TrainVAE, load, main, validate
+from pipelines.experiments import paper, run_trial, sweep
 from tests.in_process import in_process
 from tests.killing import kill_driver
 from tests.networks import save_squeezenet, save_vgg19
@@ -51,7 +51,7 @@ def configured(photos, root, *more) -> Sweep:
     return load(Sweep, None, [*where, *more])
 
 
-def prepared(photos, root, *more) -> list[trial.Trial]:
+def prepared(photos, root, *more) -> list[run_trial.Trial]:
     """The trials, without running them."""
     cfg = configured(photos, root, *more)
     if cfg.table:
@@ -253,7 +253,7 @@ def _in_this_process(cfg, trials, share, run, folder):
     }
     with in_process():
         for each in trials:
-            trial._work(asdict(each), setup, Queue())
+            run_trial._work(asdict(each), setup, Queue())
     return []
 
 
@@ -296,12 +296,12 @@ def test_a_killed_sweep_goes_on_and_the_best_config_can_be_trained(photos, tmp_p
     words += ["space.optim.lr=[1e-2]", *TINY]
     first = subprocess.Popen([sys.executable, "jobs/sweep.py", *words], cwd=REPO, stdout=subprocess.DEVNULL)
     end = time.monotonic() + 240
-    while not (done := [*tmp_path.glob(f"trained/*/{trial.TRAINED}")]):
+    while not (done := [*tmp_path.glob(f"trained/*/{run_trial.TRAINED}")]):
         assert first.poll() is None, "it ended before it was killed"
         assert time.monotonic() < end, "nothing was trained in time"
         time.sleep(0.01)
     kill_driver(first)
-    assert not [*tmp_path.glob(f"rates/rows/*/{trial.RESULT}")], "it was killed too late"
+    assert not [*tmp_path.glob(f"rates/rows/*/{run_trial.RESULT}")], "it was killed too late"
     before = {path: path.stat().st_mtime_ns for path in done[0].parent.rglob("*.pt")}
     assert main(Sweep, sweep.sweep, words) == 0
     (result,) = json.loads((tmp_path / "rates" / "results.json").read_text())
@@ -359,13 +359,13 @@ def simulated(monkeypatch):
             os.makedirs(row["folder"], exist_ok=True)
             metrics = {"eval/reconstruction/psnr": psnr}
             result = {"row": row["name"], "seed": row["seed"], "metrics": metrics, "remarks": [], "train_vae": train}
-            Path(row["folder"], trial.RESULT).write_text(json.dumps(result))
-        (folder / trial.TRAINED).touch()
+            Path(row["folder"], run_trial.RESULT).write_text(json.dumps(result))
+        (folder / run_trial.TRAINED).touch()
         return {"images": images, "psnr": psnr}
 
     def run(values, setup):
-        trial._work = work  # in Tune's actor
-        trial.run(values, setup)
+        run_trial._work = work  # in Tune's actor
+        run_trial.run(values, setup)
 
     monkeypatch.setattr(sweep, "trial", SimpleNamespace(run=run))
 

@@ -14,12 +14,15 @@ from ray import tune
 from ray.tune.schedulers import ASHAScheduler, PopulationBasedTraining
 from ray.util.queue import Empty
 
-from pipelines import cluster, evaluate, paper, sweep, tracking, train_ldm, train_vae, trial
-from pipelines import encode as encode_job
-from pipelines import judge as judge_job
-from pipelines import sample as sample_job
 from pipelines.config import Sweep, load
-from pipelines.trial import Row, Trial
+from pipelines.encoding import encode as encode_job
+from pipelines.evaluation import generated as judge_job
+from pipelines.evaluation import reconstruction
+from pipelines.evaluation import sample as sample_job
+from pipelines.experiments import paper, run_trial, sweep
+from pipelines.experiments.run_trial import Row, Trial
+from pipelines.runtime import cluster, mlflow_run
+from pipelines.training import ldm, vae
 
 STAGES = "train_vae.stages=[{resolution: 32, images: 500, batch_size: 8}, {resolution: 64, images: 300, batch_size: 8}]"
 SHARE = cluster.Share(workers=1, gpu=False, threads=3, jobs=5, labels={"pool": "w"}, decode_labels={"pool": "d"})
@@ -192,7 +195,7 @@ def test_trials_that_are_done_or_were_stopped_are_not_run_again(tuner, tmp_path,
     function, resources = given.trainable
     assert resources.bundles == [{"node:10.0.0.1": 0.001}]
     called = []
-    monkeypatch.setattr(trial, "run", lambda values, setup: called.append((values, setup)))
+    monkeypatch.setattr(run_trial, "run", lambda values, setup: called.append((values, setup)))
     function({"trial": 1})
     ((values, setup),) = called
     assert values == {"trial": 1}
@@ -326,7 +329,7 @@ def tunes_actor(monkeypatch):
         reports = Reports(rounds)
         monkeypatch.setattr("ray.util.queue.Queue", lambda actor_options: reports)
         monkeypatch.setattr(ray, "wait", reports.wait)
-        trial.run(values, setup)
+        run_trial.run(values, setup)
         return found
 
     context = SimpleNamespace(get_node_id=lambda: "0" * 56)
@@ -405,11 +408,11 @@ def test_a_trial_is_a_training_and_its_rows_that_are_not_done(tmp_path, monkeypa
         judged.append((values, row, parent))
         result_of(row, 30.0)
 
-    monkeypatch.setattr(trial, "_trained", train)
-    monkeypatch.setattr(trial, "_evaluate", judge)
+    monkeypatch.setattr(run_trial, "_trained", train)
+    monkeypatch.setattr(run_trial, "_evaluate", judge)
     asked = {"train": {"name": "n", "root": "r"}, "rows": [vars(row) for row in rows]}
     setup = setup_of(configured(), ray={"workers": 2}, cwd=str(tmp_path / "nowhere"), parent="p")
-    found = trial._work(asked, setup, "reports")
+    found = run_trial._work(asked, setup, "reports")
     assert found == {"psnr": 30.0, "ssim": 0.3, "images": 800}
     (mine, parent, reports), ((values, row, of),) = trained[0], judged
     assert (parent, reports, of) == ("p", "reports", "p")
@@ -434,11 +437,11 @@ def test_a_training_is_done_once(tmp_path, monkeypatch):
         Path(mine.folder).mkdir()
         return {"model": "the model", "psnr": 20.5, "images": 8, "stages": [1]}
 
-    monkeypatch.setattr(train_vae, "train_vae", train)
-    monkeypatch.setattr(trial, "_reporter", lambda reports: f"reporter of {reports}")
+    monkeypatch.setattr(vae, "train_vae", train)
+    monkeypatch.setattr(run_trial, "_reporter", lambda reports: f"reporter of {reports}")
     cfg = configured(tmp_path, "name=mine", "tracking.tags={a: b}")
     for _ in range(2):
-        found = trial._trained(cfg, mine, "parent", "queue")
+        found = run_trial._trained(cfg, mine, "parent", "queue")
     assert found == {
         "folder": mine.folder, "model": "the model", "metrics": {"psnr": 20.5, "images": 8}, "row": row.folder,
     }  # fmt: skip
@@ -446,13 +449,13 @@ def test_a_training_is_done_once(tmp_path, monkeypatch):
     assert (config.name, config.seed, callbacks) == ("vae-1", 3, ["reporter of queue"])
     tags = {"a": "b", "litevae.sweep": "mine", "litevae.row": "a row", "litevae.seed": "3"}
     assert (config.tracking.tags, config.tracking.run, config.tracking.parent) == (tags, "a row, seed 3", "parent")
-    of_table = trial.tracked(configured(tmp_path, "table=t9", "scale=smoke"), row, "parent")
+    of_table = run_trial.tracked(configured(tmp_path, "table=t9", "scale=smoke"), row, "parent")
     assert (of_table.tags["litevae.table"], of_table.tags["litevae.scale"]) == ("9", "smoke")
 
 
 def test_a_reporter_hands_on_checkpoints():
     reports = queue.Queue()
-    reporter = trial._reporter(reports)
+    reporter = run_trial._reporter(reports)
     reporter.after_report(None, [{"psnr": 1.0}, {"psnr": 2.0}], SimpleNamespace(path="there"))
     reporter.after_report(None, [{"psnr": 3.0}], None)
     assert (reports.get_nowait(), reports.qsize()) == (({"psnr": 1.0}, "there"), 0)
@@ -477,17 +480,17 @@ def tracked(monkeypatch):
         found.replayed.append((folder, images, training))
         return {f"eval/{Path(folder).name}": 1.0}
 
-    monkeypatch.setattr(tracking, "start_run", lambda *given: found.started.append(given) or "run")
-    monkeypatch.setattr(tracking, "Tracker", Tracker)
-    monkeypatch.setattr(tracking, "replay", replay)
-    monkeypatch.setattr(tracking, "link", lambda run: f"link to {run}")
-    monkeypatch.setattr(trial, "_parameters", lambda model, part: {"encoder": 1_500_000, "decoder": 7}[part])
+    monkeypatch.setattr(mlflow_run, "start_run", lambda *given: found.started.append(given) or "run")
+    monkeypatch.setattr(mlflow_run, "Tracker", Tracker)
+    monkeypatch.setattr(mlflow_run, "replay", replay)
+    monkeypatch.setattr(mlflow_run, "link", lambda run: f"link to {run}")
+    monkeypatch.setattr(run_trial, "_parameters", lambda model, part: {"encoder": 1_500_000, "decoder": 7}[part])
     return found
 
 
 def test_a_row_is_evaluated_and_joins_its_trainings_run(tracked, tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(evaluate, "evaluate", lambda config: asked.append(config) or {"remarks": ["no rFID"]})
+    monkeypatch.setattr(reconstruction, "evaluate", lambda config: asked.append(config) or {"remarks": ["no rFID"]})
     row = Row("a row", 3, str(tmp_path / "row"), {"evaluate": {"images": 5}})
     training = tmp_path / "training"
     for folder in (training, tmp_path / "row"):
@@ -495,7 +498,7 @@ def test_a_row_is_evaluated_and_joins_its_trainings_run(tracked, tmp_path, monke
     (training / "metrics.jsonl").write_text('{"train/loss": 1}\n')
     trained = {"folder": str(training), "model": "the model", "metrics": {"images": 800}, "row": row.folder}
     cfg, values = configured(tmp_path), {"name": "vae-1", "optim": {}}
-    trial._evaluate(cfg, values, trained, row, "parent")
+    run_trial._evaluate(cfg, values, trained, row, "parent")
     assert (asked[0].model, asked[0].images, asked[0].out) == ("the model", 5, str(tmp_path / "row/evaluation"))
     where, root, job, name, given, folder = tracked.started[0]
     assert (where.parent, root, job, name) == ("parent", cfg.root, "train_vae", "vae-1")
@@ -509,9 +512,9 @@ def test_a_row_is_evaluated_and_joins_its_trainings_run(tracked, tmp_path, monke
         "run": "link to run", "train_vae": values,
     }  # fmt: skip
     # of another row, or where the run has an evaluation already: a run of its own, with the training's metrics
-    trial._evaluate(cfg, values, trained | {"row": "another"}, row, "parent")
+    run_trial._evaluate(cfg, values, trained | {"row": "another"}, row, "parent")
     (training / "metrics.jsonl").write_text('{"eval/reconstruction/psnr": 1}\n')
-    trial._evaluate(cfg, values, trained, row, "parent")
+    run_trial._evaluate(cfg, values, trained, row, "parent")
     for started in tracked.started[1:]:
         assert started[5] == str(tmp_path / "row/run")
     assert tracked.replayed[1::2] == [(str(training), 800, True)] * 2
@@ -524,10 +527,10 @@ def test_a_row_with_a_diffusion_model(tracked, tmp_path, monkeypatch):
         return lambda config: asked.update({name: config}) or result
 
     monkeypatch.setattr(encode_job, "run", keep("encode"))
-    monkeypatch.setattr(train_ldm, "train_ldm", keep("ldm", {"model": "the ldm"}))
+    monkeypatch.setattr(ldm, "train_ldm", keep("ldm", {"model": "the ldm"}))
     monkeypatch.setattr(sample_job, "sample", keep("sample"))
     monkeypatch.setattr(judge_job, "samples", keep("judge"))
-    monkeypatch.setattr(evaluate, "evaluate", lambda config: {"remarks": []})
+    monkeypatch.setattr(reconstruction, "evaluate", lambda config: {"remarks": []})
     jobs = {
         "evaluate": {}, "encode_dataset": {"rows_per_shard": 7}, "train_ldm": {"images": 6}, "sample": {"steps": 4},
         "evaluate_samples": {"images": 12},
@@ -535,10 +538,16 @@ def test_a_row_with_a_diffusion_model(tracked, tmp_path, monkeypatch):
     row = Row("a row", 3, str(tmp_path), jobs)
     (tmp_path / "metrics.jsonl").write_text("")
     trained = {"folder": str(tmp_path), "model": "the model", "metrics": {"images": 800}, "row": row.folder}
-    trial._evaluate(configured(tmp_path), {"name": "vae-1"}, trained, row, "")
-    encoded, ldm, drawn, judged = (asked[name] for name in ("encode", "ldm", "sample", "judge"))
+    run_trial._evaluate(configured(tmp_path), {"name": "vae-1"}, trained, row, "")
+    encoded, trained, drawn, judged = (asked[name] for name in ("encode", "ldm", "sample", "judge"))
     assert (encoded.model, encoded.out, encoded.rows_per_shard) == ("the model", f"{tmp_path}/cache", 7)
-    assert (ldm.cache, ldm.root, ldm.name, ldm.seed, ldm.images) == (f"{tmp_path}/cache", str(tmp_path), "ldm", 3, 6)
+    assert (trained.cache, trained.root, trained.name, trained.seed, trained.images) == (
+        f"{tmp_path}/cache",
+        str(tmp_path),
+        "ldm",
+        3,
+        6,
+    )
     assert (drawn.model, drawn.out, drawn.steps) == ("the ldm", f"{tmp_path}/samples", 4)
     out = f"{tmp_path}/evaluation-samples"
     assert (judged.samples.uri, judged.out, judged.images) == (f"{tmp_path}/samples", out, 12)
@@ -617,7 +626,7 @@ def whole(tmp_path, monkeypatch):
     listed(monkeypatch)
     monkeypatch.setattr(sweep.cluster, "start", lambda ray, jobs: found.asked.append(jobs) or SHARE)
     monkeypatch.setattr(sweep.cluster, "check_folders", lambda written, read: found.asked.append((written, read)))
-    monkeypatch.setattr(sweep.tracking, "finish", lambda run, status: found.finished.append(status))
+    monkeypatch.setattr(sweep.mlflow_run, "finish", lambda run, status: found.finished.append(status))
 
     def tune_it(cfg, trials, share, run, folder):
         for each in trials:
@@ -691,10 +700,10 @@ def test_a_table_of_costs_is_measured_by_one_job(tmp_path, monkeypatch, tracked)
         asked.append(job)
         return {"complexity": {model: numbers[model] for model in job.models}}
 
-    monkeypatch.setattr("pipelines.complexity.complexity", measure)
-    monkeypatch.setattr(tracking, "start_run", lambda *given, **more: tracked.started.append(given) or Run())
-    monkeypatch.setattr(tracking, "finish", lambda run, status: tracked.closed.append(status))
-    monkeypatch.setattr(tracking, "Tracker", lambda run, system: tracked_by(tracked))
+    monkeypatch.setattr("pipelines.evaluation.cost.complexity", measure)
+    monkeypatch.setattr(mlflow_run, "start_run", lambda *given, **more: tracked.started.append(given) or Run())
+    monkeypatch.setattr(mlflow_run, "finish", lambda run, status: tracked.closed.append(status))
+    monkeypatch.setattr(mlflow_run, "Tracker", lambda run, system: tracked_by(tracked))
     more = ["table=3", "scale=smoke", "rows=[LiteVAE-S, LiteVAE-M]", "evaluate_complexity.repeats=5", "seeds=[2]"]
     results = sweep.sweep(configured(tmp_path, *more))
     (job,) = asked

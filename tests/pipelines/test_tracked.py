@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines import tracking
 from pipelines.config import Tracking
-from pipelines.tracking import RunHandle, Tracker
+from pipelines.runtime import mlflow_run
+from pipelines.runtime.mlflow_run import RunHandle, Tracker
 
 URI = "http://127.0.0.1:1"
 PARAMS = {"seed": 3, "optim": {"lr": 0.1, "betas": [0.5, 0.9]}, "stages": [{"images": 8}], "uri": "http://me:pw@host"}
@@ -62,15 +62,15 @@ class Client:
 @pytest.fixture
 def client(monkeypatch):
     client = Client()
-    monkeypatch.setattr(tracking, "_client", lambda uri: client if uri == URI else None)
-    monkeypatch.setattr(tracking, "_warned", set())
+    monkeypatch.setattr(mlflow_run, "_client", lambda uri: client if uri == URI else None)
+    monkeypatch.setattr(mlflow_run, "_warned", set())
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     return client
 
 
 def start(folder, config=None, resume=True, **more):
     config = config or Tracking(uri=URI)
-    return tracking.start_run(
+    return mlflow_run.start_run(
         config, str(folder.parent), "train_vae", "mine", PARAMS, str(folder), resume=resume, **more
     )
 
@@ -128,9 +128,9 @@ def test_a_fresh_run_forgets_what_an_earlier_one_left(client, tmp_path):
 def test_without_mlflow_there_is_no_run(client, tmp_path):
     handle = start(tmp_path, Tracking(uri=URI, enabled=False))
     assert (handle.run_id, handle.uri, client.calls) == (None, "", [])
-    tracking.finish(handle)
+    mlflow_run.finish(handle)
     assert client.calls == []
-    tracking.finish(RunHandle(URI, "run 1", "mine", str(tmp_path)), "KILLED")
+    mlflow_run.finish(RunHandle(URI, "run 1", "mine", str(tmp_path)), "KILLED")
     assert client.calls == [("set_terminated", "run 1", "KILLED")]
 
 
@@ -140,7 +140,7 @@ def test_a_database_has_its_artifacts_beside_it(client, tmp_path):
         ("postgresql://host/db", "/r", "/r/mlartifacts"),
         ("https://host", "/r", None),
     ):
-        assert tracking._experiment(client, RunHandle(uri, None, "mine", "/f"), root) == "new"
+        assert mlflow_run._experiment(client, RunHandle(uri, None, "mine", "/f"), root) == "new"
         assert client.calls[-1] == ("create_experiment", "mine", location)
 
 
@@ -149,7 +149,7 @@ def recorded(folder):
 
 
 def test_metrics_are_lines_and_reach_mlflow_once(client, tmp_path, monkeypatch):
-    monkeypatch.setattr(tracking, "time", SimpleNamespace(time=lambda: 12.3456, monotonic=lambda: 1e9))
+    monkeypatch.setattr(mlflow_run, "time", SimpleNamespace(time=lambda: 12.3456, monotonic=lambda: 1e9))
     earlier = b'{"step": 8, "time": 3.5, "loss": 0.5}\n'
     (tmp_path / "metrics.jsonl").write_bytes(earlier + b'{"step": 16, "ti')
     client.run.data.tags["litevae.metrics_sent"] = str(len(earlier))
@@ -243,7 +243,7 @@ def test_what_was_logged_elsewhere_is_logged_again(tmp_path):
     ):
         folder = own / str(training)
         second = Tracker(RunHandle("", None, "mine", str(folder)))
-        assert tracking.replay(str(other), second, 8, training) == keys
+        assert mlflow_run.replay(str(other), second, 8, training) == keys
         second.close()
         lines = [{key: value for key, value in line.items() if key != "time"} for line in recorded(folder)]
         assert lines == [{"step": 8} | ({"eval/psnr": 20.0} if not training else {}) | {"train/loss": 2.0},
@@ -252,7 +252,7 @@ def test_what_was_logged_elsewhere_is_logged_again(tmp_path):
 
 
 def test_where_a_run_is_seen(tmp_path):
-    assert tracking.link(RunHandle("", None, "mine", "/runs/vae")) == "/runs/vae/metrics.jsonl"
-    assert tracking.link(RunHandle("https://me:pw@h/", "r", "mine", "/f", "7")) == "https://h/#/experiments/7/runs/r"
-    command = tracking.link(RunHandle("sqlite:////a b/m.db", "r", "mine", "/f"))
+    assert mlflow_run.link(RunHandle("", None, "mine", "/runs/vae")) == "/runs/vae/metrics.jsonl"
+    assert mlflow_run.link(RunHandle("https://me:pw@h/", "r", "mine", "/f", "7")) == "https://h/#/experiments/7/runs/r"
+    command = mlflow_run.link(RunHandle("sqlite:////a b/m.db", "r", "mine", "/f"))
     assert command.endswith("mlflow ui --workers 1 --backend-store-uri 'sqlite:////a b/m.db'")

@@ -20,9 +20,9 @@ import pytest
 from PIL import Image
 
 from litevae.errors import UserError
-from pipelines import tracking
 from pipelines.config import Tracked, Tracking
-from pipelines.tracking import RunHandle, Tracker, finish, link, redact, start_run, tracked
+from pipelines.runtime import mlflow_run
+from pipelines.runtime.mlflow_run import RunHandle, Tracker, finish, link, redact, start_run, tracked
 from tests import ports
 from tests.commands import REPO
 
@@ -170,8 +170,8 @@ def test_all_of_a_run_is_on_the_server(server: Server, tmp_path: Path) -> None:
 def test_server_killed_in_the_middle_and_back(
     server: Server, tmp_path: Path, capfd, monkeypatch, asked: list["Request"]
 ) -> None:
-    monkeypatch.setattr(tracking, "FLUSH_EVERY", 0.05)
-    monkeypatch.setattr(tracking, "BACKOFF", (0.1, 0.5))
+    monkeypatch.setattr(mlflow_run, "FLUSH_EVERY", 0.05)
+    monkeypatch.setattr(mlflow_run, "BACKOFF", (0.1, 0.5))
     folder = tmp_path / "vae"
     handle = begin(folder, server.uri)
     tracker = Tracker(handle)
@@ -243,7 +243,7 @@ def log_on_a_dead_server(handle: RunHandle, asked: list[Request]) -> None:
     assert not tracker._thread.is_alive()
     finish(handle, "FAILED")
     assert threading.current_thread() not in {request.thread for request in asked}
-    assert {(request.timeout, request.retries) for request in asked} == {(tracking.REQUEST_TIMEOUT, 0)}
+    assert {(request.timeout, request.retries) for request in asked} == {(mlflow_run.REQUEST_TIMEOUT, 0)}
     assert [(line["step"], line["loss"]) for line in recorded(folder)] == [(step, step / 2) for step in range(100)]
     assert np.array_equal(np.asarray(Image.open(folder / "images" / "grid-000000000099.png")), picture())
 
@@ -251,8 +251,8 @@ def log_on_a_dead_server(handle: RunHandle, asked: list[Request]) -> None:
 @pytest.fixture
 def dead(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """A server that refuses, or one that hangs; what failed is not tried again for hours."""
-    monkeypatch.setattr(tracking, "REQUEST_TIMEOUT", 1)
-    monkeypatch.setattr(tracking, "BACKOFF", (9999.0, 9999.0))
+    monkeypatch.setattr(mlflow_run, "REQUEST_TIMEOUT", 1)
+    monkeypatch.setattr(mlflow_run, "BACKOFF", (9999.0, 9999.0))
     if request.param == "hanging":
         return request.getfixturevalue("hanging")
     return f"http://me:secret@127.0.0.1:{request.getfixturevalue('closed_port')}"
@@ -283,9 +283,9 @@ def test_a_server_that_dies_after_the_start_holds_nothing_up(
 
 
 def test_a_start_that_does_not_end_is_not_waited_for(tmp_path: Path, capfd, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tracking, "REQUEST_TIMEOUT", 0.05)
+    monkeypatch.setattr(mlflow_run, "REQUEST_TIMEOUT", 0.05)
     ended = threading.Event()
-    monkeypatch.setattr(tracking, "_open_run", lambda *_: ended.wait(120))
+    monkeypatch.setattr(mlflow_run, "_open_run", lambda *_: ended.wait(120))
     try:
         assert begin(tmp_path / "vae", "http://nowhere.invalid").run_id is None
     finally:
@@ -397,7 +397,7 @@ def test_damaged_lines_are_skipped(tmp_path: Path) -> None:
 
 
 def test_importing_is_cheap() -> None:
-    code = "import sys, pipelines.tracking; print([m for m in ('mlflow', 'ray') if m in sys.modules])"
+    code = "import sys, pipelines.runtime.mlflow_run; print([m for m in ('mlflow', 'ray') if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
 
@@ -411,11 +411,11 @@ def test_a_store_that_mlflow_has_given_up_is_refused(uri: str, tmp_path: Path) -
 def test_where_the_server_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://a:1")
-    assert tracking.tracking_uri(Tracking(), "runs") == "http://a:1"
-    assert tracking.tracking_uri(Tracking(uri="http://b:1"), "runs") == "http://b:1"
+    assert mlflow_run.tracking_uri(Tracking(), "runs") == "http://a:1"
+    assert mlflow_run.tracking_uri(Tracking(uri="http://b:1"), "runs") == "http://b:1"
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
-    assert tracking.tracking_uri(Tracking(), "runs") == f"sqlite:///{tmp_path}/runs/mlflow.db"
-    assert tracking.tracking_uri(Tracking(uri="sqlite:///x/m.db"), "runs") == f"sqlite:///{tmp_path}/x/m.db"
+    assert mlflow_run.tracking_uri(Tracking(), "runs") == f"sqlite:///{tmp_path}/runs/mlflow.db"
+    assert mlflow_run.tracking_uri(Tracking(uri="sqlite:///x/m.db"), "runs") == f"sqlite:///{tmp_path}/x/m.db"
 
 
 @pytest.mark.parametrize(

@@ -22,12 +22,13 @@ from litevae.denoiser import build_denoiser
 from litevae.diffusion import draws
 from litevae.errors import UserError
 from litevae.ldm import load_ldm
-from pipelines import audit, checkpoint
-from pipelines.batches import Online
 from pipelines.config import Encode, TrainLDM, load, main
-from pipelines.decode import views_of
-from pipelines.encode import encode_dataset
-from pipelines.train_ldm import Diffusion, train_ldm
+from pipelines.data.decode import views_of
+from pipelines.encoding import verify
+from pipelines.encoding.encode import encode_dataset
+from pipelines.training import checkpoint
+from pipelines.training.feeds import Online
+from pipelines.training.ldm import Diffusion, train_ldm
 from tests.encoding import encoded_crops
 from tests.in_process import as_worker
 from tests.killing import kill_driver
@@ -61,16 +62,16 @@ def task(made, tmp_path, monkeypatch, in_process):
     """The task as in worker `rank` of `world`, without Ray Train; of several, none waits for the others."""
     import ray.train.torch
 
-    from pipelines import train_ldm
+    from pipelines.training import ldm
 
     monkeypatch.setattr(ray.train.torch, "prepare_model", lambda model: model)
 
     def make(*more, rank=0, world=1):
         config = configured(made, tmp_path, *more)
-        kinds = {"cache": train_ldm._cache, "online": train_ldm._online, "write-through": train_ldm._write_through}
+        kinds = {"cache": ldm._cache, "online": ldm._online, "write-through": ldm._write_through}
         data, shape, _ = kinds[config.mode](config)
         if config.mode == "write-through":
-            data |= train_ldm._begin_cache(config)
+            data |= ldm._begin_cache(config)
         setup = data | {"shape": shape, "threads": 1, "handle": Handle}
         return Diffusion(config, setup, rank, world, torch.device("cpu"))
 
@@ -111,7 +112,7 @@ def ranks(task, monkeypatch):
                 barrier.abort()
                 raise
 
-        monkeypatch.setattr("pipelines.batches.gathered", gathered)
+        monkeypatch.setattr("pipelines.training.feeds.gathered", gathered)
         ones = [task(*words, rank=rank, world=2) for rank in (0, 1)]
         with ThreadPoolExecutor(2) as threads:
             results = [threads.submit(run, rank) for rank in (0, 1)]
@@ -185,7 +186,7 @@ def test_online_gives_the_latents_of_the_cache(task, made):
 
 
 def test_calibration_does_not_depend_on_the_number_of_workers(task, ranks, made, monkeypatch):
-    monkeypatch.setattr("pipelines.batches.CHUNK", 3)
+    monkeypatch.setattr("pipelines.training.feeds.CHUNK", 3)
     seen = []
     original = Online.encoded
     monkeypatch.setattr(
@@ -219,7 +220,7 @@ def test_unreadable_images_count_once_whoever_meets_them(ranks, made, tmp_path):
             self.check(self.bad())
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipelines.batches.Online", Spy)
+        patch.setattr("pipelines.training.feeds.Online", Spy)
         ranks(words, 0, 96)
     assert [len(feed._images.bad) for feed in kept] == [1, 1]  # both have met it
 
@@ -241,7 +242,7 @@ def test_the_first_epoch_fills_the_cache_that_the_encode_job_would(task, made, t
     assert [s["sha256"] for s in cache.manifest["shards"]] == [s["sha256"] for s in other.manifest["shards"]]
     assert cache.manifest["digest"] == reference["digest"]
     assert cache.manifest["run"]["job"] == "train_ldm"
-    assert audit.audit(str(filled), source=True).problems == {}
+    assert verify.audit(str(filled), source=True).problems == {}
 
     means = cache.normalize(cache.moments(range(24)).float().chunk(2, dim=1)[0])
     for epoch in torch.cat([latents for latents, _ in seen]).chunk(3):
@@ -273,7 +274,7 @@ def test_write_through_takes_up_what_is_there_and_leaves_what_an_encode_job_can_
     assert {path: path.stat().st_mtime_ns for path in (filled / "shards").iterdir()} == dates
 
     half = tmp_path / "half"
-    monkeypatch.setattr("pipelines.batches.WINDOW", 1)
+    monkeypatch.setattr("pipelines.training.feeds.WINDOW", 1)
     fed(task(*encoding(made, "write-through", f"cache={half}"), "images=8"), 0, 8)
     with pytest.raises(UserError, match="unfinished"):
         LatentCache(half)
@@ -282,7 +283,7 @@ def test_write_through_takes_up_what_is_there_and_leaves_what_an_encode_job_can_
     words = [f"source.uri={made[2]}", f"model={made[1]}", f"out={half}", "transform.resolution=64", "precision=fp32"]
     more = ["rows_per_shard=4", f"root={tmp_path}", "ray.gpu=false", "ray.cpus_per_worker=1", "tracking.enabled=false"]
     assert encode_dataset(load(Encode, None, [*words, *more]))["encoded_now"] == 24 - 4 * commits
-    assert audit.audit(str(half), source=True).problems == {}
+    assert verify.audit(str(half), source=True).problems == {}
 
 
 @pytest.mark.parametrize(
@@ -290,7 +291,7 @@ def test_write_through_takes_up_what_is_there_and_leaves_what_an_encode_job_can_
 )
 def test_the_first_epoch_ends_anywhere_for_any_number_of_workers(task, ranks, made, tmp_path, monkeypatch, window):
     """24 images in batches of 10: the third batch reaches into the second epoch's windows."""
-    monkeypatch.setattr("pipelines.batches.WINDOW", window)
+    monkeypatch.setattr("pipelines.training.feeds.WINDOW", window)
     words = encoding(made, "write-through", "draw=mean")
     whole = fed(task(*words, f"cache={tmp_path / 'one'}"), 0, 70, 10)
     halves = ranks([*words, f"cache={tmp_path / 'two'}"], 0, 70, 10)
@@ -409,8 +410,8 @@ def test_it_learns(task):
 
 
 def test_a_poisoned_batch_is_skipped_and_many_of_them_stop_the_run(made, tmp_path, monkeypatch, capsys):
-    from pipelines import train_ldm as module
-    from pipelines import training
+    from pipelines.training import ldm as module
+    from pipelines.training import loop
 
     poison, folder = {16}, tmp_path / "run"
     original = Diffusion._with_noise
@@ -424,14 +425,14 @@ def test_a_poisoned_batch_is_skipped_and_many_of_them_stop_the_run(made, tmp_pat
     monkeypatch.setattr(Diffusion, "_with_noise", poisoned)
     config = configured(made, tmp_path, "images=64", "loop.max_skipped=3", "loop.checkpoint_every=24")
     data, shape, _ = module._cache(config)
-    handle = training.tracking.RunHandle("", None, "test", str(folder))
+    handle = loop.mlflow_run.RunHandle("", None, "test", str(folder))
     setup = data | {"shape": shape, "threads": 1, "handle": handle, "live": False, "nodes": 1, "folder": str(folder)}
 
     def run():
         folder.mkdir()
         with as_worker():
             task = Diffusion(config, setup, 0, 1, torch.device("cpu"))
-            return training.run(task, "ldm", config, setup, 0, 1)
+            return loop.run(task, "ldm", config, setup, 0, 1)
 
     def saved():
         return sorted(int(path.name[11:]) for path in folder.glob("checkpoint-*"))

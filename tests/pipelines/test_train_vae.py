@@ -32,11 +32,12 @@ from litevae.autoencoder import WEIGHTS, LiteVAE, load_autoencoder
 from litevae.errors import UserError
 from litevae.images import ImageTransform, to_tensor
 from litevae.layers import ResBlock
-from pipelines import checkpoint, cluster, training
-from pipelines.batches import Images
 from pipelines.config import TrainVAE, load, main
-from pipelines.sources import open_source
-from pipelines.train_vae import FREE, Networks, Objective, build_model, lpips_or_warning, train_vae
+from pipelines.data.sources import open_source
+from pipelines.runtime import cluster
+from pipelines.training import checkpoint, loop
+from pipelines.training.feeds import Images
+from pipelines.training.vae import FREE, Networks, Objective, build_model, lpips_or_warning, train_vae
 
 REPO = Path(__file__).resolve().parents[2]
 SMALL = [
@@ -203,7 +204,7 @@ def test_a_step_with_channels_last_is_the_same_and_keeps_them_so(networks, monke
     """As on GPUs, compiled; and a CPU goes on from there."""
     more = [*FAIR, WHOLE, "loss.l2.weight=1", "loop.ema=0.9", "model.conv1x1=true"]
     plain = ready(networks(*more))
-    monkeypatch.setattr(training, "memory_format", lambda *_: torch.channels_last)
+    monkeypatch.setattr(loop, "memory_format", lambda *_: torch.channels_last)
     last = ready(networks(*more))
     monkeypatch.undo()
     reached = set()
@@ -251,7 +252,7 @@ def test_compiled_a_step_is_the_same_and_stages_compile_once(networks, monkeypat
         graphs.append(counts["unique_graphs"])
     # encoder, decoder, discriminator with and without gradients of its weights; once for each size
     assert graphs == [4 * len(set(sides[: n + 1])) for n in range(len(sides))]
-    with torch.no_grad(), training.uncompiled():
+    with torch.no_grad(), loop.uncompiled():
         compiled.model(torch.zeros(1, 3, 16, 16))
     assert counts["unique_graphs"] == graphs[-1]
     torch._dynamo.reset()
@@ -561,7 +562,7 @@ def assert_same(one, other, path=""):
 
 def advance(nets, start, end=16, rank=0):
     for at in range(start, end, 4):
-        one_step(nets, training.seed_for(0, at, rank), at, at + rank)
+        one_step(nets, loop.seed_for(0, at, rank), at, at + rank)
 
 
 # "late" and "unet" keep what most others do
@@ -625,7 +626,7 @@ def begin(networks, tmp_path, monkeypatch):
     def resume(folder, *more):
         nets = networks(*more)
         nets.digest = "of other data"
-        return nets, training._resume(nets, "train_vae new", {"folder": str(tmp_path), "begin": str(folder)}, rank=0)
+        return nets, loop._resume(nets, "train_vae new", {"folder": str(tmp_path), "begin": str(folder)}, rank=0)
 
     return resume
 

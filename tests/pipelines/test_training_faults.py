@@ -24,10 +24,12 @@ from litevae import cache, storage
 from litevae.autoencoder import WEIGHTS, LiteVAE
 from litevae.cache import LatentCache
 from litevae.errors import UserError
-from pipelines import audit, checkpoint, tracking, train_ldm, training
 from pipelines.config import TrainLDM, TrainVAE, load, main
-from pipelines.sources import open_source
-from pipelines.train_vae import Autoencoder, train_vae
+from pipelines.data.sources import open_source
+from pipelines.encoding import verify
+from pipelines.runtime import mlflow_run
+from pipelines.training import checkpoint, ldm, loop
+from pipelines.training.vae import Autoencoder, train_vae
 from tests.disks import fill, resize, small_disk
 from tests.encoding import encoded_crops
 from tests.in_process import as_worker
@@ -69,12 +71,12 @@ def trained_here(config, change=lambda task: None):
     folder.mkdir()
     setup = {
         "source": source, "val": None, "data": source.uri, "lpips": False, "begin": "", "threads": 1, "nodes": 1,
-        "handle": tracking.RunHandle("", None, "test", str(folder)), "live": False, "folder": str(folder),
+        "handle": mlflow_run.RunHandle("", None, "test", str(folder)), "live": False, "folder": str(folder),
     }  # fmt: skip
     with as_worker():
         task = Autoencoder(config, setup, 0, 1, torch.device("cpu"))
         change(task)
-        return training.run(task, "vae", config, setup, 0, 1)
+        return loop.run(task, "vae", config, setup, 0, 1)
 
 
 @pytest.fixture(scope="module")
@@ -137,8 +139,8 @@ def test_a_full_disk_ends_a_run_which_goes_on_when_there_is_room(photos, undistu
 
 def test_what_does_not_fit_is_one_message_and_leaves_nothing(tmp_path):
     with small_disk(tmp_path / "disk", "64k") as disk:
-        handle = tracking.RunHandle("", None, "test", str(disk))
-        tracker = tracking.Tracker(handle)
+        handle = mlflow_run.RunHandle("", None, "test", str(disk))
+        tracker = mlflow_run.Tracker(handle)
         tracker.metrics({"loss": 1.0}, 1)
         step = 1
         with pytest.raises(UserError, match=rf"{disk}/metrics.jsonl can't be written: No space .*make room there"):  # noqa: PT012
@@ -263,7 +265,7 @@ def made(tmp_path_factory):
     return encoded_crops(tmp_path_factory.mktemp("made"), rows_per_shard=8)
 
 
-def ldm(copy, root):
+def ldm_words(copy, root):
     return [
         "network=tiny", "batch_size=8", "images=32", "loop.precision=fp32", "sample_images=2", "sample_steps=2",
         "loop.val_every=0", "ray.gpu=false", "ray.cpus_per_worker=1", OFF, f"cache={copy}", f"root={root}", "name=run",
@@ -299,12 +301,12 @@ def test_a_poisoned_row_ends_a_training_with_its_name_and_can_be_mended(made, tm
     name = poisoned(made, copy, honest=False)
 
     def epoch():
-        config = load(TrainLDM, None, ldm(copy, tmp_path))
-        data, shape, _ = train_ldm._cache(config)
-        handle = tracking.RunHandle("", None, "test", str(tmp_path))
+        config = load(TrainLDM, None, ldm_words(copy, tmp_path))
+        data, shape, _ = ldm._cache(config)
+        handle = mlflow_run.RunHandle("", None, "test", str(tmp_path))
         setup = data | {"shape": shape, "threads": 1, "handle": handle}
         with as_worker():
-            task = train_ldm.Diffusion(config, setup, 0, 1, torch.device("cpu"))
+            task = ldm.Diffusion(config, setup, 0, 1, torch.device("cpu"))
             task.begin(0)
             return list(task.batches(0, 24, 8))
 
@@ -312,7 +314,7 @@ def test_a_poisoned_row_ends_a_training_with_its_name_and_can_be_mended(made, tm
         epoch()
     assert f"{copy}/shards/000001-feedfeedfeed.parquet: the latents of {name!r} are not finite" in str(error.value)
     assert "repair" in str(error.value)
-    assert audit.audit(str(copy)).problems.keys() == {1}
+    assert verify.audit(str(copy)).problems.keys() == {1}
 
     flipped = next((copy / "shards").glob("000002-*"))
     data = bytearray(flipped.read_bytes())
@@ -376,7 +378,7 @@ def test_a_run_whose_list_of_checkpoints_is_cut_goes_on_from_the_newest(photos, 
 
 OWNER = """
 import sys, time
-from pipelines.checkpoint import claimed
+from pipelines.training.checkpoint import claimed
 with claimed(sys.argv[1]):
     print("has it", flush=True)
     sys.stdin.read()
@@ -429,7 +431,7 @@ def test_of_many_at_once_one_has_it(tmp_path):
 import sys
 from pathlib import Path
 from litevae.errors import UserError
-from pipelines.checkpoint import claimed
+from pipelines.training.checkpoint import claimed
 print("here", flush=True)
 sys.stdin.read()  # until all are
 had = 0

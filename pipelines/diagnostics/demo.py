@@ -1,0 +1,171 @@
+"""The whole pipeline in minutes, on the photos that scikit-image ships: `make demo`.
+
+Tiles are cut from the photos around held-out squares (a face, a cat, a cup ...), which become the validation images, so
+no pixel of what is judged was trained on. Then every job runs with its `demo` preset, as a user would run it.
+"""
+
+import json
+import shlex
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import Field
+
+from litevae.errors import UserError
+from pipelines.config import ConfigT, Encode, Evaluate, Job, Sample, TrainLDM, TrainVAE, load
+from pipelines.runtime import cluster, tables
+
+# photo -> held-out squares: left, top, side, in pixels
+HELD_OUT: dict[str, list[tuple[int, int, int]]] = {
+    "astronaut.png": [(145, 5, 165), (370, 5, 130)],
+    "chelsea.png": [(125, 20, 210)],
+    "coffee.png": [(160, 0, 260)],
+    "rocket.jpg": [(255, 110, 140)],
+    "motorcycle_left.png": [(330, 150, 200)],
+    "camera.png": [(150, 50, 180)],
+    "coins.png": [(170, 100, 120)],
+    "retina.jpg": [(60, 500, 300)],
+    "ihc.png": [(240, 330, 170)],
+    "hubble_deep_field.jpg": [(600, 400, 200)],
+    "grass.png": [],
+    "gravel.png": [],
+    "brick.png": [],
+    "moon.png": [],
+}
+TILES = 2000
+TILE = 96  # pixels; crops of 64 are trained on
+
+
+class Demo(Job):
+    """Photos in, a trained autoencoder, a latent cache, a diffusion model, pictures and numbers out."""
+
+    root: str = "demo"
+    preset: str = Field("", description="a preset or YAML file in place of `demo` (`demo-gpu` where there is a GPU)")
+
+
+def demo(config: Demo) -> dict[str, Any]:
+    """Run everything below `config.root`; run again, it goes on where it stopped."""
+    from pipelines.encoding import encode
+    from pipelines.evaluation.reconstruction import evaluate
+    from pipelines.evaluation.sample import sample
+    from pipelines.training.ldm import train_ldm
+    from pipelines.training.vae import train_vae
+
+    started = time.monotonic()
+    root = Path(cluster.output_path("root", config.root))
+    train, held_out = (cut_photos(root / "photos") / split for split in ("train", "val"))
+    gpu = cluster.start(config.ray).gpu
+    preset = config.preset or ("demo-gpu" if gpu else "demo")
+    chosen = config.ray.model_dump(mode="json", exclude_defaults=True)
+    common = [f"root={root}", *(f"ray.{name}={json.dumps(value)}" for name, value in chosen.items())]
+    if not config.tracking.enabled:
+        common.append("tracking.enabled=false")
+
+    def run(job: str, cls: type[ConfigT], call: Callable[[ConfigT], dict[str, Any]], *overrides: str) -> dict[str, Any]:
+        words = [*overrides, *common]
+        print(f"\n$ python jobs/{job}.py --config {preset} {shlex.join(words)}", flush=True)
+        return call(load(cls, preset, words))
+
+    vae, cache, ldm = f"model={root}/vae/model", f"{root}/cache", f"model={root}/ldm/model"
+    data = f"data.train.uri={train}", f"data.val.uri={held_out}"
+    done = {
+        "train_vae": run("train_vae", TrainVAE, train_vae, *data),
+        "encode": run("encode_dataset", Encode, encode.run, f"source.uri={train}", vae, f"out={cache}"),
+        "train_ldm": run("train_ldm", TrainLDM, train_ldm, f"cache={cache}"),
+        "sample": run("sample", Sample, sample, ldm, f"out={root}/samples"),
+        "evaluate": run("evaluate", Evaluate, evaluate, vae, f"source.uri={held_out}", f"out={root}/evaluation"),
+        "seconds": time.monotonic() - started,
+    }
+    shutil.copyfile(root / "evaluation" / "reconstructions.png", root / "reconstructions.png")
+    shutil.copyfile(root / "samples" / "grid.png", root / "samples.png")
+    print(_report(done, root))
+    return done
+
+
+def _report(done: dict[str, Any], root: Path) -> str:
+    def rate(value: float) -> str:
+        return f"{value:.1f}" if value else "done before"
+
+    judged, speed = done["evaluate"], done["evaluate"]["images_per_s"]
+    ours, bicubic = judged["reconstruction"], judged["bicubic"]
+    quality = [
+        ["held-out photos", "LiteVAE", "bicubic by 8"],
+        ["PSNR (dB)", f"{ours['psnr']:.2f}", f"{bicubic['psnr']:.2f}"],
+        ["SSIM", f"{ours['ssim']:.3f}", f"{bicubic['ssim']:.3f}"],
+        ["bits per pixel", f"{done['encode']['bits_per_pixel']:.2f} (cache)", "0.375 (8-bit)"],
+    ]
+    stages = [
+        ["stage", "images/s"],
+        ["train the autoencoder", rate(done["train_vae"]["images_per_second"])],
+        ["encode into the cache", rate(done["encode"]["images_per_s"])],
+        ["train the diffusion model", rate(done["train_ldm"]["images_per_second"])],
+        ["sample", rate(done["sample"]["images_per_s"])],
+        ["evaluate: encoder alone", rate(speed["encoder"])],
+        ["evaluate: decoder alone", rate(speed["decoder"])],
+    ]
+    parameters = [
+        ["parameters", ""],
+        *([f"{name}", f"{count:,}"] for name, count in judged["parameters"].items()),
+        ["diffusion UNet", f"{done['train_ldm']['parameters']:,}"],
+    ]
+    shown = "\n\n".join(tables.table(rows) for rows in (quality, stages, parameters))
+    minutes, seconds = divmod(round(done["seconds"]), 60)
+    return (
+        f"\n{shown}\n\n{minutes} min {seconds} s in all\n\nreconstructions  {root}/reconstructions.png\n"
+        f"samples          {root}/samples.png\nMLflow           {judged['run']}"
+    )
+
+
+def cut_photos(folder: Path) -> Path:
+    """train/<photo>/ and val/<photo>/ below `folder`, as PNG; the same files on every machine.
+
+    Raises:
+        UserError: scikit-image is not installed.
+    """
+    done = folder / "cut.json"
+    if done.is_file():
+        return folder
+    from PIL import Image
+
+    shipped = _shipped_photos()
+    draw = np.random.default_rng(0)
+    for name, held_out in HELD_OUT.items():
+        with Image.open(shipped / name) as image:
+            photo = image.convert("RGB")
+        stem = name.partition(".")[0]
+        for split in ("train", "val"):
+            (folder / split / stem).mkdir(parents=True, exist_ok=True)
+        for n, (left, top, side) in enumerate(held_out):
+            photo.crop((left, top, left + side, top + side)).save(folder / "val" / stem / f"{n}.png")
+        if not held_out:
+            (folder / "val" / stem).rmdir()
+        for n in range(TILES // len(HELD_OUT)):
+            box = _free_square(draw, photo.size, held_out)
+            tile = photo.resize((TILE, TILE), Image.Resampling.BICUBIC, box=box)
+            tile.save(folder / "train" / stem / f"{n:04d}.png", compress_level=1)
+    tables.write(done, json.dumps({"tiles": TILES // len(HELD_OUT) * len(HELD_OUT), "tile": TILE}).encode())
+    return folder
+
+
+def _shipped_photos() -> Path:
+    from importlib.util import find_spec
+
+    package = find_spec("skimage")
+    if package is None or package.origin is None:
+        raise UserError("the demo's photos come with scikit-image: pip install scikit-image")
+    return Path(package.origin).parent / "data"
+
+
+def _free_square(
+    draw: np.random.Generator, size: tuple[int, int], held_out: list[tuple[int, int, int]]
+) -> tuple[int, int, int, int]:
+    """A random square that touches no held-out one; small ones are as likely as large ones."""
+    while True:
+        side = int(np.exp(draw.uniform(np.log(0.75 * TILE), np.log(min(size)))))
+        left, top = (int(draw.integers(0, length - side + 1)) for length in size)
+        if all(left + side <= x or x + s <= left or top + side <= y or y + s <= top for x, y, s in held_out):
+            return left, top, left + side, top + side

@@ -1,0 +1,358 @@
+"""What is really in a latent cache: an audit of every byte, and decoded rows beside their sources."""
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from litevae import cache, metrics, storage
+from litevae.autoencoder import encode_latents, fingerprint, load_autoencoder
+from litevae.errors import UserError
+from litevae.images import to_tensor
+from litevae.pictures import reconstruction_picture
+from litevae.precision import autocast
+from pipelines.config import Inspect, Verify
+from pipelines.data.decode import Shard, Task, seed_of, transform_of, views_of
+from pipelines.encoding.encode import Planned, open_listings
+from pipelines.runtime import cluster, tables
+from pipelines.runtime.logs import say
+
+STALE = 3600.0  # seconds; a temporary file as old as this belongs to a killed writer
+SHOWN = 10  # problems in a message
+
+
+@dataclass
+class Audit:
+    """What was found; nothing is wrong where `problems`, `general` and `missing` are empty."""
+
+    shards: int
+    rows: int = 0
+    quarantined: int = 0
+    bytes: int = 0
+    generations: dict[int, int] = field(default_factory=dict)
+    problems: dict[int, list[str]] = field(default_factory=dict)  # by shard, those without a commit too
+    missing: list[int] = field(default_factory=list)  # shards that no commit was ever made for, of an unfinished cache
+    general: list[str] = field(default_factory=list)
+    unnamed: list[str] = field(default_factory=list)  # files that no commit names: of attempts that came to nothing
+
+
+def verify(config: Verify) -> Audit:
+    """Print what the audit found.
+
+    Raises:
+        UserError: something is wrong; the message lists it.
+    """
+    if not config.cache:
+        raise UserError("give a cache folder")
+    out = storage.absolute(config.cache)
+    start = time.monotonic()
+    found = audit(out, config.source, config.threads)
+    seconds = time.monotonic() - start
+    if wrong := [*found.general, *(f"shard {n}: {text}" for n, texts in found.problems.items() for text in texts)]:
+        more = f"\n  and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
+        remedy = f"repair it: python jobs/encode_dataset.py repair {out}"
+        if found.missing:
+            remedy = "run the encode job with the same settings again; it goes on where it stopped"
+        raise UserError(
+            f"{out}: {len(found.problems)} of {found.shards} shards are missing or damaged; {remedy}\n  "
+            + "\n  ".join(wrong[:SHOWN])
+            + more
+        )
+    print(f"{out}: sound")
+    print(f"{'shards':<22}{found.shards:,}  ({found.bytes / 1e6:,.1f} MB, {found.bytes / 1e6 / seconds:,.0f} MB/s)")
+    print(f"{'rows':<22}{found.rows:,}, each once")
+    print(f"{'quarantined':<22}{found.quarantined:,}")
+    print(f"{'ids':<22}{'as in the source' if config.source else 'not compared with the source'}")
+    if found.unnamed:
+        print(f"{'left over':<22}{len(found.unnamed):,} files that no commit names; `repair` removes them")
+    return found
+
+
+def audit(out: str, source: bool = True, threads: int = 8) -> Audit:
+    """Read every shard of a cache, and compare: file, bytes, sha256, pages' checksums, columns; every unit of the plan
+    in the rows or in the quarantine once; finite latents; statistics, recomputed; no id twice; the manifest.
+
+    Args:
+        source: compare ids with the source's too; it has to be where it was.
+
+    Raises:
+        UserError: it is no cache, or its plan or listing is damaged.
+    """
+    files = storage.names(out)
+    if "plan.json" not in files:
+        raise UserError(f"{out} is not a latent cache: it has no plan.json")
+    plan, sources = cache.read_plan(out), open_listings(out)
+    if not sources:
+        raise UserError(f"{out} is unfinished: its source was not listed yet; run the encode job again")
+    planned = Planned(sources, plan["rows_per_shard"])
+    found = Audit(len(planned), generations=cache.committed(out))
+    if "manifest.json" not in files and not storage.names(storage.join(out, "manifests")):
+        found.missing = [number for number in range(len(planned)) if number not in found.generations]
+
+    def check(number: int) -> tuple[dict[str, Any], list[str], np.ndarray]:
+        if number not in found.generations:
+            return {}, ["has no commit"], np.empty(0, np.int64)
+        return _check_shard(out, plan, planned.shard(Task(number)), found.generations[number], source)
+
+    commits, keys = [], []
+    with ThreadPoolExecutor(threads) as pool:
+        for number, (commit, problems, ids) in enumerate(pool.map(check, range(len(planned)))):
+            if problems:
+                found.problems[number] = problems
+            if commit:
+                commits.append(commit)
+                found.rows, found.quarantined = found.rows + commit["rows"], found.quarantined + commit["quarantined"]
+                found.bytes += commit.get("bytes", 0)
+            keys.append(ids)
+    found.general += _duplicates(out, plan, commits, np.concatenate(keys))
+    if not found.problems:
+        found.general += _check_manifest(out, commits)
+    named = {
+        file for commit in _all_commits(out) for file in (commit.get("file"), commit.get("quarantine", {}).get("file"))
+    }
+    for folder in ("shards", "quarantine"):
+        stored = (f"{folder}/{name}" for name in storage.names(storage.join(out, folder)))
+        found.unnamed += [file for file in stored if file not in named]
+    found.unnamed += _stale(out)
+    return found
+
+
+def _check_shard(
+    out: str, plan: dict[str, Any], shard: Shard, generation: int, source: bool
+) -> tuple[dict[str, Any], list[str], np.ndarray]:
+    """The commit, what is wrong with the shard, and a hash of each row's id."""
+    how, nothing = plan["latents"], np.empty(0, np.int64)
+    try:
+        commit = cache.read_commit(out, shard.task.shard, generation)
+    except storage.Unavailable:  # which says nothing of the shard
+        raise
+    except UserError as error:
+        return {}, [str(error)], nothing
+    try:
+        units = (shard.first, shard.first + shard.source.units)
+        if tuple(commit["units"]) != units:
+            return commit, [f"its commit is of inputs {commit['units']}, the plan says {list(units)}"], nothing
+        lost = cache.read_quarantine(out, commit)
+        rows, latents = cache.read_shard(out, commit, how) if commit["rows"] else (None, [])
+        statistics = commit["statistics"] if rows is not None else {}
+    except storage.Unavailable:
+        raise
+    except UserError as error:
+        return commit, [str(error)], nothing
+    except (KeyError, TypeError) as error:
+        return {}, [f"its commit is damaged: {error!r}"], nothing
+    problems = []
+    absent = lost["unit"].to_numpy()
+    ids = dict(zip(absent.tolist(), lost["id"].to_pylist(), strict=True))
+    expected = np.setdiff1d(np.arange(*units), absent)
+    keys = nothing
+    if rows is not None:
+        if (columns := {field.name: str(field.type) for field in rows.schema}) != plan["columns"]:
+            problems.append(f"has columns {columns}, the plan says {plan['columns']}")
+        views = rows["unit"].to_numpy() * how["views"] + rows["view"].to_numpy()
+        wanted = (expected[:, None] * how["views"] + np.arange(how["views"])).reshape(-1)
+        if not np.array_equal(np.sort(views), wanted):
+            problems.append(f"its {len(views)} rows are not the {len(wanted)} of the inputs that are not in quarantine")
+        names = rows["id"].to_pylist()
+        ids |= dict(zip(rows["unit"].to_pylist(), names, strict=True))
+        keys = np.array([hash(name) for name, view in zip(names, rows["view"].to_pylist(), strict=True) if view == 0])
+        if any(cache.unusable(_fp32(values, how), how["dtype"]) != [None] * len(values) for values in latents):
+            problems.append("has latents that are not finite")
+        if not _close(cache.statistics(latents, how), statistics):
+            problems.append("its statistics are not those of its latents")
+    elif len(expected):
+        problems.append(f"has no rows, but {len(expected)} inputs that are not in quarantine")
+    if source and not problems:
+        listed = shard.source.ids(0, shard.source.units)
+        if [ids.get(unit) for unit in range(*units)] != listed:
+            place = next(n for n, unit in enumerate(range(*units)) if ids.get(unit) != listed[n])
+            problems.append(
+                f"input {units[0] + place} is {ids.get(units[0] + place)!r}, in the source {listed[place]!r}"
+            )
+    return commit, problems, keys
+
+
+def _fp32(values: np.ndarray, how: dict[str, Any]) -> np.ndarray:
+    return cache.from_stored(values, how["dtype"]).float().numpy()
+
+
+def _close(ours: dict[str, Any], theirs: dict[str, Any]) -> bool:
+    return ours.keys() == theirs.keys() and all(np.allclose(ours[key], theirs[key], rtol=1e-9) for key in ours)
+
+
+def _duplicates(out: str, plan: dict[str, Any], commits: list[dict[str, Any]], keys: np.ndarray) -> list[str]:
+    """Ids that more than one image has. Equal hashes are looked up; different ids may share one."""
+    ordered = np.sort(keys)
+    twice = set(ordered[1:][ordered[1:] == ordered[:-1]].tolist())
+    seen: set[str] = set()
+    found: list[str] = []
+    for commit in commits if twice else ():
+        rows, _ = cache.read_shard(out, commit, plan["latents"]) if commit["rows"] else (None, [])
+        pairs = zip(rows["id"].to_pylist(), rows["view"].to_pylist(), strict=True) if rows is not None else ()
+        for name in [name for name, view in pairs if view == 0 and hash(name) in twice]:
+            if name in seen:
+                found.append(f"id {name!r} is there more than once")
+            seen.add(name)
+    return found
+
+
+def _check_manifest(out: str, commits: list[dict[str, Any]]) -> list[str]:
+    try:
+        manifest = cache.read_manifest(out)
+    except storage.Unavailable:
+        raise
+    except UserError as error:
+        return [str(error)]
+    problems = []
+    if manifest["digest"] != cache.digest(manifest):
+        problems.append(f"{out}/manifest.json: its digest is not that of its content")
+    for shard, commit in zip(manifest["shards"], commits, strict=False):
+        if wrong := [key for key in shard if shard[key] != commit.get(key)]:
+            problems.append(f"{out}/manifest.json: shard {shard['shard']} has another {wrong[0]} than its commit")
+    if len(manifest["shards"]) != len(commits):
+        problems.append(f"{out}/manifest.json has {len(manifest['shards'])} shards; {len(commits)} are committed")
+    mean, std = cache.mean_and_std(commit["statistics"] for commit in commits if commit["rows"])
+    if not np.allclose([mean, std], [manifest["latents"]["mean"], manifest["latents"]["std"]], rtol=1e-9):
+        problems.append(f"{out}/manifest.json: its mean and std are not those of its shards")
+    return problems
+
+
+def _all_commits(out: str) -> Iterator[dict[str, Any]]:
+    """Every readable commit, of earlier generations too: earlier manifests name their files."""
+    for name in storage.names(storage.join(out, "commits")):
+        try:
+            yield json.loads(storage.read(storage.join(out, "commits", name)))
+        except UserError:  # or files that this commit names would seem to belong to none
+            raise
+        except ValueError as error:
+            say(f"{out}/commits/{name} is damaged: {error}", "WARNING")
+
+
+def _stale(out: str) -> list[str]:
+    """Temporary files of writers that were killed; a store has none."""
+    if storage.remote(out):
+        return []
+    files = (path for path in Path(out).glob("*/.tmp-*"))
+    return sorted(str(path.relative_to(out)) for path in files if time.time() - path.stat().st_mtime > STALE)
+
+
+# --- inspect ----------------------------------------------------------------------------------------------------
+
+
+def inspect(config: Inspect) -> dict[str, Any]:
+    """Print what a cache holds and comes from; decode and encode some rows again, and draw them beside their sources.
+
+    Raises:
+        UserError: no finished cache; model or source are not where they were.
+    """
+    if not config.cache:
+        raise UserError("give a cache folder")
+    latents = cache.LatentCache(config.cache)
+    manifest = latents.manifest
+    _print_facts(latents)
+    about: dict[str, Any] = {"digest": manifest["digest"], "shards": []}
+    if not config.shards:
+        return about
+    folder = os.path.abspath(config.model or manifest["model"]["path"])
+    if fingerprint(folder) != manifest["model"]["fingerprint"]:
+        raise UserError(f"{folder} is not the model that encoded {latents.path}; give that one with model=FOLDER")
+    model = load_autoencoder(folder)
+    planned = Planned(open_listings(latents.path, config.source), manifest["rows_per_shard"])
+    shown = []
+    for number in _spread([shard["shard"] for shard in manifest["shards"] if shard["rows"]], config.shards):
+        pixels, stored = _rows_of(latents, planned.shard(Task(number)), manifest, config.rows)
+        seen = [_look(model, image, values, manifest) for image, values in zip(pixels, stored, strict=True)]
+        psnr = float(np.mean([one["psnr"] for one in seen]))
+        drift = max(one["drift"] for one in seen)
+        about["shards"].append({"shard": number, "rows": len(seen), "psnr": round(psnr, 3), "drift": drift})
+        shown += [(one["image"], one["reconstruction"], one["latent"]) for one in seen]
+    rows = [["shard", "rows", "PSNR (dB)", "drift"]]
+    rows += [[f"{s['shard']:,}", str(s["rows"]), f"{s['psnr']:.2f}", f"{s['drift']:.2g}"] for s in about["shards"]]
+    print(f"\n{tables.table(rows)}\n\ndrift: the largest difference of the latents stored to those encoded now")
+    out = Path(cluster.output_path("out", config.out))
+    out.mkdir(parents=True, exist_ok=True)
+    same = [one for one in shown if one[0].shape == shown[0][0].shape]  # a picture's rows have one shape
+    picture = reconstruction_picture(*(torch.cat(column) for column in zip(*same, strict=True)))
+    tables.write(out / "inspection.png", tables.png(picture))
+    tables.write(out / "inspection.json", json.dumps(about, indent=1).encode())
+    print(f"\npicture  {out}/inspection.png")
+    return about
+
+
+def _print_facts(latents: cache.LatentCache) -> None:
+    manifest = latents.manifest
+    counts, kept, run = manifest["counts"], manifest["latents"], manifest["run"]
+    size = sum(shard.get("bytes", 0) for shard in manifest["shards"])
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in counts["reasons"].items())
+    shapes = ", ".join(f"{' x '.join(map(str, shape))} ({count:,})" for count, *shape in kept["shapes"])
+    source, model = manifest["source"], manifest["model"]
+    facts = {
+        "cache": f"{latents.path}, version {manifest['number']}, digest {manifest['digest'][:12]}",
+        "images": f"{counts['input']:,} = {counts['encoded']:,} encoded + {counts['quarantined']:,} in quarantine",
+        "quarantine": reasons or "empty",
+        "rows": f"{counts['rows']:,} in {len(manifest['shards']):,} shards, {size / 1e6:,.1f} MB",
+        "latents": f"{kept['content']}, {kept['dtype']}: {shapes}",
+        "model": f"{model['config'].get('_class_name')} {model['path']}, fingerprint {model['fingerprint'][:12]}",
+        "transform": ", ".join(f"{key} {value}" for key, value in manifest["transform"].items()),
+        "source": f"{source['kind']} {source['uri']}, {source['units']:,} inputs, digest {source['digest'][:12]}",
+        "made": f"{run.get('created')} by {run.get('job')} on {', '.join(run.get('devices', []))}, MLflow run "
+        f"{run.get('tracking', {}).get('run_id')}",
+    }
+    print("\n".join(f"{name:<12}{text}" for name, text in facts.items()))
+    rows = [["channel", *map(str, range(len(kept["mean"])))]]
+    rows += [[name, *(f"{value:.4f}" for value in kept[name])] for name in ("mean", "std")]
+    print(f"\n{tables.table(rows)}")
+
+
+def _spread(items: list[int], count: int) -> list[int]:
+    """`count` of them, evenly spaced."""
+    return [
+        items[index] for index in np.unique(np.linspace(0, len(items) - 1, min(count, len(items))).round().astype(int))
+    ]
+
+
+def _rows_of(
+    latents: cache.LatentCache, shard: Shard, manifest: dict[str, Any], count: int
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Pixels (H, W, 3) of some of a shard's rows, made from the source again, and their stored latents (C, h, w)."""
+    views = views_of(manifest)
+    transform = transform_of(views)
+    if (now := transform.identity) != {key: manifest["transform"].get(key) for key in now}:
+        say(f"note: shard {shard.task.shard}: images are not decoded here as they were: {now}", "WARNING")
+    commit = next(entry for entry in manifest["shards"] if entry["shard"] == shard.task.shard)
+    table, parts = cache.read_shard(latents.path, commit, manifest["latents"])
+    stored = [values for part in parts for values in part]
+    pixels, kept = [], []
+    for index in _spread(list(range(table.num_rows)), count):
+        row = table.slice(index, 1).to_pylist()[0]
+        item = shard.source.read(row["unit"] - shard.first)
+        pixels.append(transform.all(item.data, seed_of(views, item.id))[row["view"]].pixels)
+        kept.append(stored[index])
+    return pixels, kept
+
+
+@torch.inference_mode()
+def _look(model: Any, pixels: np.ndarray, stored: np.ndarray, manifest: dict[str, Any]) -> dict[str, Any]:
+    """A row decoded, and its image encoded again."""
+    how = manifest["latents"]
+    x = to_tensor(pixels[None])
+    kept = cache.from_stored(stored[None].copy(), how["dtype"]).float()
+    with autocast(x.device, manifest["precision"]):
+        fresh = encode_latents(model, x).float()
+    fresh = fresh[:, : kept.shape[1]]
+    latent = kept.chunk(2, dim=1)[0] if how["content"] == "moments" else kept
+    reconstruction = model.decode(latent, return_dict=False)[0].float()
+    return {
+        "image": x,
+        "reconstruction": reconstruction,
+        "latent": latent,
+        "psnr": float(metrics.psnr(reconstruction.clamp(-1, 1), x)),
+        "drift": float((fresh - kept).abs().max()),
+    }

@@ -1,0 +1,305 @@
+"""What encoders or decoders cost, beside a baseline: parameters, MACs, memory and speed (Table 3), all in one run.
+
+Each model is measured in a fresh process of its own, one after the other: nothing that another has left in memory
+counts, and nothing runs beside it.
+"""
+
+import os
+import platform
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from statistics import median
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from litevae.autoencoder import (
+    ENCODERS,
+    LiteVAE,
+    count_parameters,
+    downsampling,
+    encode_latents,
+    latent_content,
+    load_autoencoder,
+)
+from litevae.errors import UserError
+from litevae.precision import autocast
+from pipelines import config
+from pipelines.evaluation import report
+from pipelines.runtime import cluster, mlflow_run, tables
+from pipelines.runtime.actor_pool import pool, spread
+from pipelines.runtime.logs import say
+
+FIXED = {"dwt": 12, "dwt-2": 48}  # latent channels of encoders that are not learned
+
+
+class Column(NamedTuple):
+    title: str
+    digits: int
+    protocol: str
+
+
+COLUMNS = {
+    "params_m": Column("parameters (M)", 3, "of the encoder or the decoder alone, without a convolution between them"),
+    "gmacs": Column(
+        "GMACs",
+        2,
+        "of one image: half the FLOPs that torch.utils.flop_counter counts, of convolutions and of products of "
+        "matrices (attention's, too); additions, activations and normalisations are not counted",
+    ),
+    "memory_mb": Column(
+        "memory (MB)",
+        1,
+        "10^6 bytes. GPU: the most that PyTorch had allocated (max_memory_allocated), weights and input among it. CPU: "
+        "the most resident memory of a fresh process beyond what it had before the first forward pass, when weights "
+        "and input were there",
+    ),
+    "images_per_s": Column("images/s", 2, "batch size by median seconds of a forward pass; in brackets the extremes"),
+    "latency_ms": Column("latency (ms)", 2, "median of a forward pass of one image; in brackets the extremes"),
+}
+
+
+class Plan(NamedTuple):
+    """A model to be measured: a folder, or a size of `LiteVAE`; `channels` of a latent, not of its moments."""
+
+    name: str
+    factor: int
+    channels: int
+
+
+def complexity(cfg: config.EvaluateComplexity) -> dict[str, Any]:
+    """Measure, print a table, and leave metrics.json in `cfg.out`, which is returned.
+
+    Raises:
+        UserError: bad config or model; a model needs more memory than there is.
+    """
+    out = cluster.output_path("out", cfg.out)
+    plans = list(_plans(cfg))
+    share = cluster.start(cfg.ray.model_copy(update={"workers": 1}))
+    with mlflow_run.tracked(cfg, "evaluate", os.path.basename(out), out) as (tracker, run):
+        found: dict[str, dict[str, float]] = {}
+        machine = ""
+        for plan in plans:
+            say(f"complexity: {plan.name}")
+            found[plan.name], machine = _measured(plan, cfg, share)
+        first = found[plans[0].name]
+        shown = {"part", "batch_size", "resolution", "precision", "compile", "warmup", "repeats"}
+        summary: dict[str, Any] = {
+            **cfg.model_dump(mode="json", include=shown),
+            "machine": machine,
+            "baseline": plans[0].name,
+            "complexity": found,
+            "against": {
+                name: {key: values[key] / first[key] for key in COLUMNS if key in values and first.get(key)}
+                for name, values in found.items()
+            },
+            "protocols": {name: column.protocol for name, column in COLUMNS.items()},
+            "run": mlflow_run.link(run),
+        }
+        for name, values in found.items():
+            tracker.metrics({f"eval/complexity/{name.strip('/')}/{key}": v for key, v in values.items()}, step=0)
+        report.save(summary, out, tracker)
+    print(summary_text(summary, out))
+    return summary
+
+
+def summary_text(summary: dict[str, Any], out: str) -> str:
+    """The summary for a person."""
+
+    def cell(values: dict[str, float], key: str) -> str:
+        digits = COLUMNS[key].digits
+        if key not in values:
+            return ""
+        low, high = (values.get(f"{key}_{end}") for end in ("low", "high"))
+        extremes = "" if low is None or high is None else f" ({low:,.{digits}f} to {high:,.{digits}f})"
+        return f"{values[key]:,.{digits}f}{extremes}"
+
+    titles = [column.title for column in COLUMNS.values()]
+    rows = [[summary["part"], *titles]]
+    rows += [[name, *(cell(values, key) for key in COLUMNS)] for name, values in summary["complexity"].items()]
+    ratios = [[f"times {summary['baseline']}", *titles]]
+    for name, values in summary["against"].items():
+        ratios.append([name, *(f"{values[key]:.3f}" if key in values else "" for key in COLUMNS)])
+    how = [
+        line
+        for name, text in summary["protocols"].items()
+        for line in textwrap.wrap(
+            f"{COLUMNS[name].title}: {text}", 118, initial_indent="    ", subsequent_indent="      "
+        )
+    ]
+    compiled = ", compiled" if summary["compile"] else ""
+    lines = [
+        f"batches of {summary['batch_size']} images of {summary['resolution']} px, {summary['precision']}{compiled}, "
+        f"{summary['repeats']} times after {summary['warmup']}; {summary['machine']}",
+        "",
+        tables.table(rows),
+        "",
+        tables.table(ratios),
+        "",
+        *how,
+        "",
+        f"metrics   {out}/metrics.json",
+        f"run       {summary['run']}",
+    ]
+    return "\n".join(lines)
+
+
+# --- models -----------------------------------------------------------------------------------------------------
+
+
+def _plans(cfg: config.EvaluateComplexity) -> Iterator[Plan]:
+    """
+    Raises:
+        UserError: a model is neither a size nor a folder, is there twice, or takes other resolutions.
+    """
+    names = [each.strip() if each.strip() in ENCODERS else os.path.abspath(each.strip()) for each in cfg.models]
+    for number, name in enumerate(names):
+        if name in names[:number]:
+            raise UserError(f"models has {name} twice")
+        if name not in ENCODERS and not os.path.isdir(name):
+            raise UserError(
+                f"models: {cfg.models[number]!r} is neither a model folder nor one of {', '.join(ENCODERS)}"
+            )
+        channels = FIXED.get(name, cfg.latent_channels)
+        with torch.device("meta" if name in ENCODERS else "cpu"), torch.no_grad():
+            model = _model(name, channels)
+            factor = downsampling(model)
+            if cfg.resolution % factor:
+                raise UserError(f"resolution={cfg.resolution}: {name} takes multiples of {factor} px")
+            if name not in ENCODERS:
+                given = encode_latents(model, torch.zeros(1, 3, 4 * factor, 4 * factor)).shape[1]
+                channels = given // 2 if latent_content(model) == "moments" else given
+        yield Plan(name, factor, channels)
+
+
+def _model(name: str, channels: int) -> torch.nn.Module:
+    return LiteVAE(name, channels).eval() if name in ENCODERS else load_autoencoder(name)
+
+
+# --- measuring --------------------------------------------------------------------------------------------------
+
+
+def _measured(plan: Plan, cfg: config.EvaluateComplexity, share: cluster.Share) -> tuple[dict[str, float], str]:
+    """By COLUMNS' names, those with extremes also with _low and _high; and the machine."""
+    import ray
+
+    # A process is only given to actors of the same environment, and no two have this one.
+    fresh = {"env_vars": {"LITEVAE_METER": f"{plan.name} {time.time_ns()}"}}
+    (actor,) = pool(Meter, share, plan, cfg, share, max_restarts=0, max_task_retries=0, runtime_env=fresh)
+    try:
+        (found,) = spread([actor], lambda actor, _: actor.measure.remote(), [None])
+    except ray.exceptions.RayActorError:
+        raise UserError(f"{plan.name}: {_TOO_LARGE.format(cfg.batch_size, cfg.resolution)}") from None
+    finally:
+        ray.kill(actor)
+    return found
+
+
+_TOO_LARGE = (
+    "its process ended; most likely batches of {} images of {} px take more memory than there is: lower batch_size"
+)
+
+
+class Meter:
+    """A worker: one model on one device."""
+
+    def __init__(self, plan: Plan, cfg: config.EvaluateComplexity, share: cluster.Share):
+        self.plan, self.cfg, self.device, self.threads = plan, cfg, share.settle(), share.threads
+        torch.manual_seed(0)
+        torch.backends.cudnn.deterministic = False  # what a user's own run would take
+        model = _model(plan.name, plan.channels)
+        setattr(
+            model, "decoder" if cfg.part == "encoder" else "encoder", torch.nn.Identity()
+        )  # its weights don't count
+        self.model: Any = model.to(self.device)
+        self.forward: Callable[[Tensor], Tensor] = (
+            partial(encode_latents, self.model) if cfg.part == "encoder" else self._decode
+        )
+
+    @torch.no_grad()
+    def measure(self) -> tuple[dict[str, float], str]:
+        """By COLUMNS' names, those with extremes also with _low and _high; and the machine."""
+        cfg = self.cfg
+        timed = torch.compile(self.forward) if cfg.compile else self.forward
+        found = {"params_m": count_parameters(getattr(self.model, cfg.part)) / 1e6}
+        batch, one = self._input(cfg.batch_size), self._input(1)
+        try:
+            before = self._watch_memory()
+            seconds = self._seconds(timed, batch)
+            if before is not None:
+                found["memory_mb"] = (self._peak() - before) / 1e6
+        except torch.OutOfMemoryError:
+            raise UserError(f"{self.plan.name}: {_TOO_LARGE.format(cfg.batch_size, cfg.resolution)}") from None
+        latencies = self._seconds(timed, one)
+        for name, values in (
+            ("images_per_s", [cfg.batch_size / value for value in seconds]),
+            ("latency_ms", [1000 * value for value in latencies]),
+        ):
+            found |= {name: median(values), f"{name}_low": min(values), f"{name}_high": max(values)}
+        # Attention as products of matrices: not every fused kernel is known to the counter.
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            self.forward(one)
+        found["gmacs"] = counter.get_total_flops() / 2e9
+        return found, self._machine()
+
+    def _input(self, count: int) -> Tensor:
+        side, generator = self.cfg.resolution, torch.Generator().manual_seed(0)
+        if self.cfg.part == "encoder":
+            return (torch.rand(count, 3, side, side, generator=generator) * 2 - 1).to(self.device)
+        small = side // self.plan.factor
+        return torch.randn(count, self.plan.channels, small, small, generator=generator).to(self.device)
+
+    def _decode(self, z: Tensor) -> Tensor:
+        return self.model.decode(z, return_dict=False)[0]
+
+    def _seconds(self, forward: Callable[[Tensor], Tensor], x: Tensor) -> list[float]:
+        found = []
+        for _ in range(self.cfg.warmup + self.cfg.repeats):
+            start = self._now()
+            with autocast(self.device, self.cfg.precision):
+                forward(x)
+            found.append(self._now() - start)
+        return found[self.cfg.warmup :]
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def _watch_memory(self) -> int | None:
+        """What the peak is to be counted from, in bytes; None where the system does not tell."""
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            return 0
+        try:
+            Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew
+            return _status("VmRSS")
+        except OSError:
+            return None
+
+    def _peak(self) -> int:
+        return torch.cuda.max_memory_allocated() if self.device.type == "cuda" else _status("VmHWM")
+
+    def _machine(self) -> str:
+        versions = f"torch {torch.__version__}"
+        if self.device.type == "cuda":
+            return f"{torch.cuda.get_device_name()}, {versions}, TF32 off"
+        cpu, file = platform.machine(), Path("/proc/cpuinfo")
+        if file.exists():
+            names = [line.partition(":")[2].strip() for line in file.read_text().splitlines() if "model name" in line]
+            cpu = names[0] if names else cpu
+        return f"{self.threads} thread{'s' if self.threads > 1 else ''} of {cpu}, {versions}"
+
+
+def _status(name: str) -> int:
+    """Bytes of a line of /proc/self/status."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{name}:"):
+            return 1024 * int(line.split()[1])
+    raise OSError(f"/proc/self/status has no {name}")

@@ -1,0 +1,370 @@
+"""How near generated images come to a reference set.
+
+CPU tasks read images, actors compute their features, and the driver adds them up, in order: the numbers are the same
+for any number of workers. What comes of a reference set is kept in <root>/references.
+"""
+
+import hashlib
+import io
+import json
+import os
+import struct
+import sys
+import time
+import zipfile
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from litevae import generation, storage
+from litevae.errors import UserError
+from litevae.generation import FeatureNetwork, FrechetStatistics
+from litevae.images import ImageError, ImageTransform, Transformed
+from pipelines import config
+from pipelines.data.sources import Source, open_source
+from pipelines.evaluation import image_batches, report
+from pipelines.evaluation.image_batches import Bad, Read, named, spaced
+from pipelines.evaluation.report import Score
+from pipelines.runtime import cluster, mlflow_run
+from pipelines.runtime.actor_pool import pool
+from pipelines.training.loop import Progress
+
+SMALLEST = 32  # pixels: SqueezeNet halves four times
+FEWEST = generation.SPLITS  # images, or a part of the Inception Score would be empty
+DAMAGE = (  # what NumPy and zipfile make of a damaged file
+    *(OSError, EOFError, ValueError, KeyError, TypeError, NotImplementedError, RuntimeError),
+    *(struct.error, zipfile.BadZipFile, zlib.error),
+)
+
+
+class AsDrawn(ImageTransform):
+    """Takes images of the resolution, and no others: a number of resized samples would be another number."""
+
+    def __call__(self, data: bytes, seed: int | None = None) -> Transformed:
+        image = super().__call__(data, seed)
+        if (image.height, image.width) != (self.resolution, self.resolution):
+            size = f"{image.width}x{image.height}"
+            raise ImageError("other_size", f"{size} pixels, and generated images are taken as they are, not resized")
+        return image
+
+
+@dataclass
+class Features:
+    """What comes of a set of images in one network."""
+
+    statistics: FrechetStatistics
+    kept: list[Tensor] = field(default_factory=list)  # features for precision and recall
+    logits: list[Tensor] = field(default_factory=list)
+
+
+@dataclass
+class Set:
+    """A set of images: which units of its source, which of these precision and recall are of, and what came of it."""
+
+    source: Source
+    transform: ImageTransform
+    units: Sequence[int]
+    kept: frozenset[int]
+    features: dict[str, Features] = field(default_factory=dict)
+    bad: list[Bad] = field(default_factory=list)
+
+    @property
+    def images(self) -> int:
+        return len(self.units) - len(self.bad)
+
+    @property
+    def about(self) -> dict[str, Any]:
+        return {"uri": self.source.uri, "digest": self.source.digest, "images": self.images} | {
+            "unreadable": [bad._asdict() for bad in self.bad]
+        }
+
+
+# --- generated images -------------------------------------------------------------------------------------------
+
+
+def samples(cfg: config.EvaluateSamples) -> dict[str, Any]:
+    """Judge generated images, print the numbers with their protocols, and leave metrics.json in `cfg.out`, which is
+    returned.
+
+    Raises:
+        UserError: bad config or source, no network has weights, too few images could be read.
+    """
+    out = cluster.output_path("out", cfg.out)
+    root = cluster.output_path("root", cfg.root)
+    if cfg.transform.resolution < SMALLEST:
+        raise UserError(f"transform.resolution={cfg.transform.resolution}: images are judged from {SMALLEST} px on")
+    files = [path and os.path.abspath(path) for path in (cfg.inception, cfg.squeezenet, cfg.backbone)]
+    weights = [*files, cfg.backbone_model]
+    networks, remarks = check_networks(*weights)
+    drawn = _drawn(cfg)
+    reference = _set(
+        open_source(cfg.source),
+        ImageTransform(cfg.transform.resolution, cfg.transform.resize),
+        cfg.reference_images,
+        cfg.pr_images,
+        "reference_images",
+    )
+
+    share = cluster.start(cfg.ray)
+    with mlflow_run.tracked(cfg, "evaluate", os.path.basename(out), out) as (tracker, run):
+        uri = reference.source.uri
+        tracker.dataset(os.path.basename(uri), reference.source.digest, uri, context="reference")
+        known = {network.name: network.sha256 for network in networks}
+        actors = pool(Extractor, share, share, weights, known)
+        kept = {network.name: Kept(os.path.join(root, "references"), reference, network) for network in networks}
+        remarks += [remark for each in kept.values() if (remark := each.load())]
+        if unknown := [network for network in networks if network.name not in reference.features]:
+            _extract(reference, unknown, cfg.batch_size, actors, share.decoders, "reference")
+            for network in unknown:
+                kept[network.name].save()
+        started = time.monotonic()
+        _extract(drawn, networks, cfg.batch_size, actors, share.decoders, "samples")
+        seconds = time.monotonic() - started
+        summary: dict[str, Any] = {
+            "samples": drawn.about,
+            "reference": reference.about | {"kept": [each.path for each in kept.values()]},
+            "transform": reference.transform.identity,
+            "metrics": [score._asdict() for network in networks for score in _scores(network, drawn, reference)],
+            "images_per_s": drawn.images / seconds,
+            "remarks": remarks,
+            "run": mlflow_run.link(run),
+        }
+        report.leave(summary, out, tracker)
+    print(summary_text(summary, out))
+    return summary
+
+
+def check_networks(*weights: str) -> tuple[list[FeatureNetwork], list[str]]:
+    """As `scores.networks`.
+
+    Raises:
+        UserError: there are weights of none, or a file that is named does not exist or holds something else.
+    """
+    found, missing = report.networks(*weights)
+    if not found:
+        raise UserError(
+            f"there is nothing to judge by: {missing[0]}. Or give squeezenet=FILE, the features of the Caffe "
+            f"SqueezeNet 1.1 under torchvision's names, or backbone=FILE, for a Frechet distance under its own name"
+        )
+    return found, [f"FID and Inception Score are left out: {line}" for line in missing]
+
+
+def _drawn(cfg: config.EvaluateSamples) -> Set:
+    """The generated images: a source's, or those of a sample job's folder, without the picture beside them."""
+    where, side = cfg.samples, cfg.transform.resolution
+    if not where.uri:
+        raise UserError("samples.uri is empty; give the folder of a sample job: evaluate.py samples FOLDER")
+    folder = storage.absolute(where.uri)
+    files = storage.names(folder)
+    if "sampling.json" in files:
+        if "samples.json" not in files:
+            raise UserError(f"samples.uri={where.uri}: the sample job is not finished; run the same command again")
+        parts = [part for name in ("png", "parquet") if storage.folder_exists(part := storage.join(folder, name))]
+        if len(parts) == 1:  # of two kinds the source's own message says to name one
+            where = where.model_copy(update={"uri": parts[0]})
+    source = open_source(where, "samples")
+    units: Sequence[int] = range(source.units)
+    if source.kind == "folder":
+        units = [unit for unit, name in enumerate(source.ids(0, source.units)) if name != "grid.png"]
+    if not units:
+        raise UserError(f"samples.uri={where.uri} has no images but grid.png")
+    try:
+        AsDrawn(side)(source.data(units[0]))
+    except ImageError as error:
+        if error.reason == "other_size":
+            raise UserError(
+                f"samples.uri={where.uri}: {source.id(units[0])} has {error}; give their size: transform.resolution "
+                f"(now {side})"
+            ) from None
+    return _set(source, AsDrawn(side), cfg.images, cfg.pr_images, "images", units)
+
+
+def _set(
+    source: Source, transform: ImageTransform, images: int, kept: int, name: str, units: Sequence[int] | None = None
+) -> Set:
+    units = range(source.units) if units is None else units
+    if images > len(units):
+        raise UserError(f"{name}={images}, but {source.uri} has {len(units)}; 0 takes all")
+    units = spaced(units, images or len(units))
+    return Set(source, transform, units, frozenset(spaced(units, min(kept, len(units)))))
+
+
+# --- features ---------------------------------------------------------------------------------------------------
+
+
+def _extract(
+    images: Set, networks: list[FeatureNetwork], batch_size: int, actors: list[Any], decoders: int, what: str
+) -> None:
+    """Fill in `images.features` of these networks, and which images could not be read.
+
+    Raises:
+        UserError: fewer than `FEWEST` could.
+    """
+    names = [network.name for network in networks]
+    found = {network.name: Features(FrechetStatistics(network.dimension)) for network in networks}
+    bad: list[Bad] = []
+
+    def extract(actor: Any, read: Any, batches: list[Sequence[int]]) -> Any:
+        return actor.extract.remote(read, names)
+
+    done, progress = 0, Progress(what, len(images.units), 0, sys.stderr.isatty())
+    for part in image_batches.over(
+        images.units, extract, images.source, images.transform, batch_size, actors, decoders
+    ):
+        for units, unreadable, computed in part:
+            bad += unreadable
+            done += len(units) + len(unreadable)
+            mask = torch.tensor([unit in images.kept for unit in units])
+            for name, (features, logits) in computed.items():
+                values = torch.tensor(features)
+                found[name].statistics.add(values)
+                found[name].kept.append(values[mask])
+                if logits is not None:
+                    found[name].logits.append(torch.tensor(logits))
+        progress.update(done)
+    progress.close()
+    images.features |= found
+    images.bad = bad
+    if images.images < FEWEST:
+        missing = f": {named(bad)}" if bad else ""
+        raise UserError(
+            f"{images.source.uri}: {images.images} of {len(images.units)} images could be read{missing}; judging takes "
+            f"at least {FEWEST}"
+        )
+
+
+class Extractor:
+    """A worker: the networks on one device."""
+
+    def __init__(self, share: cluster.Share, weights: list[str], known: dict[str, str]):
+        device = share.settle()
+        networks, remarks = check_networks(*weights)
+        if (here := {network.name: network.sha256 for network in networks}) != known:
+            raise UserError(f"the driver has weights {known}, this node {here}. {' '.join(remarks)}")
+        self.networks = {network.name: network.to(device) for network in networks}
+
+    def extract(
+        self, batches: list[Read], names: list[str]
+    ) -> list[tuple[list[int], list[Bad], dict[str, tuple[np.ndarray, np.ndarray | None]]]]:
+        """Of each batch: units, unreadable images, and by network features and logits."""
+        return [(batch.units, batch.bad, self._of(batch.pixels, names)) for batch in batches]
+
+    def _of(self, pixels: np.ndarray, names: list[str]) -> dict[str, tuple[np.ndarray, np.ndarray | None]]:
+        found: dict[str, tuple[np.ndarray, np.ndarray | None]] = {}
+        for name in names if len(pixels) else []:
+            features, logits = self.networks[name](pixels)
+            found[name] = features.cpu().numpy(), None if logits is None else logits.cpu().numpy()
+        return found
+
+
+# --- reference sets, kept ---------------------------------------------------------------------------------------
+
+
+class Kept:
+    """The file that a reference set's features in a network are kept in, named by all that they depend on."""
+
+    def __init__(self, folder: str, reference: Set, network: FeatureNetwork):
+        self._set, self._network = reference, network
+        about = {
+            "format": 1,
+            "source": [reference.source.digest, reference.source.units],
+            "images": [len(reference.units), len(reference.kept)],
+            "transform": reference.transform.identity,
+            "network": [network.protocol, network.sha256],
+        }
+        self._key = json.dumps(about, sort_keys=True)
+        self.path = os.path.join(folder, f"{hashlib.sha256(self._key.encode()).hexdigest()[:32]}.npz")
+
+    def save(self) -> None:
+        found = self._set.features[self._network.name]
+        file = io.BytesIO()
+        np.savez(
+            file,
+            key=self._key,
+            bad=json.dumps(self._set.bad),
+            count=found.statistics.count,
+            sum=found.statistics.sum.numpy(),
+            outer=found.statistics.outer.numpy(),
+            kept=torch.cat(found.kept).numpy(),
+        )
+        storage.put(self.path, file.getvalue())
+
+    def load(self) -> str:
+        """Fill in the set's features where there is a sound file. Returns a remark where there is an unsound one."""
+        try:
+            with np.load(self.path, allow_pickle=False) as file:  # zip's checksums are checked in reading
+                values = {name: file[name] for name in ("key", "bad", "count", "sum", "outer", "kept")}
+            if str(values["key"]) != self._key:
+                raise ValueError("it is of something else")
+            statistics = FrechetStatistics(self._network.dimension)
+            statistics.count = int(values["count"])
+            statistics.sum.copy_(torch.from_numpy(values["sum"]))
+            statistics.outer.copy_(torch.from_numpy(values["outer"]))
+            bad = [Bad(*each) for each in json.loads(str(values["bad"]))]
+        except FileNotFoundError:
+            return ""
+        except DAMAGE as error:
+            return f"{self.path} can't be used ({error}); its features were computed again"
+        self._set.features[self._network.name] = Features(statistics, [torch.from_numpy(values["kept"])])
+        self._set.bad = bad
+        return ""
+
+
+# --- numbers ----------------------------------------------------------------------------------------------------
+
+
+def _scores(network: FeatureNetwork, drawn: Set, reference: Set) -> list[Score]:
+    """What can be said in a network's features."""
+    mine, theirs = drawn.features[network.name], reference.features[network.name]
+    own = network.name == "inception"
+    suffix = "" if own else f"/{network.name}"
+    by = "" if own else f" ({network.name})"
+    side, how = drawn.transform.resolution, report.shown(reference.transform)
+
+    def sets(count: int, of: int) -> str:
+        return f"{count:,} generated images of {side} px, as they are, against {of:,} of {reference.source.uri}, {how}"
+
+    counts = mine.statistics.count, theirs.statistics.count
+    distance = generation.frechet_distance(mine.statistics, theirs.statistics)
+    found = [
+        Score(
+            "fid" if own else f"frechet{suffix}",
+            "FID" if own else f"Frechet distance on {network.name} features",
+            distance,
+            None,
+            "; ".join(
+                [
+                    network.protocol,
+                    sets(*counts),
+                    generation.PROTOCOLS["frechet"],
+                    *report.caution(min(counts), network),
+                ]
+            ),
+        )
+    ]
+    if mine.logits:
+        mean, std = generation.inception_score(torch.cat(mine.logits))
+        images = f"{counts[0]:,} generated images of {side} px, as they are"
+        protocol = "; ".join([network.protocol, images, generation.PROTOCOLS["inception_score"]])
+        found.append(Score(f"inception_score{suffix}", f"Inception Score{by}", mean, std, protocol))
+    kept, of = torch.cat(mine.kept), torch.cat(theirs.kept)
+    protocol = "; ".join([network.protocol, sets(len(kept), len(of)), generation.PROTOCOLS["precision_recall"]])
+    for name, value in zip(("precision", "recall"), generation.precision_recall(of, kept), strict=True):
+        found.append(Score(f"{name}/{network.name}", f"{name} ({network.name})", value, None, protocol))
+    return found
+
+
+def summary_text(summary: dict[str, Any], out: str) -> str:
+    """For a person: numbers, and below those of one protocol that protocol."""
+    lines = []
+    for name in ("samples", "reference"):
+        about = summary[name]
+        lines.append(f"{name:10}{about['images']:,} images of {about['uri']}")
+        if bad := [Bad(**entry) for entry in about["unreadable"]]:
+            lines.append(f"          {len(bad)} unreadable left out: {named(bad)}")
+    return "\n".join([*lines, "", report.report(summary, out)])

@@ -1,0 +1,85 @@
+"""Pixels for those who judge images: read by CPU tasks in batches that are the same for any number of workers."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from litevae.images import ImageError, ImageTransform
+from pipelines.data.sources import Source
+from pipelines.runtime.actor_pool import spread
+from pipelines.runtime.cluster import anywhere
+
+
+class Bad(NamedTuple):
+    """An image that was left out."""
+
+    id: str
+    reason: str
+    message: str
+
+
+class Read(NamedTuple):
+    """A batch: uint8 (n, H, W, 3) of the images that can be read, their units, and the others."""
+
+    pixels: np.ndarray
+    units: list[int]
+    bad: list[Bad]
+
+
+def over(
+    units: Sequence[int],
+    call: Callable[[Any, Any, list[Sequence[int]]], Any],
+    source: Source,
+    transform: ImageTransform,
+    batch_size: int,
+    actors: list[Any],
+    decoders: int,
+) -> Iterator[Any]:
+    """Results of `call(actor, read, batches)` in the order of units, where `read` refers to a `Read` for each of
+    `batches`, and the result is a reference too.
+
+    Args:
+        decoders: reading tasks at a time.
+    """
+    import ray
+
+    shared = ray.put(source)
+    read = ray.remote(_read).options(num_cpus=1, scheduling_strategy=anywhere())
+    ahead = 1 + -(-decoders // len(actors))  # one is measured while the others are read
+    parts = chunks(units, batch_size, transform.resolution, len(actors))
+    return spread(actors, lambda actor, part: call(actor, read.remote(shared, transform, part), part), parts, ahead)
+
+
+def chunks(units: Sequence[int], batch_size: int, resolution: int, workers: int) -> list[list[Sequence[int]]]:
+    """What a task reads: batches next to each other, as a Parquet row group is read as a whole; at most 64 MB of
+    pixels, and at least four chunks a worker. The batches are the same whatever the number of workers."""
+    batches = [units[start : start + batch_size] for start in range(0, len(units), batch_size)]
+    count = max(1, min(64 * 2**20 // (batch_size * resolution**2 * 3), len(batches) // (4 * workers)))
+    return [batches[start : start + count] for start in range(0, len(batches), count)]
+
+
+def spaced(units: Sequence[int], count: int) -> Sequence[int]:
+    """So many of them, evenly spaced: the first ones are of a few classes where classes come one after another."""
+    return units if count == len(units) else [units[number * len(units) // count] for number in range(count)]
+
+
+def named(bad: list[Bad], limit: int = 5) -> str:
+    names = [f"{entry.id} ({entry.reason})" for entry in bad[:limit]]
+    return ", ".join(names) + (f" and {len(bad) - limit} more" if len(bad) > limit else "")
+
+
+def _read(source: Source, transform: ImageTransform, batches: list[Sequence[int]]) -> list[Read]:
+    return [_read_batch(source, transform, units) for units in batches]
+
+
+def _read_batch(source: Source, transform: ImageTransform, units: Sequence[int]) -> Read:
+    pixels, good, bad = [], [], []
+    for unit in units:
+        try:
+            pixels.append(transform(source.data(unit)).pixels)
+            good.append(unit)
+        except ImageError as error:
+            bad.append(Bad(source.id(unit), error.reason, str(error)))
+    size = transform.resolution
+    return Read(np.stack(pixels) if pixels else np.empty((0, size, size, 3), np.uint8), good, bad)

@@ -1,0 +1,98 @@
+"""How far a cache's latents are from a standard Gaussian."""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from litevae import generation
+from litevae.cache import LatentCache, Shape
+from litevae.errors import UserError
+from pipelines import config
+from pipelines.evaluation import report
+from pipelines.evaluation.image_batches import spaced
+from pipelines.evaluation.report import Score
+from pipelines.runtime import cluster, mlflow_run
+
+PART = 256  # rows read at a time
+MMD = generation.PROTOCOLS["mmd"]
+
+
+def mmd(cfg: config.EvaluateLatents) -> dict[str, Any]:
+    """Measure the MMD of a cache's latents, normalised and raw, print it, and leave metrics.json in `cfg.out`, which is
+    returned.
+
+    Raises:
+        UserError: bad config or cache, NaN or infinite latents.
+    """
+    out = cluster.output_path("out", cfg.out)
+    if not cfg.cache:
+        raise UserError("cache is empty; give a latent cache: evaluate.py latents FOLDER")
+    cache = LatentCache(cfg.cache)
+    shape, rows = _largest_group(cache)
+    chosen = spaced(rows, min(cfg.images or len(rows), len(rows)))
+    parts = [chosen[start : start + PART] for start in range(0, len(chosen), PART)]
+    raw = torch.cat([cache.latents(part, 0, cfg.seed, cfg.draw, normalize=False) for part in parts])
+
+    with mlflow_run.tracked(cfg, "evaluate", os.path.basename(out), out) as (tracker, run):
+        digest = cache.manifest["digest"]
+        tracker.dataset(os.path.basename(cache.path), digest, cache.path, context="evaluation")
+        drawn = "drawn from the moments" if cfg.draw == "sample" and cache.content == "moments" else "means"
+        found = judged(raw, cache.normalize(raw), "the cache", drawn, cfg.sigmas, cfg.subset, cfg.seed)
+        remarks = []
+        if len(rows) < len(cache):
+            remarks.append(f"only rows of the most frequent shape {shape}: {len(rows):,} of {len(cache):,}")
+        summary: dict[str, Any] = {
+            "cache": {"path": cache.path, "digest": digest, "rows": len(cache), "shape": [*raw.shape[1:]]},
+            "images": len(raw),
+            "metrics": [score._asdict() for score in found],
+            "remarks": remarks,
+            "run": mlflow_run.link(run),
+        }
+        report.leave(summary, out, tracker)
+    print(f"{len(raw):,} of {len(cache):,} latents of {cache.path}\n\n{report.report(summary, out)}")
+    return summary
+
+
+def judged(
+    raw: Tensor,
+    normalised: Tensor,
+    over: str,
+    drawn: str,
+    sigmas: Sequence[float] = generation.SIGMAS,
+    subset: int = generation.SUBSET,
+    seed: int = 0,
+) -> list[Score]:
+    """The MMD of latents (N, C, h, w), normalised and raw, at each bandwidth, as mmd/<normalised|raw>/<bandwidth>.
+
+    Args:
+        over: what they are normalised over, and `drawn` how they came, for people.
+
+    Raises:
+        UserError: as `generation.mmd`.
+    """
+    size, subset = "x".join(map(str, raw.shape[1:])), min(subset, len(raw))
+    count = len(raw) // subset
+    about = f"{len(raw):,} latents of {size}, {drawn}, in {count} subset{'s' if count > 1 else ''} of {subset:,}"
+    kinds = {
+        "normalised": (normalised, f"to mean 0 and standard deviation 1 a channel over {over}"),
+        "raw": (raw, "as the autoencoder gives them"),
+    }
+    return [
+        Score(f"mmd/{kind}/{sigma:g}", f"MMD², {kind}, sigma {sigma:g}", value, std, f"{about}, {scale}; {MMD}")
+        for kind, (values, scale) in kinds.items()
+        for sigma, (value, std) in generation.mmd(values, sigmas, subset, seed).items()
+    ]
+
+
+def _largest_group(cache: LatentCache) -> tuple[Shape, Sequence[int]]:
+    """The shape that most rows have, and these rows."""
+    counts: dict[Shape, int] = {}
+    for shape, rows in zip(cache.group_shapes, cache.groups.tolist(), strict=True):
+        counts[shape] = counts.get(shape, 0) + rows
+    most = max(counts, key=lambda shape: counts[shape])
+    mine = np.repeat([shape == most for shape in cache.group_shapes], cache.groups)
+    return most, np.flatnonzero(mine).tolist()

@@ -1,0 +1,460 @@
+"""How well an autoencoder reconstructs a source of images, beside bicubic down- and upsampling by its factor.
+
+CPU tasks read and transform images, actors with the model measure them in batches, and the driver adds up, in order:
+means of one value per image are exact, and features in frozen networks become the sums that a Frechet distance needs.
+The numbers are the same for any number of workers, and memory does not grow with the number of images.
+
+A further metric is one function of originals and reconstructions, both (N, 3, H, W) in [-1, 1], that gives (N,): a line
+of METRICS, with its title and its protocol.
+"""
+
+import os
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from torch import Tensor, nn
+
+from litevae import generation, metrics
+from litevae.autoencoder import (
+    count_parameters,
+    downsampling,
+    encode_latents,
+    fingerprint,
+    latent_content,
+    load_autoencoder,
+)
+from litevae.errors import UserError
+from litevae.generation import Backbone, FeatureNetwork, FrechetStatistics, SqueezeNetCaffe
+from litevae.images import ImageTransform, to_tensor, to_uint8
+from litevae.perceptual import WeightsMissing, load_lpips
+from litevae.pictures import feature_map_picture, reconstruction_picture, strongest_maps
+from litevae.precision import autocast
+from pipelines import config
+from pipelines.data.sources import Source, open_source
+from pipelines.evaluation import image_batches, latent_mmd, report
+from pipelines.evaluation.image_batches import Bad, Read, named
+from pipelines.evaluation.report import Score
+from pipelines.runtime import cluster, mlflow_run, tables
+from pipelines.runtime.actor_pool import pool, spread
+from pipelines.training.loop import Progress
+
+SMALLEST = 32  # pixels; SSIM's window takes 11, perceptual backbones halve four times
+MAPS = 4  # rows of feature_maps.png
+DISTANCE = "mean over images of squared distances of unit-length features, averaged over positions, summed over layers"
+
+
+class Metric(NamedTuple):
+    """
+    Attributes:
+        title: for people.
+        protocol: all that it takes to tell this number from others of that title.
+        measure: originals and others (N, 3, H, W) in [-1, 1] -> (N,), of which the mean over images is the number.
+    """
+
+    title: str
+    protocol: str
+    measure: Callable[[Tensor, Tensor], Tensor]
+
+
+METRICS = {
+    "psnr": Metric("PSNR (dB)", metrics.PROTOCOLS["psnr"], metrics.psnr),
+    "ssim": Metric("SSIM", metrics.PROTOCOLS["ssim"], metrics.ssim),
+}
+
+
+class Judges:
+    """The metrics and the networks that there are weights for, and a line about each that is missing.
+
+    Raises:
+        UserError: a file that is named does not exist or holds something else.
+    """
+
+    def __init__(self, cfg: config.Evaluate) -> None:
+        self.metrics, modules = dict(METRICS), list[nn.Module]()
+        self.remarks = []
+        try:
+            lpips = load_lpips(cfg.lpips, cfg.lpips_weights)
+            protocol = f"{DISTANCE}, with the heads of LPIPS 0.1 (Zhang et al. 2018); images not resized"
+            self.metrics[lpips.name] = Metric(lpips.name, protocol, lpips)
+            modules.append(lpips)
+        except WeightsMissing as error:
+            self.remarks.append(f"no LPIPS: {error}")
+        self.networks, missing = report.networks(cfg.inception, cfg.squeezenet, cfg.backbone, cfg.backbone_model)
+        self.remarks += [f"no rFID: {line}" for line in missing]
+        for network in self.networks:
+            if isinstance(network, SqueezeNetCaffe | Backbone):
+                name = f"{network.name} feature distance"
+                protocol = f"{DISTANCE}, all weighted equally; weights {network.sha256[:8]}; images not resized"
+                self.metrics[name] = Metric(name, protocol, network.distance)
+        self._modules = [*modules, *self.networks]
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """What has to be the same on all nodes."""
+        return dict.fromkeys(self.metrics, "") | {network.name: network.sha256 for network in self.networks}
+
+    def to(self, device: torch.device) -> "Judges":
+        for module in self._modules:
+            module.to(device)
+        return self
+
+
+@dataclass
+class Measured:
+    """Of a batch: seconds, values of each image by "reconstruction/<metric>", "bicubic/<metric>" and "imbalance",
+    features of originals and of reconstructions by network, and what is shown or looked at as a whole."""
+
+    images: int = 0
+    encode_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    values: dict[str, np.ndarray] = field(default_factory=dict)
+    features: dict[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
+    bad: list[Bad] = field(default_factory=list)
+    latents: np.ndarray | None = None  # as the encoder gives them
+    pictures: tuple[Tensor, ...] = ()  # input, reconstruction, latent
+    maps: tuple[Tensor, ...] = ()  # input, strongest maps
+
+
+class Total:
+    """The measurements of a pass over the images, added up in order."""
+
+    def __init__(self, networks: Sequence[FeatureNetwork]) -> None:
+        self.images, self.encode_seconds, self.decode_seconds = 0, 0.0, 0.0
+        self.means: dict[str, metrics.Mean] = {}
+        self.statistics = {each.name: [FrechetStatistics(each.dimension) for _ in range(2)] for each in networks}
+        self.bad: list[Bad] = []
+        self.latents: list[Tensor] = []
+        self.pictures: list[tuple[Tensor, ...]] = []
+        self.maps: list[tuple[Tensor, ...]] = []
+
+    def add(self, part: Measured) -> None:
+        self.images += part.images
+        self.encode_seconds += part.encode_seconds
+        self.decode_seconds += part.decode_seconds
+        for name, values in part.values.items():
+            self.means.setdefault(name, metrics.Mean()).add(torch.tensor(values))
+        for name, pair in part.features.items():
+            for statistics, features in zip(self.statistics[name], pair, strict=True):
+                statistics.add(torch.tensor(features))
+        self.bad += part.bad
+        self.latents += [] if part.latents is None else [torch.tensor(part.latents)]
+        self.pictures += [part.pictures] if part.pictures else []
+        self.maps += [part.maps] if part.maps else []
+
+    @property
+    def numbers(self) -> dict[str, dict[str, float]]:
+        """Of "reconstruction" and "bicubic", by metric. Frechet distances are the model's only."""
+        found = {
+            which: {name.partition("/")[2]: mean.value() for name, mean in self.means.items() if name.startswith(which)}
+            for which in ("reconstruction", "bicubic")
+        }
+        for name, sides in self.statistics.items():
+            if self.images > 1:
+                found["reconstruction"][_frechet(name)] = generation.frechet_distance(*sides)
+        return found
+
+
+def evaluate(cfg: config.Evaluate) -> dict[str, Any]:
+    """Measure, print a table, and leave metrics.json, reconstructions.png and feature_maps.png in `cfg.out`. Returns
+    metrics.json. Also in a task or an actor of a running cluster.
+
+    Raises:
+        UserError: bad config, model or source; no image could be read.
+    """
+    out = cluster.output_path("out", cfg.out)
+    if not cfg.model:
+        raise UserError("model is empty; give a model folder: model=runs/vae/model")
+    side = cfg.transform.resolution
+    if side < SMALLEST:
+        raise UserError(f"transform.resolution={side}: images are measured from {SMALLEST} px on")
+    model = load_autoencoder(cfg.model)
+    factor = downsampling(model)
+    for name, pixels in (("transform.resolution", side), *(("resolutions", each) for each in cfg.resolutions)):
+        if pixels % factor:
+            raise UserError(f"{name}={pixels}: {cfg.model} takes multiples of {factor} px")
+    source = open_source(cfg.source)
+    if cfg.images > source.units:
+        raise UserError(f"images={cfg.images}, but {cfg.source.uri} has {source.units}; 0 takes all")
+    files = ("model", "lpips_weights", "inception", "squeezenet", "backbone")
+    known = {name: os.path.abspath(path) for name in files if (path := getattr(cfg, name))}
+    cfg = cfg.model_copy(update=known | {"images": cfg.images or source.units})
+    if cfg.mmd_images > cfg.images:
+        raise UserError(f"mmd_images={cfg.mmd_images}, but {cfg.images} images are measured")
+    judges = Judges(cfg)
+    remarks = list(judges.remarks)
+
+    share = cluster.start(cfg.ray)
+    cluster.check_folders({}, {"source.uri": source.uri, "model": cfg.model})
+    with mlflow_run.tracked(cfg, "evaluate", os.path.basename(out), out) as (tracker, run):
+        tracker.dataset(os.path.basename(source.uri), source.digest, source.uri, context="evaluation")
+        actors = pool(Evaluator, share, cfg, share, judges.identity)
+        started = time.monotonic()
+        total = _measure(cfg, source, side, actors, share.decoders, judges)
+        seconds = time.monotonic() - started
+        passes = {side: total} | {
+            pixels: _measure(cfg, source, pixels, actors, share.decoders, judges)
+            for pixels in sorted({*cfg.resolutions} - {side})
+        }
+        pictures = {
+            name: draw(*(torch.cat(part) for part in zip(*parts, strict=True)))
+            for name, draw, parts in (
+                ("reconstructions", reconstruction_picture, total.pictures),
+                ("feature_maps", feature_map_picture, total.maps),
+            )
+            if parts
+        }
+        if total.images < 2 and judges.networks:
+            remarks.append("no Frechet distance: it takes at least 2 images")
+        found = _own_marks(cfg, total, factor, actors[0], remarks)
+        if cfg.mmd_images:
+            found += _mmd(cfg, total, latent_content(model) == "moments")
+        transform = ImageTransform(side, cfg.transform.resize)
+        summary: dict[str, Any] = {
+            "model": cfg.model,
+            "fingerprint": fingerprint(cfg.model),
+            "downsampling": factor,
+            "parameters": {"encoder": count_parameters(model.encoder), "decoder": count_parameters(model.decoder)},
+            "source": {"uri": source.uri, "digest": source.digest},
+            "transform": transform.identity,
+            "images": total.images,
+            "unreadable": [bad._asdict() for bad in total.bad],
+            **total.numbers,
+            "protocols": _protocols(judges, total.images, transform),
+            "scales": {
+                str(pixels): {"images": each.images, **each.numbers}
+                for pixels, each in sorted(passes.items() if cfg.resolutions else ())
+            },
+            "metrics": [score._asdict() for score in found],
+            "pictures": [f"{name}.png" for name in pictures],
+            "images_per_s": {
+                "encoder": total.images / total.encode_seconds,
+                "decoder": total.images / total.decode_seconds,
+                "evaluation": total.images / seconds,
+            },
+            "remarks": remarks,
+            "run": mlflow_run.link(run),
+        }
+        for which in ("reconstruction", "bicubic"):
+            tracker.metrics({f"eval/{which}/{metric}": value for metric, value in summary[which].items()}, step=0)
+        for pixels, each in summary["scales"].items():
+            values = {f"eval/scale/{metric}": value for metric, value in each["reconstruction"].items()}
+            tracker.metrics(values, step=int(pixels))
+        for name, picture in pictures.items():
+            tables.write(os.path.join(out, f"{name}.png"), tables.png(picture))
+            tracker.image(name, picture, step=0)
+        report.leave(summary, out, tracker)
+    print(summary_text(summary, out))
+    return summary
+
+
+def summary_text(summary: dict[str, Any], out: str) -> str:
+    """The summary for a person."""
+    titles = {name: metric.title for name, metric in METRICS.items()} | {"rfid": "rFID"}
+    protocols, images = summary["protocols"], summary["protocols"]["images"]
+    quality = [["", "reconstruction", f"bicubic by {summary['downsampling']}"]]
+    how = []
+    for metric, value in summary["reconstruction"].items():
+        other = summary["bicubic"].get(metric)
+        quality.append([titles.get(metric, metric), f"{value:.4f}", "" if other is None else f"{other:.4f}"])
+        text = f"{titles.get(metric, metric)}: {protocols[metric].removesuffix(f'; {images}')}"
+        how += textwrap.wrap(text, 118, initial_indent="    ", subsequent_indent="      ")
+    speed = summary["images_per_s"]
+    model = [["", "encoder", "decoder"]]
+    model.append(["parameters", *(f"{summary['parameters'][part]:,}" for part in model[0][1:])])
+    model.append(["images/s, one worker", *(f"{speed[part]:.1f}" for part in model[0][1:])])
+    lines = [
+        f"{summary['images']} images at {summary['transform']['resolution']} px of {summary['source']['uri']}, "
+        f"{speed['evaluation']:.1f} a second with reading and measuring",
+        f"({images}; {protocols['reconstruction']})",
+        "",
+        tables.table(quality),
+        "",
+        *how,
+        "",
+    ]
+    if scales := summary["scales"]:
+        rows = [["reconstruction at", *(f"{pixels} px" for pixels in scales)]]
+        for metric in summary["reconstruction"]:
+            values = (each["reconstruction"].get(metric) for each in scales.values())
+            rows.append([titles.get(metric, metric), *("" if value is None else f"{value:.4f}" for value in values)])
+        lines += [tables.table(rows), ""]
+    lines += [*report.listed([Score(**score) for score in summary["metrics"]]), tables.table(model), ""]
+    if bad := [Bad(**entry) for entry in summary["unreadable"]]:
+        lines.append(f"{len(bad)} unreadable left out: {named(bad)}")
+    lines += summary["remarks"]
+    pictures = [f"pictures  {out}/{name}" for name in summary["pictures"]]
+    return "\n".join([*lines, f"metrics   {out}/metrics.json", *pictures, f"run       {summary['run']}"])
+
+
+# --- numbers ----------------------------------------------------------------------------------------------------
+
+
+def _frechet(network: str) -> str:
+    return "rfid" if network == "inception" else f"frechet/{network}"
+
+
+def _protocols(judges: Judges, images: int, transform: ImageTransform) -> dict[str, str]:
+    """Of every number of "reconstruction" and "bicubic", by name; what they have in common is "images"."""
+    of = f"{images:,} images, {report.shown(transform)}"
+    found = {name: metric.protocol for name, metric in judges.metrics.items()}
+    for network in judges.networks:
+        parts = ["reconstructions in uint8 against their originals", network.protocol, generation.PROTOCOLS["frechet"]]
+        found[_frechet(network.name)] = "; ".join([*parts, *report.caution(images, network)])
+    return {
+        "images": of,
+        "reconstruction": "decoded mean of the latent",
+        "bicubic": metrics.PROTOCOLS["bicubic"],
+        **{name: f"{protocol}; {of}" for name, protocol in found.items()},
+    }
+
+
+def _own_marks(cfg: config.Evaluate, total: Total, factor: int, actor: Any, remarks: list[str]) -> list[Score]:
+    """What the autoencoder adds to constant colour, and how even its feature maps are."""
+    found, side = [], cfg.transform.resolution
+    if side >= 4 * factor:
+        ((rms, period),) = spread([actor], lambda actor, _: actor.artefacts.remote(), [None])
+        protocol = f"{metrics.PROTOCOLS['artefacts']}; {side} px, {factor} px of border"
+        found.append(Score("artefacts", "artefacts in constant colour (RMS, levels)", rms, None, protocol))
+        if period is not None:
+            found.append(Score("artefacts/period", "  strongest period (px)", period, None, protocol))
+    else:
+        remarks.append(f"no artefacts in constant colour: {side} px are little beside borders of {factor} px")
+    if "imbalance" in total.means:
+        protocol = f"{metrics.PROTOCOLS['imbalance']}; {total.images:,} images of {side} px"
+        value = total.means["imbalance"].value()
+        found.append(Score("imbalance", "imbalance of the last feature maps", value, None, protocol))
+    else:
+        remarks.append("no feature maps: the decoder has neither norm_out nor conv_norm_out to look before")
+    return found
+
+
+def _mmd(cfg: config.Evaluate, total: Total, moments: bool) -> list[Score]:
+    raw = torch.cat(total.latents) if total.latents else torch.empty(0, 1, 1, 1)
+    if moments:
+        raw = DiagonalGaussianDistribution(raw).sample(torch.Generator().manual_seed(cfg.seed))
+    std, mean = torch.std_mean(raw, dim=(0, 2, 3), keepdim=True, correction=0)
+    normalised = (raw - mean) / std.clamp(min=1e-12)  # a channel may be constant
+    drawn = "drawn from the posterior" if moments else "as the encoder gives them"
+    return latent_mmd.judged(raw, normalised, "these", drawn, seed=cfg.seed)
+
+
+# --- measuring --------------------------------------------------------------------------------------------------
+
+
+def _measure(
+    cfg: config.Evaluate, source: Source, pixels: int, actors: list[Any], decoders: int, judges: Judges
+) -> Total:
+    """One pass over the images at a resolution; pictures, latents and feature maps at the job's own only.
+
+    Raises:
+        UserError: none could be read.
+    """
+    whole = pixels == cfg.transform.resolution
+    shown = range(0, cfg.images, -(-cfg.images // cfg.pictures)) if whole else range(0)
+
+    def measure(actor: Any, read: Any, batches: list[Sequence[int]]) -> Any:
+        return actor.measure.remote(read, [sum(unit in shown for unit in batch) for batch in batches], whole)
+
+    transform = ImageTransform(pixels, cfg.transform.resize)
+    total = Total(judges.networks)
+    progress = Progress("evaluate" if whole else f"evaluate at {pixels} px", cfg.images, 0, sys.stderr.isatty())
+    for parts in image_batches.over(range(cfg.images), measure, source, transform, cfg.batch_size, actors, decoders):
+        for part in parts:
+            total.add(part)
+        progress.update(total.images + len(total.bad))
+    progress.close()
+    if not total.images:
+        at = "" if whole else f" at {pixels} px"
+        raise UserError(f"{source.uri}: none of {len(total.bad)} images could be read{at}: {named(total.bad)}")
+    return total
+
+
+class Evaluator:
+    """A worker: the model, the metrics and the networks on one device."""
+
+    def __init__(self, cfg: config.Evaluate, share: cluster.Share, known: dict[str, str]):
+        self.cfg, self.device = cfg, share.settle()
+        self.model = load_autoencoder(cfg.model).to(self.device)
+        self.factor, self.posterior = downsampling(self.model), latent_content(self.model) == "moments"
+        judges = Judges(cfg)
+        if (here := judges.identity) != known:
+            raise UserError(f"the driver has weights {known}, this node {here}. {' '.join(judges.remarks)}")
+        self.judges = judges.to(self.device)
+        self.maps: Tensor | None = None  # of the decoder's last call
+        for name in ("norm_out", "conv_norm_out"):  # ours, and diffusers'
+            if isinstance(last := getattr(self.model.decoder, name, None), nn.Module):
+                last.register_forward_pre_hook(lambda _, inputs: setattr(self, "maps", inputs[0]))
+        side = cfg.transform.resolution
+        self._reconstruct(torch.zeros(1, 3, side, side, device=self.device))  # what is slow the first time only
+
+    def measure(self, batches: list[Read], pictures: list[int], whole: bool) -> list[Measured]:
+        """
+        Args:
+            pictures: how many images of each batch to show.
+            whole: whether latents and feature maps are wanted, too.
+        """
+        return [self._measure(batch, shown, whole) for batch, shown in zip(batches, pictures, strict=True)]
+
+    @torch.no_grad()
+    def artefacts(self) -> tuple[float, float | None]:
+        parts = metrics.constant_colours(self.cfg.transform.resolution).split(self.cfg.batch_size)
+        return metrics.artefacts(
+            torch.cat([self._reconstruct(part.to(self.device))[0].cpu() for part in parts]), self.factor
+        )
+
+    @torch.no_grad()
+    def _measure(self, batch: Read, pictures: int, whole: bool) -> Measured:
+        if not len(batch.pixels):
+            return Measured(bad=batch.bad)
+        x = to_tensor(batch.pixels).to(self.device)
+        y, encoded, encode_seconds, decode_seconds = self._reconstruct(x)
+        result = Measured(len(x), encode_seconds, decode_seconds, bad=batch.bad)
+        for which, other in (("reconstruction", y), ("bicubic", metrics.bicubic_baseline(x, self.factor))):
+            for name, metric in self.judges.metrics.items():
+                result.values[f"{which}/{name}"] = metric.measure(x, other).double().cpu().numpy()
+        sides = [batch.pixels, to_uint8(y)] if self.judges.networks else []
+        for network in self.judges.networks:
+            before, after = (network(side)[0].float().cpu().numpy() for side in sides)
+            result.features[network.name] = before, after
+        if pictures:
+            latent = encoded.chunk(2, dim=1)[0] if self.posterior else encoded
+            result.pictures = tuple(part[:pictures].cpu() for part in (x, y, latent))
+        if whole:
+            self._look(batch, x, encoded, result)
+        self.maps = None
+        return result
+
+    def _look(self, batch: Read, x: Tensor, encoded: Tensor, result: Measured) -> None:
+        """At latents and feature maps."""
+        units = torch.tensor(batch.units)
+        if (wanted := units < self.cfg.mmd_images).any():
+            result.latents = encoded.cpu()[wanted].numpy()
+        if self.maps is not None:
+            each = [metrics.imbalance(image[None]) for image in self.maps]  # one by one: these are large
+            result.values["imbalance"] = torch.cat(each).cpu().numpy()
+            if (first := (units < MAPS).to(self.device)).any():
+                result.maps = x[first].cpu(), strongest_maps(self.maps[first]).cpu()
+
+    @torch.no_grad()
+    def _reconstruct(self, x: Tensor) -> tuple[Tensor, Tensor, float, float]:
+        """Decoded mean of the latent, what the encoder gave, and the seconds of encoder and decoder."""
+        with autocast(self.device, self.cfg.precision):
+            start = self._now()
+            encoded = encode_latents(self.model, x)
+            latent = encoded.chunk(2, dim=1)[0] if self.posterior else encoded
+            middle = self._now()
+            reconstruction = self.model.decode(latent, return_dict=False)[0]
+            end = self._now()
+        return reconstruction.float().clamp(-1, 1), encoded.float(), middle - start, end - middle
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()

@@ -1,0 +1,369 @@
+"""What a comparison of runs is made of: rows of seeds, differences from a baseline and their significance, the paper's
+numbers, curves. Runs in, data out: nothing here knows MLflow."""
+
+import fnmatch
+import math
+import os
+import re
+import statistics
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+from litevae.errors import UserError
+
+# How a metric's name says which of two values is the better one; of others nothing is best.
+HIGHER = re.compile(r"\b(psnr|ssim|precision|recall|inception_score|images_per_s(econd)?)\b")
+LOWER = re.compile(
+    r"\b(r?fid|lpips|frechet|distance|mmd|loss|l1|l2|params_m|memory_mb|gmacs|latency_ms|artefacts$)(?!\w)"
+)
+NO_COLUMN = re.compile(r"eval/(bicubic|scale)/|.*_std$")  # what is in the table only if asked for
+NOT_A_CHOICE = re.compile(r"(name|seed|root|out|ray\..*|tracking\..*)$")  # what may differ and change no result
+FINISHED = "FINISHED"
+
+
+@dataclass(frozen=True)
+class Run:
+    """
+    Attributes:
+        status: MLflow's: FINISHED, FAILED, KILLED, RUNNING.
+        started: Unix time.
+        metrics: last values.
+        history: (images seen, value) of the metrics that are drawn.
+    """
+
+    id: str
+    name: str
+    status: str = FINISHED
+    started: float = 0.0
+    params: Mapping[str, str] = field(default_factory=dict)
+    tags: Mapping[str, str] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    history: Mapping[str, Sequence[tuple[int, float]]] = field(default_factory=dict)
+
+    @property
+    def seed(self) -> str:
+        return self.tags.get("litevae.seed") or self.params.get("seed", "")
+
+    def tag(self, name: str) -> str:
+        return self.tags.get(f"litevae.{name}", "")
+
+
+@dataclass
+class Cell:
+    """A row's metric, and beside it the baseline's.
+
+    Attributes:
+        values: by seed.
+        std: of a sample (n - 1); None below two seeds.
+        difference: of the means, ours less the baseline's.
+        p: of the t-test, None where there are not two seeds on both sides or they do not vary; `tested`: seeds of each.
+        paper, paper_difference: the paper's value, and less its value of the baseline's row.
+    """
+
+    values: dict[str, float]
+    mean: float | None = None
+    std: float | None = None
+    difference: float | None = None
+    p: float | None = None
+    tested: tuple[int, int] | None = None
+    best: bool = False
+    paper: float | None = None
+    paper_difference: float | None = None
+
+
+@dataclass(frozen=True)
+class Metric:
+    """`name` is empty where only the paper has it, `paper` (its key there) where only we have."""
+
+    name: str
+    paper: str
+    higher: bool | None
+    digits: int = 4
+
+    @property
+    def title(self) -> str:
+        short = re.sub(r"^eval/(reconstruction/)?", "", self.name or self.paper)
+        return re.sub(r"\b(psnr|ssim|lpips|mmd|r?fid)\b", lambda word: word[0].upper().replace("RF", "rF"), short)
+
+    @property
+    def arrow(self) -> str:
+        return {True: " ↑", False: " ↓", None: ""}[self.higher]
+
+    def text(self, value: float | None, sign: bool = False) -> str:
+        if value is None:
+            return "–"
+        tiny = value and abs(value) < 10.0**-self.digits
+        return f"{value:{'+' if sign else ''}{'.1e' if tiny else f',.{self.digits}f'}}".replace("-", "−")
+
+    def better(self, difference: float | None) -> bool | None:
+        """Whether a difference is for the better; None: neither, or not known."""
+        return None if self.higher is None or not difference else (difference > 0) == self.higher
+
+
+@dataclass
+class Row:
+    """Runs that are the same but for the seed."""
+
+    name: str
+    runs: list[Run]
+    state: str = ""  # what became of them, where they did not finish
+    cells: list[Cell] = field(default_factory=list)
+    params: list[str] = field(default_factory=list)
+    paper: Mapping[str, float] = field(default_factory=dict)
+    baseline: bool = False
+
+    def value(self, read: Callable[[Run], str]) -> str:
+        return ", ".join(dict.fromkeys(filter(None, map(read, self.runs))))
+
+
+@dataclass
+class Comparison:
+    """
+    Attributes:
+        params: names of the parameters that differ; the rows have their values.
+        curves: by metric, of each row a list for each seed of (images seen, value).
+        remarks: what a reader has to know about the numbers.
+    """
+
+    title: str
+    baseline: str
+    test: str
+    metrics: list[Metric]
+    rows: list[Row]
+    params: list[str]
+    curves: dict[str, list[list[list[tuple[int, float]]]]]
+    remarks: list[str]
+
+    def tags(self, name: str) -> str:
+        return tagged([run for row in self.rows for run in row.runs], name)
+
+
+def tagged(runs: Sequence[Run], name: str) -> str:
+    """Every value of a tag."""
+    return clean(", ".join(sorted({run.tag(name) for run in runs} - {""})))
+
+
+def group(runs: Sequence[Run]) -> tuple[list[Row], int]:
+    """Rows of runs that are the same but for the seed, each seed's newest run, and how many older ones that leaves out.
+
+    A sweep's runs say their row by a tag; others are the same where their parameters are.
+    """
+    groups: dict[Any, dict[str, Run]] = {}
+    for run in runs:
+        if tag := run.tag("row"):
+            key: Any = tag, *map(run.tag, ("sweep", "table", "scale"))
+        else:
+            key = frozenset(_choices(run).items()) if run.params else run.id
+        groups.setdefault((key, run.status == FINISHED, run.tag("job")), {})[run.seed] = run
+    rows = [Row(_name([*seeds.values()]), [*seeds.values()]) for seeds in groups.values()]
+    taken, finished = ([row.name for row in rows if each or row.runs[0].status == FINISHED] for each in (True, False))
+    for row in rows:
+        if row.runs[0].status != FINISHED:
+            row.state = row.value(lambda run: run.status.lower())
+        if (taken if row.state else finished).count(row.name) > 1:
+            row.name += f" ({row.state or row.runs[0].id[:8]})"
+    return sorted(rows, key=lambda row: bool(row.state)), len(runs) - sum(len(row.runs) for row in rows)
+
+
+def _choices(run: Run) -> dict[str, str]:
+    """The parameters that tell runs apart; what a resumed run changed is in its tags."""
+    changed = {tag.removeprefix("changed."): value for tag, value in run.tags.items() if tag.startswith("changed.")}
+    return {key: value for key, value in {**run.params, **changed}.items() if not NOT_A_CHOICE.match(key)}
+
+
+def _choice(run: Run, name: str) -> str:
+    return _choices(run).get(name, "")
+
+
+def _name(runs: list[Run]) -> str:
+    name = runs[0].tag("row")
+    if not name and len(runs) > 1:  # what their names have in common, less "-seed"
+        name = re.sub(r"[-_., ]+(seed|s)?[-_. ]*$", "", os.path.commonprefix([run.name for run in runs]))  # noqa: RUF071
+    return clean(name or runs[0].name)
+
+
+def clean(text: str) -> str:
+    """No control characters: a name must not be able to write into a terminal or a table what it likes."""
+    return "".join(letter if letter.isprintable() else " " for letter in text)
+
+
+# --- what is compared -------------------------------------------------------------------------------------------
+
+
+def comparison(
+    runs: Sequence[Run],
+    baseline: str = "",
+    metrics: Sequence[str] = (),
+    test: str = "welch",
+    tables: Mapping[str, Any] | None = None,
+) -> Comparison:
+    """
+    Args:
+        baseline, metrics, test: as in Compare.
+        tables: of pipelines.experiments.paper.
+
+    Raises:
+        UserError: no run has such metrics; no row has the baseline's name.
+    """
+    rows, repeated = group(runs)
+    tags = {run.tag("table") for run in runs}
+    table = (tables or {}).get(next(iter(tags))) if len(tags) == 1 else None
+    if table is not None:
+        rows = _beside(rows, table)
+    ran = [row for row in rows if row.runs]
+    first = next((row for row in ran if (row.name == baseline if baseline else not row.state)), None)
+    first = first or (None if baseline else ran[0])
+    if first is None:
+        raise UserError(f"baseline={baseline}: the rows are {listed((row.name for row in ran), 30)}")
+    columns = _columns([run for row in ran for run in row.runs], metrics, table)
+    for row in rows:
+        # a table of several settings ("FFHQ 128: VAE", "ImageNet 256: VAE") has a baseline of each
+        alike = [other for other in (*ran, *rows) if table and not baseline and setting(other) == setting(row)]
+        against = next((other for other in alike if setting(row) and other.state in ("", "not run")), first)
+        row.baseline = row is against
+        row.cells = [_cell(row, against, metric, test) for metric in columns]
+    for number, metric in enumerate(columns):
+        cells = [row.cells[number] for row in ran if not row.state]
+        means = [cell.mean for cell in cells if cell.mean is not None and math.isfinite(cell.mean)]
+        for cell in cells if metric.higher is not None and len({*means}) > 1 else []:
+            cell.best = cell.mean == (max(means) if metric.higher else min(means))
+        sizes = [abs(mean) for mean in means if mean]
+        digits = min(6, max(0, 3 - math.floor(math.log10(max(sizes))))) if sizes else 4
+        columns[number] = replace(metric, digits=digits)
+    names = sorted({name for run in runs for name in _choices(run)})
+    values = {name: [clean(row.value(partial(_choice, name=name))) for row in ran] for name in names}
+    differ = [name for name in names if len({*values[name]}) > 1]
+    for number, row in enumerate(ran):
+        row.params = [values[name][number] for name in differ]
+    told = {name for run in runs for name, points in run.history.items() if any(value for _, value in points)}  # not 0
+    drawn = sorted(told, key=lambda name: (name.startswith("train/"), name))
+    curves = {name: [[[*run.history.get(name, ())] for run in row.runs] for row in rows] for name in drawn}
+    scales, sweeps = tagged(runs, "scale"), tagged(runs, "sweep")
+    title = f"{_title(table.name)}: {table.title}" if table else f"Sweep {sweeps}" if sweeps else "Comparison of runs"
+    remarks = _remarks(rows, columns, test, repeated, table, scales)
+    chosen = [row.name for row in rows if row.baseline]
+    named = first.name if len(chosen) < 2 else "the first row of each setting"
+    return Comparison(clean(title), named, test, columns, rows, differ, curves, remarks)
+
+
+def setting(row: Row) -> str:
+    return row.name.rpartition(": ")[0]
+
+
+def _title(table: str) -> str:
+    return f"Table {table}" if table[:1].isdigit() else table.replace("-", " ").capitalize()
+
+
+def _beside(rows: list[Row], table: Any) -> list[Row]:
+    """Ours in the paper's order, with its numbers; the paper's rows that were not run are rows, too."""
+    order = [*table.rows]
+    for row in rows:
+        of_paper = table.rows.get(row.runs[0].tag("row"))
+        row.paper = of_paper.paper if of_paper else {}
+    ran = {row.runs[0].tag("row") for row in rows}
+    absent = [name for name in order if name not in ran]
+    rows = [*rows, *(Row(clean(name), [], "not run", paper=table.rows[name].paper) for name in absent)]
+    place = {name: number for number, name in enumerate(order)}
+    return sorted(rows, key=lambda row: place.get(row.runs[0].tag("row") if row.runs else row.name, len(order)))
+
+
+def _columns(runs: Sequence[Run], patterns: Sequence[str], table: Any) -> list[Metric]:
+    names = dict.fromkeys(name for run in runs for name in run.metrics if not name.startswith("system/"))
+    ours: list[str] = []
+    for pattern in patterns:
+        matching = fnmatch.filter(names, pattern)
+        if not matching:
+            raise UserError(f"metrics: no run has {pattern!r}; they have {listed(sorted(names), 40) or 'none'}")
+        ours += matching
+    for kind in () if patterns else ("eval/", "val/", "train/"):
+        ours = ours or [name for name in names if name.startswith(kind) and not NO_COLUMN.match(name)]
+    if not ours:
+        raise UserError("these runs have logged no metrics")
+    keys = dict.fromkeys(key for row in table.rows.values() for key in row.paper) if table else {}
+    columns = [
+        Metric(name, key if (key := paper_key(name)) in keys else "", _higher(name)) for name in dict.fromkeys(ours)
+    ]
+    missing = [] if patterns else [key for key in keys if key not in {metric.paper for metric in columns}]
+    columns += [Metric("", key, _higher(key)) for key in missing]
+    return sorted(columns, key=lambda metric: [*keys].index(metric.paper) if metric.paper else len(keys))
+
+
+def paper_key(name: str) -> str:
+    """Under which name the paper has a metric of ours."""
+    short = re.sub(r"^(eval/reconstruction|eval|val)/", "", name)
+    return {"lpips-vgg": "lpips"}.get(short, short.replace("mmd/raw/", "mmd/"))
+
+
+def _higher(name: str) -> bool | None:
+    words = name.replace("-", " ").replace("/", " ").lower()
+    return True if HIGHER.search(words) else False if LOWER.search(words) else None
+
+
+def _cell(row: Row, baseline: Row, metric: Metric, test: str) -> Cell:
+    values, others = (
+        {run.seed: run.metrics[metric.name] for run in each.runs if metric.name in run.metrics}
+        for each in (row, baseline)
+    )
+    cell = Cell(values, _mean(values), paper=row.paper.get(metric.paper))
+    if len(values) > 1 and all(map(math.isfinite, values.values())):
+        cell.std = statistics.stdev(values.values())
+    if row is baseline:
+        return cell
+    if cell.paper is not None and metric.paper in baseline.paper:
+        cell.paper_difference = cell.paper - baseline.paper[metric.paper]
+    paired, shared = test == "paired", sorted({*values} & {*others})
+    if paired and shared:
+        values, others = ({seed: side[seed] for seed in shared} for side in (values, others))
+    mean, other = _mean(values), _mean(others)
+    if mean is not None and other is not None:
+        cell.difference = mean - other
+        cell.p = significance([*values.values()], [*others.values()], paired) if shared or not paired else None
+        cell.tested = (len(values), len(others)) if cell.p is not None else None
+    return cell
+
+
+def _mean(values: Mapping[str, float]) -> float | None:
+    return sum(values.values()) / len(values) if values else None
+
+
+def significance(x: Sequence[float], y: Sequence[float], paired: bool = False) -> float | None:
+    """Two-sided p of Welch's t-test or, where x and y are of the same seeds, of a paired one. None with fewer than two
+    values on a side, one that is not finite, or nothing that varies."""
+    varying = [[b - a for a, b in zip(x, y, strict=True)]] if paired else [x, y]
+    if min(len(x), len(y)) < 2 or not all(map(math.isfinite, [*x, *y])) or not any(len({*v}) > 1 for v in varying):
+        return None
+    from scipy import stats
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # values that hardly vary
+        p = float((stats.ttest_rel(x, y) if paired else stats.ttest_ind(x, y, equal_var=False)).pvalue)
+    return p if math.isfinite(p) else None
+
+
+def _remarks(rows: list[Row], columns: list[Metric], test: str, repeated: int, table: Any, scales: str) -> list[str]:
+    remarks = []
+    if any(cell.std is not None for row in rows for cell in row.cells):
+        remarks.append("± is the standard deviation over seeds (n − 1).")
+    if any(cell.p is not None for row in rows for cell in row.cells):
+        kind = "a paired t-test over the seeds in common" if test == "paired" else "Welch's t-test over the seeds"
+        remarks.append(f"p: {kind}, two-sided, with the numbers of seeds; not corrected for the number of comparisons.")
+    elif any(row.runs for row in rows[1:]):
+        remarks.append("No p: that takes two seeds and more of both rows.")
+    if any(row.paper for row in rows):
+        at = f" (ours: scale={scales})" if scales else ""
+        remarks.append(f"The paper's values are of its own data, size and length of training{at}: compare differences.")
+    for metric in columns:
+        if not metric.name:
+            why = ", which takes the FID Inception's weights" if metric.paper in ("rfid", "fid") else ""
+            remarks.append(f"{metric.title}: the paper has it, these runs do not{why}.")
+    if repeated:
+        remarks.append(f"{repeated} older runs of a row and seed that were run again are left out.")
+    return remarks
+
+
+def listed(names: Any, most: int = 8) -> str:
+    names = [*names]
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

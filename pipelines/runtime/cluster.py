@@ -1,0 +1,338 @@
+"""Starting or joining Ray, and how much of it a job takes: the one place that sizes CPUs.
+
+Ray waits for ever when a job asks for more than there is, and a trainer, its workers and data tasks on two
+logical CPUs starve each other. A cluster that we start ourselves therefore has logical CPUs to spare (threads
+are set from the real ones), and a cluster that we join is checked first.
+"""
+
+import os
+import platform
+import secrets
+import socket
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from litevae import storage
+from litevae.errors import UserError
+from pipelines.config import Ray as RayConfig
+from pipelines.runtime import shutdown
+from pipelines.runtime.logs import say
+
+if TYPE_CHECKING:
+    import torch
+
+SPARE_CPUS = 2  # the training controller, and one data task beside the workers
+
+# Set before `import ray`, in the driver and through it in every process of a cluster that we start.
+_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # the default, 2 s, delays every checkpoint's report by as much
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # or each line of a worker is printed twice
+    "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": "600",  # by default ranks that disagree wait for ever
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths mean the same in workers
+    "RAY_DEDUP_LOGS": "0",
+    "RAY_DATA_LOG_LEVEL": "ERROR",
+    # OpenMP threads that spin long while they wait make some steps many times slower on cores that have other work too,
+    # and ones that sleep at once make all of them slower (BENCHMARKS.md).
+    "GOMP_SPINCOUNT": "20000",
+    # glibc gives large blocks back to the system as they are freed, and gets them anew, zeroed page by page, in each
+    # step: a sixth of the time of LiteVAE-S's encoder on a CPU (BENCHMARKS.md).
+    "MALLOC_MMAP_THRESHOLD_": str(2**30),
+    "MALLOC_TRIM_THRESHOLD_": str(2**30),
+}
+
+# Set to 0, a cluster that we start is of this machine alone and listens on loopback alone; else most of its servers
+# listen on every address, whatever they are told. Ray reads it when it is imported, and on Linux too.
+_MANY_MACHINES = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+
+# Set to 0, a training has no actor that waits for spot notices: on a machine of our own there are none. Read anew by
+# each training; what the user said about it holds.
+_NOTICES = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
+_NOTICES_ASKED = os.environ.get(_NOTICES)
+
+# With an older Ray web pages can delete a cluster's jobs (CVE-2026-27482, before 2.54), and Parquet files can run code
+# where Ray Data is imported (CVE-2026-41486, before 2.55). Ray itself refuses to join a cluster of another version.
+OLDEST = (2, 55)
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one worker gets."""
+
+    workers: int
+    gpu: bool
+    threads: int
+    gpus: float = 1.0  # of each worker, where there are GPUs
+    decoders: int = 1  # decoding tasks at a time, a CPU each
+    jobs: int = 1  # of this size at a time
+    least: int = 0  # of an elastic training: so few workers do; 0: always all
+    labels: dict[str, str] = field(default_factory=dict)  # of Ray's nodes that workers run on, and ...
+    decode_labels: dict[str, str] = field(default_factory=dict)  # ... decoding tasks
+
+    @property
+    def elastic(self) -> tuple[int, int] | None:
+        return (self.least, self.workers) if self.least else None
+
+    @property
+    def resources(self) -> dict[str, float]:
+        return {"CPU": 1.0, "GPU": self.gpus} if self.gpu else {"CPU": 1.0}
+
+    def settle(self) -> "torch.device":
+        """In a worker that measures: its threads and device, which computes in fp32 what is fp32 (not TF32), and the
+        same each time."""
+        import torch
+
+        torch.set_num_threads(self.threads)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cudnn.deterministic = True
+        return torch.device("cuda" if self.gpu else "cpu")
+
+    @property
+    def text(self) -> str:
+        where = (
+            f"{self.gpus:g} GPU each"
+            if self.gpu
+            else f"{self.threads} CPU thread{'s' if self.threads > 1 else ''} each"
+        )
+        return f"{self.workers} worker{'s' if self.workers > 1 else ''}, {where}"
+
+
+def in_ray_job() -> bool:
+    """Whether this process was started by `ray job submit`: its working directory is a throw-away copy."""
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+
+
+def _in_worker() -> bool:
+    """Whether this is a process of Ray's, as a trial's training is: what labels it has the driver has decided."""
+    ray = sys.modules.get("ray")
+    return ray is not None and ray.is_initialized() and ray.get_runtime_context().worker.mode == ray.WORKER_MODE
+
+
+def output_path(field: str, path: str, remote: bool = False) -> str:
+    """An absolute output path. Inside a submitted job a relative one is refused: it would vanish with the copy.
+
+    Args:
+        remote: whether it may be s3://.
+    """
+    if not path:
+        raise UserError(f"{field}: give a path, e.g. {field}=/data/{field}")
+    if storage.remote(path):
+        if not remote:
+            raise UserError(f"{field}={path}: only local paths can be written here")
+        return storage.absolute(path)
+    if in_ray_job() and not os.path.isabs(path):
+        raise UserError(
+            f"{field}={path} is relative; a submitted job runs in a temporary copy of its working directory, so what "
+            f"it writes there is lost. Give an absolute path on storage that all nodes share."
+        )
+    return os.path.abspath(path)
+
+
+def anywhere() -> Any:
+    """Where a job's actors and tasks may run: wherever there is room. Of a trial of Ray Tune they would else wait for
+    room within what is reserved for the trial, for ever where that is the trial's own process only."""
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+    return PlacementGroupSchedulingStrategy(placement_group=None)
+
+
+def on(labels: dict[str, str]) -> dict[str, Any]:
+    """Ray's argument for running on nodes with these labels only; none for none."""
+    return {"label_selector": labels} if labels else {}
+
+
+def start(config: RayConfig, jobs: int = 1) -> Share:
+    """Join the cluster of $RAY_ADDRESS or of the submitted job, else start one on this machine.
+
+    Args:
+        jobs: of this size at a time; 0: as many as GPUs hold, one without.
+
+    Raises:
+        UserError: the cluster can't hold the workers asked for.
+    """
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    joining = in_ray_job() or "RAY_ADDRESS" in os.environ
+    os.environ[_NOTICES] = _NOTICES_ASKED or str(int(joining))
+    if not joining and not _in_worker():
+        config = config.model_copy(update={"worker_labels": {}, "decode_labels": {}})  # one machine, whatever it is
+    if not joining:
+        os.environ.setdefault(_MANY_MACHINES, "0")
+        if "RAY_AUTH_MODE" not in os.environ and "ray" not in sys.modules:
+            # A token of this process alone: nothing is written to disk, and no neighbour can submit work. Ray reads
+            # this when it is imported; where a program did that before, Ray's own default holds (a token in the home
+            # folder).
+            os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
+
+    import ray
+
+    if tuple(map(int, ray.__version__.split(".")[:2])) < OLDEST:
+        needed = ".".join(map(str, OLDEST))
+        raise UserError(f"Ray {ray.__version__} has known holes; install {needed} or newer, here and on the cluster")
+    if not ray.is_initialized():
+        with shutdown.kept():
+            if joining:
+                ray.init(logging_level="ERROR", log_to_driver=True)
+            else:
+                _start_here(config, jobs)
+    if not joining:
+        os.environ.pop(_MANY_MACHINES, None)  # Ray has read it; it is not for what this process may start besides
+    deadline, waiting = time.monotonic() + config.wait * joining, False
+    while True:
+        try:
+            share = _share(config, jobs)
+        except UserError as error:
+            if time.monotonic() >= deadline:
+                if joining and not config.wait:
+                    raise UserError(f"{error}; where the cluster grows by itself, ray.wait=600 waits for it") from None
+                raise
+            if not waiting:
+                say(f"waiting up to {config.wait} s for the cluster to grow: {error}")
+            waiting = True
+            _ask_for(config, config.workers * max(1, jobs))
+            time.sleep(min(5.0, config.wait))
+        else:
+            if waiting:
+                _ask_for(config, 0)  # or the cluster would stay as large for ever
+            return share
+
+
+def _share(config: RayConfig, jobs: int) -> Share:
+    """What a job takes of the cluster as it is."""
+    cpus, _ = _resources({})
+    room, gpus = _resources(config.worker_labels)
+    gpu = gpus > 0 if config.gpu == "auto" else bool(config.gpu)
+    workers = config.min_workers or config.workers  # an elastic training begins with fewer
+    if not jobs:  # as many as there is room for
+        jobs = max(1, int(min(gpus / config.gpus_per_worker, cpus - SPARE_CPUS) / workers)) if gpu else 1
+    asked = f"ray.workers={workers}" + (f" of {jobs} trials at a time" if jobs > 1 else "")
+    has = "the nodes with ray.worker_labels have" if config.worker_labels else "the cluster has"
+    if gpu and gpus < jobs * workers * config.gpus_per_worker:
+        raise UserError(
+            f"{asked} with {config.gpus_per_worker:g} GPU each, but {has} {gpus}; lower it or set ray.gpu=no"
+        )
+    if room < workers * jobs:
+        raise UserError(f"{asked} takes a logical CPU each, but {has} {room}; lower it")
+    needed = workers * jobs + SPARE_CPUS
+    if cpus < needed:
+        raise UserError(
+            f"{asked} needs {needed} logical CPUs ({SPARE_CPUS} for the controller and data), but the cluster has "
+            f"{cpus}; lower it, or start Ray with --num-cpus={needed}"
+        )
+    threads = config.cpus_per_worker or max(1, (os.cpu_count() or 1) // (config.workers * jobs))
+    for_data, _ = _resources(config.decode_labels)
+    if not config.decode_labels and gpu:
+        for_data -= needed
+    decoders = config.decode_tasks or (max(1, for_data) if gpu or config.decode_labels else -(-for_data // 8))
+    return Share(
+        config.workers, gpu, threads, config.gpus_per_worker, decoders, jobs, config.min_workers,
+        config.worker_labels, config.decode_labels,
+    )  # fmt: skip
+
+
+def _start_here(config: RayConfig, jobs: int) -> None:
+    import ray
+
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    # For Ray's own actors: beside another cluster on this machine they would not know which is theirs, and say so.
+    os.environ["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{port}"
+    try:
+        ray.init(
+            address="local",  # or it joins whatever cluster was started last on this machine
+            num_cpus=max(os.cpu_count() or 1, (config.workers + config.decode_tasks) * max(1, jobs)) + SPARE_CPUS,
+            include_dashboard=True,  # without it Ray Train's controller logs an error a second
+            dashboard_host="127.0.0.1",
+            dashboard_port=port,
+            logging_level="ERROR",
+            log_to_driver=True,
+        )
+    finally:
+        del os.environ["RAY_API_SERVER_ADDRESS"]
+
+
+def _resources(labels: dict[str, str]) -> tuple[int, int]:
+    """CPUs and GPUs of the nodes with these labels.
+
+    Raises:
+        UserError: no node has them.
+    """
+    import ray
+
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    chosen = [node["Resources"] for node in nodes if labels.items() <= node["Labels"].items()]
+    if not chosen:
+        known = {f"{key}: {value}" for node in nodes for key, value in node["Labels"].items() if "ray.io" not in key}
+        there = f"there are {', '.join(sorted(known))}" if known else "no node has any"
+        raise UserError(f"no node of the cluster has the labels {labels}; {there} (ray start --labels)")
+    return int(sum(node.get("CPU", 0) for node in chosen)), int(sum(node.get("GPU", 0) for node in chosen))
+
+
+def _ask_for(config: RayConfig, workers: int) -> None:
+    """Tell the autoscaler, where there is one, to have room for so many workers, and with them for decoding."""
+    from ray.autoscaler.sdk import request_resources
+
+    gpus = {"GPU": config.gpus_per_worker} if config.gpu is True else {}
+    decoders = [{"CPU": 1}] * (max(1, config.decode_tasks) if workers and config.decode_labels else 0)
+    bundles = [{"CPU": 1, **gpus}] * workers + decoders
+    labels = [config.worker_labels] * workers + [config.decode_labels] * len(decoders)
+    request_resources(bundles=bundles, bundle_label_selectors=labels if any(labels) else None)
+
+
+def check_folders(written: dict[str, str], read: dict[str, str]) -> None:
+    """That every node sees the local folders that a job writes and reads, before it is too late.
+
+    Args:
+        written, read: folder by the field that named it; those on S3 are left to it. Written ones are made.
+
+    Raises:
+        UserError: a node does not see what this one has written, or what is to be read.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0)]
+    mine = ray.get_runtime_context().get_node_id()
+    others = {node["NodeID"]: node["NodeName"] for node in nodes if node["NodeID"] != mine}
+    if not others:
+        return
+
+    def missing(paths: list[str]) -> list[str]:
+        return [path for path in paths if not os.path.exists(path)]
+
+    marks = {
+        field: os.path.join(folder, f".tmp-shared-{secrets.token_hex(8)}")
+        for field, folder in written.items()
+        if not storage.remote(folder)
+    }
+    paths = marks | {field: os.path.abspath(path) for field, path in read.items() if path and not storage.remote(path)}
+    try:
+        for mark in marks.values():
+            os.makedirs(os.path.dirname(mark), exist_ok=True)
+            Path(mark).touch()
+        look = ray.remote(num_cpus=0, max_retries=1)(missing)
+        asked = {
+            name: look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(
+                list(paths.values())
+            )
+            for node, name in others.items()
+        }
+        for name, found in asked.items():
+            try:
+                unseen = ray.get(found)
+            except (ray.exceptions.TaskUnschedulableError, ray.exceptions.NodeDiedError):
+                continue  # a node that has left the cluster meanwhile
+            for field, path in paths.items():
+                if path in unseen:
+                    where = (written | read)[field]
+                    raise UserError(
+                        f"{field}={where} is not shared: node {name} of the cluster does not see what is there on "
+                        f"{platform.node()}. Give a path that all nodes share"
+                        + (" (NFS, EFS ...), or s3://" if field in ("out", "source.uri") else " (NFS, EFS ...)")
+                    )
+    finally:
+        for mark in marks.values():
+            Path(mark).unlink(missing_ok=True)

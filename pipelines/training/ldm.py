@@ -1,0 +1,333 @@
+"""Training a latent diffusion model on Ray Train: on a latent cache, or on images that are encoded on the way."""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from litevae.autoencoder import (
+    count_parameters,
+    downsampling,
+    encode_latents,
+    fingerprint,
+    latent_content,
+    load_autoencoder,
+)
+from litevae.cache import LatentCache, Shape
+from litevae.denoiser import build_denoiser, null_class
+from litevae.diffusion import EMA, Objective, draws
+from litevae.errors import UserError
+from litevae.images import to_uint8
+from litevae.ldm import LDM, NormalizedAutoencoder, save_ldm
+from litevae.loader import stream
+from litevae.pictures import grid
+from litevae.precision import autocast
+from pipelines.config import Encode, TrainLDM, Views, validate, values_to_keep
+from pipelines.data.sources import Source, open_source
+from pipelines.encoding import encode
+from pipelines.runtime import cluster, mlflow_run
+from pipelines.runtime.logs import say
+from pipelines.training import checkpoint, loop
+from pipelines.training.feeds import Batch, make_feed
+
+# What may differ when a run goes on. `images` may only grow.
+FREE = (
+    "root", "ray", "images", "vae", "cache_version", "cache_local", "sample_images", "sample_steps", "sample_guidance",
+    "checkpointing", "data.loaders", "data.max_bad", "data.calibrate", "optim.lr", "optim.clip", "loop.precision",
+    "loop.val_every", "loop.checkpoint_every", "loop.keep", "loop.log_every", "loop.max_restarts", "loop.max_skipped",
+)  # fmt: skip
+CACHED = (*FREE, "data.decode")  # with mode=cache, which decodes nothing
+BUCKETS = 4  # of noise levels, whose losses are logged apart
+PICTURES = 16  # drawn at a time
+
+
+@checkpoint.alone
+def train_ldm(config: TrainLDM) -> dict[str, Any]:
+    """Train, or go on with, the run `config.name`; its model is in root/name/model.
+
+    Raises:
+        UserError: anything the user can mend, before Ray starts where it can be known then; another process is at work
+            on this run.
+    """
+    folder = os.path.join(cluster.output_path("root", config.root), config.name)
+    objective_of(config)
+    data, shape, about = {"cache": _cache, "online": _online, "write-through": _write_through}[config.mode](config)
+    if shape[1] != shape[2]:
+        raise UserError(f"{data['data']} holds latents of {shape[1]}x{shape[2]}; train_ldm learns square ones")
+    if len({f"{decay:g}" for decay in (config.loop.ema, *config.more_ema)}) <= len(config.more_ema):
+        raise UserError(f"more_ema={config.more_ema} names a decay twice, or loop.ema={config.loop.ema:g} again")
+    loop.check_batch("batch_size", config.batch_size, data["images"], config.ray, config.optim.accumulate)
+    with torch.device("meta"):
+        network = build_denoiser(config.network, shape[0], shape[-1], config.classes)
+    free = CACHED if config.mode == "cache" else FREE
+    if checkpoint.holds_something(folder):
+        checkpoint.open_run(folder, config, free)  # refuses another run's name before a cache is begun
+    if config.mode == "write-through":
+        data |= _begin_cache(config)
+    share = cluster.start(config.ray)
+    cluster.check_folders({"root": os.path.dirname(folder)}, {"vae": data["vae"], "cache": data.get("cache", "")})
+    resumed = checkpoint.open_run(folder, config, free)
+    if resumed:
+        checkpoint.check_longer(folder, "images", config.images)
+        checkpoint.write_config(folder, config)
+    say(
+        f"train_ldm {config.name}: {about}, {config.network} {count_parameters(network):,} parameters, "
+        f"{config.images:,} images to see, {share.text}",
+    )
+    handle = mlflow_run.start_run(
+        config.tracking, config.root, "train_ldm", config.name, config.model_dump(mode="json"), folder, resume=resumed
+    )
+    setup = {"config": values_to_keep(config), "folder": folder, "shape": shape, **data}
+    result = loop.fit(_worker, setup, handle, share, config.loop) | {"parameters": count_parameters(network)}
+    numbers = f"   loss {result['loss']:.4g}" if "loss" in result else ""
+    say(f"model: {result['model']}{numbers}", **result)
+    return result
+
+
+def objective_of(config: TrainLDM) -> Objective:
+    return Objective(**config.objective.model_dump())
+
+
+# --- what the three modes need --------------------------------------------------------------------------------------
+
+Found = tuple[dict[str, Any], Shape, str]  # what workers get, the shape of a latent, and words about both
+
+
+def _cache(config: TrainLDM) -> Found:
+    if not config.cache:
+        raise UserError("cache is empty; give a latent cache: cache=/data/cache (jobs/encode_dataset.py writes one)")
+    cache = LatentCache(config.cache, version=config.cache_version or None)
+    if cache.shape is None:
+        raise UserError(
+            f"{cache.path} holds latents of {len(set(cache.group_shapes))} shapes, and train_ldm learns images of one; "
+            f"encode with transform.buckets=false"
+        )
+    if config.classes:
+        _check_label(config, cache.manifest["columns"], cache.path)
+    vae = _vae(config.vae or cache.manifest["model"]["path"], "the cache's autoencoder ")
+    wanted = cache.manifest["model"]["fingerprint"]
+    if (found := fingerprint(vae)) != wanted:
+        raise UserError(
+            f"{vae} is not the autoencoder that encoded {cache.path} (fingerprint {found[:12]}, the cache's is "
+            f"{wanted[:12]}); give that one with vae=FOLDER, or encode the images again"
+        )
+    about = f"{len(cache):,} latents of {cache.shape} {cache.content}"
+    data = {"data": cache.path, "cache": cache.path, "version": cache.manifest["number"], "images": len(cache)}
+    return data | {"vae": vae, "fingerprint": wanted}, (len(cache.mean), *cache.shape[1:]), about
+
+
+def _online(config: TrainLDM) -> Found:
+    source = open_source(config.data.source, "data.source")
+    data, shape, about = _images(config, source)
+    return data | {"source": source}, shape, about
+
+
+def _write_through(config: TrainLDM) -> Found:
+    if not config.cache:
+        raise UserError("cache is empty; mode=write-through fills one: cache=/data/cache")
+    if config.data.crop != "center" or config.data.flip:
+        raise UserError(
+            "mode=write-through keeps one row an image: set data.crop=center and data.flip=false, or take mode=online"
+        )
+    return _images(config, open_source(config.data.source, "data.source"))
+
+
+def _images(config: TrainLDM, source: Source) -> Found:
+    if not config.vae:
+        raise UserError(f"vae is empty; mode={config.mode} encodes: vae=FOLDER of an autoencoder")
+    if config.classes:
+        _check_label(config, {field.name: str(field.type) for field in source.schema}, source.uri)
+    vae = _vae(config.vae)
+    model, side = load_autoencoder(vae), config.data.resolution
+    with torch.no_grad():
+        _, channels, height, width = encode_latents(model, torch.zeros(1, 3, side, side)).shape
+    shape = (channels // 2 if latent_content(model) == "moments" else channels, height, width)
+    words = f"{source.units:,} images at {side} px, encoded by {config.vae} ({config.mode}, f = {downsampling(model)})"
+    return {"data": source.uri, "vae": vae, "fingerprint": fingerprint(vae), "images": source.units}, shape, words
+
+
+def _begin_cache(config: TrainLDM) -> dict[str, Any]:
+    """The plan and the listing of the cache that this run fills: those of an encode job."""
+    data = config.data
+    job = Encode(
+        root=config.root,
+        ray=config.ray,
+        tracking=config.tracking,
+        source=data.source,
+        model=config.vae,
+        out=config.cache,
+        transform=Views(resolution=data.resolution, resize=data.resize, decode=data.decode),
+        rows_per_shard=data.rows_per_shard,
+        precision=data.precision,
+        error_budget=data.max_bad,
+    )
+    out, plan, _, _ = encode.plan_cache(job)
+    return {"cache": out, "plan": plan}
+
+
+def _check_label(config: TrainLDM, columns: dict[str, str], where: str) -> None:
+    if config.label not in columns:
+        raise UserError(
+            f"{where} has no column {config.label!r} for classes={config.classes}; it has "
+            f"{', '.join(columns) or 'none'}: set label=COLUMN, and carry it with the source's columns=[...]"
+        )
+    if not (kind := columns[config.label]).startswith(("int", "uint")):
+        raise UserError(f"column {config.label!r} of {where} holds {kind}; classes are integers from 0 on")
+
+
+def _vae(folder: str, what: str = "") -> str:
+    folder = os.path.abspath(folder)
+    if not os.path.isdir(folder):
+        raise UserError(f"{what}{folder} is not there; say where it is now with vae=FOLDER")
+    return folder
+
+
+# --- in the workers ---------------------------------------------------------------------------------------------
+
+
+class Diffusion:
+    """The training task: the network, its averages, and what feeds it."""
+
+    def __init__(self, config: TrainLDM, setup: dict[str, Any], rank: int, world: int, device: torch.device):
+        from ray.train.torch import prepare_model
+
+        self.config, self.device, self._rank = config, device, rank
+        self._vae, self._fingerprint, self._shape = setup["vae"], setup["fingerprint"], setup["shape"]
+        self.feed = make_feed(config, setup, rank, world, device)
+        self.digest = self.feed.digest
+        self.stages = [(config.images, config.batch_size)]
+        self.objective = objective_of(config)
+        torch.manual_seed(config.seed)
+        self.network = build_denoiser(config.network, self._shape[0], self._shape[-1], config.classes)
+        self.network.to(device).to(memory_format=loop.memory_format(device, config.loop.compile))
+        if config.checkpointing:
+            self.network.enable_gradient_checkpointing()
+        self.net = prepare_model(self.network)
+        self.optimizer = loop.Adam(self.network, config.optim)
+        decays = [config.loop.ema] * bool(config.loop.ema) + config.more_ema
+        self.averages = {f"{decay:g}": EMA(self.network, decay) for decay in decays}
+        self._main = f"{config.loop.ema:g}"  # of the model that is sampled; "0" is none: the weights themselves
+        if config.loop.compile:  # with DDP around it, whose buckets are then sent while the backward pass goes on
+            self.net = torch.compile(self.net, dynamic=False)
+
+    def begin(self, stage: int) -> None:
+        self.feed.begin()
+        self.network.train()
+
+    def batches(self, start: int, end: int, batch_size: int) -> Iterator[Batch]:
+        """The feed's, with the noise that they get; made while the step before is computed, but for encoding."""
+        feed = self.feed.batches(start, end, batch_size)
+        for (batch,) in stream(self._with_noise, ([batch] for batch in feed), threads=1, ahead=1):
+            yield batch
+
+    def _with_noise(self, batch: Batch) -> Batch:
+        noise, u, drop = draws(self.config.seed, batch["positions"], self._shape)
+        labels = batch["labels"]
+        if labels is not None:
+            labels = torch.where(drop < self.config.label_dropout, null_class(self.config.classes), labels)
+        batch = batch | {"noise": noise, "u": u, "labels": labels}
+        if self.device.type == "cuda":  # or copies would wait for the step before
+            batch |= {name: value.pin_memory() for name, value in batch.items() if isinstance(value, Tensor)}
+        return batch
+
+    def step(self, batch: Batch, images: int) -> dict[str, Tensor]:
+        optim, values = self.config.optim, []
+        noise, u = (batch[name].to(self.device, non_blocking=True) for name in ("noise", "u"))
+        labels = None if batch["labels"] is None else batch["labels"].to(self.device, non_blocking=True)
+        parts = list(
+            zip(*(_split(part, optim.accumulate) for part in (self.feed.latents(batch), noise, u, labels)), strict=True)
+        )
+        for n, part in enumerate(parts):
+            with loop.synced(self.net, n == len(parts) - 1):
+                with autocast(self.device, self.config.loop.precision):
+                    losses, errors, levels = self.objective.loss(self.net, *part)
+                loss = losses.mean()
+                (loss / len(parts)).backward()
+            values.append({"loss": loss} | _by_level(errors.detach(), levels))
+        rate = optim.lr * loop.learning_rate_factor(optim, images, self.config.images)
+        found = loop.mean_of(values) | self.optimizer.step(rate)
+        for average in self.averages.values():
+            average.update(self.network)
+        return found
+
+    def count(self) -> dict[str, Tensor]:
+        return {"bad_images": torch.tensor(float(self.feed.bad()))}
+
+    def check(self, means: dict[str, float]) -> None:
+        self.feed.check(round(means["bad_images"]))
+
+    def skipped(self) -> int:
+        return self.optimizer.skipped()
+
+    def validate(self) -> tuple[dict[str, float], np.ndarray | None]:
+        """Rank 0 draws a picture, of the same noise each time."""
+        if self._rank or not self.config.sample_images:
+            return {}, None
+        count, classes = self.config.sample_images, self.config.classes
+        options: dict[str, Any] = {"steps": self.config.sample_steps}
+        if classes:
+            options["guidance"] = self.config.sample_guidance
+        self.network.eval()
+        images = []
+        with self._averaged(self._main), autocast(self.device, self.config.loop.precision):
+            ldm = self._ldm()
+            for part in torch.arange(count).split(PICTURES):
+                labels = {"labels": [n * classes // count % classes for n in part.tolist()]} if classes else {}
+                images.append(ldm.sample([(self.config.seed, n) for n in part.tolist()], **options, **labels))
+        self.network.train()
+        return {}, grid(to_uint8(torch.cat(images)), columns=max(1, round(count**0.5)))
+
+    def state(self) -> dict[str, Any]:
+        averages = {decay: average.state_dict() for decay, average in self.averages.items()}
+        state = {"network": self.network.state_dict(), "optimizer": self.optimizer.state_dict(), "averages": averages}
+        return state | {"feed": self.feed.state()}
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.network.load_state_dict(state["network"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        for decay, average in self.averages.items():
+            average.load_state_dict(state["averages"][decay])
+        self.feed.load(state["feed"])
+
+    def exports(self) -> dict[str, Callable[[Path], None]]:
+        """The model of the first average, or of the weights themselves, and one of each further average."""
+        further = list(self.averages)[bool(self.config.loop.ema) :]
+        names = {"model": self._main} | {f"model-ema-{decay}": decay for decay in further}
+        return {name: partial(self._save, decay) for name, decay in names.items()}
+
+    def _save(self, decay: str, folder: Path) -> None:
+        with self._averaged(decay):
+            save_ldm(folder, self._ldm())
+
+    def _averaged(self, decay: str) -> AbstractContextManager[None]:
+        average = self.averages.get(decay)
+        return average.swapped(self.network) if average is not None else nullcontext()
+
+    def _ldm(self) -> LDM:
+        vae = NormalizedAutoencoder.of(load_autoencoder(self._vae), self.feed.mean, self.feed.std).to(self.device)
+        about = {"data": self.digest, "vae": self._fingerprint, "config": values_to_keep(self.config)}
+        return LDM(self.network, self.objective.scheduler(), vae, self.config.classes, about)
+
+
+def _split(values: Tensor | None, parts: int) -> tuple[Any, ...]:
+    return (None,) * parts if values is None else values.chunk(parts)
+
+
+def _by_level(errors: Tensor, levels: Tensor) -> dict[str, Tensor]:
+    """The error without weights in each quarter of the noise levels; NaN where the batch has none there."""
+    bucket = (levels * BUCKETS).long().clamp(max=BUCKETS - 1)
+    inside = bucket == torch.arange(BUCKETS, device=bucket.device).unsqueeze(1)
+    means = torch.where(inside, errors, 0).sum(1) / inside.sum(1)
+    names = [f"loss_at_noise_{n / BUCKETS:.2f}-{(n + 1) / BUCKETS:.2f}" for n in range(BUCKETS)]
+    return dict(zip(names, means.unbind(), strict=True))
+
+
+def _worker(setup: dict[str, Any]) -> dict[str, Any]:
+    config = validate(TrainLDM, setup["config"])
+    return loop.work(Diffusion, config, f"train_ldm {config.name}", setup)

@@ -1,0 +1,517 @@
+"""Training LiteVAE on Ray Train: reconstruction, perceptual, KL, high-frequency and adversarial losses, in stages."""
+
+import inspect
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from torch import Tensor, nn
+
+from litevae import losses, metrics
+from litevae.autoencoder import LiteVAE, count_parameters, load_autoencoder, model_config
+from litevae.diffusion import EMA
+from litevae.discriminators import Discriminator, build_discriminator
+from litevae.errors import UserError
+from litevae.images import ImageError, ImageTransform, to_tensor
+from litevae.loader import stream
+from litevae.perceptual import SqueezeNetFeatures, WeightsMissing, load_esrgan, load_lpips
+from litevae.pictures import reconstruction_picture
+from litevae.precision import autocast
+from pipelines.config import TrainVAE, validate, values_to_keep
+from pipelines.data.sources import Source, open_source
+from pipelines.runtime import cluster, mlflow_run
+from pipelines.runtime.logs import say
+from pipelines.training import checkpoint, loop
+from pipelines.training.feeds import Images, Picture
+
+# What may differ when a run goes on. Stages may only grow; see _check_stages.
+FREE = (
+    "root", "ray", "stages", "checkpointing", "val_images", "data.val", "data.loaders", "data.max_bad",
+    "loop.val_every", "loop.checkpoint_every", "loop.keep", "loop.log_every", "loop.max_restarts",
+)  # fmt: skip
+PICTURES = 8  # validation images shown
+
+
+@checkpoint.alone
+def train_vae(config: TrainVAE, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
+    """Train, or go on with, the run `config.name`; its model folder is root/name/model.
+
+    Args:
+        callbacks: of Ray Train.
+
+    Raises:
+        UserError: anything the user can mend, before Ray starts where it can be known then; another process is at work
+            on this run.
+    """
+    folder = os.path.join(cluster.output_path("root", config.root), config.name)
+    source = open_source(config.data.train, "data.train")
+    val = open_source(config.data.val, "data.val") if config.data.val.uri else None
+    for n, stage in enumerate(config.stages):
+        loop.check_batch(f"stages.{n}.batch_size", stage.batch_size, source.units, config.ray, config.optim.accumulate)
+    model = build_model(config)
+    lpips = lpips_or_warning(config)
+    if config.loss.features.weight:
+        SqueezeNetFeatures(config.loss.features.weights)
+    if config.loss.esrgan.weight:
+        load_esrgan(config.loss.esrgan.weights)
+    _check_discriminator(config)
+    begin = os.path.abspath(config.begin) if config.begin else ""
+    own = list(Path(folder).glob(f"checkpoint-*/{checkpoint.STATE}"))  # then `begin` may be gone: its run keeps a few
+    if begin and not own and not os.path.isfile(os.path.join(begin, checkpoint.STATE)):
+        raise UserError(
+            f"begin={config.begin} is no checkpoint folder of a run (it has no {checkpoint.STATE}); give one as "
+            f"runs/<name>/checkpoint-..., which loop.keep of its run must have kept"
+        )
+    share = cluster.start(config.ray)
+    cluster.check_folders({"root": os.path.dirname(folder)}, {"data.train.uri": source.uri})
+    resumed = checkpoint.open_run(folder, config, FREE)
+    if resumed:
+        _check_stages(folder, config)
+        checkpoint.write_config(folder, config)
+    total = sum(stage.images for stage in config.stages)
+    say(
+        f"train_vae {config.name}: {source.units:,} images, encoder {config.model.encoder} "
+        f"{count_parameters(model.encoder):,} + decoder {count_parameters(model.decoder):,} parameters, {total:,} "
+        f"images to see, {share.text}",
+    )
+    handle = mlflow_run.start_run(
+        config.tracking, config.root, "train_vae", config.name, config.model_dump(mode="json"), folder, resume=resumed
+    )
+    setup = {
+        "config": values_to_keep(config), "source": source, "data": source.uri, "val": val, "folder": folder,
+        "lpips": lpips, "begin": begin,
+    }  # fmt: skip
+    result = loop.fit(_worker, setup, handle, share, config.loop, callbacks)
+    numbers = "   ".join(f"{key} {result[key]:.4g}" for key in ("psnr", "ssim") if key in result)
+    say(f"model: {result['model']}   {numbers}", **result)
+    return result
+
+
+def build_model(config: TrainVAE) -> LiteVAE:
+    """
+    Raises:
+        UserError: `model.init` is no model folder, or of another architecture.
+    """
+    wanted = config.model
+    torch.manual_seed(config.seed)
+    model = LiteVAE(
+        size=wanted.encoder,
+        latent_channels=wanted.latent_channels,
+        wavelet=wanted.wavelet,
+        downsample=wanted.downsample,
+        extractor=wanted.extractor,
+        shared_extractor=wanted.shared_extractor,
+        levels=wanted.levels,
+        aggregator=wanted.aggregator,
+        vit_grid=wanted.vit_grid,
+        conv1x1=wanted.conv1x1,
+        block_out_channels=wanted.decoder.channels,
+        layers_per_block=wanted.decoder.layers,
+        decoder_norm=wanted.decoder.norm,
+        output=wanted.decoder.output,
+    )
+    if not wanted.init:
+        return model
+    have = model_config(wanted.init)
+    if (kind := have.get("_class_name")) != "LiteVAE":
+        raise UserError(f"model.init={wanted.init} is a model of class {kind}, not LiteVAE")
+    # a folder from before a field was there has its default
+    have = {key: field.default for key, field in inspect.signature(LiteVAE.__init__).parameters.items()} | have
+    have, own = (
+        {key: list(value) if isinstance(value, tuple) else value for key, value in config.items()}
+        for config in (have, model.config)
+    )
+    if different := [f"{k} {have.get(k)!r}, not {v!r}" for k, v in own.items() if k[0] != "_" and have.get(k) != v]:
+        raise UserError(f"model.init={wanted.init} is another model: {'; '.join(different)}")
+    return load_autoencoder(wanted.init)
+
+
+def lpips_or_warning(config: TrainVAE) -> bool:
+    """Whether LPIPS is on: without its backbone's weights the term is off, and said to be."""
+    term = config.loss.lpips
+    if not term.weight:
+        return False
+    try:
+        load_lpips(term.net, term.weights)
+    except WeightsMissing as missing:
+        say(f"warning: loss.lpips is off: {missing}", "WARNING")
+        return False
+    return True
+
+
+def _check_discriminator(config: TrainVAE) -> None:
+    """It may come in late in the run, which is to hear of it before that."""
+    if not config.loss.adversarial.weight:
+        return
+    kind, resolution = config.loss.adversarial.kind, min(stage.resolution for stage in config.stages)
+    try:
+        build_discriminator(kind, 1)(torch.zeros(2, 3, resolution, resolution))
+    except RuntimeError:
+        raise UserError(
+            f"loss.adversarial.kind={kind} takes larger images than a stage's resolution of {resolution}: raise that, "
+            f"or take kind=unet"
+        ) from None
+
+
+def _check_stages(folder: str, config: TrainVAE) -> None:
+    """A run that goes on may be longer, but what it has been through stays."""
+    import yaml
+
+    before = yaml.safe_load((Path(folder) / "config.yaml").read_text())["stages"]
+    now = [stage.model_dump() for stage in config.stages]
+    same = len(now) >= len(before) and now[: len(before) - 1] == before[:-1]
+    last, other = before[-1], now[len(before) - 1] if same else {}
+    if not same or {**other, "images": 0} != {**last, "images": 0} or other["images"] < last["images"]:
+        raise UserError(f"stages of run {folder} may only grow; they were {before}, and are {now}")
+
+
+# --- in the workers -------------------------------------------------------------------------------------------------
+
+
+class Objective(nn.Module):
+    """The weighted sum of the generator's loss terms. Frozen backbones only: nothing here is trained."""
+
+    def __init__(self, config: TrainVAE, lpips: bool):
+        super().__init__()
+        self.config = config.loss
+        self.lpips = load_lpips(self.config.lpips.net, self.config.lpips.weights) if lpips else None
+        features = self.config.features
+        self.features = SqueezeNetFeatures(features.weights) if features.weight else None
+        self.esrgan = load_esrgan(self.config.esrgan.weights) if self.config.esrgan.weight else None
+
+    def forward(
+        self,
+        x: Tensor,
+        reconstruction: Tensor,
+        posterior: DiagonalGaussianDistribution,
+        images: int,
+        averaged: Tensor | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """(total but for the adversarial term, each term unweighted).
+
+        Args:
+            averaged: the averaged model's reconstruction, where LDL wants it (`wants_averaged`).
+        """
+        terms = {
+            "l1": lambda: losses.l1(reconstruction, x),
+            "l2": lambda: losses.l2(reconstruction, x),
+            "wavelet": lambda: losses.wavelet(reconstruction, x),
+            "gaussian": lambda: losses.gaussian(reconstruction, x),
+        }
+        if not posterior.deterministic:
+            terms["kl"] = lambda: losses.kl(posterior)
+        if self.lpips is not None:
+            terms["lpips"] = lambda: self.lpips(reconstruction, x).mean()  # type: ignore[misc]
+        if self.features is not None:
+            terms["features"] = lambda: self.features(reconstruction, x).mean()  # type: ignore[misc]
+        if self.esrgan is not None:
+            terms["esrgan"] = lambda: self.esrgan(reconstruction, x).mean()  # type: ignore[misc]
+        if averaged is not None:
+            terms["ldl"] = lambda: losses.ldl(x, reconstruction, averaged)
+        values = {name: term() for name, term in terms.items() if self._counts(name, images)}
+        total = torch.zeros((), device=x.device)
+        for name, value in values.items():
+            total = total + getattr(self.config, name).weight * value
+        return total, values
+
+    def wants_averaged(self, images: int) -> bool:
+        return self._counts("ldl", images)
+
+    def _counts(self, name: str, images: int) -> bool:
+        term = getattr(self.config, name)
+        return bool(term.weight) and images >= term.start
+
+
+class Networks:
+    """Autoencoder and discriminator with their optimizers and average: what steps, and what a checkpoint holds."""
+
+    def __init__(self, config: TrainVAE, lpips: bool, device: torch.device):
+        from ray.train.torch import prepare_model
+
+        self.config, self.device = config, device
+        self.memory_format = loop.memory_format(device, config.loop.compile)
+        self.model = build_model(config).to(device).to(memory_format=self.memory_format)
+        if config.checkpointing:
+            self.model.enable_gradient_checkpointing()
+        self.net = prepare_model(self.model)
+        self.objective = Objective(config, lpips).to(device).to(memory_format=self.memory_format)
+        self.optimizer = loop.Adam(self.model, config.optim)
+        self.ema = EMA(self.model, config.loop.ema) if config.loop.ema else None
+        self.disc: Discriminator | None = None
+        self.lecam: losses.LeCam | None = None
+        adversarial = config.loss.adversarial
+        if adversarial.weight:
+            torch.manual_seed(config.seed + 1)
+            self.disc = build_discriminator(adversarial.kind, adversarial.channels)
+            self.disc.to(device).to(memory_format=self.memory_format)
+            self.disc_net = prepare_model(self.disc)
+            self.disc_optimizer = loop.Adam(self.disc, config.optim, lr=adversarial.lr)
+            self.lecam = losses.LeCam(_average, device=device) if adversarial.lecam else None
+        if config.loop.compile:  # not the posterior's draw between the two halves, which stays torch's
+            loop.compile_parts(self.model.encoder, self.model.decoder, self.disc, *self.objective.children())
+        self.total = sum(stage.images for stage in config.stages)
+
+    def step(self, pixels: Tensor, images: int) -> dict[str, Tensor]:
+        """One update of each network from this rank's images, uint8 (N, H, W, 3); returns the terms' values."""
+        optim, adversarial = self.config.optim, self.config.loss.adversarial
+        gan = self.disc is not None and images >= adversarial.start
+        factor = loop.learning_rate_factor(optim, images, self.total)
+        values: list[dict[str, Tensor]] = []
+        fakes: list[tuple[Tensor, Tensor]] = []
+        parts = pixels.to(self.device, non_blocking=True).chunk(optim.accumulate)
+        for n, part in enumerate(parts):
+            x = to_tensor(part, self.memory_format)
+            averaged = self._averaged_reconstruction(x) if self.objective.wants_averaged(images) else None
+            with loop.synced(self.net, n == len(parts) - 1):
+                with autocast(self.device, self.config.loop.precision):
+                    reconstruction, posterior = self.net(x)
+                reconstruction = reconstruction.float()
+                loss, terms = self.objective(x, reconstruction, posterior, images, averaged)
+                if gan:
+                    weight, more = self._adversarial(loss, reconstruction, images)
+                    terms |= more
+                    loss = loss + weight * terms["adversarial"]
+                    fakes.append((x, reconstruction.detach()))
+                (loss / len(parts)).backward()
+            values.append(terms | {"loss": loss})
+        found = loop.mean_of(values) | self.optimizer.step(optim.lr * factor)
+        _share_buffers(self.model)
+        if self.ema is not None:
+            self.ema.update(self.model)
+        if gan:
+            found |= self._discriminator_step(fakes, images, adversarial.lr * factor)
+        return found
+
+    def _adversarial(self, loss: Tensor, reconstruction: Tensor, images: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Weight of the adversarial term, and the term itself with what is to be known of it.
+
+        The gradients' ratio (Figure 7) is that of the weighted term to all others, at the decoder's last layer.
+        """
+        assert self.disc is not None
+        config = self.config.loss.adversarial
+        self.disc.requires_grad_(False)
+        with autocast(self.device, self.config.loop.precision):
+            logits = self.disc(reconstruction)
+        term = losses.hinge_generator(logits) if config.loss == "hinge" else losses.logistic_generator(logits)
+        values = {"adversarial": term}
+        weight = torch.full((), config.weight, device=self.device)  # a copy from the host would wait for the device
+        if config.adaptive or self._due(config.ratio_every, images):
+            norms = losses.gradient_norms(loss, term, self.model.decoder.conv_out.weight, _average)
+            if config.adaptive:
+                values["adversarial_weight"] = weight = weight * losses.balance(*norms)
+            values["gradient_ratio"] = weight * norms[1] / norms[0]
+        return weight, values
+
+    def _discriminator_step(self, fakes: list[tuple[Tensor, Tensor]], images: int, lr: float) -> dict[str, Tensor]:
+        assert self.disc is not None
+        self.disc.requires_grad_(True)
+        values: list[dict[str, Tensor]] = []
+        for n, (x, fake) in enumerate(fakes):
+            with loop.synced(self.disc_net, n == len(fakes) - 1):
+                loss, terms = self._discriminator_loss(x, fake, images, n)
+                (loss / len(fakes)).backward()
+            values.append(terms)
+        stepped = {f"discriminator_{key}": value for key, value in self.disc_optimizer.step(lr).items()}
+        return loop.mean_of(values) | stepped
+
+    def _discriminator_loss(self, x: Tensor, fake: Tensor, images: int, part: int) -> tuple[Tensor, dict[str, Tensor]]:
+        config = self.config.loss.adversarial
+        penalized = config.r1 > 0 and self._due(config.r1_every, images)
+        # the same on all ranks: each forward under DDP is a collective
+        mixed = np.random.default_rng(loop.seed_for(self.config.seed, images, part)).random() < config.cutmix
+        mask = losses.cutmix_mask(len(x), *x.shape[-2:]).to(x.device) if mixed else None
+        batches = [x.requires_grad_(penalized), fake]
+        if mask is not None:
+            batches.append(losses.cutmix(x, fake, mask))
+        with autocast(self.device, self.config.loop.precision):
+            if self.disc.mixes_images:  # type: ignore[union-attr]
+                outputs = [self.disc_net(batch) for batch in batches]
+            else:  # one forward for all: DDP wants one forward per backward
+                heads = [head.chunk(len(batches)) for head in self.disc_net(torch.cat(batches))]
+                outputs = [tuple(head[n] for head in heads) for n in range(len(batches))]
+        real, made, *mixture = outputs
+        hinge = config.loss == "hinge"
+        loss = (losses.hinge_discriminator if hinge else losses.logistic_discriminator)(real, made)
+        values = {"discriminator": loss, "logits_real": _mean(real), "logits_fake": _mean(made)}
+        if mask is not None:
+            values["cutmix"] = losses.cutmix_discriminator(real, made, mixture[0], mask, config.loss)
+            loss = loss + values["cutmix"]
+        if self.lecam is not None:
+            values["lecam"] = self.lecam(real, made)
+            loss = loss + config.lecam * values["lecam"]
+        if penalized:
+            values["r1"] = losses.r1(real, x)
+            loss = loss + config.r1 * config.r1_every * values["r1"]
+            x.requires_grad_(False)
+        return loss, values
+
+    def _due(self, every: int, images: int) -> bool:
+        """Whether the step that begins after `images` is one of every so many of its stage; 0: none is."""
+        begin = 0
+        for stage in self.config.stages:
+            if images < begin + stage.images or stage is self.config.stages[-1]:
+                return every > 0 and (images - begin) // stage.batch_size % every == 0
+            begin += stage.images
+        return False
+
+    @torch.no_grad()
+    def _averaged_reconstruction(self, x: Tensor) -> Tensor:
+        assert self.ema is not None
+        # copies of buffers: a running mean is not to see the batch twice
+        state = self.ema.average | {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+        with loop.uncompiled(), autocast(self.device, self.config.loop.precision):
+            return torch.func.functional_call(self.model, state, (x, False))[0].float()
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Context with the weights to judge and to keep: the average where there is one."""
+        return self.ema.swapped(self.model) if self.ema is not None else nullcontext()
+
+    def state(self) -> dict[str, Any]:
+        state: dict[str, Any] = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        if self.ema is not None:
+            state["ema"] = self.ema.state_dict()
+        if self.disc is not None:
+            state |= {"discriminator": self.disc.state_dict(), "disc_optimizer": self.disc_optimizer.state_dict()}
+        if self.lecam is not None:
+            state["lecam"] = self.lecam.state_dict()
+        return state
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.ema is not None:
+            self.ema.load_state_dict(state["ema"])
+        if self.disc is not None:
+            self.disc.load_state_dict(state["discriminator"])
+            self.disc_optimizer.load_state_dict(state["disc_optimizer"])
+        if self.lecam is not None:
+            self.lecam.load_state_dict(state["lecam"])
+
+
+def _mean(logits: tuple[Tensor, ...]) -> Tensor:
+    return torch.stack([head.float().mean() for head in logits]).mean()
+
+
+def _share_buffers(model: nn.Module) -> None:
+    """Rank 0's running statistics (decoder.norm=batch) for all ranks, as DDP does only before the next step: what is
+    averaged and validated is then the same on all, and what a checkpoint holds."""
+    if torch.distributed.is_initialized():
+        for buffer in model.buffers():
+            torch.distributed.broadcast(buffer, 0)
+
+
+def _average(gradient: Tensor) -> Tensor:
+    if torch.distributed.is_initialized():
+        torch.distributed.all_reduce(gradient)
+        gradient = gradient / torch.distributed.get_world_size()
+    return gradient
+
+
+class Autoencoder(Networks):
+    """The training task: networks, the stage's images, validation."""
+
+    def __init__(self, config: TrainVAE, setup: dict[str, Any], rank: int, world: int, device: torch.device):
+        super().__init__(config, setup["lpips"], device)
+        self.source: Source = setup["source"]
+        self.digest = self.source.digest
+        self.stages = [(stage.images, stage.batch_size) for stage in config.stages]
+        self._val: Source | None = setup["val"]
+        self._rank, self._world = rank, world
+
+    def begin(self, stage: int) -> None:
+        resolution = self.config.stages[stage].resolution
+        data = self.config.data
+        transform = ImageTransform(resolution, data.resize, data.crop, data.flip, decode=data.decode)
+        self._images = Images(self.source, transform, self.config.seed, data.loaders, data.max_bad)
+        self._validation = Validation(self._val, self.config, resolution, self._rank, self._world)
+        self.model.train()
+
+    def batches(self, start: int, end: int, batch_size: int) -> Iterator[Tensor]:
+        """Put together while the step before is computed."""
+        pictures = self._images.batches(start, end, batch_size, self._rank, self._world)
+        for (batch,) in stream(self._stacked, ([batch] for batch in pictures), threads=1, ahead=1):
+            yield batch
+
+    def _stacked(self, pictures: Sequence[Picture]) -> Tensor:
+        batch = torch.from_numpy(np.stack([picture.pixels for picture in pictures]))
+        return batch.pin_memory() if self.device.type == "cuda" else batch  # or copies would wait for the step before
+
+    def count(self) -> dict[str, Tensor]:
+        return {"bad_images": torch.tensor(float(self._images.count_bad(self._world)))}
+
+    def check(self, means: dict[str, float]) -> None:
+        self._images.check(round(means["bad_images"]))
+
+    def skipped(self) -> int:
+        return max(self.optimizer.skipped(), self.disc_optimizer.skipped() if self.disc is not None else 0)
+
+    def validate(self) -> tuple[dict[str, float], np.ndarray | None]:
+        return self._validation.run(self) if self._validation.images else ({}, None)
+
+    def exports(self) -> dict[str, Callable[[Path], None]]:
+        return {"model": self._save}
+
+    def _save(self, folder: Path) -> None:
+        """The trained model, averaged where there is an average, as a model folder."""
+        with self.averaged():
+            self.model.save_pretrained(folder)
+
+
+def _worker(setup: dict[str, Any]) -> dict[str, Any]:
+    config = validate(TrainVAE, setup["config"])
+    return loop.work(Autoencoder, config, f"train_vae {config.name}", setup)
+
+
+class Validation:
+    """The first images of the validation source, centre-cropped, spread over ranks; metrics are exact over them."""
+
+    def __init__(self, source: Source | None, config: TrainVAE, resolution: int, rank: int, world: int):
+        self.images = min(config.val_images, source.units) if source is not None else 0
+        self._batch = max(1, config.stages[-1].batch_size // world)
+        self._precision = config.loop.precision
+        self._world = world
+        transform = ImageTransform(resolution, config.data.resize)
+        pixels = []
+        for unit in range(rank, self.images, world):
+            assert source is not None
+            try:
+                pixels.append(transform(source.data(unit)).pixels)
+            except ImageError as error:
+                say(f"skipped unreadable validation image {source.id(unit)} ({error.reason}: {error})", "WARNING")
+        self._pixels = np.stack(pixels) if pixels else np.empty((0, resolution, resolution, 3), np.uint8)
+
+    @torch.no_grad()
+    def run(self, networks: Networks) -> tuple[dict[str, float], np.ndarray | None]:
+        """(metrics over all ranks, a picture of this rank's first images where it has any)."""
+        values: dict[str, list[float]] = {"psnr": [], "ssim": []}
+        shown: list[list[Tensor]] = [[], [], []]
+        networks.model.eval()
+        with networks.averaged(), loop.uncompiled():
+            for start in range(0, len(self._pixels), self._batch):
+                pixels = torch.from_numpy(self._pixels[start : start + self._batch]).to(networks.device)
+                x = to_tensor(pixels, networks.memory_format)
+                with autocast(networks.device, self._precision):
+                    reconstruction, posterior = networks.model(x, sample_posterior=False)
+                reconstruction = reconstruction.float()
+                values["psnr"] += metrics.psnr(reconstruction, x).tolist()
+                values["ssim"] += metrics.ssim(reconstruction, x).tolist()
+                if start < PICTURES:
+                    for column, tensor in zip(shown, (x, reconstruction, posterior.mode().float()), strict=True):
+                        column.append(tensor[: PICTURES - start])
+        networks.model.train()
+        gathered = [values]
+        if self._world > 1:
+            gathered = [values] * self._world
+            torch.distributed.all_gather_object(gathered, values)
+        means = {}
+        for name in values:
+            mean = metrics.Mean()
+            for part in gathered:
+                mean.add(torch.tensor(part[name], dtype=torch.float64))
+            means[name] = mean.value()
+        return means, reconstruction_picture(*map(torch.cat, shown)) if shown[0] else None
