@@ -5,7 +5,7 @@ several groups. Any position is found directly, so the position is all the state
 it, and rank r of w workers takes positions r, r + w, ... of the same global order, whatever w is.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -76,3 +76,13 @@ class EpochOrder:
 def _permutation(size: int, *key: int) -> np.ndarray:
     """From the raw bit stream: NumPy keeps that one between versions, unlike `Generator.permutation`."""
     return np.argsort(np.random.PCG64(np.random.SeedSequence(key)).random_raw(size), kind="stable")
+
+
+def seed_for(*key: int) -> int:
+    """A seed from (seed of the run, position, rank ...), without correlation between neighbours."""
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def batch_positions(start: int, end: int, batch_size: int) -> Iterator[range]:
+    """Global batches from position `start` on; the last one is whole too, so that every step has the same size."""
+    return (range(position, position + batch_size) for position in range(start, end, batch_size))

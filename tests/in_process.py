@@ -16,7 +16,7 @@ from pipelines.data.decode import decode_shard, views_of
 from pipelines.encoding import encode
 from pipelines.evaluation import generated, image_batches, reconstruction, sample
 from pipelines.runtime import cluster, mlflow_run
-from pipelines.training import loop
+from pipelines.training import launch, loop
 
 
 @contextmanager
@@ -64,7 +64,7 @@ def up_to_the_workers(result: dict[str, Any]) -> Iterator[SimpleNamespace]:
         patch.setattr(cluster, "start", _share)
         patch.setattr(cluster, "check_folders", lambda *given: setattr(noted, "checked", given))
         patch.setattr(mlflow_run, "start_run", start_run)
-        patch.setattr(loop, "fit", fit)
+        patch.setattr(launch, "fit", fit)
         yield noted
 
 

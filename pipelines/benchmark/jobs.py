@@ -13,12 +13,12 @@ from unittest import mock
 import torch
 
 from litevae.errors import UserError
+from litevae.order import seed_for
 from pipelines.benchmark import meter
 from pipelines.benchmark.loader import synthetic_cache
 from pipelines.config import TrainLDM, TrainVAE, load
 from pipelines.data.sources import open_source
 from pipelines.runtime import cluster
-from pipelines.training.loop import seed_for
 
 INTERVALS = 6  # of a run; the first one warms up
 JOBS = Path(__file__).resolve().parents[2] / "jobs"

@@ -45,7 +45,7 @@ from pipelines.data.decode import Lost, Shard, Task, decode_shard, quarantined, 
 from pipelines.data.sources import Source, compare, open_source, restore
 from pipelines.runtime import cluster, mlflow_run, prometheus, tables
 from pipelines.runtime.logs import say
-from pipelines.training.loop import Progress
+from pipelines.runtime.progress import Progress
 
 RETRIES = 3  # of a shard whose process died; Ray Data's default is endless, also for one that always kills it
 WAVE = 2000  # shards a worker that Ray Data is given at a time: what the driver holds does not grow with the data

@@ -32,7 +32,7 @@ from pipelines.evaluation.image_batches import Bad, Read, named, spaced
 from pipelines.evaluation.report import Score
 from pipelines.runtime import cluster, mlflow_run
 from pipelines.runtime.actor_pool import pool
-from pipelines.training.loop import Progress
+from pipelines.runtime.progress import Progress
 
 SMALLEST = 32  # pixels: SqueezeNet halves four times
 FEWEST = generation.SPLITS  # images, or a part of the Inception Score would be empty

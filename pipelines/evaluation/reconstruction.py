@@ -43,7 +43,7 @@ from pipelines.evaluation.image_batches import Bad, Read, named
 from pipelines.evaluation.report import Score
 from pipelines.runtime import cluster, mlflow_run, tables
 from pipelines.runtime.actor_pool import pool, spread
-from pipelines.training.loop import Progress
+from pipelines.runtime.progress import Progress
 
 SMALLEST = 32  # pixels; SSIM's window takes 11, perceptual backbones halve four times
 MAPS = 4  # rows of feature_maps.png

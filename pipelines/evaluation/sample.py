@@ -42,7 +42,7 @@ from litevae.sampling import SAMPLERS, label_numbers, sampler_of
 from pipelines import config
 from pipelines.runtime import cluster, mlflow_run, tables
 from pipelines.runtime.actor_pool import pool, spread
-from pipelines.training.loop import Progress
+from pipelines.runtime.progress import Progress
 
 GRID = 64  # the first so many images, in rows of 8
 ROW_GROUP = 128  # images

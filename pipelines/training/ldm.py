@@ -33,7 +33,7 @@ from pipelines.data.sources import Source, open_source
 from pipelines.encoding import encode
 from pipelines.runtime import cluster, mlflow_run
 from pipelines.runtime.logs import say
-from pipelines.training import checkpoint, loop
+from pipelines.training import checkpoint, compiling, launch, optimizer, step_metrics
 from pipelines.training.feeds import Batch, make_feed
 
 # What may differ when a run goes on. `images` may only grow.
@@ -62,7 +62,7 @@ def train_ldm(config: TrainLDM) -> dict[str, Any]:
         raise UserError(f"{data['data']} holds latents of {shape[1]}x{shape[2]}; train_ldm learns square ones")
     if len({f"{decay:g}" for decay in (config.loop.ema, *config.more_ema)}) <= len(config.more_ema):
         raise UserError(f"more_ema={config.more_ema} names a decay twice, or loop.ema={config.loop.ema:g} again")
-    loop.check_batch("batch_size", config.batch_size, data["images"], config.ray, config.optim.accumulate)
+    launch.check_batch("batch_size", config.batch_size, data["images"], config.ray, config.optim.accumulate)
     with torch.device("meta"):
         network = build_denoiser(config.network, shape[0], shape[-1], config.classes)
     free = CACHED if config.mode == "cache" else FREE
@@ -84,7 +84,7 @@ def train_ldm(config: TrainLDM) -> dict[str, Any]:
         config.tracking, config.root, "train_ldm", config.name, config.model_dump(mode="json"), folder, resume=resumed
     )
     setup = {"config": values_to_keep(config), "folder": folder, "shape": shape, **data}
-    result = loop.fit(_worker, setup, handle, share, config.loop) | {"parameters": count_parameters(network)}
+    result = launch.fit(_worker, setup, handle, share, config.loop) | {"parameters": count_parameters(network)}
     numbers = f"   loss {result['loss']:.4g}" if "loss" in result else ""
     say(f"model: {result['model']}{numbers}", **result)
     return result
@@ -205,11 +205,11 @@ class Diffusion:
         self.objective = objective_of(config)
         torch.manual_seed(config.seed)
         self.network = build_denoiser(config.network, self._shape[0], self._shape[-1], config.classes)
-        self.network.to(device).to(memory_format=loop.memory_format(device, config.loop.compile))
+        self.network.to(device).to(memory_format=compiling.memory_format(device, config.loop.compile))
         if config.checkpointing:
             self.network.enable_gradient_checkpointing()
         self.net = prepare_model(self.network)
-        self.optimizer = loop.Adam(self.network, config.optim)
+        self.optimizer = optimizer.Adam(self.network, config.optim)
         decays = [config.loop.ema] * bool(config.loop.ema) + config.more_ema
         self.averages = {f"{decay:g}": EMA(self.network, decay) for decay in decays}
         self._main = f"{config.loop.ema:g}"  # of the model that is sampled; "0" is none: the weights themselves
@@ -244,14 +244,14 @@ class Diffusion:
             zip(*(_split(part, optim.accumulate) for part in (self.feed.latents(batch), noise, u, labels)), strict=True)
         )
         for n, part in enumerate(parts):
-            with loop.synced(self.net, n == len(parts) - 1):
+            with compiling.synced(self.net, n == len(parts) - 1):
                 with autocast(self.device, self.config.loop.precision):
                     losses, errors, levels = self.objective.loss(self.net, *part)
                 loss = losses.mean()
                 (loss / len(parts)).backward()
             values.append({"loss": loss} | _by_level(errors.detach(), levels))
-        rate = optim.lr * loop.learning_rate_factor(optim, images, self.config.images)
-        found = loop.mean_of(values) | self.optimizer.step(rate)
+        rate = optim.lr * optimizer.learning_rate_factor(optim, images, self.config.images)
+        found = step_metrics.mean_of(values) | self.optimizer.step(rate)
         for average in self.averages.values():
             average.update(self.network)
         return found
@@ -330,4 +330,4 @@ def _by_level(errors: Tensor, levels: Tensor) -> dict[str, Tensor]:
 
 def _worker(setup: dict[str, Any]) -> dict[str, Any]:
     config = validate(TrainLDM, setup["config"])
-    return loop.work(Diffusion, config, f"train_ldm {config.name}", setup)
+    return launch.work(Diffusion, config, f"train_ldm {config.name}", setup)

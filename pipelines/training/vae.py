@@ -12,7 +12,7 @@ import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor, nn
 
-from litevae import losses, metrics
+from litevae import losses, metrics, order
 from litevae.autoencoder import LiteVAE, count_parameters, load_autoencoder, model_config
 from litevae.diffusion import EMA
 from litevae.discriminators import Discriminator, build_discriminator
@@ -26,7 +26,7 @@ from pipelines.config import TrainVAE, validate, values_to_keep
 from pipelines.data.sources import Source, open_source
 from pipelines.runtime import cluster, mlflow_run
 from pipelines.runtime.logs import say
-from pipelines.training import checkpoint, loop
+from pipelines.training import checkpoint, compiling, launch, optimizer, step_metrics
 from pipelines.training.feeds import Images, Picture
 
 # What may differ when a run goes on. Stages may only grow; see _check_stages.
@@ -52,7 +52,9 @@ def train_vae(config: TrainVAE, callbacks: Sequence[Any] = ()) -> dict[str, Any]
     source = open_source(config.data.train, "data.train")
     val = open_source(config.data.val, "data.val") if config.data.val.uri else None
     for n, stage in enumerate(config.stages):
-        loop.check_batch(f"stages.{n}.batch_size", stage.batch_size, source.units, config.ray, config.optim.accumulate)
+        launch.check_batch(
+            f"stages.{n}.batch_size", stage.batch_size, source.units, config.ray, config.optim.accumulate
+        )
     model = build_model(config)
     lpips = lpips_or_warning(config)
     if config.loss.features.weight:
@@ -86,7 +88,7 @@ def train_vae(config: TrainVAE, callbacks: Sequence[Any] = ()) -> dict[str, Any]
         "config": values_to_keep(config), "source": source, "data": source.uri, "val": val, "folder": folder,
         "lpips": lpips, "begin": begin,
     }  # fmt: skip
-    result = loop.fit(_worker, setup, handle, share, config.loop, callbacks)
+    result = launch.fit(_worker, setup, handle, share, config.loop, callbacks)
     numbers = "   ".join(f"{key} {result[key]:.4g}" for key in ("psnr", "ssim") if key in result)
     say(f"model: {result['model']}   {numbers}", **result)
     return result
@@ -234,13 +236,13 @@ class Networks:
         from ray.train.torch import prepare_model
 
         self.config, self.device = config, device
-        self.memory_format = loop.memory_format(device, config.loop.compile)
+        self.memory_format = compiling.memory_format(device, config.loop.compile)
         self.model = build_model(config).to(device).to(memory_format=self.memory_format)
         if config.checkpointing:
             self.model.enable_gradient_checkpointing()
         self.net = prepare_model(self.model)
         self.objective = Objective(config, lpips).to(device).to(memory_format=self.memory_format)
-        self.optimizer = loop.Adam(self.model, config.optim)
+        self.optimizer = optimizer.Adam(self.model, config.optim)
         self.ema = EMA(self.model, config.loop.ema) if config.loop.ema else None
         self.disc: Discriminator | None = None
         self.lecam: losses.LeCam | None = None
@@ -250,24 +252,24 @@ class Networks:
             self.disc = build_discriminator(adversarial.kind, adversarial.channels)
             self.disc.to(device).to(memory_format=self.memory_format)
             self.disc_net = prepare_model(self.disc)
-            self.disc_optimizer = loop.Adam(self.disc, config.optim, lr=adversarial.lr)
+            self.disc_optimizer = optimizer.Adam(self.disc, config.optim, lr=adversarial.lr)
             self.lecam = losses.LeCam(_average, device=device) if adversarial.lecam else None
         if config.loop.compile:  # not the posterior's draw between the two halves, which stays torch's
-            loop.compile_parts(self.model.encoder, self.model.decoder, self.disc, *self.objective.children())
+            compiling.compile_parts(self.model.encoder, self.model.decoder, self.disc, *self.objective.children())
         self.total = sum(stage.images for stage in config.stages)
 
     def step(self, pixels: Tensor, images: int) -> dict[str, Tensor]:
         """One update of each network from this rank's images, uint8 (N, H, W, 3); returns the terms' values."""
         optim, adversarial = self.config.optim, self.config.loss.adversarial
         gan = self.disc is not None and images >= adversarial.start
-        factor = loop.learning_rate_factor(optim, images, self.total)
+        factor = optimizer.learning_rate_factor(optim, images, self.total)
         values: list[dict[str, Tensor]] = []
         fakes: list[tuple[Tensor, Tensor]] = []
         parts = pixels.to(self.device, non_blocking=True).chunk(optim.accumulate)
         for n, part in enumerate(parts):
             x = to_tensor(part, self.memory_format)
             averaged = self._averaged_reconstruction(x) if self.objective.wants_averaged(images) else None
-            with loop.synced(self.net, n == len(parts) - 1):
+            with compiling.synced(self.net, n == len(parts) - 1):
                 with autocast(self.device, self.config.loop.precision):
                     reconstruction, posterior = self.net(x)
                 reconstruction = reconstruction.float()
@@ -279,7 +281,7 @@ class Networks:
                     fakes.append((x, reconstruction.detach()))
                 (loss / len(parts)).backward()
             values.append(terms | {"loss": loss})
-        found = loop.mean_of(values) | self.optimizer.step(optim.lr * factor)
+        found = step_metrics.mean_of(values) | self.optimizer.step(optim.lr * factor)
         _share_buffers(self.model)
         if self.ema is not None:
             self.ema.update(self.model)
@@ -312,18 +314,18 @@ class Networks:
         self.disc.requires_grad_(True)
         values: list[dict[str, Tensor]] = []
         for n, (x, fake) in enumerate(fakes):
-            with loop.synced(self.disc_net, n == len(fakes) - 1):
+            with compiling.synced(self.disc_net, n == len(fakes) - 1):
                 loss, terms = self._discriminator_loss(x, fake, images, n)
                 (loss / len(fakes)).backward()
             values.append(terms)
         stepped = {f"discriminator_{key}": value for key, value in self.disc_optimizer.step(lr).items()}
-        return loop.mean_of(values) | stepped
+        return step_metrics.mean_of(values) | stepped
 
     def _discriminator_loss(self, x: Tensor, fake: Tensor, images: int, part: int) -> tuple[Tensor, dict[str, Tensor]]:
         config = self.config.loss.adversarial
         penalized = config.r1 > 0 and self._due(config.r1_every, images)
         # the same on all ranks: each forward under DDP is a collective
-        mixed = np.random.default_rng(loop.seed_for(self.config.seed, images, part)).random() < config.cutmix
+        mixed = np.random.default_rng(order.seed_for(self.config.seed, images, part)).random() < config.cutmix
         mask = losses.cutmix_mask(len(x), *x.shape[-2:]).to(x.device) if mixed else None
         batches = [x.requires_grad_(penalized), fake]
         if mask is not None:
@@ -364,7 +366,7 @@ class Networks:
         assert self.ema is not None
         # copies of buffers: a running mean is not to see the batch twice
         state = self.ema.average | {name: buffer.clone() for name, buffer in self.model.named_buffers()}
-        with loop.uncompiled(), autocast(self.device, self.config.loop.precision):
+        with compiling.uncompiled(), autocast(self.device, self.config.loop.precision):
             return torch.func.functional_call(self.model, state, (x, False))[0].float()
 
     def averaged(self) -> AbstractContextManager[None]:
@@ -464,7 +466,7 @@ class Autoencoder(Networks):
 
 def _worker(setup: dict[str, Any]) -> dict[str, Any]:
     config = validate(TrainVAE, setup["config"])
-    return loop.work(Autoencoder, config, f"train_vae {config.name}", setup)
+    return launch.work(Autoencoder, config, f"train_vae {config.name}", setup)
 
 
 class Validation:
@@ -491,7 +493,7 @@ class Validation:
         values: dict[str, list[float]] = {"psnr": [], "ssim": []}
         shown: list[list[Tensor]] = [[], [], []]
         networks.model.eval()
-        with networks.averaged(), loop.uncompiled():
+        with networks.averaged(), compiling.uncompiled():
             for start in range(0, len(self._pixels), self._batch):
                 pixels = torch.from_numpy(self._pixels[start : start + self._batch]).to(networks.device)
                 x = to_tensor(pixels, networks.memory_format)

@@ -14,9 +14,9 @@ import torch
 
 from litevae.errors import UserError
 from pipelines.config import Loop, Optimizer, TrainLDM, load, values_to_keep
-from pipelines.runtime import mlflow_run, prometheus, shutdown
+from pipelines.runtime import mlflow_run, progress, prometheus, shutdown
 from pipelines.runtime.cluster import Share
-from pipelines.training import checkpoint, loop
+from pipelines.training import checkpoint, compiling, launch, loop, optimizer, step_metrics
 
 WAIT, STEP = 0.5, 1.5  # seconds for a batch, and for a step unless the task says otherwise
 
@@ -38,7 +38,7 @@ class Task:
         self.stages, self._clock = list(stages), clock
         self.model = torch.nn.Linear(1, 1, bias=False)
         torch.nn.init.ones_(self.model.weight)
-        self.optimizer = loop.Adam(self.model, Optimizer())
+        self.optimizer = optimizer.Adam(self.model, Optimizer())
         self.calls, self.drawn = [], {}
         self.seconds, self.then, self.counts = {}, {}, {}  # by position
         self.picture = np.zeros((4, 6, 3), np.uint8)
@@ -553,11 +553,11 @@ def test_gradients_cross_the_network_with_the_last_micro_batch_only():
         def __exit__(self, *_):
             held.append("out")
 
-    with loop.synced(Net(), last=True):
+    with compiling.synced(Net(), last=True):
         assert held == []
-    with loop.synced(Net(), last=False):
+    with compiling.synced(Net(), last=False):
         assert held == [True, "in"]
-    with loop.synced(object(), last=False):
+    with compiling.synced(object(), last=False):
         pass
     assert held == [True, "in", "out"]
 
@@ -587,7 +587,7 @@ def worker(tmp_path, monkeypatch):
             return {"task": task, "arguments": arguments}
 
         monkeypatch.setattr(loop, "run", ran)
-        return loop.work(lambda *made: made, config, "a run", {"folder": str(tmp_path), "threads": 7})
+        return launch.work(lambda *made: made, config, "a run", {"folder": str(tmp_path), "threads": 7})
 
     work.folder, work.threads, work.config = tmp_path, [], config
     yield work
@@ -610,7 +610,7 @@ def test_a_lone_worker_returns_the_users_mistake(worker):
 def test_one_of_several_workers_leaves_it_for_all_which_return_it_when_they_begin_anew(worker):
     with pytest.raises(RuntimeError, match="no such column"):
         worker(UserError("no such column"), rank=1, world=2)
-    assert (worker.folder / loop.ERROR).read_text() == "no such column"
+    assert (worker.folder / launch.ERROR).read_text() == "no such column"
     for rank in (0, 1):
         assert worker(AssertionError("it ran"), rank=rank, world=2) == {"error": "no such column"}
 
@@ -652,7 +652,7 @@ def fitted(tmp_path, monkeypatch):
         fit.ends = ends if callable(ends) else lambda: ends
         share = Share(**({"workers": 2, "gpu": False, "threads": 3} | share))
         setup = {"folder": str(folder), "data": "d"}
-        return loop.fit(print, setup, handle, share, options or Loop(), callbacks)
+        return launch.fit(print, setup, handle, share, options or Loop(), callbacks)
 
     fit.folder, fit.ended, fit.handle = folder, [], handle
     return fit
@@ -701,7 +701,7 @@ def test_workers_meet_only_where_there_may_be_several(fitted, share, workers, gr
     assert scaling.num_workers == workers
     assert scaling.label_selector is None
     assert (scaling.use_gpu, scaling.resources_per_worker) == (False, {"CPU": 1.0})
-    assert scaling.elastic_resize_monitor_interval_s == loop.RESIZE_EVERY
+    assert scaling.elastic_resize_monitor_interval_s == launch.RESIZE_EVERY
     assert (torch_config.backend_cls.__name__ == "_TorchBackend") == group
 
 
@@ -726,7 +726,7 @@ def test_a_run_that_was_asked_to_stop_says_where_it_goes_on(fitted):
 def test_an_interrupt_is_one_and_no_request_is_left(fitted):
     def interrupted():
         (fitted.folder / shutdown.FILE).touch()
-        (fitted.folder / loop.ERROR).touch()
+        (fitted.folder / launch.ERROR).touch()
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -737,7 +737,7 @@ def test_an_interrupt_is_one_and_no_request_is_left(fitted):
 
 def test_requests_and_errors_of_an_earlier_run_are_not_for_this_one(fitted):
     (fitted.folder / shutdown.FILE).touch()
-    (fitted.folder / loop.ERROR).write_text("an old one")
+    (fitted.folder / launch.ERROR).write_text("an old one")
     fitted(done())
     assert fitted.left == []
 
@@ -765,11 +765,11 @@ def test_what_ray_train_gives_up_names_the_rank_and_the_cause(fitted):
 
 
 def test_progress_is_a_line_now_and_then(clock, capsys):
-    progress = loop.Progress("job", 2000, 400, live=False)
+    shown = progress.Progress("job", 2000, 400, live=False)
     for seconds, images in ((9, 600), (2, 700), (5, 900), (6, 1000), (1, 2000)):
         clock.now += seconds
-        progress.update(images, loss=0.123456)
-    progress.close()
+        shown.update(images, loss=0.123456)
+    shown.close()
     assert capsys.readouterr().out.splitlines() == [
         "job: 700/2,000 images  loss 0.1235  27.3 images/s  0:47 left",
         "job: 1,000/2,000 images  loss 0.1235  27.3 images/s  0:36 left",
@@ -791,11 +791,11 @@ def test_progress_is_a_bar_on_a_terminal(clock, monkeypatch, capsys):
             moved.append("closed")
 
     monkeypatch.setattr("ray.experimental.tqdm_ray.tqdm", Bar)
-    progress = loop.Progress("job", 100, 40, live=True)
+    shown = progress.Progress("job", 100, 40, live=True)
     clock.now += 100
     for done_so_far in (50, 58, 100):
-        progress.update(done_so_far)
-    progress.close()
+        shown.update(done_so_far)
+    shown.close()
     assert moved == [("job", 100, "images"), 40, 10, 8, 42, "closed"]
     assert capsys.readouterr().out == ""
 
@@ -803,9 +803,9 @@ def test_progress_is_a_bar_on_a_terminal(clock, monkeypatch, capsys):
 def test_the_mean_of_micro_batches():
     one = {"loss": torch.tensor(1.0, requires_grad=True), "kl": torch.tensor(2.0)}
     other = {"loss": torch.tensor(4.0), "kl": torch.tensor(float("nan"))}
-    assert not loop.mean_of([one])["loss"].requires_grad
-    assert {name: float(value) for name, value in loop.mean_of([one]).items()} == {"loss": 1, "kl": 2}
-    assert {name: float(value) for name, value in loop.mean_of([one, other]).items()} == {"loss": 2.5, "kl": 2}
+    assert not step_metrics.mean_of([one])["loss"].requires_grad
+    assert {name: float(value) for name, value in step_metrics.mean_of([one]).items()} == {"loss": 1, "kl": 2}
+    assert {name: float(value) for name, value in step_metrics.mean_of([one, other]).items()} == {"loss": 2.5, "kl": 2}
 
 
 def test_the_newest_checkpoint_is_the_last_whole_one(tmp_path):

@@ -14,7 +14,7 @@ from litevae.autoencoder import LiteVAE
 from pipelines.config import TrainVAE, load
 from pipelines.encoding import verify
 from pipelines.runtime import shutdown
-from pipelines.training import loop
+from pipelines.training import launch
 from tests.encoding import BAD, crops, photo_folder, save_model, start_job
 from tests.nodes import cluster, title_of
 
@@ -54,7 +54,7 @@ def test_training_goes_on_with_the_nodes_that_there_are(photos, tmp_path, monkey
     import ray
 
     monkeypatch.setenv("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "40")
-    monkeypatch.setattr(loop, "RESIZE_EVERY", 2.0)
+    monkeypatch.setattr(launch, "RESIZE_EVERY", 2.0)
     more = ["stages=[{resolution: 32, images: 800000, batch_size: 12}]", "loop.checkpoint_every=120"]
     elastic = ["ray.workers=3", "ray.min_workers=1"]
     cfg = load(TrainVAE, None, [*TRAIN, *more, *elastic, f"data.train.uri={photos}", f"root={tmp_path}", "name=run"])

@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torchmetrics.functional.image import peak_signal_noise_ratio
 from torchvision import models
 
-from litevae import losses
+from litevae import losses, order
 from litevae.autoencoder import WEIGHTS, LiteVAE, load_autoencoder
 from litevae.errors import UserError
 from litevae.images import ImageTransform, to_tensor
@@ -35,7 +35,7 @@ from litevae.layers import ResBlock
 from pipelines.config import TrainVAE, load, main
 from pipelines.data.sources import open_source
 from pipelines.runtime import cluster
-from pipelines.training import checkpoint, loop
+from pipelines.training import checkpoint, compiling, loop
 from pipelines.training.feeds import Images
 from pipelines.training.vae import FREE, Networks, Objective, build_model, lpips_or_warning, train_vae
 
@@ -204,7 +204,7 @@ def test_a_step_with_channels_last_is_the_same_and_keeps_them_so(networks, monke
     """As on GPUs, compiled; and a CPU goes on from there."""
     more = [*FAIR, WHOLE, "loss.l2.weight=1", "loop.ema=0.9", "model.conv1x1=true"]
     plain = ready(networks(*more))
-    monkeypatch.setattr(loop, "memory_format", lambda *_: torch.channels_last)
+    monkeypatch.setattr(compiling, "memory_format", lambda *_: torch.channels_last)
     last = ready(networks(*more))
     monkeypatch.undo()
     reached = set()
@@ -252,7 +252,7 @@ def test_compiled_a_step_is_the_same_and_stages_compile_once(networks, monkeypat
         graphs.append(counts["unique_graphs"])
     # encoder, decoder, discriminator with and without gradients of its weights; once for each size
     assert graphs == [4 * len(set(sides[: n + 1])) for n in range(len(sides))]
-    with torch.no_grad(), loop.uncompiled():
+    with torch.no_grad(), compiling.uncompiled():
         compiled.model(torch.zeros(1, 3, 16, 16))
     assert counts["unique_graphs"] == graphs[-1]
     torch._dynamo.reset()
@@ -562,7 +562,7 @@ def assert_same(one, other, path=""):
 
 def advance(nets, start, end=16, rank=0):
     for at in range(start, end, 4):
-        one_step(nets, loop.seed_for(0, at, rank), at, at + rank)
+        one_step(nets, order.seed_for(0, at, rank), at, at + rank)
 
 
 # "late" and "unet" keep what most others do

@@ -9,16 +9,17 @@ import pytest
 import torch
 import yaml
 
+from litevae import order
 from litevae.errors import UserError
 from pipelines.config import Optimizer, Ray, TrainLDM, TrainVAE, load
-from pipelines.training import checkpoint, loop
+from pipelines.training import checkpoint, compiling, launch, loop, optimizer, step_metrics
 from pipelines.training.ldm import CACHED, FREE
 
 
 def test_batches_are_whole_and_go_on_at_any_position():
-    steps = list(loop.batch_positions(0, 20, 8))
+    steps = list(order.batch_positions(0, 20, 8))
     assert [list(step) for step in steps] == [[*range(8)], [*range(8, 16)], [*range(16, 24)]]
-    assert list(loop.batch_positions(8, 20, 8)) == steps[1:]
+    assert list(order.batch_positions(8, 20, 8)) == steps[1:]
 
 
 def test_due_where_a_multiple_was_passed():
@@ -30,24 +31,24 @@ def test_due_where_a_multiple_was_passed():
 
 def test_the_rate_warms_up_and_falls():
     config = Optimizer(warmup=100, schedule="cosine")
-    factors = [loop.learning_rate_factor(config, n, 1100) for n in (0, 50, 100, 600, 1100)]
+    factors = [optimizer.learning_rate_factor(config, n, 1100) for n in (0, 50, 100, 600, 1100)]
     assert factors == pytest.approx([1 / 101, 51 / 101, 1, 0.5, 0])
-    assert loop.learning_rate_factor(config, 1300, 1100) == 0  # a last batch that goes beyond the end
-    assert loop.learning_rate_factor(Optimizer(schedule="cosine"), 0, 0) == 1
-    assert loop.learning_rate_factor(Optimizer(), 10**9, 1) == 1
+    assert optimizer.learning_rate_factor(config, 1300, 1100) == 0  # a last batch that goes beyond the end
+    assert optimizer.learning_rate_factor(Optimizer(schedule="cosine"), 0, 0) == 1
+    assert optimizer.learning_rate_factor(Optimizer(), 10**9, 1) == 1
 
 
 def test_seeds_differ_and_stay():
-    seeds = [loop.seed_for(seed, position) for seed in range(10) for position in range(100)]
+    seeds = [order.seed_for(seed, position) for seed in range(10) for position in range(100)]
     assert len(set(seeds)) == 1000
-    assert seeds[0] == loop.seed_for(0, 0)
+    assert seeds[0] == order.seed_for(0, 0)
     assert all(0 <= seed < 2**63 for seed in seeds)
-    assert len({loop.seed_for(*key) for key in ((1, 2, 3), (1, 3, 2), (3, 2, 1), (1, 2), (1, 2, 4))}) == 5
+    assert len({order.seed_for(*key) for key in ((1, 2, 3), (1, 3, 2), (3, 2, 1), (1, 2), (1, 2, 4))}) == 5
 
 
 def test_seeds_are_fixed_for_ever():
     """A resumed run must draw what the version that started it would have drawn."""
-    assert [loop.seed_for(0, 0), loop.seed_for(0, 16, 1), loop.seed_for(7, 2**40)] == [
+    assert [order.seed_for(0, 0), order.seed_for(0, 16, 1), order.seed_for(7, 2**40)] == [
         7896617691693857887, 6027083068679656692, 2079425455804338922,
     ]  # fmt: skip
 
@@ -65,15 +66,15 @@ def test_seeds_are_fixed_for_ever():
 )
 def test_impossible_batches(arguments, message):
     with pytest.raises(UserError, match=f"^batch=.*{message}"):
-        loop.check_batch("batch", *arguments)
+        launch.check_batch("batch", *arguments)
 
 
 def test_a_batch_may_be_all_of_the_data():
-    loop.check_batch("batch", 36, 36, Ray(workers=3, min_workers=1), 2)
+    launch.check_batch("batch", 36, 36, Ray(workers=3, min_workers=1), 2)
 
 
 def test_totals_are_means_since_the_last_look():
-    totals = loop.Totals()
+    totals = step_metrics.Totals()
     for value in (1.0, 2.0, 6.0):
         totals.add({"loss": torch.tensor(value, requires_grad=True)})
     totals.add({"late": torch.tensor(5.0)})
@@ -84,14 +85,14 @@ def test_totals_are_means_since_the_last_look():
 
 
 def test_totals_count_a_metric_in_every_step_that_has_it():
-    totals = loop.Totals()
+    totals = step_metrics.Totals()
     for values in ({"loss": 1.0}, {"loss": 3.0, "r1": 7.0}, {}, {"loss": 8.0}, {"loss": 4.0, "r1": 9.0}):
         totals.add({name: torch.tensor(value) for name, value in values.items()})
     assert {key: float(value) for key, value in totals.means().items()} == {"loss": 4.0, "r1": 8.0}
 
 
 def test_what_is_not_finite_counts_neither_in_totals_nor_over_ranks(monkeypatch):
-    totals = loop.Totals()
+    totals = step_metrics.Totals()
     for value in (1.0, float("nan"), 3.0, float("inf")):
         totals.add({"loss": torch.tensor(value), "empty": torch.tensor(float("nan"))})
     means = totals.means()
@@ -104,7 +105,7 @@ def test_what_is_not_finite_counts_neither_in_totals_nor_over_ranks(monkeypatch)
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
-    over_ranks = loop.mean_over_ranks(means)
+    over_ranks = step_metrics.mean_over_ranks(means)
     assert over_ranks["loss"] == 3
     assert np.isnan(over_ranks["empty"])
 
@@ -117,7 +118,7 @@ def linear(values):
 
 def test_adam_is_torchs_adam_without_decay():
     model, weight = linear([1.0, 1.0, 1.0]), torch.nn.Parameter(torch.ones(1, 3))
-    ours = loop.Adam(model, Optimizer(lr=1.0))
+    ours = optimizer.Adam(model, Optimizer(lr=1.0))
     theirs = torch.optim.Adam([weight], betas=(0.5, 0.9))
     for rate in (1e-4, 3e-4, 2e-4):  # each step's own
         model.weight.grad, weight.grad = model.weight.detach() * 2, weight.detach() * 2
@@ -130,7 +131,7 @@ def test_adam_is_torchs_adam_without_decay():
 def test_adam_clips_and_reports_the_norm():
     model, clipped = linear([0.5, 0.5]), linear([0.5, 0.5])
     model.weight.grad, clipped.weight.grad = torch.tensor([[0.6, 0.8]]), torch.tensor([[3.0, 4.0]])
-    ours = [loop.Adam(each, Optimizer(clip=1.0)) for each in (model, clipped)]
+    ours = [optimizer.Adam(each, Optimizer(clip=1.0)) for each in (model, clipped)]
     norms = [float(each.step(1.0)["gradient_norm"]) for each in ours]
     assert norms == pytest.approx([1, 5])
     states = [each.state_dict()["state"][0]["exp_avg"] for each in ours]
@@ -140,7 +141,7 @@ def test_adam_clips_and_reports_the_norm():
 
 def test_a_step_whose_gradient_is_not_finite_changes_nothing_and_is_counted():
     model = linear([1.0, 2.0])
-    adam = loop.Adam(model, Optimizer(clip=1.0))
+    adam = optimizer.Adam(model, Optimizer(clip=1.0))
 
     def step(*gradient):
         model.weight.grad = torch.tensor([gradient])
@@ -167,7 +168,7 @@ def test_a_step_whose_gradient_is_not_finite_changes_nothing_and_is_counted():
 
 def test_training_takes_channels_last_where_it_is_compiled_on_a_gpu():
     formats = {
-        (device, compiled): loop.memory_format(torch.device(device), compiled)
+        (device, compiled): compiling.memory_format(torch.device(device), compiled)
         for device in ("cpu", "cuda")
         for compiled in (False, True)
     }
@@ -181,8 +182,8 @@ def test_networks_are_compiled_by_a_pytorch_with_one_limit_for_all(monkeypatch):
     monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
     part, x = torch.nn.Linear(3, 2), torch.randn(4, 3)
     wanted = part(x)
-    loop.compile_parts(part, None)
-    assert torch._dynamo.config.recompile_limit == loop.RECOMPILE_LIMIT
+    compiling.compile_parts(part, None)
+    assert torch._dynamo.config.recompile_limit == compiling.RECOMPILE_LIMIT
     assert torch.equal(part(x), wanted)
     torch._dynamo.reset()
 

@@ -1,0 +1,56 @@
+"""Means of the metrics that training steps return, over steps, micro-batches and ranks."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def mean_over_ranks(tensors: dict[str, Tensor]) -> dict[str, float]:
+    """The mean of each number over all ranks that have it; every rank calls this with the same keys."""
+    values = {key: float(value) for key, value in tensors.items()}
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        return values
+    gathered: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(gathered, values)
+    found = {key: [one[key] for one in gathered if np.isfinite(one[key])] for key in values}
+    return {key: sum(numbers) / len(numbers) if numbers else float("nan") for key, numbers in found.items()}
+
+
+class Totals:
+    """Means of metrics, kept on the device, so that no step waits for it. What is NaN or infinite does not count.
+
+    A step's numbers are one tensor: a GPU takes longer to start a kernel for each of them than to compute them all.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[tuple[str, ...], Tensor] = {}  # of steps with the same metrics: sums, and how many counted
+
+    def add(self, values: dict[str, Tensor]) -> None:
+        if not values:
+            return
+        row = torch.stack([value.detach() for value in values.values()])
+        finite = row.isfinite()
+        row, names = torch.stack([row.where(finite, 0), finite]), tuple(values)
+        self._sums[names] = self._sums[names] + row if names in self._sums else row
+
+    def means(self) -> dict[str, Tensor]:
+        """Since the last call; NaN where nothing counts."""
+        found: dict[str, Tensor] = {}
+        for names, sums in self._sums.items():
+            for name, pair in zip(names, sums.unbind(1), strict=True):
+                found[name] = found[name] + pair if name in found else pair
+        self._sums.clear()
+        return {name: total / count for name, (total, count) in found.items()}
+
+
+def mean_of(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Of a step's micro-batches."""
+    if len(parts) == 1:
+        return {name: value.detach() for name, value in parts[0].items()}
+    totals = Totals()
+    for part in parts:
+        totals.add(part)
+    return totals.means()
