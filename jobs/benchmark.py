@@ -4,7 +4,8 @@ python jobs/benchmark.py                                             # everythin
 python jobs/benchmark.py parts=encoder models=sd-vae,B,runs/vae/model
 """
 
-from pipelines.config import Benchmark, main
+from pipelines.benchmark.config import Benchmark
+from pipelines.runtime.cli import main
 
 
 def run(config: Benchmark) -> None:

@@ -5,7 +5,8 @@ python jobs/compare_runs.py sweep=table-9 out=table-9
 python jobs/compare_runs.py runs='[vae-a*,vae-b*]' baseline=vae-a metrics='[eval/*,train/images_per_second]'
 """
 
-from pipelines.config import Compare, main
+from pipelines.experiments.config import Compare
+from pipelines.runtime.cli import main
 
 
 def run(config: Compare) -> None:

@@ -3,8 +3,8 @@
 python jobs/demo.py root=demo
 """
 
-from pipelines.config import main
 from pipelines.diagnostics.demo import Demo, demo
+from pipelines.runtime.cli import main
 
 if __name__ == "__main__":
     raise SystemExit(main(Demo, demo))

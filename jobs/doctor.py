@@ -4,7 +4,8 @@ python jobs/doctor.py
 python jobs/doctor.py root=/shared/runs source.uri=/data/photos model=runs/vae/model out=s3://bucket/cache ray.workers=8
 """
 
-from pipelines.config import Doctor, main
+from pipelines.diagnostics.config import Doctor
+from pipelines.runtime.cli import main
 
 
 def run(config: Doctor) -> None:

@@ -6,7 +6,9 @@ python jobs/encode_dataset.py verify /data/latents      # also: repair, retry, i
 
 import sys
 
-from pipelines.config import Encode, Inspect, Repair, Retry, Section, Verify, main
+from pipelines.encoding.config import Encode, Inspect, Repair, Retry, Verify
+from pipelines.runtime.cli import main
+from pipelines.runtime.schema import Section
 
 ACTIONS: dict[str, type[Section]] = {"verify": Verify, "repair": Repair, "retry": Retry, "inspect": Inspect}
 

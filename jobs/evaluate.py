@@ -8,7 +8,9 @@ python jobs/evaluate.py complexity sd-vae,S,B,M,L batch_size=32                 
 
 import sys
 
-from pipelines.config import Evaluate, EvaluateComplexity, EvaluateLatents, EvaluateSamples, Section, main
+from pipelines.evaluation.config import Evaluate, EvaluateComplexity, EvaluateLatents, EvaluateSamples
+from pipelines.runtime.cli import main
+from pipelines.runtime.schema import Section
 
 ACTIONS: dict[str, tuple[type[Section], str]] = {
     "samples": (EvaluateSamples, "samples.uri"),

@@ -4,7 +4,8 @@ python jobs/sample.py model=runs/ldm/model images=64 out=samples
 python jobs/sample.py model=runs/ldm/model images=50000 classes=[207,360] guidance=4 format=parquet out=s3://bucket/samples
 """
 
-from pipelines.config import Sample, main
+from pipelines.evaluation.config import Sample
+from pipelines.runtime.cli import main
 
 
 def run(config: Sample) -> None:

@@ -4,7 +4,8 @@ python jobs/sweep.py table=9 scale=small data.train.uri=/data/photos data.val.ur
 python jobs/sweep.py name=weights data.train.uri=... data.val.uri=... space.loss.wavelet.weight=[0,0.1,1]
 """
 
-from pipelines.config import Sweep, main
+from pipelines.experiments.config import Sweep
+from pipelines.runtime.cli import main
 
 
 def run(config: Sweep) -> None:

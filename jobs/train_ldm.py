@@ -4,7 +4,8 @@ python jobs/train_ldm.py cache=/data/cache name=ldm
 python jobs/train_ldm.py mode=online data.source.uri=/data/photos vae=runs/vae/model data.crop=random name=ldm
 """
 
-from pipelines.config import TrainLDM, main
+from pipelines.runtime.cli import main
+from pipelines.training.config import TrainLDM
 
 
 def run(config: TrainLDM) -> None:

@@ -3,7 +3,8 @@
 python jobs/train_vae.py data.train.uri=/data/photos data.val.uri=/data/photos-val name=vae
 """
 
-from pipelines.config import TrainVAE, main
+from pipelines.runtime.cli import main
+from pipelines.training.config import TrainVAE
 
 
 def run(config: TrainVAE) -> None:

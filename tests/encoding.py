@@ -13,8 +13,10 @@ from skimage import data as photos
 from litevae import storage
 from litevae.autoencoder import LiteVAE, encode_latents, load_autoencoder
 from litevae.images import ImageTransform
-from pipelines.config import Encode, load, validate
+from pipelines.encoding.config import Encode
 from pipelines.encoding.encode import encode_dataset
+from pipelines.runtime.cli import load
+from pipelines.runtime.schema import validate
 from tests.in_process import in_process
 
 SIDE = 32

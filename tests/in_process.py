@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from pipelines.config import Ray
 from pipelines.data.decode import decode_shard, views_of
 from pipelines.encoding import encode
 from pipelines.evaluation import generated, image_batches, reconstruction, sample
 from pipelines.runtime import cluster, mlflow_run
+from pipelines.runtime.schema import Ray
 from pipelines.training import launch, loop
 
 

@@ -19,7 +19,7 @@ class Mutant(NamedTuple):
 
 MUTANTS = [
     Mutant(
-        "pipelines/training/loop.py",
+        "pipelines/training/optimizer.py",
         "return (images + 1) / (config.warmup + 1)",
         "return 1.0",
         ("tests/pipelines/test_training.py::test_the_rate_warms_up_and_falls",),
@@ -178,7 +178,7 @@ MUTANTS = [
     ),
     Mutant(
         "pipelines/training/ldm.py",
-        "rate = optim.lr * training.learning_rate_factor(optim, images, self.config.images)",
+        "rate = optim.lr * optimizer.learning_rate_factor(optim, images, self.config.images)",
         "rate = optim.lr",
         ("tests/pipelines/test_ldm_task.py::test_the_schedule_reaches_the_optimizer",),
     ),
@@ -262,8 +262,8 @@ MUTANTS = [
     ),
     Mutant(
         "pipelines/training/vae.py",
-        "with networks.averaged(), training.uncompiled():",
-        "with training.uncompiled():",
+        "with networks.averaged(), compiling.uncompiled():",
+        "with compiling.uncompiled():",
         ("tests/pipelines/test_vae_task.py::test_validation_judges_the_mode_with_the_averaged_weights",),
     ),
     Mutant(
@@ -303,7 +303,7 @@ MUTANTS = [
         ("tests/pipelines/test_loop.py::test_chance_depends_on_seed_position_and_rank",),
     ),
     Mutant(
-        "pipelines/training/loop.py",
+        "pipelines/training/compiling.py",
         "return nullcontext() if last or not hasattr",
         "return nullcontext() if not last or not hasattr",
         ("tests/pipelines/test_loop.py::test_gradients_cross_the_network_with_the_last_micro_batch_only",),
@@ -327,13 +327,13 @@ MUTANTS = [
         ("tests/pipelines/test_loop.py::test_too_many_skipped_steps_end_a_run_with_its_last_checkpoint",),
     ),
     Mutant(
-        "pipelines/training/loop.py",
+        "pipelines/training/launch.py",
         "max_failures=loop.max_restarts",
         "max_failures=loop.keep",
         ("tests/pipelines/test_loop.py::test_ray_train_gets_what_the_config_says",),
     ),
     Mutant(
-        "pipelines/training/loop.py",
+        "pipelines/training/launch.py",
         "        if world == 1:\n            return",
         "        if world:\n            return",
         (
@@ -413,37 +413,37 @@ MUTANTS = [
         ("tests/pipelines/test_complexity.py::test_macs_are_half_the_flops",),
     ),
     Mutant(
-        "pipelines/config.py",
+        "pipelines/training/config.py",
         "kl: Term = Field(Term(weight=2.1e-8)",
         "kl: Term = Field(Term(weight=2.1e-6)",
         ("tests/pipelines/test_config.py::test_defaults_are_those_recorded",),
     ),
     Mutant(
-        "pipelines/config.py",
+        "pipelines/training/config.py",
         'weight_decay: Weight = Field(0.0, description="decoupled',
         'weight_decay: Weight = Field(0.01, description="decoupled',
         ("tests/pipelines/test_config.py::test_defaults_are_those_recorded",),
     ),
     Mutant(
-        "pipelines/config.py",
+        "pipelines/training/config.py",
         "zero_snr: bool = Field(False,",
         "zero_snr: bool = Field(True,",
         ("tests/pipelines/test_config.py::test_defaults_are_those_recorded",),
     ),
     Mutant(
-        "pipelines/config.py",
+        "pipelines/training/config.py",
         "calibrate: Positive = Field(\n        2048,",
         "calibrate: Positive = Field(\n        1024,",
         ("tests/pipelines/test_config.py::test_defaults_are_those_recorded",),
     ),
     Mutant(
-        "pipelines/config.py",
+        "pipelines/runtime/schema.py",
         "Fraction = Annotated[float, Field(ge=0, le=1)]",
         "Fraction = Annotated[float, Field(ge=0)]",
         ("tests/pipelines/test_config.py::test_fields_allow_what_is_recorded",),
     ),
     Mutant(
-        "pipelines/config.py",
+        "pipelines/training/config.py",
         'if self.cutmix and self.kind != "unet"',
         'if self.cutmix and self.kind == "unet"',
         ("tests/pipelines/test_config.py::test_fields_that_go_together",),
@@ -540,8 +540,8 @@ MUTANTS = [
     ),
     Mutant(
         "pipelines/evaluation/generated.py",
-        "scores.caution(min(counts), network)",
-        "scores.caution(max(counts), network)",
+        "report.caution(min(counts), network)",
+        "report.caution(max(counts), network)",
         ("tests/pipelines/test_judging_parts.py::test_generated_images_are_judged_by_the_reference",),
     ),
     Mutant(

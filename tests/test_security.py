@@ -43,13 +43,17 @@ from litevae.generation import Backbone, Inception, SqueezeNetCaffe
 from litevae.images import ImageError, ImageTransform
 from litevae.ldm import LDM, NormalizedAutoencoder, load_ldm, save_ldm
 from litevae.perceptual import load_esrgan, load_lpips
-from pipelines.config import Encode, Source, Sweep, TrainVAE, load, main
+from pipelines.data.config import Source
 from pipelines.data.sources import open_source
+from pipelines.encoding.config import Encode
 from pipelines.encoding.encode import open_listings
 from pipelines.experiments.comparison import Comparison, Row, Run
+from pipelines.experiments.config import Sweep
 from pipelines.experiments.page import page
 from pipelines.runtime import cluster
+from pipelines.runtime.cli import load, main
 from pipelines.training import checkpoint
+from pipelines.training.config import TrainVAE
 from tests import memory
 from tests.encoding import arguments, save_model
 

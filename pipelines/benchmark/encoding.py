@@ -30,9 +30,10 @@ from litevae.images import ImageTransform, to_tensor
 from litevae.inference import memory_format
 from litevae.precision import autocast
 from pipelines.benchmark import meter
-from pipelines.config import Encode, load
 from pipelines.data.decode import transform_of, views_of
+from pipelines.encoding.config import Encode
 from pipelines.encoding.encode import Encoder, encode_dataset
+from pipelines.runtime.cli import load
 
 SIDE = 256
 BATCH = {"cpu": 16, "cuda": 64}  # also a shard's, so that all systems finish their files equally often

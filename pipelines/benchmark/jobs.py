@@ -16,9 +16,10 @@ from litevae.errors import UserError
 from litevae.order import seed_for
 from pipelines.benchmark import meter
 from pipelines.benchmark.loader import synthetic_cache
-from pipelines.config import TrainLDM, TrainVAE, load
 from pipelines.data.sources import open_source
 from pipelines.runtime import cluster
+from pipelines.runtime.cli import load
+from pipelines.training.config import TrainLDM, TrainVAE
 
 INTERVALS = 6  # of a run; the first one warms up
 JOBS = Path(__file__).resolve().parents[2] / "jobs"

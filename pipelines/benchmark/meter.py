@@ -20,7 +20,7 @@ import torch
 from PIL import Image, ImageOps
 
 from litevae.errors import UserError
-from pipelines.config import Benchmark
+from pipelines.benchmark.config import Benchmark
 
 PACKAGES = (
     *("litevae", "torch", "torchvision", "diffusers", "ray", "pillow", "simplejpeg"),

@@ -33,7 +33,7 @@ from litevae.errors import UserError
 from litevae.inference import best_kernels, prepared
 from litevae.precision import autocast
 from pipelines.benchmark import meter
-from pipelines.config import Benchmark
+from pipelines.benchmark.config import Benchmark
 
 TITLES = {"sd-vae": "SD-VAE", "taesd": "TAESD", "dc-ae": "DC-AE (f = 32)", "pseudocode-B": "LiteVAE-B, pseudocode"}
 GPU_SECONDS = 0.2  # of passes for a sample

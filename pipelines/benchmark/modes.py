@@ -17,10 +17,11 @@ from torch import Tensor
 from litevae.autoencoder import LiteVAE
 from pipelines.benchmark import meter
 from pipelines.benchmark.models import build
-from pipelines.config import TrainLDM, load
 from pipelines.runtime import cluster
+from pipelines.runtime.cli import load
 from pipelines.runtime.mlflow_run import RunHandle
 from pipelines.training import ldm
+from pipelines.training.config import TrainLDM
 
 ENCODERS = {"S": "LiteVAE-S", "B": "LiteVAE-B", "sd-vae": "SD-VAE"}
 MODES: dict[str, Callable[[TrainLDM], ldm.Found]] = {

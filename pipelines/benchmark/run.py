@@ -13,8 +13,8 @@ import torch
 
 from litevae.errors import UserError
 from pipelines.benchmark import meter
+from pipelines.benchmark.config import Benchmark
 from pipelines.benchmark.meter import Setting, Table
-from pipelines.config import Benchmark
 from pipelines.runtime import cluster, mlflow_run, tables
 
 PARTS = {  # module and function; some measure beside packages that only developers have

@@ -38,10 +38,10 @@ from litevae.cache import LatentCache
 from litevae.errors import UserError
 from litevae.loader import LatentLoader
 from pipelines.benchmark import encoding, meter
-from pipelines.config import Encode
-from pipelines.config import Source as SourceConfig
+from pipelines.data.config import Source as SourceConfig
 from pipelines.data.decode import Task
 from pipelines.data.sources import open_source, restore
+from pipelines.encoding.config import Encode
 from pipelines.encoding.encode import Planned
 
 MODULE = "pipelines.benchmark.scale"

@@ -24,8 +24,9 @@ from litevae.images import to_tensor
 from litevae.perceptual import WeightsMissing, load_lpips
 from litevae.precision import autocast
 from pipelines.benchmark import meter
-from pipelines.config import TrainLDM, TrainVAE, load
+from pipelines.runtime.cli import load
 from pipelines.training import ldm, vae
+from pipelines.training.config import TrainLDM, TrainVAE
 
 PARTS = {
     "encoder": "encoder",

@@ -25,7 +25,7 @@ import pyarrow as pa
 from litevae import cache
 from litevae.errors import UserError
 from litevae.images import ImageError, ImageTransform, Transformed
-from pipelines.config import Views
+from pipelines.data.config import Views
 from pipelines.data.sources import Item, Source
 
 # Bytes that an image's decoding may take where its shard's task died once, twice, ...: any image; then less, since the

@@ -30,8 +30,8 @@ from litevae import storage
 from litevae.errors import UserError
 from litevae.images import ImageError
 from litevae.storage import Recent
-from pipelines.config import Source as SourceConfig
 from pipelines.data import tar_index
+from pipelines.data.config import Source as SourceConfig
 from pipelines.data.discovery import IMAGE_SUFFIXES, THREADS, Found, find, root_of
 
 DEFAULTS = SourceConfig()

@@ -16,8 +16,12 @@ import numpy as np
 from pydantic import Field
 
 from litevae.errors import UserError
-from pipelines.config import ConfigT, Encode, Evaluate, Job, Sample, TrainLDM, TrainVAE, load
+from pipelines.encoding.config import Encode
+from pipelines.evaluation.config import Evaluate, Sample
 from pipelines.runtime import cluster, tables
+from pipelines.runtime.cli import load
+from pipelines.runtime.schema import ConfigT, Job
+from pipelines.training.config import TrainLDM, TrainVAE
 
 # photo -> held-out squares: left, top, side, in pixels
 HELD_OUT: dict[str, list[tuple[int, int, int]]] = {

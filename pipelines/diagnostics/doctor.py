@@ -40,11 +40,12 @@ from litevae.images import ImageError, ImageTransform, to_tensor
 from litevae.inference import best_kernels, prepared
 from litevae.perceptual import WeightsMissing, load_lpips
 from litevae.precision import autocast
-from pipelines.config import Doctor, Ray, Tracked
 from pipelines.data.sources import Source, open_source
+from pipelines.diagnostics.config import Doctor
 from pipelines.diagnostics.probe import DRIVER, Ask, Finding, Findings, Nodes, State, alone, answered, failure
 from pipelines.evaluation import image_batches
 from pipelines.runtime import cluster, mlflow_run, tables
+from pipelines.runtime.schema import Ray, Tracked
 
 PACKAGES = ("torch", "ray", "litevae", "numpy", "pyarrow", "diffusers", "pillow", "simplejpeg", "s3fs", "mlflow")
 GB = 10**9

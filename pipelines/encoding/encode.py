@@ -40,9 +40,9 @@ from litevae.images import ImageTransform, to_tensor
 from litevae.inference import best_kernels, prepared
 from litevae.native import NoKernels
 from litevae.precision import autocast
-from pipelines.config import Encode, Mend, Repair, Retry
 from pipelines.data.decode import Lost, Shard, Task, decode_shard, quarantined, transform_of, unpack, views_of
 from pipelines.data.sources import Source, compare, open_source, restore
+from pipelines.encoding.config import Encode, Mend, Repair, Retry
 from pipelines.runtime import cluster, mlflow_run, prometheus, tables
 from pipelines.runtime.logs import say
 from pipelines.runtime.progress import Progress

@@ -30,8 +30,7 @@ from litevae.autoencoder import (
 )
 from litevae.errors import UserError
 from litevae.precision import autocast
-from pipelines import config
-from pipelines.evaluation import report
+from pipelines.evaluation import config, report
 from pipelines.runtime import cluster, mlflow_run, tables
 from pipelines.runtime.actor_pool import pool, spread
 from pipelines.runtime.logs import say

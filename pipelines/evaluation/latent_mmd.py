@@ -11,8 +11,7 @@ from torch import Tensor
 from litevae import generation
 from litevae.cache import LatentCache, Shape
 from litevae.errors import UserError
-from pipelines import config
-from pipelines.evaluation import report
+from pipelines.evaluation import config, report
 from pipelines.evaluation.image_batches import spaced
 from pipelines.evaluation.report import Score
 from pipelines.runtime import cluster, mlflow_run

@@ -39,7 +39,7 @@ from litevae.ldm import LDM, ldm_fingerprint, load_ldm
 from litevae.pictures import grid
 from litevae.precision import autocast
 from litevae.sampling import SAMPLERS, label_numbers, sampler_of
-from pipelines import config
+from pipelines.evaluation import config
 from pipelines.runtime import cluster, mlflow_run, tables
 from pipelines.runtime.actor_pool import pool, spread
 from pipelines.runtime.progress import Progress

@@ -15,9 +15,9 @@ from typing import Any
 from PIL import Image
 
 from litevae.errors import UserError
-from pipelines.config import Compare
 from pipelines.experiments import paper
 from pipelines.experiments.comparison import FINISHED, Run, clean, comparison, listed
+from pipelines.experiments.config import Compare
 from pipelines.experiments.page import as_json, markdown, page, report
 from pipelines.runtime import mlflow_run, tables
 from pipelines.runtime.cluster import output_path

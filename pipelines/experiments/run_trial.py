@@ -15,10 +15,14 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from pipelines.config import Encode, Evaluate, EvaluateSamples, Sample, Sweep, Tracking, TrainLDM, TrainVAE, validate
+from pipelines.encoding.config import Encode
+from pipelines.evaluation.config import Evaluate, EvaluateSamples, Sample
 from pipelines.experiments import paper
+from pipelines.experiments.config import Sweep
 from pipelines.runtime import cluster, tables
 from pipelines.runtime.logs import say
+from pipelines.runtime.schema import Tracking, validate
+from pipelines.training.config import TrainLDM, TrainVAE
 
 TRAINED, RESULT = "trained.json", "result.json"  # in a training's and in a row's folder, when all of it is done
 

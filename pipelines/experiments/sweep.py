@@ -25,30 +25,20 @@ import yaml
 from litevae import storage
 from litevae.errors import UserError
 from litevae.perceptual import WeightsMissing, load_esrgan, load_lpips
-from pipelines.config import (
-    Compare,
-    Encode,
-    Evaluate,
-    EvaluateComplexity,
-    EvaluateSamples,
-    Sample,
-    Sweep,
-    Tracked,
-    TrainLDM,
-    TrainVAE,
-    dump,
-    validate,
-    values_to_keep,
-)
-from pipelines.config import Source as SourceConfig
+from pipelines.data.config import Source as SourceConfig
 from pipelines.data.sources import Source, open_source
+from pipelines.encoding.config import Encode
 from pipelines.evaluation import report
+from pipelines.evaluation.config import Evaluate, EvaluateComplexity, EvaluateSamples, Sample
 from pipelines.evaluation.generated import check_networks
 from pipelines.experiments import paper, run_trial
+from pipelines.experiments.config import Compare, Sweep
 from pipelines.experiments.run_trial import RESULT, TRAINED, Row, Trial
 from pipelines.runtime import cluster, mlflow_run, tables
 from pipelines.runtime.logs import say
+from pipelines.runtime.schema import Tracked, dump, validate, values_to_keep
 from pipelines.training import checkpoint
+from pipelines.training.config import TrainLDM, TrainVAE
 
 # What may differ when a sweep goes on: rows and seeds are done one by one.
 FREE = ("ray", "concurrent", "rows", "seeds", "data.loaders")

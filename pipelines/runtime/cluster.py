@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 from litevae import storage
 from litevae.errors import UserError
-from pipelines.config import Ray as RayConfig
 from pipelines.runtime import shutdown
 from pipelines.runtime.logs import say
+from pipelines.runtime.schema import Ray as RayConfig
 
 if TYPE_CHECKING:
     import torch

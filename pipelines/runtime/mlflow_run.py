@@ -32,8 +32,8 @@ import numpy as np
 
 from litevae import storage
 from litevae.errors import UserError, redact
-from pipelines.config import Tracked, Tracking
 from pipelines.runtime.cluster import output_path
+from pipelines.runtime.schema import Tracked, Tracking
 
 # Seconds. MLflow's own defaults (120 s a request, 7 retries) block for 4 minutes where a server refuses and for 20
 # where it hangs; here one request is tried once, and what failed is tried again later.

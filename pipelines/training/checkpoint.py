@@ -27,10 +27,10 @@ from pydantic import BaseModel
 
 from litevae import storage
 from litevae.errors import UserError
-from pipelines.config import Tracked, values_to_keep
 from pipelines.runtime import tables
 from pipelines.runtime.cluster import output_path
 from pipelines.runtime.logs import say
+from pipelines.runtime.schema import Tracked, values_to_keep
 
 STATE = "state.pt"
 DRIVER = ".driver"  # in the run's folder: who is at work on it

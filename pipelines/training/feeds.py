@@ -26,11 +26,11 @@ from litevae.inference import best_kernels, prepared
 from litevae.loader import LatentLoader, stream
 from litevae.order import EpochOrder, batch_positions, seed_for
 from litevae.precision import autocast
-from pipelines.config import TrainLDM
 from pipelines.data import decode
 from pipelines.data.sources import Source
 from pipelines.encoding import encode
 from pipelines.runtime.logs import say
+from pipelines.training.config import TrainLDM
 
 WINDOW = 8  # shards whose images are shuffled among each other in the first epoch of write-through
 CHUNK = 32  # images of a forward pass of the encoder

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 
 from litevae.errors import UserError
-from pipelines.config import Loop, Ray, TrainLDM, TrainVAE
 from pipelines.runtime import mlflow_run, shutdown, tables
 from pipelines.runtime.cluster import Share
 from pipelines.runtime.logs import say
+from pipelines.runtime.schema import Ray
+from pipelines.training.config import Loop, TrainLDM, TrainVAE
 from pipelines.training.loop import Task, run
 
 ERROR = "error.txt"  # in the run's folder: what one of several workers has to tell

@@ -28,12 +28,15 @@ from litevae.ldm import LDM, NormalizedAutoencoder, save_ldm
 from litevae.loader import stream
 from litevae.pictures import grid
 from litevae.precision import autocast
-from pipelines.config import Encode, TrainLDM, Views, validate, values_to_keep
+from pipelines.data.config import Views
 from pipelines.data.sources import Source, open_source
 from pipelines.encoding import encode
+from pipelines.encoding.config import Encode
 from pipelines.runtime import cluster, mlflow_run
 from pipelines.runtime.logs import say
+from pipelines.runtime.schema import validate, values_to_keep
 from pipelines.training import checkpoint, compiling, launch, optimizer, step_metrics
+from pipelines.training.config import TrainLDM
 from pipelines.training.feeds import Batch, make_feed
 
 # What may differ when a run goes on. `images` may only grow.

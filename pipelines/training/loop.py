@@ -21,11 +21,12 @@ from torch import Tensor
 from litevae import storage
 from litevae.errors import UserError
 from litevae.order import seed_for
-from pipelines.config import TrainLDM, TrainVAE, values_to_keep
 from pipelines.runtime import mlflow_run, prometheus, shutdown
 from pipelines.runtime.logs import say
 from pipelines.runtime.progress import Progress
+from pipelines.runtime.schema import values_to_keep
 from pipelines.training import checkpoint
+from pipelines.training.config import TrainLDM, TrainVAE
 from pipelines.training.step_metrics import Totals, mean_over_ranks
 
 LOOK_EVERY = 0.5  # seconds between looks for a request to stop

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pipelines.config import Optimizer
+from pipelines.training.config import Optimizer
 
 
 def learning_rate_factor(config: Optimizer, images: int, total: int) -> float:

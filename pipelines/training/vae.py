@@ -22,11 +22,12 @@ from litevae.loader import stream
 from litevae.perceptual import SqueezeNetFeatures, WeightsMissing, load_esrgan, load_lpips
 from litevae.pictures import reconstruction_picture
 from litevae.precision import autocast
-from pipelines.config import TrainVAE, validate, values_to_keep
 from pipelines.data.sources import Source, open_source
 from pipelines.runtime import cluster, mlflow_run
 from pipelines.runtime.logs import say
+from pipelines.runtime.schema import validate, values_to_keep
 from pipelines.training import checkpoint, compiling, launch, optimizer, step_metrics
+from pipelines.training.config import TrainVAE
 from pipelines.training.feeds import Images, Picture
 
 # What may differ when a run goes on. Stages may only grow; see _check_stages.

@@ -12,9 +12,9 @@ from types import SimpleNamespace
 import pytest
 
 from litevae.errors import UserError
-from pipelines.config import Ray
 from pipelines.runtime import cluster
 from pipelines.runtime.actor_pool import pool, spread
+from pipelines.runtime.schema import Ray
 
 
 class Calls:

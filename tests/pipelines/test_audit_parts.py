@@ -15,10 +15,11 @@ from PIL import Image
 from litevae import cache
 from litevae.errors import UserError
 from litevae.images import to_tensor
-from pipelines.config import Inspect, Source, Verify, Views
 from pipelines.data import decode
+from pipelines.data.config import Source, Views
 from pipelines.data.sources import open_source
 from pipelines.encoding import encode, verify
+from pipelines.encoding.config import Inspect, Verify
 
 HOW = cache.layout("moments", "float16", views=2)
 VIEWS = Views(resolution=8, decode="pillow", flips=True)

@@ -15,7 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from litevae.autoencoder import LiteVAE
 from litevae.errors import UserError
 from pipelines.benchmark import encoding, images, meter, models, run
-from pipelines.config import Benchmark, load, main
+from pipelines.benchmark.config import Benchmark
+from pipelines.runtime.cli import load, main
 
 CPU = torch.device("cpu")
 

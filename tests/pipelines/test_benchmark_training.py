@@ -5,7 +5,7 @@ import torch
 
 from litevae.errors import UserError
 from pipelines.benchmark import meter, training
-from pipelines.config import Benchmark
+from pipelines.benchmark.config import Benchmark
 
 SMALL = [
     "model.encoder=S", "model.levels=[3]", "model.decoder.channels=[8, 8, 8, 8]", "model.decoder.layers=1",

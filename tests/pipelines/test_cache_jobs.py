@@ -16,9 +16,9 @@ from litevae import cache, storage
 from litevae.autoencoder import load_autoencoder
 from litevae.cache import LatentCache
 from litevae.errors import UserError
-from pipelines.config import Inspect, Repair, Retry, Verify
 from pipelines.data import decode
 from pipelines.encoding import encode, verify
+from pipelines.encoding.config import Inspect, Repair, Retry, Verify
 from pipelines.encoding.encode import encode_dataset
 from tests.commands import run_in_this_process
 from tests.encoding import BAD, SIDE, config, crops, photo_folder, save_model, shard_bytes

@@ -9,8 +9,8 @@ import pytest
 import ray
 
 from litevae.errors import UserError
-from pipelines.config import Ray
 from pipelines.runtime import actor_pool, cluster, shutdown
+from pipelines.runtime.schema import Ray
 
 
 def node(cpus, gpus=0, alive=True, **labels):

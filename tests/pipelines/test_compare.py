@@ -19,12 +19,13 @@ from PIL import Image
 from scipy import stats
 
 from litevae.errors import UserError
-from pipelines.config import Compare, load
 from pipelines.experiments import paper
 from pipelines.experiments.charts import chart, mean, thinned
 from pipelines.experiments.compare import compare, select
 from pipelines.experiments.comparison import Metric, Run, comparison, paper_key, significance, tagged
+from pipelines.experiments.config import Compare
 from pipelines.experiments.page import as_json, markdown, page, report
+from pipelines.runtime.cli import load
 
 PSNR = "eval/reconstruction/psnr"
 HOSTILE = "<script>alert('x')</script> | **b** \"q\" & \x1b[31m\n</title>{{ 7 * 7 }}"

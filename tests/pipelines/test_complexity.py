@@ -11,10 +11,12 @@ from diffusers import AutoencoderKL
 from jobs.evaluate import ACTIONS
 from litevae.autoencoder import LiteVAE
 from litevae.errors import UserError
-from pipelines.config import EvaluateComplexity, main, usage, validate
 from pipelines.evaluation import cost as module
+from pipelines.evaluation.config import EvaluateComplexity
 from pipelines.evaluation.cost import complexity
 from pipelines.runtime import cluster
+from pipelines.runtime.cli import main, usage
+from pipelines.runtime.schema import validate
 
 SIDE = 32
 

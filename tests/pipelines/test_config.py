@@ -2,34 +2,32 @@
 
 import inspect
 import re
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 import yaml
 from pydantic import BaseModel, ValidationError
 
+import pipelines
 from litevae.errors import UserError
-from pipelines import config
-from pipelines.config import (
-    PRESETS,
-    Encode,
-    Evaluate,
-    EvaluateSamples,
-    Sample,
-    TrainLDM,
-    TrainVAE,
-    dump,
-    load,
-    main,
-    section_of,
-    usage,
-)
+from pipelines.benchmark.config import Benchmark
+from pipelines.diagnostics.config import Doctor
+from pipelines.encoding.config import Encode, Inspect, Repair, Retry, Verify
+from pipelines.evaluation.config import Evaluate, EvaluateComplexity, EvaluateLatents, EvaluateSamples, Sample
+from pipelines.experiments.config import Compare, Sweep
+from pipelines.runtime import cli, schema
+from pipelines.runtime.cli import PRESETS, load, main, section_of, usage
+from pipelines.runtime.schema import dump
+from pipelines.training.config import Objective, Stage, TrainLDM, TrainVAE
 
 RECORDED = yaml.safe_load((Path(__file__).parents[1] / "data" / "configs.yaml").read_text())
+ROOMS = sorted(path.parent.name for path in Path(pipelines.__file__).parent.glob("*/config.py"))
 CLASSES = {
     name: cls
-    for name, cls in vars(config).items()
-    if inspect.isclass(cls) and issubclass(cls, config.Section) and cls is not config.Section
+    for module in (schema, *(import_module(f"pipelines.{room}.config") for room in ROOMS))
+    for name, cls in vars(module).items()
+    if inspect.isclass(cls) and issubclass(cls, schema.Section) and cls is not schema.Section
 }
 JOBS = {"train_vae": TrainVAE, "encode_dataset": Encode, "train_ldm": TrainLDM, "sample": Sample, "evaluate": Evaluate}
 
@@ -64,13 +62,13 @@ def bare(schema):
 @pytest.mark.parametrize("job", RECORDED["defaults"])
 def test_defaults_are_those_recorded(job):
     expected, cls = RECORDED["defaults"][job], CLASSES[job]
-    if job != "Job" and issubclass(cls, config.Job):
+    if job != "Job" and issubclass(cls, schema.Job):
         expected = RECORDED["defaults"]["Job"] | expected
     assert values_of(cls()) == expected
 
 
 def test_all_jobs_are_recorded():
-    of_jobs = {name for name, cls in CLASSES.items() if issubclass(cls, config.Tracked)} | {"Verify", "Inspect"}
+    of_jobs = {name for name, cls in CLASSES.items() if issubclass(cls, schema.Tracked)} | {"Verify", "Inspect"}
     assert RECORDED["defaults"].keys() == of_jobs - {"Tracked", "Mend"}
 
 
@@ -82,9 +80,9 @@ def test_fields_allow_what_is_recorded(name):
 
 
 def test_a_stage_has_a_size():
-    stage = config.Stage(images=5)
+    stage = Stage(images=5)
     assert (stage.resolution, stage.batch_size) == (256, 16)
-    assert config.TrainLDM().objective == config.Objective()
+    assert TrainLDM().objective == Objective()
 
 
 def test_configs_do_not_change():
@@ -136,7 +134,7 @@ def test_fields_that_go_together(cls, overrides):
     load(cls, None, overrides)
 
 
-@pytest.mark.parametrize("cls", [config.EvaluateComplexity, config.Benchmark])
+@pytest.mark.parametrize("cls", [EvaluateComplexity, Benchmark])
 def test_lists_may_be_written_with_commas(cls):
     assert load(cls, None, ["models=S,B"]).models == load(cls, None, ["models=[S, B]"]).models == ["S", "B"]
 
@@ -262,7 +260,7 @@ def test_words_of_the_command_line(tmp_path):
     assert main(Encode, found.append, [*preset, "--append", "dtype=fp32"], switches=("append",)) == 0
     assert main(Encode, found.append, [f"--config={preset[1]}"], switches=("append",)) == 0
     assert [(job.append, job.model, job.dtype) for job in found] == [(True, "m", "fp32"), (False, "m", "fp16")]
-    assert main(config.Verify, found.append, ["folder", "threads=2"], action="verify") == 0
+    assert main(Verify, found.append, ["folder", "threads=2"], action="verify") == 0
     assert (found[-1].cache, found[-1].threads) == ("folder", 2)
     assert main(EvaluateSamples, found.append, ["drawn"], action="samples", subject="samples.uri") == 0
     assert found[-1].samples.uri == "drawn"
@@ -292,7 +290,7 @@ def test_printed_configs_hide_passwords(capsys):
 
 
 def test_what_is_kept_of_a_config():
-    kept = config.values_to_keep(load(Sample, None, ["steps=3", "tracking.uri=https://me:secret@host/"]))
+    kept = schema.values_to_keep(load(Sample, None, ["steps=3", "tracking.uri=https://me:secret@host/"]))
     assert (kept["steps"], kept["root"]) == (3, "runs")
     assert "tracking" not in kept
 
@@ -303,23 +301,23 @@ def test_what_is_kept_of_a_config():
         (TrainVAE, "train_vae", "train_vae"),
         (TrainLDM, "train_ldm", "train_ldm"),
         (Encode, "encode_dataset", "encode_dataset"),
-        (config.Verify, "encode_dataset", "encode_dataset"),
-        (config.Repair, "encode_dataset", "encode_dataset"),
-        (config.Retry, "encode_dataset", "encode_dataset"),
-        (config.Inspect, "encode_dataset", "encode_dataset"),
+        (Verify, "encode_dataset", "encode_dataset"),
+        (Repair, "encode_dataset", "encode_dataset"),
+        (Retry, "encode_dataset", "encode_dataset"),
+        (Inspect, "encode_dataset", "encode_dataset"),
         (Sample, "sample", "sample"),
         (Evaluate, "evaluate", "evaluate"),
         (EvaluateSamples, "evaluate", "evaluate_samples"),
-        (config.EvaluateLatents, "evaluate", "evaluate_latents"),
-        (config.EvaluateComplexity, "evaluate", "evaluate_complexity"),
-        (config.Compare, "compare_runs", "compare_runs"),
-        (config.Sweep, "sweep", "sweep"),
-        (config.Doctor, "doctor", "doctor"),
-        (config.Benchmark, "benchmark", "benchmark"),
+        (EvaluateLatents, "evaluate", "evaluate_latents"),
+        (EvaluateComplexity, "evaluate", "evaluate_complexity"),
+        (Compare, "compare_runs", "compare_runs"),
+        (Sweep, "sweep", "sweep"),
+        (Doctor, "doctor", "doctor"),
+        (Benchmark, "benchmark", "benchmark"),
     ],
 )
 def test_commands_and_their_sections(cls, job, section):
-    assert (config.job_of(cls), section_of(cls)) == (job, section)
+    assert (cli.job_of(cls), section_of(cls)) == (job, section)
 
 
 def test_help_says_what_fields_allow():
@@ -331,8 +329,8 @@ def test_help_says_what_fields_allow():
     assert "  model.levels = [1, 2, 3]    (list of values" in shown
     assert "presets: celebahq-256, demo, demo-gpu, ffhq-256, imagenet-256\n" in shown
     assert "usage: python jobs/train_vae.py [--config PRESET_OR_FILE.yaml] [--print-config] [key=value ...]" in shown
-    verify = usage(config.Verify, "verify")
+    verify = usage(Verify, "verify")
     assert "usage: python jobs/encode_dataset.py verify CACHE [--print-config]" in verify
     samples = usage(EvaluateSamples, "samples", "samples.uri")
     assert "usage: python jobs/evaluate.py samples SAMPLES [--print-config]" in samples
-    assert "presets" not in usage(config.EvaluateLatents)
+    assert "presets" not in usage(EvaluateLatents)

@@ -14,11 +14,12 @@ from PIL import Image
 
 from litevae import native, storage
 from litevae.errors import UserError
-from pipelines.config import Doctor, load
 from pipelines.data.sources import Source, restore
 from pipelines.diagnostics import doctor, probe
+from pipelines.diagnostics.config import Doctor
 from pipelines.diagnostics.doctor import DRIVER, Finding, examined
 from pipelines.runtime import mlflow_run
+from pipelines.runtime.cli import load
 from tests.encoding import BAD, photo_folder, save_model
 from tests.nodes import cluster
 from tests.proxy import proxied

@@ -24,8 +24,8 @@ from litevae.autoencoder import encode_latents, fingerprint, load_autoencoder
 from litevae.cache import LatentCache
 from litevae.errors import UserError
 from litevae.images import ImageError, ImageTransform, to_tensor
-from pipelines.config import Views
 from pipelines.data import decode
+from pipelines.data.config import Views
 from pipelines.data.sources import open_source
 from pipelines.encoding import encode, verify
 from pipelines.encoding.encode import encode_dataset

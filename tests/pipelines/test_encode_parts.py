@@ -16,12 +16,14 @@ from litevae import cache
 from litevae.autoencoder import fingerprint
 from litevae.errors import UserError
 from litevae.images import ImageError, to_tensor
-from pipelines.config import Encode, Retry, Views, validate
 from pipelines.data import decode
+from pipelines.data.config import Views
 from pipelines.data.decode import Lost, Shard, Task
 from pipelines.data.sources import Item
 from pipelines.encoding import encode
+from pipelines.encoding.config import Encode, Retry
 from pipelines.runtime import cluster
+from pipelines.runtime.schema import validate
 from tests.encoding import save_model
 
 HOW = cache.layout("moments", "float16")

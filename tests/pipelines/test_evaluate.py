@@ -20,10 +20,12 @@ from litevae.errors import UserError
 from litevae.generation import Backbone, SqueezeNetCaffe, mmd
 from litevae.images import to_tensor
 from litevae.perceptual import load_lpips
-from pipelines.config import Evaluate, main, validate
+from pipelines.evaluation.config import Evaluate
 from pipelines.evaluation.image_batches import chunks
 from pipelines.evaluation.reconstruction import Measured, Total, _frechet, evaluate
+from pipelines.runtime.cli import main
 from pipelines.runtime.cluster import start
+from pipelines.runtime.schema import validate
 from tests.in_process import in_process
 from tests.networks import save_resnet, save_squeezenet
 

@@ -21,9 +21,11 @@ from jobs.evaluate import ACTIONS
 from litevae.cache import LatentCache
 from litevae.errors import UserError
 from litevae.generation import Backbone, Inception, SqueezeNetCaffe, mmd
-from pipelines.config import EvaluateLatents, EvaluateSamples, main, usage, validate
 from pipelines.encoding import encode
 from pipelines.evaluation import generated, latent_mmd
+from pipelines.evaluation.config import EvaluateLatents, EvaluateSamples
+from pipelines.runtime.cli import main, usage
+from pipelines.runtime.schema import validate
 from tests import encoding
 from tests.in_process import in_process
 from tests.networks import save_inception, save_resnet, save_squeezenet

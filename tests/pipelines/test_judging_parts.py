@@ -15,11 +15,12 @@ from torchmetrics.functional.image import peak_signal_noise_ratio
 
 from litevae import generation, metrics
 from litevae.images import ImageError, ImageTransform, to_tensor
-from pipelines.config import Evaluate, validate
 from pipelines.evaluation import generated, image_batches, latent_mmd, reconstruction, report
+from pipelines.evaluation.config import Evaluate
 from pipelines.evaluation.image_batches import Bad, Read
 from pipelines.evaluation.report import Score
 from pipelines.runtime import tables
+from pipelines.runtime.schema import validate
 
 DRAW = np.random.default_rng(0)
 

@@ -17,9 +17,11 @@ from litevae.errors import UserError
 from litevae.images import to_uint8
 from litevae.ldm import LDM, load_ldm
 from litevae.pictures import grid
-from pipelines.config import TrainLDM, load, validate, values_to_keep
+from pipelines.runtime.cli import load
+from pipelines.runtime.schema import validate, values_to_keep
 from pipelines.training import checkpoint, feeds
 from pipelines.training import ldm as module
+from pipelines.training.config import TrainLDM
 from pipelines.training.ldm import CACHED, FREE, Diffusion
 from tests.encoding import encoded_crops
 from tests.in_process import up_to_the_workers

@@ -3,7 +3,8 @@
 import json
 from pathlib import Path
 
-from pipelines.config import Encode, main
+from pipelines.encoding.config import Encode
+from pipelines.runtime.cli import main
 from pipelines.runtime.logs import say
 
 

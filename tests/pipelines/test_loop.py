@@ -13,10 +13,12 @@ import pytest
 import torch
 
 from litevae.errors import UserError
-from pipelines.config import Loop, Optimizer, TrainLDM, load, values_to_keep
 from pipelines.runtime import mlflow_run, progress, prometheus, shutdown
+from pipelines.runtime.cli import load
 from pipelines.runtime.cluster import Share
+from pipelines.runtime.schema import values_to_keep
 from pipelines.training import checkpoint, compiling, launch, loop, optimizer, step_metrics
+from pipelines.training.config import Loop, Optimizer, TrainLDM
 
 WAIT, STEP = 0.5, 1.5  # seconds for a batch, and for a step unless the task says otherwise
 

@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 
 from litevae.autoencoder import LiteVAE
-from pipelines.config import TrainVAE, load
 from pipelines.encoding import verify
 from pipelines.runtime import shutdown
+from pipelines.runtime.cli import load
 from pipelines.training import launch
+from pipelines.training.config import TrainVAE
 from tests.encoding import BAD, crops, photo_folder, save_model, start_job
 from tests.nodes import cluster, title_of
 

@@ -6,8 +6,11 @@ import pytest
 
 from litevae.autoencoder import count_parameters
 from litevae.errors import UserError
-from pipelines.config import Encode, Evaluate, EvaluateSamples, Sample, TrainLDM, TrainVAE, validate
+from pipelines.encoding.config import Encode
+from pipelines.evaluation.config import Evaluate, EvaluateSamples, Sample
 from pipelines.experiments import paper
+from pipelines.runtime.schema import validate
+from pipelines.training.config import TrainLDM, TrainVAE
 from pipelines.training.vae import build_model
 
 TRAINED = [(name, row) for name, table in paper.tables().items() if table.kind != "complexity" for row in table.rows]

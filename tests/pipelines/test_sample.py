@@ -23,10 +23,13 @@ from litevae.diffusion import Objective
 from litevae.errors import UserError
 from litevae.images import to_uint8
 from litevae.ldm import LDM, NormalizedAutoencoder, ldm_fingerprint, load_ldm, save_ldm
-from pipelines.config import Sample, Source, main, validate
+from pipelines.data.config import Source
 from pipelines.data.sources import open_source
 from pipelines.evaluation import sample as module
+from pipelines.evaluation.config import Sample
 from pipelines.evaluation.sample import sample
+from pipelines.runtime.cli import main
+from pipelines.runtime.schema import validate
 from tests.in_process import in_process
 from tests.killing import kill_driver
 

@@ -14,7 +14,7 @@ from litevae import cache, storage
 from litevae.cache import LatentCache
 from pipelines.benchmark import scale
 from pipelines.benchmark.scale import Node, Store, Work
-from pipelines.config import Source as SourceConfig
+from pipelines.data.config import Source as SourceConfig
 from pipelines.data.decode import Task, decode_shard, views_of
 from pipelines.data.sources import open_source
 from pipelines.encoding import encode

@@ -28,11 +28,13 @@ from litevae import storage
 from litevae.cache import LatentCache
 from litevae.errors import UserError
 from litevae.loader import LatentLoader
-from pipelines.config import Encode, Views, load, main
+from pipelines.data.config import Views
 from pipelines.data.decode import decode_carefully
 from pipelines.data.sources import open_source
 from pipelines.encoding import verify
+from pipelines.encoding.config import Encode
 from pipelines.encoding.encode import encode_dataset, run
+from pipelines.runtime.cli import load, main
 from tests import memory
 from tests.disks import resize, small_disk
 from tests.encoding import BAD, JOB, arguments, config, crops, photo_folder, save_model, shard_bytes

@@ -19,8 +19,11 @@ from PIL import Image
 from ray.util.queue import Queue
 
 from litevae.autoencoder import load_autoencoder
-from pipelines.config import Sweep, TrainVAE, load, main, validate
 from pipelines.experiments import paper, run_trial, sweep
+from pipelines.experiments.config import Sweep
+from pipelines.runtime.cli import load, main
+from pipelines.runtime.schema import validate
+from pipelines.training.config import TrainVAE
 from tests.in_process import in_process
 from tests.killing import kill_driver
 from tests.networks import save_squeezenet, save_vgg19

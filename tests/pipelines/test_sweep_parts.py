@@ -14,14 +14,15 @@ from ray import tune
 from ray.tune.schedulers import ASHAScheduler, PopulationBasedTraining
 from ray.util.queue import Empty
 
-from pipelines.config import Sweep, load
 from pipelines.encoding import encode as encode_job
 from pipelines.evaluation import generated as judge_job
 from pipelines.evaluation import reconstruction
 from pipelines.evaluation import sample as sample_job
 from pipelines.experiments import paper, run_trial, sweep
+from pipelines.experiments.config import Sweep
 from pipelines.experiments.run_trial import Row, Trial
 from pipelines.runtime import cluster, mlflow_run
+from pipelines.runtime.cli import load
 from pipelines.training import ldm, vae
 
 STAGES = "train_vae.stages=[{resolution: 32, images: 500, batch_size: 8}, {resolution: 64, images: 300, batch_size: 8}]"

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines.config import Tracking
 from pipelines.runtime import mlflow_run
 from pipelines.runtime.mlflow_run import RunHandle, Tracker
+from pipelines.runtime.schema import Tracking
 
 URI = "http://127.0.0.1:1"
 PARAMS = {"seed": 3, "optim": {"lr": 0.1, "betas": [0.5, 0.9]}, "stages": [{"images": 8}], "uri": "http://me:pw@host"}

@@ -20,9 +20,9 @@ import pytest
 from PIL import Image
 
 from litevae.errors import UserError
-from pipelines.config import Tracked, Tracking
 from pipelines.runtime import mlflow_run
 from pipelines.runtime.mlflow_run import RunHandle, Tracker, finish, link, redact, start_run, tracked
+from pipelines.runtime.schema import Tracked, Tracking
 from tests import ports
 from tests.commands import REPO
 

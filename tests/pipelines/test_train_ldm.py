@@ -22,11 +22,13 @@ from litevae.denoiser import build_denoiser
 from litevae.diffusion import draws
 from litevae.errors import UserError
 from litevae.ldm import load_ldm
-from pipelines.config import Encode, TrainLDM, load, main
 from pipelines.data.decode import views_of
 from pipelines.encoding import verify
+from pipelines.encoding.config import Encode
 from pipelines.encoding.encode import encode_dataset
+from pipelines.runtime.cli import load, main
 from pipelines.training import checkpoint
+from pipelines.training.config import TrainLDM
 from pipelines.training.feeds import Online
 from pipelines.training.ldm import Diffusion, train_ldm
 from tests.encoding import encoded_crops

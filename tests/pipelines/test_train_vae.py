@@ -32,10 +32,11 @@ from litevae.autoencoder import WEIGHTS, LiteVAE, load_autoencoder
 from litevae.errors import UserError
 from litevae.images import ImageTransform, to_tensor
 from litevae.layers import ResBlock
-from pipelines.config import TrainVAE, load, main
 from pipelines.data.sources import open_source
 from pipelines.runtime import cluster
+from pipelines.runtime.cli import load, main
 from pipelines.training import checkpoint, compiling, loop
+from pipelines.training.config import TrainVAE
 from pipelines.training.feeds import Images
 from pipelines.training.vae import FREE, Networks, Objective, build_model, lpips_or_warning, train_vae
 

@@ -11,8 +11,10 @@ import yaml
 
 from litevae import order
 from litevae.errors import UserError
-from pipelines.config import Optimizer, Ray, TrainLDM, TrainVAE, load
+from pipelines.runtime.cli import load
+from pipelines.runtime.schema import Ray
 from pipelines.training import checkpoint, compiling, launch, loop, optimizer, step_metrics
+from pipelines.training.config import Optimizer, TrainLDM, TrainVAE
 from pipelines.training.ldm import CACHED, FREE
 
 

@@ -24,11 +24,12 @@ from litevae import cache, storage
 from litevae.autoencoder import WEIGHTS, LiteVAE
 from litevae.cache import LatentCache
 from litevae.errors import UserError
-from pipelines.config import TrainLDM, TrainVAE, load, main
 from pipelines.data.sources import open_source
 from pipelines.encoding import verify
 from pipelines.runtime import mlflow_run
+from pipelines.runtime.cli import load, main
 from pipelines.training import checkpoint, ldm, loop
+from pipelines.training.config import TrainLDM, TrainVAE
 from pipelines.training.vae import Autoencoder, train_vae
 from tests.disks import fill, resize, small_disk
 from tests.encoding import encoded_crops

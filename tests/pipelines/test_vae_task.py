@@ -18,10 +18,12 @@ from litevae.errors import UserError
 from litevae.images import to_tensor
 from litevae.perceptual import SqueezeNetFeatures
 from litevae.pictures import reconstruction_picture
-from pipelines.config import TrainVAE, load, validate, values_to_keep
 from pipelines.data.sources import open_source
+from pipelines.runtime.cli import load
+from pipelines.runtime.schema import validate, values_to_keep
 from pipelines.training import checkpoint
 from pipelines.training import vae as module
+from pipelines.training.config import TrainVAE
 from pipelines.training.vae import FREE, Autoencoder, Networks, Objective, Validation, build_model, lpips_or_warning
 from tests.in_process import up_to_the_workers
 from tests.networks import Noted, save_squeezenet

@@ -1,0 +1,66 @@
+"""Fields of benchmark."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator
+
+from pipelines.runtime.schema import Count, Positive, Tracked
+
+
+class Benchmark(Tracked):
+    """Measure this machine, side by side in one run: encoders, decoders, training steps, decoding of images, the encode
+    job, the latent loader.
+    """
+
+    parts: list[
+        Literal["encoder", "decoder", "vae-step", "ldm-step", "ray"]
+        | Literal["images", "encode", "memory", "loader", "modes", "threads", "scale"]
+    ] = Field(
+        ["encoder", "decoder", "vae-step", "ldm-step", "ray", "images", "encode", "loader"],
+        min_length=1,
+        description="what is measured, in this order; also a,b,c; ray: what Ray Train adds to training; memory: of the "
+        "encode job's processes; modes: of train_ldm; threads: how long OpenMP's wait awake; scale: plans, commit logs "
+        "and requests of large data sets, and a model of time and cost (docs/scale.md)",
+    )
+    models: list[str] = Field(
+        ["sd-vae", "taesd", "dc-ae", "S", "B", "M", "L", "pseudocode-B"],
+        min_length=1,
+        description="of encoder and decoder; the first is the baseline: sd-vae, taesd, dc-ae (diffusers' classes), "
+        "LiteVAE's S B M L, B as the paper's pseudocode has it, or model folders; also a,b,c",
+    )
+    modes: list[Literal["eager", "channels-last", "compiled", "fast"]] = Field(
+        ["eager", "fast"],
+        min_length=1,
+        description="of encoder and decoder; fast: as this project's jobs run them; compiled: "
+        "the training steps, too; also a,b,c",
+    )
+    batch_sizes: list[Positive] = Field([1, 32], min_length=1, description="of encoder and decoder")
+    resolutions: list[Annotated[int, Field(ge=32, multiple_of=32)]] = Field(
+        [256], min_length=1, description="of encoder and decoder, in pixels"
+    )
+    precisions: list[Literal["fp32", "bf16"]] = Field(
+        ["fp32"], min_length=1, description="of encoder and decoder; bf16 where hardware multiplies it"
+    )
+    repeats: Positive = Field(3, description="timed runs of each contender, in turn; medians count")
+    source: str = Field("", description="folder of JPEGs, local; empty: scikit-image's photos")
+    model: str = Field("", description="encode: model folder; empty: LiteVAE-S with random weights")
+    encode_images: Annotated[int, Field(ge=32)] = Field(
+        256, description="encode, memory: images a run; a GPU takes thousands for a steady rate"
+    )
+    loader_rows: Annotated[int, Field(ge=1000)] = Field(20_000, description="loader: latents of 8 x 32 x 32")
+    scale_rows: Annotated[int, Field(ge=10_000_000, multiple_of=10_000_000)] = Field(
+        10_000_000, description="scale: images of the largest plan that is made; others are a tenth, a hundredth ..."
+    )
+    scale_gpu_rate: Annotated[float, Field(gt=0)] = Field(
+        1000.0, description="scale: images/s that a GPU is taken to encode; measure yours by part encoder"
+    )
+    step_batch: Positive = Field(4, description="images a training step of the autoencoder")
+    step_resolution: Annotated[int, Field(ge=32, multiple_of=32)] = Field(128, description="and their pixels")
+    gpu: Literal["auto"] | bool = Field("auto", description="auto: where there is one")
+    threads: Count = Field(0, description="CPU threads; 0: one for each core")
+    out: str = Field("benchmark", description="folder for benchmark.md and benchmark.json, with every sample")
+
+    @field_validator("parts", "models", "modes", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        return value.split(",") if isinstance(value, str) else value

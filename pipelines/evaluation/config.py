@@ -1,0 +1,130 @@
+"""Fields of sample and of evaluate's commands."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator
+
+from pipelines.data.config import Source, Transform
+from pipelines.runtime.schema import Count, Fraction, Job, Positive, Tracked, Weight
+
+
+class Sample(Job):
+    """Sample images from a latent diffusion model."""
+
+    model: str = Field("", description="LDM folder (runs/<name>/model)")
+    out: str = Field(
+        "samples", description="folder, local or s3://, for the images and grid.png; the same folder again resumes"
+    )
+    images: Positive = Field(16, description="images to draw; more than before adds to those that are there")
+    sampler: Literal["auto", "ddim", "dpm++", "euler", "heun"] = Field(
+        "auto", description="ddim or dpm++ for epsilon and v; euler, heun or dpm++ for flow; auto: the first of them"
+    )
+    steps: Positive = Field(50, description="the sampler's steps; heun computes the network twice a step")
+    eta: Fraction = Field(0.0, description="ddim's eta; 0: deterministic")
+    classes: list[Count] = Field(
+        [], description="of a conditional model: image i is of the i-th of these, in turn; empty: of all its classes"
+    )
+    guidance: Weight = Field(1.0, description="classifier-free guidance towards the class; 1: none")
+    seed: Count = Field(0, description="image i depends on (seed, i) only, whatever the number of workers")
+    batch_size: Positive = Field(16, description="images a forward pass; each is a full one, the last too")
+    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="as in train_vae")
+    format: Literal["png", "parquet"] = Field(
+        "png", description="png/000000.png ..., or parquet/part-000000.parquet ... with id, image, label, seed, number"
+    )
+    shard: Positive = Field(1024, description="images a Parquet file")
+
+
+class Evaluate(Job):
+    """Measure an autoencoder's reconstructions.
+
+    Other things to judge: evaluate.py samples SAMPLES | latents CACHE | complexity MODELS (each has --help).
+    """
+
+    model: str = Field("", description="model folder: ours, or any autoencoder's of diffusers")
+    source: Source = Source()
+    transform: Transform = Transform()
+    resolutions: list[Annotated[int, Field(ge=32)]] = Field(
+        [],
+        description="further resolutions to measure the same images at, each once (scale dependency, Figures 5 and 8)",
+    )
+    images: Count = Field(0, description="the first so many images; 0: all")
+    mmd_images: Count = Field(
+        0,
+        description="the first so many of them also give the MMD of latents to a Gaussian (Table 6), in memory; 0: no",
+    )
+    seed: Count = Field(0, description="of the posterior's and the Gaussian's draws of that, and of its subsets")
+    batch_size: Positive = Field(16, description="images a forward pass")
+    precision: Literal["auto", "fp32", "bf16"] = Field("fp32", description="as in train_vae")
+    lpips: Literal["vgg", "alex", "squeeze"] = Field("vgg", description="LPIPS' backbone")
+    lpips_weights: str = Field("", description="as loss.lpips.weights of train_vae; with none LPIPS is left out")
+    inception: str = Field("", description="weights of the FID Inception; empty: torch hub's cache; with none no rFID")
+    squeezenet: str = Field(
+        "",
+        description="as loss.features.weights of train_vae: a feature distance and a Frechet distance; empty: left out",
+    )
+    backbone: str = Field(
+        "", description="weights of one more backbone: a feature distance and a Frechet distance under its name"
+    )
+    backbone_model: str = Field("resnet50", description="its name in torchvision: resnet50, vgg16, ...")
+    out: str = Field("evaluation", description="folder for metrics.json, reconstructions.png and feature_maps.png")
+    pictures: Positive = Field(8, description="rows of reconstructions.png, evenly spaced over the images")
+
+
+class EvaluateSamples(Job):
+    """Judge generated images by a reference set: FID, Inception Score, precision and recall."""
+
+    samples: Source = Field(Source(), description="generated images, as they are; a sample job's grid.png is none")
+    source: Source = Field(Source(), description="the reference set")
+    transform: Transform = Field(Transform(), description="of the reference set; generated images have this resolution")
+    images: Count = Field(0, description="generated images, evenly spaced; 0: all")
+    reference_images: Count = Field(0, description="of the reference set, evenly spaced; 0: all")
+    pr_images: Positive = Field(10_000, description="of either set, evenly spaced, for precision and recall; at most")
+    batch_size: Positive = Field(32, description="images a forward pass")
+    inception: str = Field(
+        "", description="weights of the FID Inception; empty: torch hub's cache; with none its numbers are left out"
+    )
+    squeezenet: str = Field(
+        "", description="as loss.features.weights of train_vae: a Frechet distance under its name; empty: left out"
+    )
+    backbone: str = Field("", description="weights of one more backbone, also for a Frechet distance under its name")
+    backbone_model: str = Field("resnet50", description="its name in torchvision: resnet50, vgg16, ...")
+    out: str = Field("evaluation-samples", description="folder for metrics.json")
+
+
+class EvaluateLatents(Tracked):
+    """Measure how far a cache's latents are from a standard Gaussian: MMD, as in the paper's Table 6."""
+
+    cache: str = Field("", description="cache folder, local or s3://")
+    images: Count = Field(10_000, description="rows, evenly spaced, at most; 0: all")
+    subset: Annotated[int, Field(ge=2)] = Field(1000, description="rows an MMD is of; the mean over subsets is shown")
+    sigmas: list[Annotated[float, Field(gt=0)]] = Field(
+        [25, 50, 100, 250, 500], min_length=1, description="bandwidths of the kernel (Table 6)"
+    )
+    draw: Literal["sample", "mean"] = Field("sample", description="latents drawn from the moments, or their mean")
+    seed: Count = Field(0, description="of the draws, of the subsets and of the Gaussian's draws")
+    out: str = Field("evaluation-latents", description="folder for metrics.json")
+
+
+class EvaluateComplexity(Job):
+    """Measure what encoders or decoders cost, one after the other: parameters, MACs, memory and speed (Table 3)."""
+
+    models: list[str] = Field(
+        ["sd-vae", "S", "B", "M", "L"],
+        min_length=1,
+        description="the first is the baseline: encoders as model.encoder of train_vae, with the SD-VAE decoder, or "
+        "model folders; also a,b,c",
+    )
+    latent_channels: Positive = Field(4, description="n_z of models that are not folders")
+    part: Literal["encoder", "decoder"] = Field("encoder", description="what is measured")
+    batch_size: Positive = Field(32, description="images a forward pass; latency is of one image")
+    resolution: Annotated[int, Field(ge=32)] = Field(256, description="pixels")
+    repeats: Positive = Field(10, description="timed forward passes; the median counts")
+    warmup: Positive = Field(2, description="untimed ones before")
+    precision: Literal["auto", "fp32", "bf16"] = Field("fp32", description="as in train_vae")
+    compile: bool = Field(False, description="torch.compile what is measured")
+    out: str = Field("evaluation-complexity", description="folder for metrics.json")
+
+    @field_validator("models", mode="before")
+    @classmethod
+    def _listed(cls, value: Any) -> Any:
+        return value.split(",") if isinstance(value, str) else value

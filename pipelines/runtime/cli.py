@@ -1,0 +1,173 @@
+"""How a job is started: its command line, presets and `--help`.
+
+A job is configured by its defaults, then a preset (`--config NAME_OR_FILE`), then overrides (`a.b=value`). All values
+are checked before Ray starts; a wrong key or value is refused with the field's name and what it allows.
+"""
+
+import inspect
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel
+
+from litevae.errors import UserError, redact
+from pipelines.runtime import shutdown
+from pipelines.runtime.logs import say
+from pipelines.runtime.schema import ConfigT, _fields, dump, validate
+
+PRESETS = Path(__file__).resolve().parents[2] / "jobs" / "configs"
+SECTIONS = {  # of a recipe
+    *("train_vae", "encode_dataset", "train_ldm", "sample", "sweep"),
+    *("evaluate", "evaluate_samples", "evaluate_complexity", "benchmark"),
+}
+
+
+def load(cls: type[ConfigT], preset: str | None = None, overrides: list[str] | None = None) -> ConfigT:
+    """Defaults, then preset (a name under jobs/configs/ or a YAML file), then `a.b=value` overrides."""
+    values: dict[str, Any] = {}
+    if preset:
+        values = _read_preset(cls, preset)
+    for override in overrides or []:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise UserError(f"override {override!r} is not of the form key=value (try --help)")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise UserError(f"{key}: {text!r} is not valid YAML ({error})") from None
+        _assign(values, key, "" if value is None and text == "" else value)
+    return validate(cls, values)
+
+
+def job_of(cls: type[BaseModel]) -> str:
+    """The command that takes this config."""
+    names = {"TrainVAE": "train_vae", "TrainLDM": "train_ldm", "Encode": "encode_dataset", "Compare": "compare_runs"}
+    names |= dict.fromkeys(("Verify", "Repair", "Retry", "Inspect"), "encode_dataset")
+    names |= dict.fromkeys(("EvaluateSamples", "EvaluateLatents", "EvaluateComplexity"), "evaluate")
+    return names.get(cls.__name__, cls.__name__.lower())
+
+
+def section_of(cls: type[BaseModel]) -> str:
+    """Where a recipe has it."""
+    names = {f"Evaluate{what}": f"evaluate_{what.lower()}" for what in ("Samples", "Latents", "Complexity")}
+    return names.get(cls.__name__, job_of(cls))
+
+
+def main(
+    cls: type[ConfigT],
+    run: Callable[[ConfigT], object],
+    argv: list[str] | None = None,
+    action: str = "",
+    switches: Sequence[str] = (),
+    subject: str = "cache",
+) -> int:
+    """Parse the command line, run, and turn a UserError into one message and exit code 2, Ctrl-C or SIGTERM into 130
+    or 143.
+
+    Args:
+        action: a job's second word (`verify`).
+        subject: field that may be given as a bare word after it.
+        switches: boolean fields that may be given as --field.
+    """
+    arguments = sys.argv[1:] if argv is None else argv
+    try:
+        if "--help" in arguments or "-h" in arguments:
+            print(usage(cls, action, subject))
+            return 0
+        preset, overrides, show = None, [], False
+        rest = iter(arguments)
+        for argument in rest:
+            if argument == "--config":
+                preset = next(rest, None)
+                if preset is None:
+                    raise UserError("--config wants a preset's name or a YAML file")
+            elif argument.startswith("--config="):
+                preset = argument.partition("=")[2]
+            elif argument == "--print-config":
+                show = True
+            elif argument.removeprefix("--") in switches and argument.startswith("--"):
+                overrides.append(f"{argument[2:]}=true")
+            elif action and "=" not in argument and not argument.startswith("-"):
+                overrides.append(f"{subject}={argument}")
+            elif argument.startswith("-"):
+                raise UserError(
+                    f"unknown option {argument}; there are --config, --print-config and --help; fields are key=value"
+                )
+            else:
+                overrides.append(argument)
+        config = load(cls, preset, overrides)
+        if show:
+            print(redact(dump(config)), end="")
+            return 0
+        with shutdown.on_sigterm():
+            run(config)
+        return 0
+    except UserError as error:
+        say(f"error: {error}", "ERROR")
+        return 2
+    except KeyboardInterrupt as error:
+        stopped = error if isinstance(error, shutdown.Stopped) else shutdown.Stopped()
+        say(str(stopped), "ERROR")
+        return stopped.code
+
+
+def usage(cls: type[BaseModel], action: str = "", subject: str = "cache") -> str:
+    job, named = job_of(cls), subject.partition(".")[0].upper()
+    words = f"{job}.py {action} {named}" if action else f"{job}.py [--config PRESET_OR_FILE.yaml]"
+    lines = [
+        inspect.cleandoc(cls.__doc__ or ""),
+        "",
+        f"usage: python jobs/{words} [--print-config] [key=value ...]",
+        *([f"presets: {', '.join(_presets(cls))}"] if section_of(cls) in SECTIONS else []),
+        "",
+    ]
+    for name, kind, default, text in _fields(cls):
+        lines.append(f"  {name} = {default}    ({kind})")
+        if text:
+            lines.append(f"      {text}")
+    return "\n".join(lines)
+
+
+def _presets(cls: type[BaseModel]) -> list[str]:
+    """Recipes with a section for the job."""
+    return sorted(path.stem for path in PRESETS.glob("*.yaml") if section_of(cls) in _read_yaml(path))
+
+
+def _read_preset(cls: type[BaseModel], name: str) -> dict[str, Any]:
+    """Of a recipe, the job's section: jobs/configs/NAME.yaml, or any YAML file with sections of jobs; of another file,
+    all of it."""
+    path = named if (named := PRESETS / f"{name}.yaml").is_file() else Path(name)
+    if not path.is_file():
+        raise UserError(f"--config {name}: neither a preset ({', '.join(_presets(cls)) or 'none'}) nor a file")
+    values, section = _read_yaml(path), section_of(cls)
+    if section not in values and (path == named or (values and values.keys() <= SECTIONS)):
+        raise UserError(f"--config {name} has nothing for {section}; it is for {', '.join(values)}")
+    if section not in values:
+        return values
+    if not isinstance(values[section] or {}, dict):
+        raise UserError(f"{path}: expected `key: value` lines under {section}")
+    return values[section] or {}
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid YAML: {error}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected `key: value` lines at the top, found a {type(values).__name__}")
+    return values
+
+
+def _assign(values: dict[str, Any], key: str, value: Any) -> None:
+    *parents, last = key.split(".")
+    for depth, parent in enumerate(parents):
+        values = values.setdefault(parent, {})
+        if not isinstance(values, dict):
+            raise UserError(f"{key}: {'.'.join(parents[: depth + 1])} is a value, not a section")
+    values[last] = value

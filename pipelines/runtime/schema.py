@@ -1,0 +1,178 @@
+"""What configs are made of: sections with typed fields, the parts that every job has, and how values are checked.
+
+Counts of training are in images, not steps, so that they do not change with the batch size.
+"""
+
+import re
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import PydanticUndefined
+
+from litevae.errors import UserError
+
+Positive = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+Weight = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True, protected_namespaces=())
+
+
+class Ray(Section):
+    """How much of the machine or cluster a job takes."""
+
+    workers: Positive = Field(1, description="training or encoding processes; one GPU each where there are GPUs")
+    gpu: Literal["auto"] | bool = Field("auto", description="GPUs for the workers; auto: where the cluster has them")
+    gpus_per_worker: Annotated[float, Field(gt=0, le=1)] = Field(
+        1.0, description="encode, sample, evaluate: below 1, workers share a GPU"
+    )
+    cpus_per_worker: Count = Field(0, description="CPUs (and torch threads) a worker; 0: share the machine's evenly")
+    decode_tasks: Count = Field(
+        0,
+        description="encode, evaluate: image-decoding tasks at a time, one CPU each; 0: with GPUs the CPUs that the "
+        "workers leave, else one for 8 CPUs",
+    )
+    min_workers: Count = Field(
+        0,
+        description="training: begin and go on with as few where nodes are missing or lost, and with more as they come "
+        "(elastic), up to `workers`; 0: always with `workers`",
+    )
+    wait: Count = Field(
+        0,
+        description="seconds to wait for a cluster to have what is asked for, where it grows by itself; with gpu=true",
+    )
+    worker_labels: dict[str, str] = Field(
+        {}, description="workers run on nodes with these labels only (ray start --labels), e.g. {pool: gpu}"
+    )
+    decode_labels: dict[str, str] = Field({}, description="encode: so do decoding tasks, e.g. {pool: cpu}")
+
+    @model_validator(mode="after")
+    def _elastic(self) -> "Ray":
+        if self.min_workers > self.workers:
+            raise ValueError(f"min_workers={self.min_workers} is more than workers={self.workers}")
+        if self.min_workers and self.worker_labels:
+            raise ValueError(
+                "min_workers and worker_labels do not go together: Ray counts the room of all nodes, with and without "
+                "the labels, and would wait for ever for workers that do not fit. Workers with GPUs need no labels"
+            )
+        return self
+
+
+class Tracking(Section):
+    """MLflow."""
+
+    enabled: bool = Field(True, description="false: metrics go to the run's metrics.jsonl only")
+    uri: str = Field("", description="tracking server; empty: $MLFLOW_TRACKING_URI, else sqlite in <root>/mlflow.db")
+    experiment: str = Field("litevae", description="MLflow experiment")
+    run: str = Field("", description="the run's name there; empty: the job's")
+    parent: str = Field("", description="id of the MLflow run that this one is a child of")
+    tags: dict[str, str] = Field({}, description="further tags of the run")
+
+
+class Tracked(Section):
+    """What every job has."""
+
+    root: str = Field("runs", description="folder for runs and the default MLflow database")
+    tracking: Tracking = Tracking()
+
+
+class Job(Tracked):
+    """What every job on Ray has."""
+
+    ray: Ray = Ray()
+
+
+ConfigT = TypeVar("ConfigT", bound=BaseModel)
+
+
+def validate(cls: type[ConfigT], values: dict[str, Any]) -> ConfigT:
+    """The config, or a UserError naming every wrong field. What is not given keeps the job's default, also
+    where a section is given in part."""
+    try:
+        return cls.model_validate(_merge(cls().model_dump(mode="json"), values))
+    except ValidationError as error:
+        raise UserError("\n".join(_explain(cls, dict(problem)) for problem in error.errors())) from None
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    return base | {
+        key: _merge(base[key], value) if isinstance(value, dict) and isinstance(base.get(key), dict) else value
+        for key, value in over.items()
+    }
+
+
+def dump(config: BaseModel) -> str:
+    """The resolved config as YAML."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def values_to_keep(config: BaseModel) -> dict[str, Any]:
+    """The resolved config as plain values, for files and other processes: without where it is tracked, which may hold a
+    password and does not change what is computed."""
+    return config.model_dump(mode="json", exclude={"tracking"})
+
+
+def _fields(
+    cls: type[BaseModel], prefix: str = "", instance: BaseModel | None = None
+) -> Iterator[tuple[str, str, str, str]]:
+    for name, field in cls.model_fields.items():
+        default = getattr(instance, name) if instance is not None else field.default
+        if isinstance(default, BaseModel):
+            if field.description:
+                yield f"{prefix}{name}", "section", "...", field.description
+            yield from _fields(type(default), f"{prefix}{name}.", default)
+            continue
+        shown = (
+            "required"
+            if default is PydanticUndefined
+            else yaml.safe_dump(_plain(default), default_flow_style=True, width=10**6)
+            .strip()
+            .removesuffix("...")
+            .strip()
+        )
+        yield f"{prefix}{name}", _kind(field.annotation, field.metadata), shown, field.description or ""
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json")
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _kind(annotation: Any, metadata: list[Any]) -> str:
+    alternatives = [a for part in get_args(annotation) for a in (get_args(part) or [part])]
+    if choices := [a for a in alternatives if isinstance(a, str)]:
+        return " | ".join(choices + ["true | false"] * (bool in alternatives))
+    kind = getattr(annotation, "__name__", None) or str(annotation).replace("typing.", "")
+    if "[" in str(annotation):
+        kind = re.sub(r"pipelines\.\w+\.\w+\.", "", str(annotation)).split("[")[0] + " of values"
+    limits = [
+        f"{sign} {value}"
+        for item in metadata
+        for sign, attribute in ((">=", "ge"), (">", "gt"), ("<=", "le"), ("multiple of", "multiple_of"))
+        if (value := getattr(item, attribute, None)) is not None
+    ]
+    return " ".join([kind, *limits])
+
+
+def _explain(cls: type[BaseModel], problem: dict[str, Any]) -> str:
+    path = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        import difflib
+
+        known = [name for name, *_ in _fields(cls)]
+        close = difflib.get_close_matches(path, known, n=1, cutoff=0.4)
+        return (
+            f"unknown config key {path!r}" + (f"; did you mean {close[0]!r}?" if close else "") + " (--help lists all)"
+        )
+    message = problem["msg"][0].lower() + problem["msg"][1:]
+    return f"{path or 'config'}: {message}" + (
+        "" if problem["type"] in ("missing", "value_error") else f" (got {problem['input']!r})"
+    )
