@@ -26,7 +26,7 @@ from litevae import cache
 from litevae.errors import UserError
 from litevae.images import ImageError, ImageTransform, Transformed
 from pipelines.data.config import Views
-from pipelines.data.sources import Item, Source
+from pipelines.data.source import Item, Source
 
 # Bytes that an image's decoding may take where its shard's task died once, twice, ...: any image; then less, since the
 # node, or its container, has no more, and the task died with the child that it decoded in.

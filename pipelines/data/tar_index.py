@@ -90,14 +90,14 @@ def read_samples(file: IO[bytes], path: str, start: int, stop: int, whole: bool 
             continue
         if name[:dot] != key:
             if key is not None:
-                yield Sample(_text(key), files)
+                yield Sample(shown_path(key), files)
             key, files = name[:dot], {}
-        extension = _text(name[dot + 1 :]).lower()
+        extension = shown_path(name[dot + 1 :]).lower()
         if extension in files:
-            raise UserError(f"{path}: {_text(name)!r} comes twice; write the tar anew")
+            raise UserError(f"{path}: {shown_path(name)!r} comes twice; write the tar anew")
         files[extension] = member
     if key is not None:
-        yield Sample(_text(key), files)
+        yield Sample(shown_path(key), files)
 
 
 def _members(file: IO[bytes], path: str, start: int, stop: int, whole: bool) -> Iterator[Member]:
@@ -172,5 +172,5 @@ def _pax(content: bytes) -> dict[bytes, bytes]:
     return records
 
 
-def _text(name: bytes) -> str:
+def shown_path(name: bytes) -> str:
     return name.decode(errors="backslashreplace")

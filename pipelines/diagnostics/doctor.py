@@ -40,7 +40,8 @@ from litevae.images import ImageError, ImageTransform, to_tensor
 from litevae.inference import best_kernels, prepared
 from litevae.perceptual import WeightsMissing, load_lpips
 from litevae.precision import autocast
-from pipelines.data.sources import Source, open_source
+from pipelines.data.source import Source
+from pipelines.data.sources import open_source
 from pipelines.diagnostics.config import Doctor
 from pipelines.diagnostics.probe import DRIVER, Ask, Finding, Findings, Nodes, State, alone, answered, failure
 from pipelines.evaluation import image_batches

@@ -41,7 +41,8 @@ from litevae.inference import best_kernels, prepared
 from litevae.native import NoKernels
 from litevae.precision import autocast
 from pipelines.data.decode import Lost, Shard, Task, decode_shard, quarantined, transform_of, unpack, views_of
-from pipelines.data.sources import Source, compare, open_source, restore
+from pipelines.data.source import Source
+from pipelines.data.sources import compare, open_source, restore
 from pipelines.encoding.config import Encode, Mend, Repair, Retry
 from pipelines.runtime import cluster, mlflow_run, prometheus, tables
 from pipelines.runtime.logs import say

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from litevae.images import ImageError, ImageTransform
-from pipelines.data.sources import Source
+from pipelines.data.source import Source
 from pipelines.runtime.actor_pool import spread
 from pipelines.runtime.cluster import anywhere
 

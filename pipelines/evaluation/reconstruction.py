@@ -36,7 +36,8 @@ from litevae.images import ImageTransform, to_tensor, to_uint8
 from litevae.perceptual import WeightsMissing, load_lpips
 from litevae.pictures import feature_map_picture, reconstruction_picture, strongest_maps
 from litevae.precision import autocast
-from pipelines.data.sources import Source, open_source
+from pipelines.data.source import Source
+from pipelines.data.sources import open_source
 from pipelines.evaluation import config, image_batches, latent_mmd, report
 from pipelines.evaluation.image_batches import Bad, Read, named
 from pipelines.evaluation.report import Score

@@ -26,7 +26,8 @@ from litevae import storage
 from litevae.errors import UserError
 from litevae.perceptual import WeightsMissing, load_esrgan, load_lpips
 from pipelines.data.config import Source as SourceConfig
-from pipelines.data.sources import Source, open_source
+from pipelines.data.source import Source
+from pipelines.data.sources import open_source
 from pipelines.encoding.config import Encode
 from pipelines.evaluation import report
 from pipelines.evaluation.config import Evaluate, EvaluateComplexity, EvaluateSamples, Sample

@@ -27,7 +27,7 @@ from litevae.loader import LatentLoader, stream
 from litevae.order import EpochOrder, batch_positions, seed_for
 from litevae.precision import autocast
 from pipelines.data import decode
-from pipelines.data.sources import Source
+from pipelines.data.source import Source
 from pipelines.encoding import encode
 from pipelines.runtime.logs import say
 from pipelines.training.config import TrainLDM

@@ -29,7 +29,8 @@ from litevae.loader import stream
 from litevae.pictures import grid
 from litevae.precision import autocast
 from pipelines.data.config import Views
-from pipelines.data.sources import Source, open_source
+from pipelines.data.source import Source
+from pipelines.data.sources import open_source
 from pipelines.encoding import encode
 from pipelines.encoding.config import Encode
 from pipelines.runtime import cluster, mlflow_run

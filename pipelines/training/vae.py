@@ -22,7 +22,8 @@ from litevae.loader import stream
 from litevae.perceptual import SqueezeNetFeatures, WeightsMissing, load_esrgan, load_lpips
 from litevae.pictures import reconstruction_picture
 from litevae.precision import autocast
-from pipelines.data.sources import Source, open_source
+from pipelines.data.source import Source
+from pipelines.data.sources import open_source
 from pipelines.runtime import cluster, mlflow_run
 from pipelines.runtime.logs import say
 from pipelines.runtime.schema import validate, values_to_keep

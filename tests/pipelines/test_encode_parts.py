@@ -19,7 +19,7 @@ from litevae.images import ImageError, to_tensor
 from pipelines.data import decode
 from pipelines.data.config import Views
 from pipelines.data.decode import Lost, Shard, Task
-from pipelines.data.sources import Item
+from pipelines.data.source import Item
 from pipelines.encoding import encode
 from pipelines.encoding.config import Encode, Retry
 from pipelines.runtime import cluster
