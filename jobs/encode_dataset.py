@@ -16,10 +16,11 @@ ACTIONS: dict[str, type[Section]] = {"verify": Verify, "repair": Repair, "retry"
 def run(config: Section) -> None:
     from pipelines.encoding import (
         encode,  # takes seconds; --help and typos do without
+        maintenance,
         verify,
     )
 
-    does = {Encode: encode.run, Repair: encode.repair, Retry: encode.retry}
+    does = {Encode: encode.run, Repair: maintenance.repair, Retry: maintenance.retry}
     sees = {Verify: verify.verify, Inspect: verify.inspect}
     (does | sees)[type(config)](config)  # type: ignore[operator]
 

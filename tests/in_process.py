@@ -13,6 +13,7 @@ import pytest
 
 from pipelines.data.decode import decode_shard, views_of
 from pipelines.encoding import encode
+from pipelines.encoding.encoder import Encoder
 from pipelines.evaluation import generated, image_batches, reconstruction, sample
 from pipelines.runtime import cluster, mlflow_run
 from pipelines.runtime.schema import Ray
@@ -81,7 +82,7 @@ class _Pipeline:
         self.plan, self.shards, self.out, self.share = plan, shards, out, share
 
     def iter_rows(self) -> Iterator[dict[str, Any]]:
-        encoder = encode.Encoder(self.out, self.plan, False, self.share.threads)
+        encoder = Encoder(self.out, self.plan, False, self.share.threads)
         for shard in self.shards:
             yield encoder(decode_shard({"shard": shard}, views_of(self.plan)))
 

@@ -461,13 +461,13 @@ MUTANTS = [
         ("tests/pipelines/test_encode_parts.py::test_random_crops_are_by_seed_and_id",),
     ),
     Mutant(
-        "pipelines/encoding/encode.py",
+        "pipelines/encoding/encoder.py",
         'halve = latent_content(model) == "moments" and',
         'halve = latent_content(model) == "mean" and',
         ("tests/pipelines/test_encode_parts.py::test_of_moments_the_mean_is_the_first_half",),
     ),
     Mutant(
-        "pipelines/encoding/encode.py",
+        "pipelines/encoding/encoder.py",
         'if fingerprint(folder) != plan["model"]["fingerprint"]:\n        raise UserError(f"{folder} on',
         'if False:\n        raise UserError(f"{folder} on',
         ("tests/pipelines/test_encode_parts.py::test_a_model_that_was_exchanged_is_noticed_where_it_encodes",),
@@ -479,19 +479,19 @@ MUTANTS = [
         ("tests/pipelines/test_encode_parts.py::test_shards_without_a_commit_are_done",),
     ),
     Mutant(
-        "pipelines/encoding/encode.py",
+        "pipelines/encoding/totals.py",
         "if quarantined > budget * total:",
         "if quarantined >= budget * total:",
         ("tests/pipelines/test_encode_parts.py::test_a_budget_is_exceeded_by_more_than_its_share",),
     ),
     Mutant(
-        "pipelines/encoding/encode.py",
+        "pipelines/encoding/maintenance.py",
         'todo.append(Task(commit["shard"], committed[commit["shard"]] + 1,',
         'todo.append(Task(commit["shard"], committed[commit["shard"]],',
         ("tests/pipelines/test_encode_parts.py::test_a_retry_is_of_the_quarantined_for_these_reasons",),
     ),
     Mutant(
-        "pipelines/encoding/encode.py",
+        "pipelines/encoding/encoder.py",
         'order = np.lexsort((table["view"].to_numpy(), table["unit"].to_numpy()))',
         'order = np.lexsort((table["unit"].to_numpy(), table["view"].to_numpy()))',
         ("tests/pipelines/test_encode_parts.py::test_rows_are_in_the_order_of_units_and_views",),
@@ -503,7 +503,7 @@ MUTANTS = [
         ("tests/pipelines/test_encode_parts.py::test_what_a_run_has_done_is_counted",),
     ),
     Mutant(
-        "pipelines/encoding/encode.py",
+        "pipelines/encoding/encoder.py",
         "batch = np.zeros((len(part) if self.native else self.batch_size,",
         "batch = np.zeros((len(part),",
         ("tests/pipelines/test_encode_parts.py::test_batches_are_full_and_rows_in_order",),

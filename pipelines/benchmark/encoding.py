@@ -32,7 +32,8 @@ from litevae.precision import autocast
 from pipelines.benchmark import meter
 from pipelines.data.decode import transform_of, views_of
 from pipelines.encoding.config import Encode
-from pipelines.encoding.encode import Encoder, encode_dataset
+from pipelines.encoding.encode import encode_dataset
+from pipelines.encoding.encoder import Encoder
 from pipelines.runtime.cli import load
 
 SIDE = 256

@@ -42,7 +42,7 @@ from pipelines.data.config import Source as SourceConfig
 from pipelines.data.decode import Task
 from pipelines.data.sources import open_source, restore
 from pipelines.encoding.config import Encode
-from pipelines.encoding.encode import Planned
+from pipelines.encoding.plan import Planned
 
 MODULE = "pipelines.benchmark.scale"
 SHARD: int = Encode.model_fields["rows_per_shard"].default

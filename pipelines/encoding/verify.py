@@ -20,7 +20,7 @@ from litevae.pictures import reconstruction_picture
 from litevae.precision import autocast
 from pipelines.data.decode import Shard, Task, seed_of, transform_of, views_of
 from pipelines.encoding.config import Inspect, Verify
-from pipelines.encoding.encode import Planned, open_listings
+from pipelines.encoding.plan import Planned, open_listings
 from pipelines.runtime import cluster, tables
 from pipelines.runtime.logs import say
 

@@ -28,7 +28,7 @@ from litevae.order import EpochOrder, batch_positions, seed_for
 from litevae.precision import autocast
 from pipelines.data import decode
 from pipelines.data.source import Source
-from pipelines.encoding import encode
+from pipelines.encoding import encode, encoder, plan, totals
 from pipelines.runtime.logs import say
 from pipelines.training.config import TrainLDM
 
@@ -297,7 +297,7 @@ class Online(Encoding):
     @torch.no_grad()
     def _encode(self, pixels: np.ndarray) -> Tensor:
         parts = []
-        with encode.exact(), autocast(self.device, self.config.data.precision):
+        with encoder.exact(), autocast(self.device, self.config.data.precision):
             for part in torch.from_numpy(pixels).split(CHUNK):
                 parts.append(encode_latents(self._vae, to_tensor(part.to(self.device))).float())
         return torch.cat(parts)
@@ -319,21 +319,21 @@ class WriteThrough(Encoding):
 
     def __init__(self, config: TrainLDM, setup: dict[str, Any], rank: int, world: int, device: torch.device):
         self._out, self._plan, self._handle = setup["cache"], setup["plan"], setup["handle"]
-        listings = encode.open_listings(self._out)
+        listings = plan.open_listings(self._out)
         super().__init__(config, listings[0], setup, rank, world, device)
         # What is appended to the cache later is not for this run: neither inputs ...
         self._listings = len(listings)
         # ... nor, of the finished one, rows.
         self._version: int | None = None
-        self._encoder = encode.Encoder(self._out, self._plan, device.type == "cuda", setup["threads"])
+        self._encoder = encoder.Encoder(self._out, self._plan, device.type == "cuda", setup["threads"])
         self._how = self._plan["latents"]
         self._done: set[int] = set()  # shards that are committed, the same on all ranks
         self._reasons: dict[int, dict[str, int]] = {}  # of each shard: why images are in quarantine
         self._window: tuple[int, Window] | None = None
 
     def begin(self) -> None:
-        sources = encode.open_listings(self._out)[: self._listings]
-        self._planned = encode.Planned(sources, self._plan["rows_per_shard"])
+        sources = plan.open_listings(self._out)[: self._listings]
+        self._planned = plan.Planned(sources, self._plan["rows_per_shard"])
         self._order = EpochOrder(self._planned.sizes, self.config.seed, WINDOW * self._plan["rows_per_shard"])
         super().begin()
 
@@ -420,7 +420,7 @@ class WriteThrough(Encoding):
         commits = list(cache.read_commits(self._out, {shard: generations[shard] for shard in numbers}))
         self._reasons |= {commit["shard"]: commit.get("reasons", {}) for commit in commits}
         total: Counter[str] = sum(map(Counter, self._reasons.values()), Counter())
-        encode.check_budget(total, self.config.data.max_bad, self._out, self._planned.units, "data.max_bad")
+        totals.check_budget(total, self.config.data.max_bad, self._out, self._planned.units, "data.max_bad")
         return Window(self._out, commits, self._how, self.config.label if self.config.classes else "")
 
     def _finish(self) -> None:

@@ -18,8 +18,9 @@ from litevae.images import to_tensor
 from pipelines.data import decode
 from pipelines.data.config import Source, Views
 from pipelines.data.sources import open_source
-from pipelines.encoding import encode, verify
+from pipelines.encoding import verify
 from pipelines.encoding.config import Inspect, Verify
+from pipelines.encoding.plan import Planned, source_of
 
 HOW = cache.layout("moments", "float16", views=2)
 VIEWS = Views(resolution=8, decode="pillow", flips=True)
@@ -86,7 +87,7 @@ def made(tmp_path_factory):
     cache.write_listing(out, 1, source.listing)
     for number in range(3):
         commit(tmp_path, number)
-    cache.write_manifest(out, plan, encode._source(encode.Planned([source], 8)), {"job": "test"})
+    cache.write_manifest(out, plan, source_of(Planned([source], 8)), {"job": "test"})
     return tmp_path
 
 
@@ -383,7 +384,7 @@ def test_nothing_is_decoded_where_only_facts_are_wanted(root, monkeypatch):
 def test_rows_come_with_the_views_that_they_are_of(root):
     latents = cache.LatentCache(root / "cache")
     source = open_source(Source(uri=str(root / "photos")))
-    shard = encode.Planned([source], 8).shard(decode.Task(1))
+    shard = Planned([source], 8).shard(decode.Task(1))
     pixels, stored = verify._rows_of(latents, shard, latents.manifest, 14)
     assert [values[0, 0, 0] for values in stored] == [u + v / 2 for u in (8, 9, 10, 12, 13, 14, 15) for v in (0, 1)]
     assert [image[0, 0, 0] for image in pixels] == [12 * u for u in (8, 9, 10, 12, 13, 14, 15) for _ in (0, 1)]

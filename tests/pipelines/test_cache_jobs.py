@@ -17,7 +17,7 @@ from litevae.autoencoder import load_autoencoder
 from litevae.cache import LatentCache
 from litevae.errors import UserError
 from pipelines.data import decode
-from pipelines.encoding import encode, verify
+from pipelines.encoding import encode, maintenance, verify
 from pipelines.encoding.config import Inspect, Repair, Retry, Verify
 from pipelines.encoding.encode import encode_dataset
 from tests.commands import run_in_this_process
@@ -170,7 +170,7 @@ def test_damage_is_repaired(made, copy, damages):
         damage(copy, number)
     before = files_of(copy / "cache")
     units = sum(json.loads(commit_file(made, n).read_text())["rows"] for n in range(len(damages)))
-    done = encode.repair(mend(Repair, copy, made))
+    done = maintenance.repair(mend(Repair, copy, made))
     assert done["encoded_now"] == units
     assert shard_bytes(copy / "cache") == shard_bytes(made / "cache")
     after = files_of(copy / "cache")
@@ -199,7 +199,7 @@ def test_a_cache_from_before_there_was_a_choice_of_decoders_keeps_pillows_pixels
     assert shard_bytes(old) == made_by_pillow
     (old / json.loads((old / "commits/000001.json").read_text())["file"]).unlink()
     mended = mend(Repair, copy, made).model_copy(update={"cache": str(old)})
-    assert encode.repair(mended)["encoded_now"] == 8
+    assert maintenance.repair(mended)["encoded_now"] == 8
     assert shard_bytes(old) == made_by_pillow
     assert decode.views_of(LatentCache(old).manifest).decode == "pillow"
 
@@ -228,14 +228,14 @@ def test_a_lost_or_wrong_manifest_is_written_again(made, copy):
     (copy / "cache/manifest.json").unlink()
     with pytest.raises(UserError, match="unfinished"):
         verify.verify(Verify(cache=str(copy / "cache"), source=False))
-    encode.repair(mend(Repair, copy, made))
+    maintenance.repair(mend(Repair, copy, made))
     verify.verify(Verify(cache=str(copy / "cache"), source=False))
     manifest = json.loads((copy / "cache/manifest.json").read_text())
     manifest["latents"]["std"][0] *= 2
     (copy / "cache/manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match=r"its digest is not that of its content(.|\n)*mean and std are not those"):
         verify.verify(Verify(cache=str(copy / "cache"), source=False))
-    encode.repair(mend(Repair, copy, made))
+    maintenance.repair(mend(Repair, copy, made))
     verify.verify(Verify(cache=str(copy / "cache"), source=False))
 
 
@@ -249,7 +249,7 @@ def test_left_over_files_are_removed(made, copy):
     (copy / "cache/shards/000001-attempt.parquet").write_bytes(b"killed before the commit")
     found = verify.verify(Verify(cache=str(copy / "cache"), source=False))
     assert found.unnamed == ["shards/000001-attempt.parquet", "shards/.tmp-123"]
-    encode.repair(mend(Repair, copy, made))
+    maintenance.repair(mend(Repair, copy, made))
     assert not stale.exists()
     assert fresh.exists()
     assert verify.audit(str(copy / "cache"), source=False).unnamed == []
@@ -260,7 +260,7 @@ def test_repair_needs_the_same_model(made, copy, tmp_path):
     lose_a_shard(copy, 3)
     other = save_model(tmp_path / "other", seed=1)
     with pytest.raises(UserError, match="is not the model that encoded"):
-        encode.repair(mend(Repair, copy, made, model=other))
+        maintenance.repair(mend(Repair, copy, made, model=other))
     for action, cls in (("verify", Verify), ("repair", Repair), ("retry", Retry), ("inspect", Inspect)):
         job = getattr(verify, action, None) or getattr(encode, action)
         with pytest.raises(UserError, match=r"is not a latent cache|does not exist"):
@@ -279,11 +279,11 @@ def test_retry_gives_what_would_have_been(made, copy):
     good[0].save(copy / "photos/cats/zcut.png")
     good[1].save(copy / "photos/dogs/text.jpg")
     with pytest.raises(UserError, match="reasons: nothing is quarantined as burnt; there is 1 corrupt, 1 empty, 1 not"):
-        encode.retry(mend(Retry, copy, made, reasons=["burnt"]))
-    done = encode.retry(mend(Retry, copy, made, reasons=["corrupt"]))
+        maintenance.retry(mend(Retry, copy, made, reasons=["burnt"]))
+    done = maintenance.retry(mend(Retry, copy, made, reasons=["corrupt"]))
     assert (done["recovered"], done["quarantined"], done["number"]) == (1, 2, 2)
     before = files_of(copy / "cache")
-    done = encode.retry(mend(Retry, copy, made))
+    done = maintenance.retry(mend(Retry, copy, made))
     assert (done["recovered"], done["quarantined"], done["reasons"]) == (1, 1, {"empty": 1})
     after = files_of(copy / "cache")
     assert len(after.keys() - before.keys()) == 2  # a shard and its commit; the empty file's stayed as they were
@@ -291,7 +291,7 @@ def test_retry_gives_what_would_have_been(made, copy):
     fresh = config(copy / "photos", str(made / "model"), copy / "fresh")
     encode_dataset(fresh)
     assert shard_bytes(copy / "cache") == shard_bytes(copy / "fresh")
-    again = encode.retry(mend(Retry, copy, made))
+    again = maintenance.retry(mend(Retry, copy, made))
     assert (again["recovered"], again["number"]) == (0, 3)  # nothing new: no new version
     assert len(LatentCache(copy / "cache", version=1)) == 45
 
@@ -443,7 +443,7 @@ def test_s3_source_and_cache(made, s3):
     with pytest.raises(UserError, match="shard 3: s3://.*its sha256"):
         verify.verify(Verify(cache=out))
     settings = {"tracking": {"enabled": False}, "ray": {"gpu": False, "cpus_per_worker": 1}, "root": str(made / "runs")}
-    encode.repair(Repair(cache=out, **settings))
+    maintenance.repair(Repair(cache=out, **settings))
     verify.verify(Verify(cache=out))
     assert shard_bytes(out) == shard_bytes(made / "cache")
     assert storage.names(f"{out}/manifests") == ["000001.json", "000002.json"]

@@ -27,8 +27,10 @@ from litevae.images import ImageError, ImageTransform, to_tensor
 from pipelines.data import decode
 from pipelines.data.config import Views
 from pipelines.data.sources import open_source
-from pipelines.encoding import encode, verify
+from pipelines.encoding import auto, encode, verify
 from pipelines.encoding.encode import encode_dataset
+from pipelines.encoding.encoder import Encoder
+from pipelines.encoding.plan import Planned, _try, cut, library_versions, make_plan
 from pipelines.runtime import cluster
 from tests.commands import run_in_this_process
 from tests.encoding import (
@@ -159,9 +161,9 @@ def test_decoding_is_not_done_in_the_encoder(folder, model, tmp_path, capsys):
     """Ray fuses operators of equal resources; decoding would then run in the actor that holds the GPU."""
     settings = config(folder, model, tmp_path / "cache")
     source = open_source(settings.source)
-    plan = encode._plan(settings, source, source.identity, None)
+    plan = make_plan(settings, source, source.identity, None)
     share = cluster.start(settings.ray)
-    shards = [encode.Planned([source], 8).shard(decode.Task(n)) for n in range(2)]
+    shards = [Planned([source], 8).shard(decode.Task(n)) for n in range(2)]
     encode._pipeline(plan, shards, settings.out, share).explain()
     physical = capsys.readouterr().out.rpartition("Physical Plan")[2]
     assert "TaskPoolMapOperator[Map(decode_shard)]" in physical
@@ -374,18 +376,18 @@ def test_aspect_ratio_buckets(few, model, tmp_path):
 def test_a_size_the_model_can_not_take(few, tmp_path):
     folder = small("AutoencoderTiny", tmp_path / "model")
     more = ("transform.buckets=true", "transform.resolution=64", "transform.bucket_step=8")
-    encode._try(folder, decode.transform_of(config(few, folder, "out", *more).transform))
+    _try(folder, decode.transform_of(config(few, folder, "out", *more).transform))
     settings = config(few, folder, tmp_path / "cache").transform.model_copy(update={"resolution": 36})
     with pytest.raises(UserError, match="takes sides that are multiples of 8 pixels, not 36x36"):
-        encode._try(folder, decode.transform_of(settings))
+        _try(folder, decode.transform_of(settings))
 
 
 def test_a_batch_too_large_for_the_memory_is_halved(few, model, tmp_path):
     """As a GPU would: three images are too many."""
     settings = config(few, model, tmp_path / "cache", "batch_size=8")
     source = open_source(settings.source)
-    plan = encode._plan(settings, source, source.identity, None)
-    encoder = encode.Encoder(str(tmp_path / "cache"), plan, False, 1)
+    plan = make_plan(settings, source, source.identity, None)
+    encoder = Encoder(str(tmp_path / "cache"), plan, False, 1)
     forward, sizes = encoder._forward, []
 
     def limited(batch):
@@ -395,7 +397,7 @@ def test_a_batch_too_large_for_the_memory_is_halved(few, model, tmp_path):
         return forward(batch)
 
     encoder._forward = limited
-    row = decode.decode_shard({"shard": encode.Planned([source], 8).shard(decode.Task(0))}, settings.transform)
+    row = decode.decode_shard({"shard": Planned([source], 8).shard(decode.Task(0))}, settings.transform)
     done = encoder(row)
     assert not done["error"]
     assert sizes == [8, 4, 2, 2, 2]
@@ -412,8 +414,8 @@ def test_what_is_compiled_runs_channels_last_and_gives_the_same(few, model, tmp_
     images = [np.random.default_rng(n).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8) for n in range(3)]
     found = []
     for more in ([], ["compile=true"]):
-        plan = encode._plan(config(few, model, tmp_path / "cache", *more), source, source.identity, None)
-        found.append(encode.Encoder(str(tmp_path / "cache"), plan, False, 1).encode(images))
+        plan = make_plan(config(few, model, tmp_path / "cache", *more), source, source.identity, None)
+        found.append(Encoder(str(tmp_path / "cache"), plan, False, 1).encode(images))
     (function,) = compiled
     (used,) = (cell.cell_contents for cell in function.__closure__ if isinstance(cell.cell_contents, torch.nn.Module))
     convolutions = [m for m in used.modules() if isinstance(m, torch.nn.Conv2d) and m.kernel_size == (3, 3)]
@@ -426,11 +428,11 @@ def test_compiling_is_recommended_where_it_pays(few, model, tmp_path, monkeypatc
     share = cluster.Share(workers=1, gpu=True, threads=1)
     monkeypatch.setattr(cluster, "start", lambda _: share)
     monkeypatch.setattr(cluster, "check_folders", lambda *_: None)
-    monkeypatch.setattr(encode, "WORTH_COMPILING", 6)
+    monkeypatch.setattr(auto, "WORTH_COMPILING", 6)
     for name, more, said in (("plain", [], True), ("compiled", ["compile=true"], False)):
         encode.plan_cache(config(few, model, tmp_path / name, "precision=bf16", *more))
         assert ("compile=true starts a minute later" in capsys.readouterr().out) == said
-    monkeypatch.setattr(encode, "WORTH_COMPILING", 7)
+    monkeypatch.setattr(auto, "WORTH_COMPILING", 7)
     encode.plan_cache(config(few, model, tmp_path / "few", "precision=bf16"))
     assert "compile=true" not in capsys.readouterr().out
 
@@ -441,19 +443,19 @@ def test_versions_of_a_working_directory_that_is_not_installed(monkeypatch):
             raise PackageNotFoundError(name)
         return version(name)
 
-    monkeypatch.setattr(encode, "version", installed)
-    assert encode._versions().keys() >= {"python", "torch", "ray"}
-    assert "litevae" not in encode._versions()
+    monkeypatch.setattr("pipelines.encoding.plan.version", installed)
+    assert library_versions().keys() >= {"python", "torch", "ray"}
+    assert "litevae" not in library_versions()
 
 
 def test_cuts():
     ones = np.ones(10, dtype=np.int64)
-    assert encode.cut(ones, 4).tolist() == [4, 8, 10]
-    assert encode.cut(ones, 5).tolist() == [5, 10]
-    assert encode.cut(np.array([3, 3, 3, 3]), 8).tolist() == [6, 12]
-    assert encode.cut(np.array([3, 20, 3, 3]), 8).tolist() == [3, 9, 16, 23, 29]  # a large group: evenly, by itself
+    assert cut(ones, 4).tolist() == [4, 8, 10]
+    assert cut(ones, 5).tolist() == [5, 10]
+    assert cut(np.array([3, 3, 3, 3]), 8).tolist() == [6, 12]
+    assert cut(np.array([3, 20, 3, 3]), 8).tolist() == [3, 9, 16, 23, 29]  # a large group: evenly, by itself
     for groups in (ones, np.array([5, 1, 30, 7, 7, 2])):
-        ends = encode.cut(groups, 6)
+        ends = cut(groups, 6)
         assert ends[-1] == groups.sum()
         assert np.diff(ends, prepend=0).max() <= 6
         assert np.diff(ends, prepend=0).min() >= 1

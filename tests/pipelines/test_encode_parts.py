@@ -20,8 +20,10 @@ from pipelines.data import decode
 from pipelines.data.config import Views
 from pipelines.data.decode import Lost, Shard, Task
 from pipelines.data.source import Item
-from pipelines.encoding import encode
+from pipelines.encoding import encode, maintenance, totals
 from pipelines.encoding.config import Encode, Retry
+from pipelines.encoding.encoder import Encoder, _merged, exact, load_encoder
+from pipelines.encoding.plan import Planned, make_plan, source_of
 from pipelines.runtime import cluster
 from pipelines.runtime.schema import validate
 from tests.encoding import save_model
@@ -61,7 +63,7 @@ def encoder_of(out="", batch_size=4, how=HOW, native=False):
     """An encoder with a model whose latents are the means of an image's colours, at 1 x 1, and the shapes that it was
     given."""
     plan = {"latents": how, "precision": "fp32", "settings": {"batch_size": batch_size}}
-    encoder = encode.Encoder(str(out), plan | ({"kernels": "native"} if native else {}), False, 1)
+    encoder = Encoder(str(out), plan | ({"kernels": "native"} if native else {}), False, 1)
     seen = []
 
     def model(x):
@@ -80,7 +82,7 @@ def colours(count, height=2, width=3):
 
 
 def test_shards_are_cut_within_each_listing_and_count_units_on():
-    planned = encode.Planned([Listed([1] * 5), Listed([2, 2, 1], first=5)], 2)
+    planned = Planned([Listed([1] * 5), Listed([2, 2, 1], first=5)], 2)
     assert (len(planned), planned.units) == (6, 10)
     assert planned.sizes.tolist() == [2, 2, 1, 2, 2, 1]
     shards = [planned.shard(Task(number)) for number in range(6)]
@@ -93,11 +95,11 @@ def test_shards_are_cut_within_each_listing_and_count_units_on():
 def test_what_is_listed_is_one_source():
     one, two = Listed([1] * 5), Listed([1] * 3)
     two.digest = "d2"
-    assert encode._source(encode.Planned([one], 2)) == {
+    assert source_of(Planned([one], 2)) == {
         "kind": "folder", "uri": "/photos", "digest": "d1", "units": 5, "shards": 3,
         "listings": [{"uri": "/photos", "digest": "d1", "units": 5}],
     }  # fmt: skip
-    both = encode._source(encode.Planned([one, two], 2))
+    both = source_of(Planned([one, two], 2))
     assert (both["units"], both["shards"]) == (8, 5)
     assert both["digest"] == hashlib.sha256(b"d1\nd2").hexdigest()
     assert [(listing["digest"], listing["units"]) for listing in both["listings"]] == [("d1", 5), ("d2", 3)]
@@ -315,12 +317,12 @@ def test_a_retry_keeps_rows_and_the_rest_of_the_quarantine(tmp_path):
 
 def test_rows_are_in_the_order_of_units_and_views():
     rows = numbered(0, 6, unit=[5, 3, 3, 5, 4, 1], view=[1, 1, 0, 0, 0, 0])
-    table, (values,) = encode._merged([(rows.slice(0, 4), latents(4)), (rows.slice(4), latents(2, 4))], ROWS)
+    table, (values,) = _merged([(rows.slice(0, 4), latents(4)), (rows.slice(4), latents(2, 4))], ROWS)
     assert [*zip(table["unit"].to_pylist(), table["view"].to_pylist(), strict=True)] == [
         (1, 0), (3, 0), (3, 1), (4, 0), (5, 0), (5, 1),
     ]  # fmt: skip
     assert values[:, 0, 0, 0].tolist() == [5, 2, 1, 4, 3, 0]
-    table, found = encode._merged([], ROWS)
+    table, found = _merged([], ROWS)
     assert (table.num_rows, found) == (0, [])
 
 
@@ -340,18 +342,18 @@ def plan_for(model, content="moments", **more):
 
 def test_a_model_that_was_exchanged_is_noticed_where_it_encodes(model, tmp_path):
     plan = plan_for(model)
-    encode._load(plan, torch.device("cpu"))
+    load_encoder(plan, torch.device("cpu"))
     other = save_model(tmp_path / "other", seed=1)
     plan["model"]["path"] = other
     with pytest.raises(UserError, match=f"{other} on .* is not the model that the job was started with"):
-        encode._load(plan, torch.device("cpu"))
+        load_encoder(plan, torch.device("cpu"))
 
 
 def test_of_moments_the_mean_is_the_first_half(model):
     x = to_tensor(np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), dtype=np.uint8))
     with torch.no_grad():
         moments, mean = (
-            encode._load(plan_for(model, content), torch.device("cpu"))(x) for content in ("moments", "mean")
+            load_encoder(plan_for(model, content), torch.device("cpu"))(x) for content in ("moments", "mean")
         )
     assert (moments.shape, mean.shape) == ((2, 8, 2, 2), (2, 4, 2, 2))
     assert torch.equal(moments[:, :4], mean)
@@ -360,8 +362,10 @@ def test_of_moments_the_mean_is_the_first_half(model):
 
 def test_an_encoder_loads_its_model_once_and_again_after_it_was_closed(model, tmp_path, monkeypatch):
     loaded = []
-    monkeypatch.setattr(encode, "_load", lambda plan, device: loaded.append(device.type) or (lambda x: x))
-    encoder = encode.Encoder("", plan_for(model, settings={"batch_size": 2}), False, 1)
+    monkeypatch.setattr(
+        "pipelines.encoding.encoder.load_encoder", lambda plan, device: loaded.append(device.type) or (lambda x: x)
+    )
+    encoder = Encoder("", plan_for(model, settings={"batch_size": 2}), False, 1)
     encoder.encode(colours(3))
     assert loaded == ["cpu"]
     encoder.close()
@@ -371,7 +375,7 @@ def test_an_encoder_loads_its_model_once_and_again_after_it_was_closed(model, tm
 
 def test_a_gpu_computes_the_same_each_time_and_in_fp32():
     before = torch.backends.cudnn.flags(enabled=False, benchmark=True, deterministic=False, allow_tf32=True)
-    with before, encode.exact():
+    with before, exact():
         cudnn = torch.backends.cudnn
         assert (cudnn.enabled, cudnn.deterministic, cudnn.allow_tf32) == (True, True, False)
 
@@ -379,7 +383,7 @@ def test_a_gpu_computes_the_same_each_time_and_in_fp32():
 def planned(photos, model, before=None, **more):
     config = validate(Encode, {"source": {"uri": str(photos)}, "model": model, "precision": "fp32"} | more)
     source = Listed([1] * 3)
-    return encode._plan(config, source, source.identity, before), config
+    return make_plan(config, source, source.identity, before), config
 
 
 def test_a_plan_says_all_that_decides_on_bytes(model, tmp_path):
@@ -426,7 +430,7 @@ def test_a_plan_settles_what_is_auto(model, tmp_path, monkeypatch):
     auto = {"precision": "auto", "batch_size": "auto"}
     monkeypatch.setattr(cluster, "start", lambda ray: SHARE)
     monkeypatch.setattr(cluster, "check_folders", lambda written, read: None)
-    monkeypatch.setattr(encode, "_fastest_precision", lambda share: "fp32")
+    monkeypatch.setattr("pipelines.encoding.auto.fastest_precision", lambda share: "fp32")
     monkeypatch.setattr(encode, "best_kernels", lambda device, precision: f"best for {precision} on {device}")
     out = str(tmp_path / "auto")
     _, plan, cut, share = encode.plan_cache(validate(Encode, values | auto | {"out": out}))
@@ -458,9 +462,9 @@ def commit(out, number, reasons=(), generation=0):
 def test_shards_without_a_commit_are_done(tmp_path, monkeypatch):
     commit(tmp_path, 0)
     commit(tmp_path, 2)
-    cut = encode.Planned([Listed([1] * 40)], 8)
+    cut = Planned([Listed([1] * 40)], 8)
     monkeypatch.setattr(encode, "plan_cache", lambda config: (str(tmp_path), {}, cut, SHARE))
-    monkeypatch.setattr(encode, "_tracked", lambda *given: given)
+    monkeypatch.setattr(encode, "run_tracked", lambda *given: given)
     found = encode.encode_dataset(validate(Encode, {}))
     assert found[4] == [Task(1), Task(3), Task(4)]
     assert found[5:] == (str(tmp_path), SHARE)
@@ -473,19 +477,19 @@ def test_a_retry_is_of_the_quarantined_for_these_reasons(tmp_path, monkeypatch):
     commit(tmp_path, 2, ["missing", "missing"], generation=1)
     plan = {"rows_per_shard": 8, "settings": {"batch_size": 3, "source": "there"}}
     counts = {"encoded": 10, "reasons": {"missing": 3, "empty": 1}}
-    monkeypatch.setattr(encode, "_open", lambda config: (str(tmp_path), plan, [Listed([1] * 24)]))
+    monkeypatch.setattr(maintenance, "_open", lambda config: (str(tmp_path), plan, [Listed([1] * 24)]))
     monkeypatch.setattr(encode.cache, "read_manifest", lambda out: {"counts": counts})
     monkeypatch.setattr(encode.cluster, "start", lambda ray: SHARE)
     given = []
-    monkeypatch.setattr(encode, "_tracked", lambda *values: given.append(values) or {"images": 12})
-    monkeypatch.setattr(encode, "_report", lambda done: done)
-    assert encode.retry(Retry(reasons=["missing"])) == {"images": 12, "encoded_now": 2, "recovered": 2}
+    monkeypatch.setattr(maintenance, "run_tracked", lambda *values: given.append(values) or {"images": 12})
+    monkeypatch.setattr(maintenance, "_report", lambda done: done)
+    assert maintenance.retry(Retry(reasons=["missing"])) == {"images": 12, "encoded_now": 2, "recovered": 2}
     assert given[0][4] == [Task(0, 1, (7,)), Task(2, 2, (22, 23))]
-    encode.retry(Retry())
+    maintenance.retry(Retry())
     assert given[1][4] == [Task(0, 1, (6, 7)), Task(2, 2, (22, 23))]
     assert given[1][1]["batch_size"] == 3
     with pytest.raises(UserError, match="nothing is quarantined as burnt; there is 1 empty, 3 missing"):
-        encode.retry(Retry(reasons=["missing", "burnt"]))
+        maintenance.retry(Retry(reasons=["missing", "burnt"]))
 
 
 # --- running ------------------------------------------------------------------------------------------------------
@@ -542,7 +546,7 @@ def runs(monkeypatch, tmp_path):
     monkeypatch.setattr(encode, "time", Clock())
 
     def run(numbers, budget=1.0, total=4):
-        cut = encode.Planned([Listed([1] * 8 * total)], 8)
+        cut = Planned([Listed([1] * 8 * total)], 8)
         plan = {"settings": {"error_budget": budget}}
         return encode._encode(plan, cut, [Task(number) for number in numbers], str(tmp_path), SHARE)
 
@@ -600,9 +604,9 @@ def test_the_budget_is_of_what_was_and_of_what_comes(runs):
 
 
 def test_a_budget_is_exceeded_by_more_than_its_share():
-    encode.check_budget({"empty": 3, "corrupt": 2}, 0.05, "out", 100)
+    totals.check_budget({"empty": 3, "corrupt": 2}, 0.05, "out", 100)
     with pytest.raises(UserError) as error:
-        encode.check_budget({"empty": 3, "corrupt": 3}, 0.05, "out", 100, "limit")
+        totals.check_budget({"empty": 3, "corrupt": 3}, 0.05, "out", 100, "limit")
     assert str(error.value).startswith(
         "6 of 100 images could not be encoded (3 corrupt, 3 empty), more than limit=0.05 allows; they are listed in "
         "out/quarantine."

@@ -17,8 +17,8 @@ from pipelines.benchmark.scale import Node, Store, Work
 from pipelines.data.config import Source as SourceConfig
 from pipelines.data.decode import Task, decode_shard, views_of
 from pipelines.data.sources import open_source
-from pipelines.encoding import encode
-from pipelines.encoding.encode import Encoder, Planned
+from pipelines.encoding.encoder import Encoder
+from pipelines.encoding.plan import Planned, make_plan
 from tests.encoding import config, save_model
 
 # --- what is made -------------------------------------------------------------------------------------------------
@@ -181,7 +181,7 @@ def test_requests_of_a_shard_are_the_models(kind, groups, s3, model, tmp_path):
     uri, out = scale.put_images(served, kind, tmp_path, images=24, group=4), f"{s3}/cache"
     settings = config(uri, model, out, "kernels=torch")
     source = open_source(settings.source)
-    plan = encode._plan(settings, source, source.identity, None)
+    plan = make_plan(settings, source, source.identity, None)
     cache.write_plan(out, plan)
     planned = Planned([source], 8)
     encoder = Encoder(out, plan, gpu=False, threads=1)

@@ -1,0 +1,229 @@
+"""The actor that encodes a shard's pixels with the model and commits the shard."""
+
+import json
+import platform
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from litevae import cache
+from litevae.autoencoder import (
+    encode_latents,
+    fingerprint,
+    latent_content,
+    load_autoencoder,
+)
+from litevae.errors import UserError
+from litevae.images import to_tensor
+from litevae.inference import prepared
+from litevae.native import NoKernels
+from litevae.precision import autocast
+from pipelines.data.decode import Lost, Shard, quarantined, unpack
+from pipelines.runtime.logs import say
+
+DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
+
+
+class Encoder:
+    """An actor with the model on its device: pixels of a shard -> latents -> commit. Two threads take turns."""
+
+    def __init__(self, out: str, plan: dict[str, Any], gpu: bool, threads: int):
+        self.out, self.plan, self.how = out, plan, plan["latents"]
+        self.batch_size: int = plan["settings"]["batch_size"]
+        self.device = torch.device("cuda" if gpu else "cpu")
+        self.native = plan.get("kernels") == "native"
+        self.name = torch.cuda.get_device_name() if gpu else platform.processor() or platform.machine()
+        self._model: Callable[[torch.Tensor], torch.Tensor] | None = None
+        self._threads, self._turn = threads, threading.Lock()
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        error, commit, seconds = row["error"], {}, 0.0
+        if not error:
+            try:
+                with self._turn:
+                    torch.set_num_threads(self._threads)  # OpenMP's is each thread's own
+                    start = time.perf_counter()
+                    encoded = list(self._latents(row["pixels"], row["sizes"]))
+                    seconds = time.perf_counter() - start
+                commit = self._commit(row, encoded)
+            except UserError as problem:
+                error = str(problem)
+        return {
+            "error": error,
+            "commit": json.dumps(commit),
+            "device": self.name,
+            "decode_seconds": row["decode_seconds"],
+            "encode_seconds": seconds,
+            "finished": time.time(),  # rows reach the driver later
+        }
+
+    def _commit(self, row: dict[str, Any], encoded: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, Any]:
+        """Drop what can't be stored, add the rows that a retry keeps, and commit."""
+        shard: Shard = row["shard"]
+        rows, quarantine = unpack(row["rows"]), unpack(row["quarantine"])
+        parts: list[tuple[pa.Table, np.ndarray]] = []
+        lost: list[dict[str, Any]] = []
+        for places, values in encoded:
+            part = rows.take(pa.array(places))
+            units = part["unit"].to_numpy()
+            bad = {
+                int(unit): problem
+                for unit, problem in zip(units, cache.unusable(values, self.how["dtype"]), strict=True)
+                if problem
+            }
+            names = dict(zip(units.tolist(), part["id"].to_pylist(), strict=True))
+            for unit, problem in bad.items():
+                message = f"the model's latents are {problem} for {self.how['dtype']}"
+                lost.append(quarantined(shard, unit, names[unit], Lost("encode", problem, message)))
+            good = ~np.isin(units, list(bad))
+            parts.append((part.filter(pa.array(good)), cache.to_stored(values[good], self.how["dtype"])))
+        quarantine = pa.concat_tables([quarantine, pa.Table.from_pylist(lost, schema=cache.QUARANTINE)])
+        task = shard.task
+        if task.only:
+            before = cache.read_commit(self.out, task.shard, task.generation - 1)
+            old = cache.read_quarantine(self.out, before)
+            tried = pa.array(task.only, pa.int64())
+            others = old.filter(pa.compute.invert(pa.compute.is_in(old["unit"], value_set=tried)))
+            quarantine = pa.concat_tables([others, quarantine]).sort_by("unit")
+            if _reasons(quarantine).equals(_reasons(old.sort_by("unit"))):
+                return before  # nothing has changed
+            if before["rows"]:
+                stored, latents = cache.read_shard(self.out, before, self.how)
+                parts += [(stored.slice(start, len(values)), values) for start, values in _with_starts(latents)]
+        table, latents = _merged(parts, cache.row_schema(shard.source.schema))
+        about = {"batch_size": self.batch_size} if self.batch_size < self.plan["settings"]["batch_size"] else {}
+        size = (shard.first, shard.first + shard.source.units)
+        return cache.commit_shard(
+            self.out,
+            task.shard,
+            size,
+            self.how,
+            table,
+            latents,
+            quarantine.sort_by("unit"),
+            task.generation,
+            device=self.name,
+            **about,
+        )
+
+    def _latents(self, pixels: np.ndarray, sizes: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Of each size of image: which rows have it, and their fp32 latents (n, C, h, w)."""
+        counts = sizes.astype(np.int64).prod(axis=1) * 3
+        starts = np.cumsum(counts) - counts
+        for height, width in np.unique(sizes, axis=0).tolist():
+            places = np.flatnonzero((sizes == (height, width)).all(axis=1))
+            images = [pixels[starts[place] :][: counts[place]].reshape(height, width, 3) for place in places]
+            yield places, self.encode(images)
+
+    def close(self) -> None:
+        """Give the model's memory back; it is loaded again when it is needed."""
+        self._model = None
+
+    def encode(self, images: list[np.ndarray]) -> np.ndarray:
+        """uint8 (H, W, 3) images of one size -> fp32 (n, C, h, w).
+
+        Every forward pass has the full batch size, the last one padded: it decides on kernels and so on a result's last
+        bits (but not with the native ones). Where a GPU's memory is too small for it, it is halved from there on. A GPU
+        computes while the next batch is made ready and brought to it.
+        """
+        parts: list[np.ndarray] = []
+        computing: tuple[torch.Tensor, int] | None = None
+        done = 0
+        while done < len(images):
+            part = images[done : done + self.batch_size]
+            batch = np.zeros((len(part) if self.native else self.batch_size, *part[0].shape), dtype=np.uint8)
+            np.stack(part, out=batch[: len(part)])
+            try:
+                launched = self._forward(batch), len(part)
+            except torch.OutOfMemoryError:
+                if self.batch_size == 1:
+                    raise UserError(f"not even one image of this size fits into the memory of {self.name}") from None
+                self.batch_size //= 2
+                say(f"encode: the memory of {self.name} is too small; batch_size={self.batch_size}", "WARNING")
+                if self.device.type == "cuda":
+                    torch.cuda.empty_cache()
+                continue
+            if computing is not None:
+                parts.append(_fetched(*computing))
+            computing = launched
+            done += len(part)
+        if computing is not None:
+            parts.append(_fetched(*computing))
+        return np.concatenate(parts)
+
+    @torch.inference_mode()
+    def _forward(self, batch: np.ndarray) -> torch.Tensor:
+        """uint8 (N, H, W, 3) -> fp32 (N, C, h, w) on the device, of which only the mean where only that is stored."""
+        if self._model is None:
+            self._model = load_encoder(self.plan, self.device)
+        pixels = torch.from_numpy(batch)
+        if self.device.type == "cuda":
+            pixels = pixels.pin_memory()  # or the copy would wait for the batch before
+        with exact(), autocast(self.device, self.plan["precision"]):
+            latents = self._model(to_tensor(pixels.to(self.device, non_blocking=True)))
+        return latents.float().contiguous()
+
+
+def _fetched(latents: torch.Tensor, count: int) -> np.ndarray:
+    """The first `count`, once they are computed."""
+    return latents[:count].cpu().numpy()
+
+
+def exact() -> AbstractContextManager[None]:
+    """On a GPU, fp32 is fp32, and the same pixels give the same latents."""
+    return torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
+
+
+def load_encoder(plan: dict[str, Any], device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The plan's model as a function of images.
+
+    Raises:
+        UserError: the folder is not there, or holds another model than the job was started with; the plan's kernels
+            can't be had on this node.
+    """
+    folder = plan["model"]["path"]
+    if fingerprint(folder) != plan["model"]["fingerprint"]:
+        raise UserError(f"{folder} on {platform.node()} is not the model that the job was started with")
+    model = load_autoencoder(folder).to(device)
+    if "kernels" in plan:
+        try:
+            prepared(model, device, plan["kernels"], plan["compile"])
+        except NoKernels as error:
+            raise UserError(f"kernels=native, but on {platform.node()} {error}; or encode with kernels=torch") from None
+    halve = latent_content(model) == "moments" and plan["latents"]["content"] == "mean"
+
+    def latents(x: torch.Tensor) -> torch.Tensor:
+        found = encode_latents(model, x)
+        return found.chunk(2, dim=1)[0] if halve else found
+
+    return torch.compile(latents) if plan["compile"] else latents
+
+
+def _merged(parts: list[tuple[pa.Table, np.ndarray]], schema: pa.Schema) -> tuple[pa.Table, list[np.ndarray]]:
+    """Rows and latents, a block of equal shape after the other, each in the order of units and views."""
+    shapes = sorted({values.shape[1:] for _, values in parts if len(values)})
+    parts, latents = [schema.empty_table()], []
+    for shape in shapes:
+        same = [(table, values) for table, values in parts if values.shape[1:] == shape]
+        table, values = pa.concat_tables([table for table, _ in same]), np.concatenate([values for _, values in same])
+        order = np.lexsort((table["view"].to_numpy(), table["unit"].to_numpy()))
+        parts.append(table.take(pa.array(order)))
+        latents.append(values[order])
+    return pa.concat_tables(parts), latents
+
+
+def _reasons(quarantine: pa.Table) -> pa.Table:
+    return quarantine.drop_columns(["source"])  # which may have moved
+
+
+def _with_starts(latents: list[np.ndarray]) -> Iterator[tuple[int, np.ndarray]]:
+    start = 0
+    for values in latents:
+        yield start, values
+        start += len(values)

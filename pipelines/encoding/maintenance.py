@@ -1,0 +1,88 @@
+"""Repairing a cache's shards, and retrying the images in its quarantine."""
+
+import os
+from typing import Any
+
+from litevae import cache, storage
+from litevae.autoencoder import (
+    fingerprint,
+)
+from litevae.errors import UserError
+from pipelines.data.decode import Task
+from pipelines.data.source import Source
+from pipelines.encoding.config import Mend, Repair, Retry
+from pipelines.encoding.encode import _report, run_tracked
+from pipelines.encoding.plan import Planned, open_listings
+from pipelines.encoding.totals import listed_reasons
+from pipelines.runtime import cluster
+from pipelines.runtime.logs import say
+
+
+def repair(config: Repair) -> dict[str, Any]:
+    """Encode the shards that the audit finds missing or damaged again, and remove files that belong to none.
+
+    Raises:
+        UserError: the plan or the listing is damaged; the model or source is not the cache's.
+    """
+    from pipelines.encoding.verify import audit
+
+    out, plan, sources = _open(config)
+    planned = Planned(sources, plan["rows_per_shard"])
+    found = audit(out, source=False)
+    for number, problems in found.problems.items():
+        say(f"shard {number}: {problems[0]}", "WARNING", shard=number)
+    if not found.problems and not found.general:
+        say(f"{out}: nothing to repair")
+    todo = [Task(number, found.generations.get(number, -1) + 1) for number in found.problems]
+    share = cluster.start(config.ray)
+    done = run_tracked(config, plan["settings"] | config.model_dump(mode="json"), plan, planned, todo, out, share)
+    # One that is new belongs to a driver that is about to commit it.
+    unnamed = sorted(set(found.unnamed) & set(audit(out, source=False).unnamed))
+    for file in unnamed:
+        storage.remove(storage.join(out, file))
+    if unnamed:
+        say(f"removed {len(unnamed)} files of attempts that were not committed")
+    return _report(done)
+
+
+def retry(config: Retry) -> dict[str, Any]:
+    """Try quarantined images again; those that are encoded now take their places in their shards.
+
+    Raises:
+        UserError: the cache is unfinished or damaged; no image was quarantined for one of these reasons.
+    """
+    out, plan, sources = _open(config)
+    manifest = cache.read_manifest(out)
+    known = manifest["counts"]["reasons"]
+    if unknown := sorted(set(config.reasons) - known.keys()):
+        raise UserError(
+            f"reasons: nothing is quarantined as {unknown[0]}; there is {listed_reasons(known) or 'nothing at all'}"
+        )
+    committed, todo = cache.committed(out), []
+    for commit in cache.read_commits(out, committed):
+        lost = cache.read_quarantine(out, commit).to_pylist()
+        if wanted := [row["unit"] for row in lost if not config.reasons or row["error"] in config.reasons]:
+            todo.append(Task(commit["shard"], committed[commit["shard"]] + 1, tuple(wanted)))
+    planned = Planned(sources, plan["rows_per_shard"])
+    share = cluster.start(config.ray)
+    settings = plan["settings"] | config.model_dump(mode="json")
+    done = run_tracked(config, settings, plan, planned, todo, out, share)
+    recovered = done["images"] - manifest["counts"]["encoded"]
+    return _report(done | {"encoded_now": recovered, "recovered": recovered})
+
+
+def _open(config: Mend) -> tuple[str, dict[str, Any], list[Source]]:
+    """A cache's folder, plan and sources, both where they are now."""
+    if not config.cache:
+        raise UserError("give a cache folder")
+    out = cluster.output_path("cache", config.cache, remote=True)
+    if "plan.json" not in storage.names(out):
+        raise UserError(f"{out} is not a latent cache: it has no plan.json")
+    plan, sources = cache.read_plan(out), open_listings(out, config.source)
+    if not sources:
+        raise UserError(f"{out} has no listing of its source; run the encode job with the same settings again")
+    if config.model:
+        plan["model"]["path"] = os.path.abspath(config.model)
+    if fingerprint(plan["model"]["path"]) != plan["model"]["fingerprint"]:
+        raise UserError(f"{plan['model']['path']} is not the model that encoded {out}; give that one with model=FOLDER")
+    return out, plan, sources
