@@ -16,12 +16,13 @@ ACTIONS: dict[str, type[Section]] = {"verify": Verify, "repair": Repair, "retry"
 def run(config: Section) -> None:
     from pipelines.encoding import (
         encode,  # takes seconds; --help and typos do without
+        inspect,
         maintenance,
         verify,
     )
 
     does = {Encode: encode.run, Repair: maintenance.repair, Retry: maintenance.retry}
-    sees = {Verify: verify.verify, Inspect: verify.inspect}
+    sees = {Verify: verify.verify, Inspect: inspect.inspect}
     (does | sees)[type(config)](config)  # type: ignore[operator]
 
 

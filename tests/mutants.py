@@ -635,7 +635,7 @@ MUTANTS = [
         ("tests/pipelines/test_sweep_parts.py::test_asha_may_stop_a_trial_from_its_first_look_on",),
     ),
     Mutant(
-        "pipelines/experiments/sweep.py",
+        "pipelines/experiments/search_space.py",
         "return tune.randint(arguments[0], arguments[1] + 1)",
         "return tune.randint(arguments[0], arguments[1])",
         ("tests/pipelines/test_sweep_parts.py::test_what_a_field_is_drawn_from",),

@@ -10,7 +10,7 @@ import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -19,51 +19,11 @@ from pipelines.encoding.config import Encode
 from pipelines.evaluation.config import Evaluate, EvaluateSamples, Sample
 from pipelines.experiments import paper
 from pipelines.experiments.config import Sweep
+from pipelines.experiments.trials import RESULT, TRAINED, Row, Trial
 from pipelines.runtime import cluster, tables
 from pipelines.runtime.logs import say
 from pipelines.runtime.schema import Tracking, validate
 from pipelines.training.config import TrainLDM, TrainVAE
-
-TRAINED, RESULT = "trained.json", "result.json"  # in a training's and in a row's folder, when all of it is done
-
-
-@dataclass
-class Row:
-    """One line of a sweep's result.
-
-    Attributes:
-        jobs: values of the jobs after the training.
-        part: of the autoencoder, whose parameters are counted.
-    """
-
-    name: str
-    seed: int
-    folder: str
-    jobs: dict[str, dict[str, Any]]
-    part: str = "encoder"
-
-    @property
-    def label(self) -> str:
-        return f"{self.name}, seed {self.seed}"
-
-    @property
-    def done(self) -> bool:
-        return os.path.exists(os.path.join(self.folder, RESULT))
-
-
-@dataclass
-class Trial:
-    """
-    Attributes:
-        train: a complete TrainVAE's values; its name is a hash of them.
-    """
-
-    train: dict[str, Any]
-    rows: list[Row] = field(default_factory=list)
-
-    @property
-    def folder(self) -> str:
-        return os.path.join(self.train["root"], self.train["name"])
 
 
 def run(values: dict[str, Any], setup: dict[str, Any]) -> None:
@@ -81,7 +41,7 @@ def run(values: dict[str, Any], setup: dict[str, Any]) -> None:
     if "trial" in values:
         trial = setup["trials"][values["trial"]]
     else:
-        from pipelines.experiments.sweep import point
+        from pipelines.experiments.trials import point
 
         begin = ""
         if (found := tune.get_checkpoint()) is not None:  # of this trial, or with pbt of a better one

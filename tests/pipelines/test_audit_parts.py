@@ -18,7 +18,7 @@ from litevae.images import to_tensor
 from pipelines.data import decode
 from pipelines.data.config import Source, Views
 from pipelines.data.sources import open_source
-from pipelines.encoding import verify
+from pipelines.encoding import inspect, verify
 from pipelines.encoding.config import Inspect, Verify
 from pipelines.encoding.plan import Planned, source_of
 
@@ -325,9 +325,9 @@ def test_statistics_agree_to_nine_digits():
 
 
 def test_a_few_are_spread_evenly():
-    assert verify._spread([*range(10, 20)], 3) == [10, 14, 19]
-    assert verify._spread([5, 6], 9) == [5, 6]
-    assert verify._spread([5, 6, 7], 1) == [5]
+    assert inspect._spread([*range(10, 20)], 3) == [10, 14, 19]
+    assert inspect._spread([5, 6], 9) == [5, 6]
+    assert inspect._spread([5, 6, 7], 1) == [5]
 
 
 # --- inspect ------------------------------------------------------------------------------------------------------
@@ -346,7 +346,7 @@ def inspected(root, monkeypatch, **more):
     monkeypatch.setattr(verify, "encode_latents", encoded)
     monkeypatch.setattr(verify, "load_autoencoder", lambda folder: SimpleNamespace(decode=decoded))
     monkeypatch.setattr(verify, "fingerprint", lambda folder: {"/m": "f"}.get(folder, "other"))
-    return verify.inspect(Inspect(cache=str(root / "cache"), out=str(root / "seen"), **more))
+    return inspect.inspect(Inspect(cache=str(root / "cache"), out=str(root / "seen"), **more))
 
 
 def test_rows_are_looked_at_beside_their_sources(root, monkeypatch, capsys):
@@ -385,6 +385,6 @@ def test_rows_come_with_the_views_that_they_are_of(root):
     latents = cache.LatentCache(root / "cache")
     source = open_source(Source(uri=str(root / "photos")))
     shard = Planned([source], 8).shard(decode.Task(1))
-    pixels, stored = verify._rows_of(latents, shard, latents.manifest, 14)
+    pixels, stored = inspect._rows_of(latents, shard, latents.manifest, 14)
     assert [values[0, 0, 0] for values in stored] == [u + v / 2 for u in (8, 9, 10, 12, 13, 14, 15) for v in (0, 1)]
     assert [image[0, 0, 0] for image in pixels] == [12 * u for u in (8, 9, 10, 12, 13, 14, 15) for _ in (0, 1)]

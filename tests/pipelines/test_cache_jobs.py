@@ -17,7 +17,7 @@ from litevae.autoencoder import load_autoencoder
 from litevae.cache import LatentCache
 from litevae.errors import UserError
 from pipelines.data import decode
-from pipelines.encoding import encode, maintenance, verify
+from pipelines.encoding import encode, inspect, maintenance, verify
 from pipelines.encoding.config import Inspect, Repair, Retry, Verify
 from pipelines.encoding.encode import encode_dataset
 from tests.commands import run_in_this_process
@@ -373,7 +373,7 @@ def test_a_moved_source_is_the_same_source(made, copy, capsys):
 
 
 def test_inspect(made, copy, capsys):
-    about = verify.inspect(
+    about = inspect.inspect(
         Inspect(cache=str(copy / "cache"), source=str(copy / "photos"), out=str(copy / "seen"), shards=3, rows=2)
     )
     shown = capsys.readouterr().out
@@ -399,7 +399,7 @@ def test_inspect(made, copy, capsys):
     assert picture.width > 4 * SIDE
     # Other weights under the same name are not taken for the cache's.
     with pytest.raises(UserError, match="is not the model that encoded"):
-        verify.inspect(Inspect(cache=str(copy / "cache"), model=save_model(copy / "other", seed=2)))
+        inspect.inspect(Inspect(cache=str(copy / "cache"), model=save_model(copy / "other", seed=2)))
 
 
 # --- the command ----------------------------------------------------------------------------------------------

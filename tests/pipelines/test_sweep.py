@@ -19,8 +19,9 @@ from PIL import Image
 from ray.util.queue import Queue
 
 from litevae.autoencoder import load_autoencoder
-from pipelines.experiments import paper, run_trial, sweep
+from pipelines.experiments import paper, run_trial, search_space, sweep, trials
 from pipelines.experiments.config import Sweep
+from pipelines.experiments.trials import RESULT, TRAINED, Trial, _listed, load_network, trials_of_space, trials_of_table
 from pipelines.runtime.cli import load, main
 from pipelines.runtime.schema import validate
 from pipelines.training.config import TrainVAE
@@ -54,12 +55,12 @@ def configured(photos, root, *more) -> Sweep:
     return load(Sweep, None, [*where, *more])
 
 
-def prepared(photos, root, *more) -> list[run_trial.Trial]:
+def prepared(photos, root, *more) -> list[Trial]:
     """The trials, without running them."""
     cfg = configured(photos, root, *more)
     if cfg.table:
-        return sweep._of_table(cfg, paper.table(cfg.table), str(root))[0]
-    return sweep._of_space(cfg, str(root))
+        return trials_of_table(cfg, paper.table(cfg.table), str(root))[0]
+    return trials_of_space(cfg, str(root))
 
 
 # --- what is trained -----------------------------------------------------------------------------------------------
@@ -92,7 +93,7 @@ def test_other_images_are_another_training(photos, tmp_path):
     copy = shutil.copytree(photos, tmp_path / "copy")
     names = []
     for _ in range(2):
-        sweep._listed.cache_clear()
+        _listed.cache_clear()
         names.append(prepared(copy, tmp_path, "table=9", "scale=smoke", "rows=[Baseline]")[0].train["name"])
         shutil.copyfile(copy / "train" / "00.png", copy / "train" / "one-more.png")
     assert names[0] != names[1]
@@ -100,7 +101,7 @@ def test_other_images_are_another_training(photos, tmp_path):
 
 def test_lpips_without_weights_is_another_training(photos, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    sweep._load.cache_clear()
+    load_network.cache_clear()
     words = ["table=9", "scale=smoke", "rows=[Baseline]"]
     off = prepared(photos, tmp_path, *words)[0].train
     assert off["loss"]["lpips"]["weight"] == 0
@@ -125,7 +126,7 @@ def test_the_best_is_the_best_mean_over_seeds():
 
 def test_values_that_pbt_moves_stay_in_their_ranges():
     fields = {"a": {"loguniform": [1e-4, 1e-2]}, "b": {"randint": [4, 6]}, "c": ["group", "smc"]}
-    moved = sweep._within({"a": 0.012, "b": 3.2, "c": "smc", "seed": 0}, fields)
+    moved = search_space.within({"a": 0.012, "b": 3.2, "c": "smc", "seed": 0}, fields)
     assert moved == {"a": 1e-2, "b": 4, "c": "smc", "seed": 0}
 
 
@@ -163,10 +164,10 @@ def test_random_points_are_in_range_and_the_same_again(photos, tmp_path):
 
 def test_a_row_whose_weights_are_missing_is_left_out_with_the_reason(photos, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    sweep._load.cache_clear()
+    load_network.cache_clear()
     weights = f"train_vae.loss.esrgan.weights={save_vgg19(tmp_path / 'vgg19.pth')}"
     cfg = configured(photos, tmp_path, "table=14", "scale=smoke", weights)
-    trials, left_out = sweep._of_table(cfg, paper.table("14"), str(tmp_path))
+    trials, left_out = trials_of_table(cfg, paper.table("14"), str(tmp_path))
     assert [row.name for each in trials for row in each.rows] == ["ESRGAN"]
     assert [*left_out] == ["LPIPS"]
     assert "train_vae.loss.lpips.weights=FILE" in left_out["LPIPS"]
@@ -286,7 +287,7 @@ def test_tables_of_the_paper_run(photos, root, weights, table, monkeypatch):
         assert torch.isfinite(torch.tensor([*metrics.values()])).all()
         assert {"eval/reconstruction/psnr", "eval/reconstruction/frechet/squeezenet-caffe"} <= metrics.keys()
         load_autoencoder(result["model"])
-        written = load(TrainVAE, str(next(folder.glob(f"configs/{sweep._slug(result['row'] + ', seed 0')}.yaml"))))
+        written = load(TrainVAE, str(next(folder.glob(f"configs/{trials.slug(result['row'] + ', seed 0')}.yaml"))))
         assert written.model.model_dump(mode="json") == result["train_vae"]["model"]
         if wanted.kind == "ldm":
             assert "eval/frechet/squeezenet-caffe" in metrics
@@ -299,12 +300,12 @@ def test_a_killed_sweep_goes_on_and_the_best_config_can_be_trained(photos, tmp_p
     words += ["space.optim.lr=[1e-2]", *TINY]
     first = subprocess.Popen([sys.executable, "jobs/sweep.py", *words], cwd=REPO, stdout=subprocess.DEVNULL)
     end = time.monotonic() + 240
-    while not (done := [*tmp_path.glob(f"trained/*/{run_trial.TRAINED}")]):
+    while not (done := [*tmp_path.glob(f"trained/*/{trials.TRAINED}")]):
         assert first.poll() is None, "it ended before it was killed"
         assert time.monotonic() < end, "nothing was trained in time"
         time.sleep(0.01)
     kill_driver(first)
-    assert not [*tmp_path.glob(f"rates/rows/*/{run_trial.RESULT}")], "it was killed too late"
+    assert not [*tmp_path.glob(f"rates/rows/*/{trials.RESULT}")], "it was killed too late"
     before = {path: path.stat().st_mtime_ns for path in done[0].parent.rglob("*.pt")}
     assert main(Sweep, sweep.sweep, words) == 0
     (result,) = json.loads((tmp_path / "rates" / "results.json").read_text())
@@ -362,8 +363,8 @@ def simulated(monkeypatch):
             os.makedirs(row["folder"], exist_ok=True)
             metrics = {"eval/reconstruction/psnr": psnr}
             result = {"row": row["name"], "seed": row["seed"], "metrics": metrics, "remarks": [], "train_vae": train}
-            Path(row["folder"], run_trial.RESULT).write_text(json.dumps(result))
-        (folder / run_trial.TRAINED).touch()
+            Path(row["folder"], RESULT).write_text(json.dumps(result))
+        (folder / TRAINED).touch()
         return {"images": images, "psnr": psnr}
 
     def run(values, setup):

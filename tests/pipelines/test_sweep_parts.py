@@ -18,9 +18,9 @@ from pipelines.encoding import encode as encode_job
 from pipelines.evaluation import generated as judge_job
 from pipelines.evaluation import reconstruction
 from pipelines.evaluation import sample as sample_job
-from pipelines.experiments import paper, run_trial, sweep
+from pipelines.experiments import paper, run_trial, search_space, sweep
 from pipelines.experiments.config import Sweep
-from pipelines.experiments.run_trial import Row, Trial
+from pipelines.experiments.trials import Row, Trial, _is, _jobs, _train, point, slug, training_lengths, trials_of_table
 from pipelines.runtime import cluster, mlflow_run
 from pipelines.runtime.cli import load
 from pipelines.training import ldm, vae
@@ -37,10 +37,10 @@ def configured(root="runs", *more) -> Sweep:
 
 
 def test_a_look_at_a_trial_is_an_eighth_of_its_images_or_as_said():
-    assert sweep._lengths(configured(), configured().train_vae) == (800, 100)
-    assert sweep._lengths(configured("runs", "every=70"), configured().train_vae) == (800, 70)
+    assert training_lengths(configured(), configured().train_vae) == (800, 100)
+    assert training_lengths(configured("runs", "every=70"), configured().train_vae) == (800, 70)
     odd = {"stages": [{"images": 801}]}
-    assert sweep._lengths(configured(), odd) == (801, 101)
+    assert training_lengths(configured(), odd) == (801, 101)
 
 
 @pytest.mark.parametrize("metric", ["psnr", "ssim"])
@@ -89,7 +89,7 @@ def test_what_a_field_is_drawn_from():
         "space={a: {uniform: [1, 2]}, b: {loguniform: [1e-4, 1e-2]}, c: {randint: [3, 5]}, d: {choice: [x, y]}, "
         "e: [5, 1e-3]}"
     )
-    space = sweep._space(configured("runs", fields, "seeds=[4]"))
+    space = search_space.tune_space(configured("runs", fields, "seeds=[4]"))
     assert space["seed"] == 4
     assert (space["a"].lower, space["a"].upper) == (1, 2)
     assert {type(space[key].get_sampler()).__name__ for key in "ac"} == {"_Uniform"}
@@ -104,7 +104,7 @@ def test_values_drawn_here_are_of_the_same_kinds():
     generator = np.random.default_rng(0)
 
     def many(values):
-        return [sweep._drawn(values, generator) for _ in range(300)]
+        return [search_space.drawn_value(values, generator) for _ in range(300)]
 
     assert {*many([1, "b"])} == {*many({"choice": [1, "b"]})} == {1, "b"}
     assert {*many({"randint": [3, 5]})} == {3, 4, 5}
@@ -115,7 +115,7 @@ def test_values_drawn_here_are_of_the_same_kinds():
 
 
 def test_numbers_as_yaml_does_not_take_them():
-    assert [sweep._number(each) for each in ("1e-4", "-2.5E+3", "1", "e4", 5, None)] == [
+    assert [search_space._number(each) for each in ("1e-4", "-2.5E+3", "1", "e4", 5, None)] == [
         1e-4,
         -2500.0,
         "1",
@@ -123,16 +123,16 @@ def test_numbers_as_yaml_does_not_take_them():
         5,
         None,
     ]
-    assert dict(sweep._fields({"a": {"b": ["1e-4", "x"]}, "c": {"uniform": ["1e-4", 1]}})) == {
+    assert dict(search_space.fields_of({"a": {"b": ["1e-4", "x"]}, "c": {"uniform": ["1e-4", 1]}})) == {
         "a.b": [1e-4, "x"], "c": {"uniform": [1e-4, 1]},
     }  # fmt: skip
-    assert sweep._nested({"a.b": 1, "a.c.d": 2, "e": 3}) == {"a": {"b": 1, "c": {"d": 2}}, "e": 3}
+    assert search_space.nested({"a.b": 1, "a.c.d": 2, "e": 3}) == {"a": {"b": 1, "c": {"d": 2}}, "e": 3}
 
 
 def test_fields_within_others():
-    assert sweep._is("data.train.uri", ("data.train",))
-    assert sweep._is("seed", ("seed",))
-    assert not sweep._is("data.training", ("data.train",))
+    assert _is("data.train.uri", ("data.train",))
+    assert _is("seed", ("seed",))
+    assert not _is("data.training", ("data.train",))
 
 
 class Tuner:
@@ -284,9 +284,9 @@ def test_a_report_without_mlflow_has_the_numbers(tmp_path):
 
 
 def test_a_files_name_of_a_label():
-    assert sweep._slug("FFHQ 128: VAE").startswith("FFHQ-128-VAE-")
-    assert sweep._slug("a b") != sweep._slug("a-b")
-    assert len(sweep._slug("x" * 200)) == 87
+    assert slug("FFHQ 128: VAE").startswith("FFHQ-128-VAE-")
+    assert slug("a b") != slug("a-b")
+    assert len(slug("x" * 200)) == 87
 
 
 # --- a trial ------------------------------------------------------------------------------------------------------
@@ -373,7 +373,7 @@ def test_with_pbt_a_trial_goes_on_from_another_ones_checkpoint(tunes_actor, tmp_
         points.append((values, seed, folder, begin))
         return Trial({"name": "n", "root": "r"})
 
-    monkeypatch.setattr(sweep, "point", point)
+    monkeypatch.setattr("pipelines.experiments.trials.point", point)
     (tmp_path / "checkpoint.json").write_text('{"path": "runs/a/checkpoint-8"}')
     cfg = configured("runs", "scheduler=pbt", "space.optim.lr=[1]")
     tunes_actor.begin = SimpleNamespace(as_directory=lambda: nullcontext(str(tmp_path)))
@@ -559,7 +559,10 @@ def test_a_row_with_a_diffusion_model(tracked, tmp_path, monkeypatch):
 
 
 def listed(monkeypatch, units=20):
-    monkeypatch.setattr(sweep, "_source", lambda cfg, name: SimpleNamespace(units=units, digest=f"digest of {name}"))
+    monkeypatch.setattr(
+        "pipelines.experiments.trials._source",
+        lambda cfg, name: SimpleNamespace(units=units, digest=f"digest of {name}"),
+    )
 
 
 def test_jobs_after_a_training_have_their_sources_and_sizes(tmp_path, monkeypatch):
@@ -573,7 +576,7 @@ def test_jobs_after_a_training_have_their_sources_and_sizes(tmp_path, monkeypatc
         "train_ldm": {"images": 9},
         "sample": {"steps": 5, "images": 3},
     }
-    jobs = sweep._jobs(cfg, values, "ldm")
+    jobs = _jobs(cfg, values, "ldm")
     assert [*jobs] == ["evaluate", "encode_dataset", "train_ldm", "sample", "evaluate_samples"]
     sources = {job: values["source"]["uri"] for job, values in jobs.items() if "source" in values}
     assert sources == {"evaluate": "/val", "encode_dataset": "/train", "evaluate_samples": "/train"}
@@ -582,20 +585,20 @@ def test_jobs_after_a_training_have_their_sources_and_sizes(tmp_path, monkeypatc
     assert {values["root"] for values in jobs.values()} == {str(tmp_path)}
     assert not any(values["tracking"]["enabled"] for values in jobs.values())
     assert checked == [("", "w.pth", "", "resnet50")]
-    assert [*sweep._jobs(cfg, {}, "vae")] == ["evaluate"]
+    assert [*_jobs(cfg, {}, "vae")] == ["evaluate"]
     few = configured(tmp_path, *data, "evaluate.images=8", "evaluate.mmd_images=30")
-    assert sweep._jobs(few, {}, "vae")["evaluate"]["mmd_images"] == 8
+    assert _jobs(few, {}, "vae")["evaluate"]["mmd_images"] == 8
 
 
 def test_a_searched_training_looks_and_keeps_its_checkpoints(tmp_path, monkeypatch):
     listed(monkeypatch)
-    plain = sweep._train(configured(tmp_path), configured().train_vae, 5)
+    plain = _train(configured(tmp_path), configured().train_vae, 5)
     assert (plain["seed"], plain["begin"], plain["root"]) == (5, "", str(tmp_path / "trained"))
     assert plain["loop"]["keep"] == 2
     for more in ("scheduler=asha", "scheduler=pbt", "search=optuna"):
-        loop = sweep._train(configured(tmp_path, more, "every=70"), configured().train_vae, 5)["loop"]
+        loop = _train(configured(tmp_path, more, "every=70"), configured().train_vae, 5)["loop"]
         assert (loop["val_every"], loop["checkpoint_every"], loop["keep"]) == (70, 70, 12)  # 800 // 70, and one
-    begun = sweep.point(configured(tmp_path), {"optim.lr": 1e-3}, 5, "folder", "runs/a/checkpoint-8")
+    begun = point(configured(tmp_path), {"optim.lr": 1e-3}, 5, "folder", "runs/a/checkpoint-8")
     assert begun.train["begin"] == "runs/a/checkpoint-8"
     (row,) = begun.rows
     assert row.name == f"optim.lr=0.001 ({begun.train['name']})"
@@ -606,7 +609,7 @@ def test_a_searched_training_looks_and_keeps_its_checkpoints(tmp_path, monkeypat
 def test_a_tables_rows_are_merged_into_trainings(tmp_path, monkeypatch):
     listed(monkeypatch)
     cfg = configured(tmp_path, "table=20", "scale=smoke", "seeds=[0, 4]")
-    trials, left_out = sweep._of_table(cfg, paper.table("20"), "folder")
+    trials, left_out = trials_of_table(cfg, paper.table("20"), "folder")
     assert left_out == {}
     assert [(row.name, row.seed, row.part) for each in trials for row in each.rows] == [
         ("UNet", 0, "encoder.aggregator"), ("UNet", 4, "encoder.aggregator"),

@@ -1,0 +1,133 @@
+"""Shows what a cache holds: its facts, some of its rows, and what the model makes of their latents."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from litevae import cache, metrics
+from litevae.autoencoder import encode_latents, fingerprint, load_autoencoder
+from litevae.errors import UserError
+from litevae.images import to_tensor
+from litevae.pictures import reconstruction_picture
+from litevae.precision import autocast
+from pipelines.data.decode import Shard, Task, seed_of, transform_of, views_of
+from pipelines.encoding.config import Inspect
+from pipelines.encoding.plan import Planned, open_listings
+from pipelines.runtime import cluster, tables
+from pipelines.runtime.logs import say
+
+
+def inspect(config: Inspect) -> dict[str, Any]:
+    """Print what a cache holds and comes from; decode and encode some rows again, and draw them beside their sources.
+
+    Raises:
+        UserError: no finished cache; model or source are not where they were.
+    """
+    if not config.cache:
+        raise UserError("give a cache folder")
+    latents = cache.LatentCache(config.cache)
+    manifest = latents.manifest
+    _print_facts(latents)
+    about: dict[str, Any] = {"digest": manifest["digest"], "shards": []}
+    if not config.shards:
+        return about
+    folder = os.path.abspath(config.model or manifest["model"]["path"])
+    if fingerprint(folder) != manifest["model"]["fingerprint"]:
+        raise UserError(f"{folder} is not the model that encoded {latents.path}; give that one with model=FOLDER")
+    model = load_autoencoder(folder)
+    planned = Planned(open_listings(latents.path, config.source), manifest["rows_per_shard"])
+    shown = []
+    for number in _spread([shard["shard"] for shard in manifest["shards"] if shard["rows"]], config.shards):
+        pixels, stored = _rows_of(latents, planned.shard(Task(number)), manifest, config.rows)
+        seen = [_look(model, image, values, manifest) for image, values in zip(pixels, stored, strict=True)]
+        psnr = float(np.mean([one["psnr"] for one in seen]))
+        drift = max(one["drift"] for one in seen)
+        about["shards"].append({"shard": number, "rows": len(seen), "psnr": round(psnr, 3), "drift": drift})
+        shown += [(one["image"], one["reconstruction"], one["latent"]) for one in seen]
+    rows = [["shard", "rows", "PSNR (dB)", "drift"]]
+    rows += [[f"{s['shard']:,}", str(s["rows"]), f"{s['psnr']:.2f}", f"{s['drift']:.2g}"] for s in about["shards"]]
+    print(f"\n{tables.table(rows)}\n\ndrift: the largest difference of the latents stored to those encoded now")
+    out = Path(cluster.output_path("out", config.out))
+    out.mkdir(parents=True, exist_ok=True)
+    same = [one for one in shown if one[0].shape == shown[0][0].shape]  # a picture's rows have one shape
+    picture = reconstruction_picture(*(torch.cat(column) for column in zip(*same, strict=True)))
+    tables.write(out / "inspection.png", tables.png(picture))
+    tables.write(out / "inspection.json", json.dumps(about, indent=1).encode())
+    print(f"\npicture  {out}/inspection.png")
+    return about
+
+
+def _print_facts(latents: cache.LatentCache) -> None:
+    manifest = latents.manifest
+    counts, kept, run = manifest["counts"], manifest["latents"], manifest["run"]
+    size = sum(shard.get("bytes", 0) for shard in manifest["shards"])
+    reasons = ", ".join(f"{count:,} {reason}" for reason, count in counts["reasons"].items())
+    shapes = ", ".join(f"{' x '.join(map(str, shape))} ({count:,})" for count, *shape in kept["shapes"])
+    source, model = manifest["source"], manifest["model"]
+    facts = {
+        "cache": f"{latents.path}, version {manifest['number']}, digest {manifest['digest'][:12]}",
+        "images": f"{counts['input']:,} = {counts['encoded']:,} encoded + {counts['quarantined']:,} in quarantine",
+        "quarantine": reasons or "empty",
+        "rows": f"{counts['rows']:,} in {len(manifest['shards']):,} shards, {size / 1e6:,.1f} MB",
+        "latents": f"{kept['content']}, {kept['dtype']}: {shapes}",
+        "model": f"{model['config'].get('_class_name')} {model['path']}, fingerprint {model['fingerprint'][:12]}",
+        "transform": ", ".join(f"{key} {value}" for key, value in manifest["transform"].items()),
+        "source": f"{source['kind']} {source['uri']}, {source['units']:,} inputs, digest {source['digest'][:12]}",
+        "made": f"{run.get('created')} by {run.get('job')} on {', '.join(run.get('devices', []))}, MLflow run "
+        f"{run.get('tracking', {}).get('run_id')}",
+    }
+    print("\n".join(f"{name:<12}{text}" for name, text in facts.items()))
+    rows = [["channel", *map(str, range(len(kept["mean"])))]]
+    rows += [[name, *(f"{value:.4f}" for value in kept[name])] for name in ("mean", "std")]
+    print(f"\n{tables.table(rows)}")
+
+
+def _spread(items: list[int], count: int) -> list[int]:
+    """`count` of them, evenly spaced."""
+    return [
+        items[index] for index in np.unique(np.linspace(0, len(items) - 1, min(count, len(items))).round().astype(int))
+    ]
+
+
+def _rows_of(
+    latents: cache.LatentCache, shard: Shard, manifest: dict[str, Any], count: int
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Pixels (H, W, 3) of some of a shard's rows, made from the source again, and their stored latents (C, h, w)."""
+    views = views_of(manifest)
+    transform = transform_of(views)
+    if (now := transform.identity) != {key: manifest["transform"].get(key) for key in now}:
+        say(f"note: shard {shard.task.shard}: images are not decoded here as they were: {now}", "WARNING")
+    commit = next(entry for entry in manifest["shards"] if entry["shard"] == shard.task.shard)
+    table, parts = cache.read_shard(latents.path, commit, manifest["latents"])
+    stored = [values for part in parts for values in part]
+    pixels, kept = [], []
+    for index in _spread(list(range(table.num_rows)), count):
+        row = table.slice(index, 1).to_pylist()[0]
+        item = shard.source.read(row["unit"] - shard.first)
+        pixels.append(transform.all(item.data, seed_of(views, item.id))[row["view"]].pixels)
+        kept.append(stored[index])
+    return pixels, kept
+
+
+@torch.inference_mode()
+def _look(model: Any, pixels: np.ndarray, stored: np.ndarray, manifest: dict[str, Any]) -> dict[str, Any]:
+    """A row decoded, and its image encoded again."""
+    how = manifest["latents"]
+    x = to_tensor(pixels[None])
+    kept = cache.from_stored(stored[None].copy(), how["dtype"]).float()
+    with autocast(x.device, manifest["precision"]):
+        fresh = encode_latents(model, x).float()
+    fresh = fresh[:, : kept.shape[1]]
+    latent = kept.chunk(2, dim=1)[0] if how["content"] == "moments" else kept
+    reconstruction = model.decode(latent, return_dict=False)[0].float()
+    return {
+        "image": x,
+        "reconstruction": reconstruction,
+        "latent": latent,
+        "psnr": float(metrics.psnr(reconstruction.clamp(-1, 1), x)),
+        "drift": float((fresh - kept).abs().max()),
+    }

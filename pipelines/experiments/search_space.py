@@ -1,0 +1,96 @@
+"""The fields that a sweep varies: lists of values, and distributions that they are drawn from."""
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from litevae.errors import UserError
+from pipelines.experiments.config import Sweep
+
+DRAWS = ("uniform", "loguniform", "randint", "choice")
+
+
+def fields_of(space: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted field, list of values or {kind of draw: arguments}).
+
+    Raises:
+        UserError: it is neither.
+    """
+    for key, value in space.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, list) and value:
+            yield name, [_number(item) for item in value]
+        elif isinstance(value, dict) and len(value) == 1 and (draw := next(iter(value))) in DRAWS:
+            arguments = value[draw]
+            if isinstance(arguments, list):
+                arguments = [_number(item) for item in arguments]
+            if draw == "choice" and not (isinstance(arguments, list) and arguments):
+                raise UserError(f"space.{name}: choice takes a list of values, not {arguments}")
+            numbers = isinstance(arguments, list) and all(isinstance(item, int | float) for item in arguments)
+            if draw != "choice" and not (numbers and len(arguments) == 2 and arguments[0] < arguments[1]):
+                raise UserError(f"space.{name}: {draw} takes [least, largest], not {arguments}")
+            if draw == "loguniform" and arguments[0] <= 0:
+                raise UserError(f"space.{name}: loguniform takes numbers above 0, not {arguments}")
+            yield name, {draw: arguments}
+        elif isinstance(value, dict) and value:
+            yield from fields_of(value, f"{name}.")
+        else:
+            kinds = ", ".join(f"{{{draw}: [a, b]}}" for draw in DRAWS)
+            raise UserError(f"space.{name}={value!r} is neither a list of values nor one of {kinds}")
+
+
+def _number(value: Any) -> Any:
+    """YAML takes 1e-4 for text."""
+    exponent = isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value)
+    return float(value) if exponent else value
+
+
+def nested(values: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        *parents, last = key.split(".")
+        section = found
+        for parent in parents:
+            section = section.setdefault(parent, {})
+        section[last] = value
+    return found
+
+
+def drawn_value(values: Any, generator: np.random.Generator) -> Any:
+    """One value of a field, drawn."""
+    kind, arguments = ("choice", values) if isinstance(values, list) else next(iter(values.items()))
+    if kind == "choice":
+        return arguments[generator.integers(len(arguments))]
+    if kind == "randint":
+        return int(generator.integers(arguments[0], arguments[1] + 1))
+    low, high = np.log(arguments) if kind == "loguniform" else arguments
+    value = generator.uniform(low, high)
+    return float(np.exp(value) if kind == "loguniform" else value)
+
+
+def tune_space(cfg: Sweep) -> dict[str, Any]:
+    return {"seed": cfg.seeds[0]} | {key: domain(values) for key, values in fields_of(cfg.space)}
+
+
+def domain(values: Any) -> Any:
+    """What Tune and Optuna draw a field from."""
+    from ray import tune
+
+    kind, arguments = ("choice", values) if isinstance(values, list) else next(iter(values.items()))
+    if kind == "choice":
+        return tune.choice(arguments)
+    if kind == "randint":
+        return tune.randint(arguments[0], arguments[1] + 1)
+    return getattr(tune, kind)(*arguments)
+
+
+def within(config: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
+    """Drawn values of a config, brought back into their ranges."""
+    for key, values in fields.items():
+        kind, arguments = ("choice", values) if isinstance(values, list) else next(iter(values.items()))
+        if kind != "choice":
+            value = min(max(config[key], arguments[0]), arguments[1])
+            config[key] = round(value) if kind == "randint" else value
+    return config
