@@ -67,19 +67,19 @@ MUTANTS = [
         ("tests/pipelines/test_cluster.py::test_actors_get_the_share_and_can_be_started_again",),
     ),
     Mutant(
-        "pipelines/training/feeds.py",
+        "pipelines/training/image_feed.py",
         "seed=seed_for(self._seed, position)",
         "seed=seed_for(self._seed, row)",
         ("tests/pipelines/test_vae_task.py::test_crops_and_flips_are_the_configs_and_others_in_each_epoch",),
     ),
     Mutant(
-        "pipelines/training/feeds.py",
+        "pipelines/training/image_feed.py",
         "self.order = EpochOrder(source.groups, seed, source.window)",
         "self.order = EpochOrder(source.groups, 0, source.window)",
         ("tests/pipelines/test_vae_task.py::test_images_come_in_another_order_with_another_seed",),
     ),
     Mutant(
-        "pipelines/training/feeds.py",
+        "pipelines/training/latent_feeds.py",
         "return ImageTransform(data.resolution, data.resize, data.crop, data.flip, decode=data.decode)",
         "return ImageTransform(data.resolution, data.resize, decode=data.decode)",
         (
@@ -87,13 +87,13 @@ MUTANTS = [
         ),
     ),
     Mutant(
-        "pipelines/training/feeds.py",
+        "pipelines/training/latent_feeds.py",
         "return (raw - mean) / std",
         "return raw - mean",
         ("tests/pipelines/test_ldm_task.py::test_online_latents_are_the_autoencoders_normalised",),
     ),
     Mutant(
-        "pipelines/training/feeds.py",
+        "pipelines/training/image_feed.py",
         "return len(set(gathered([*self.bad], world)))",
         "return len(gathered([*self.bad], world)) + 1",
         ("tests/pipelines/test_ldm_task.py::test_online_counts_what_it_can_not_read",),
@@ -160,18 +160,18 @@ MUTANTS = [
     ),
     Mutant(
         "pipelines/runtime/mlflow_run.py",
-        "self._last.get(name := _name(key), -1) < step",
-        "self._last.get(name := _name(key), -1) <= step",
+        "self._last.get(name := metric_name(key), -1) < step",
+        "self._last.get(name := metric_name(key), -1) <= step",
         ("tests/pipelines/test_tracked.py::test_metrics_are_lines_and_reach_mlflow_once",),
     ),
     Mutant(
-        "pipelines/runtime/mlflow_run.py",
+        "pipelines/runtime/mlflow_server.py",
         "params=[Param(key, value) for key, value in values.items() if key not in known],",
         "params=[Param(key, value) for key, value in values.items()],",
         ("tests/pipelines/test_tracked.py::test_a_run_that_goes_on_is_found_by_its_folder_and_job",),
     ),
     Mutant(
-        "pipelines/runtime/mlflow_run.py",
+        "pipelines/runtime/mlflow_server.py",
         "values = {key: redact(value)[:6000]",
         "values = {key: value[:6000]",
         ("tests/pipelines/test_tracked.py::test_a_new_run_has_its_parameters_and_tags",),

@@ -1,6 +1,7 @@
 """Who may import whom: from jobs down to the library, never up and never between rooms on the same floor."""
 
 import ast
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -46,3 +47,16 @@ def test_imports_go_down(path):
             for name in names:
                 there = room_of(name)
                 assert there == here or floor_of(there) > floor_of(here), f"line {node.lineno} imports {name}"
+
+
+def imports_of(path: Path) -> set[str]:
+    """Modules of ours that a file imports, in functions, too."""
+    modules = {".".join(each.relative_to(ROOT).with_suffix("").parts) for each in FILES}
+    nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom) and node.module]
+    named = {f"{node.module}.{name.name}" for node in nodes for name in node.names}
+    return (named | {node.module for node in nodes if node.module}) & modules
+
+
+def test_there_are_no_circles():
+    graph = {".".join(path.relative_to(ROOT).with_suffix("").parts): imports_of(path) for path in FILES}
+    list(TopologicalSorter(graph).static_order())  # raises where files import each other

@@ -19,7 +19,7 @@ from pipelines.benchmark import meter
 from pipelines.benchmark.models import build
 from pipelines.runtime import cluster
 from pipelines.runtime.cli import load
-from pipelines.runtime.mlflow_run import RunHandle
+from pipelines.runtime.mlflow_server import RunHandle
 from pipelines.training import ldm
 from pipelines.training.config import TrainLDM
 

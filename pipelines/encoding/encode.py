@@ -27,7 +27,7 @@ from pipelines.encoding.config import Encode, Mend
 from pipelines.encoding.encoder import Encoder
 from pipelines.encoding.plan import Planned, inputs_of, is_empty, library_versions, make_plan, source_of
 from pipelines.encoding.totals import add_reasons, check_budget, listed_reasons
-from pipelines.runtime import cluster, mlflow_run, prometheus, tables
+from pipelines.runtime import cluster, mlflow_run, mlflow_server, prometheus, tables
 from pipelines.runtime.logs import say
 from pipelines.runtime.progress import Progress
 
@@ -120,7 +120,7 @@ def run_tracked(
     )
     tracker = mlflow_run.Tracker(handle)
     say(f"cache: {out}\nMLflow: {mlflow_run.link(handle)}", cache=out, run=mlflow_run.link(handle))
-    status: mlflow_run.Status = "FAILED"
+    status: mlflow_server.Status = "FAILED"
     try:
         result = _encode(plan, planned, todo, out, share)
         manifest = finish(out, plan, planned, "encode_dataset", settings, handle, result.pop("devices"))
@@ -153,7 +153,7 @@ def finish(
     planned: "Planned",
     job: str,
     settings: dict[str, Any],
-    handle: mlflow_run.RunHandle,
+    handle: mlflow_server.RunHandle,
     devices: Sequence[str],
 ) -> dict[str, Any]:
     """Write the manifest of a cache whose shards are all there, and say who made it."""

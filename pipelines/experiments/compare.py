@@ -19,7 +19,7 @@ from pipelines.experiments import paper
 from pipelines.experiments.comparison import FINISHED, Run, clean, comparison, listed
 from pipelines.experiments.config import Compare
 from pipelines.experiments.page import as_json, markdown, page, report
-from pipelines.runtime import mlflow_run, tables
+from pipelines.runtime import mlflow_run, mlflow_server, tables
 from pipelines.runtime.cluster import output_path
 
 STORED = re.compile(r"images/(.+?)[+%]step[+%](\d+)[+%]timestamp[+%]\d+[+%][^+%]*\.png$")  # a picture in MLflow ...
@@ -112,7 +112,7 @@ def _read(cfg: Compare) -> tuple[Any, list[Run]]:
         raise UserError(f"{where}: no such database; root=FOLDER or mlflow_run.uri says where the runs are")
 
     def read() -> tuple[Any, list[Run]]:
-        client = mlflow_run._client(uri)
+        client = mlflow_server.client_of(uri)
         experiment = client.get_experiment_by_name(cfg.tracking.experiment)
         if experiment is None:
             known = listed(each.name for each in client.search_experiments())
@@ -138,7 +138,7 @@ def _asked(where: str, ask: Callable[[], Any]) -> Any:
 
 
 def _problem(error: Exception) -> str:
-    return mlflow_run.redact(" ".join(mlflow_run._cause(error).split()))[:200]
+    return mlflow_run.redact(" ".join(mlflow_server.cause_of(error).split()))[:200]
 
 
 def _run(run: Any) -> Run:

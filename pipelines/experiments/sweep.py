@@ -38,7 +38,7 @@ from pipelines.experiments.trials import (
     trials_of_space,
     trials_of_table,
 )
-from pipelines.runtime import cluster, mlflow_run, tables
+from pipelines.runtime import cluster, mlflow_run, mlflow_server, tables
 from pipelines.runtime.logs import say
 from pipelines.runtime.schema import dump, validate, values_to_keep
 from pipelines.training import checkpoint
@@ -101,7 +101,7 @@ def _sweep(cfg: Sweep, table: paper.Table | None, sources: dict[str, Any], folde
     if lpips.weight and (reason := load_network("lpips", lpips.net, lpips.weights)):
         say(f"warning: loss.lpips is off in all trainings: {reason}", "WARNING")
     run = mlflow_run.start_run(cfg.tracking, root, "sweep", name, cfg.model_dump(mode="json"), folder)
-    status: mlflow_run.Status = "FAILED"
+    status: mlflow_server.Status = "FAILED"
     try:
         failed = _tune(cfg, trials, share, run, folder)
         results = _results(folder, trials, [*table.rows] if table else [])
@@ -135,7 +135,7 @@ def _complexity(cfg: Sweep, table: paper.Table, folder: str) -> list[dict[str, A
     job = validate(EvaluateComplexity, paper.merged(*parts))
     checkpoint.open_run(folder, cfg, FREE)
     run = mlflow_run.start_run(cfg.tracking, cfg.root, "sweep", cfg.name, cfg.model_dump(mode="json"), folder)
-    status: mlflow_run.Status = "FAILED"
+    status: mlflow_server.Status = "FAILED"
     try:
         found = complexity(job)["complexity"]
         results = []
@@ -167,7 +167,9 @@ def _absolute(source: SourceConfig) -> SourceConfig:
 # --- on Ray Tune ------------------------------------------------------------------------------------------------
 
 
-def _tune(cfg: Sweep, trials: list[Trial], share: cluster.Share, run: mlflow_run.RunHandle, folder: str) -> list[str]:
+def _tune(
+    cfg: Sweep, trials: list[Trial], share: cluster.Share, run: mlflow_server.RunHandle, folder: str
+) -> list[str]:
     """Run what is not done. Returns what is to be said of the trainings that failed.
 
     Of given trials those that are not done are run, which go on where they were; what Tune itself knows matters where

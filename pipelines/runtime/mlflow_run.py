@@ -23,44 +23,26 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any
 
 import numpy as np
 
 from litevae import storage
 from litevae.errors import UserError, redact
+from pipelines.runtime import mlflow_server
 from pipelines.runtime.cluster import output_path
+from pipelines.runtime.metrics_log import clear_log, mend_log, metric_name, parse_line
+from pipelines.runtime.mlflow_server import RunHandle, Status
 from pipelines.runtime.schema import Tracked, Tracking
 
-# Seconds. MLflow's own defaults (120 s a request, 7 retries) block for 4 minutes where a server refuses and for 20
-# where it hangs; here one request is tried once, and what failed is tried again later.
-REQUEST_TIMEOUT = int(os.environ.get("MLFLOW_HTTP_REQUEST_TIMEOUT", 5))
-UPLOAD_TIMEOUT = 120  # an artifact's: a server answers only when its own store has taken the file
 CLOSE_TIMEOUT = 300  # for uploads that go on; close() gives up at the first failure
-FLUSH_EVERY = 2.0
-BACKOFF = (5.0, 300.0)  # after a failure: first and longest wait
-SYSTEM_EVERY = 10.0
 
+FLUSH_EVERY = 2.0
+SYSTEM_EVERY = 10.0
 _SENT = "litevae.metrics_sent"  # run tag: bytes of metrics.jsonl that have arrived
 _CHUNK = 16 * 2**10  # bytes of metrics.jsonl a request: some hundreds of metrics (MLflow takes 1000)
-
-Status = Literal["FINISHED", "FAILED", "KILLED"]
-Result = TypeVar("Result")
-
-
-@dataclass(frozen=True)
-class RunHandle:
-    """Where a run is tracked; plain data, for workers too. `run_id` is None where MLflow is off or was dead."""
-
-    uri: str = field(repr=False)  # may hold a password
-    run_id: str | None
-    experiment: str
-    folder: str
-    experiment_id: str = ""
-    started: float = 0.0  # Unix time of the run's first start
 
 
 def start_run(
@@ -84,7 +66,7 @@ def start_run(
     folder = os.path.abspath(folder)
     os.makedirs(folder, exist_ok=True)
     if not resume:
-        _clear(folder)
+        clear_log(folder)
     uri = tracking_uri(config, root) if config.enabled else ""
     handle = RunHandle(uri, None, config.experiment, folder)
     if not uri:
@@ -92,9 +74,13 @@ def start_run(
     labels = {"litevae.job": job, "litevae.folder": folder, "mlflow.source.name": f"jobs/{job}.py"}
     labels |= config.tags | (tags or {}) | ({"mlflow.parentRunId": config.parent} if config.parent else {})
     # The first use of an SQLite store creates its tables: seconds on an idle disk.
-    seconds = 3 * REQUEST_TIMEOUT if _is_server(uri) else 120
+    seconds = 3 * mlflow_server.REQUEST_TIMEOUT if mlflow_server.is_server(uri) else 120
     return (
-        _attempt(handle, seconds, partial(_open_run, handle, root, config.run or name, params, redact(labels), resume))
+        mlflow_server.attempt(
+            handle,
+            seconds,
+            partial(mlflow_server.open_run, handle, root, config.run or name, params, redact(labels), resume),
+        )
         or handle
     )
 
@@ -102,14 +88,18 @@ def start_run(
 def finish(handle: RunHandle, status: Status = "FINISHED") -> None:
     """Set how the run ended; on the driver, after every Tracker was closed."""
     if handle.run_id:
-        _attempt(handle, 2 * REQUEST_TIMEOUT, lambda: _client(handle.uri).set_terminated(handle.run_id, status))
+        mlflow_server.attempt(
+            handle,
+            2 * mlflow_server.REQUEST_TIMEOUT,
+            lambda: mlflow_server.client_of(handle.uri).set_terminated(handle.run_id, status),
+        )
 
 
 def link(handle: RunHandle) -> str:
     """What to open or type to see the run."""
     if handle.run_id is None:
         return os.path.join(handle.folder, "metrics.jsonl")
-    if _is_server(handle.uri):
+    if mlflow_server.is_server(handle.uri):
         server = re.sub(r"(?<=://)[^/?#\s]*@", "", handle.uri).rstrip("/")
         return f"{server}/#/experiments/{handle.experiment_id}/runs/{handle.run_id}"
     command = "mlflow" if shutil.which("mlflow") else str(Path(sys.executable).with_name("mlflow"))
@@ -166,10 +156,12 @@ class Tracker:
         self._handle = handle
         os.makedirs(handle.folder, exist_ok=True)
         self._path = os.path.join(handle.folder, "metrics.jsonl")
-        self._last = _mend(self._path)
+        self._last = mend_log(self._path)
         self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115 - closed in close()
         # Here and not in the thread: a data loader forked in the middle of an import would inherit its locks.
-        self._client: Any = _attempt(handle, 60, lambda: _client(handle.uri)) if handle.run_id else None
+        self._client: Any = (
+            mlflow_server.attempt(handle, 60, lambda: mlflow_server.client_of(handle.uri)) if handle.run_id else None
+        )
         self._queue: queue.Queue[Callable[[], None]] = queue.Queue(maxsize=256)  # what calls leave to the thread
         self._uploads: deque[Callable[[], None]] = deque(maxlen=1000)  # what the thread still has to bring to MLflow
         self._sent: int | None = None
@@ -187,7 +179,9 @@ class Tracker:
         Raises:
             UserError: metrics.jsonl can't be written: a full disk takes no checkpoint either.
         """
-        fresh = {name: float(value) for key, value in values.items() if self._last.get(name := _name(key), -1) < step}
+        fresh = {
+            name: float(value) for key, value in values.items() if self._last.get(name := metric_name(key), -1) < step
+        }
         if not fresh:
             return
         self._last.update(dict.fromkeys(fresh, step))
@@ -207,9 +201,9 @@ class Tracker:
 
     def image(self, key: str, image: np.ndarray, step: int) -> None:
         """Log a picture, uint8 HWC (RGB): <folder>/images/<key>-<step>.png, and MLflow's picture of that step."""
-        path = Path(self._handle.folder, "images", f"{_name(key).replace('/', '-')}-{step:012d}.png")
+        path = Path(self._handle.folder, "images", f"{metric_name(key).replace('/', '-')}-{step:012d}.png")
         if not path.exists():
-            self._put(partial(self._picture, _name(key), np.array(image), step, path))
+            self._put(partial(self._picture, metric_name(key), np.array(image), step, path))
 
     def artifact(self, path: str | Path, folder: str = "") -> None:
         """Upload a file; it must stay as it is until close()."""
@@ -240,7 +234,9 @@ class Tracker:
         try:
             self._queue.put_nowait(work)
         except queue.Full:
-            _warn(self._handle, "too many pictures and files are waiting; further ones are dropped until it catches up")
+            mlflow_server.warn_once(
+                self._handle, "too many pictures and files are waiting; further ones are dropped until it catches up"
+            )
 
     def _run(self) -> None:
         wait = FLUSH_EVERY
@@ -252,8 +248,8 @@ class Tracker:
                     self._deliver()
                 self._failing, wait = False, FLUSH_EVERY
             except Exception as error:  # noqa: BLE001 - the boundary: whatever MLflow raises is reported, and training goes on
-                self._failing, wait = True, min(2 * max(wait, BACKOFF[0] / 2), BACKOFF[1])
-                _warn(self._handle, error)
+                self._failing, wait = True, min(2 * max(wait, mlflow_server.BACKOFF[0] / 2), mlflow_server.BACKOFF[1])
+                mlflow_server.warn_once(self._handle, error)
             if last or (self._failing and self._closing.is_set()):
                 return
             self._closing.wait(wait)
@@ -267,7 +263,7 @@ class Tracker:
             work()
 
     def _deliver(self) -> None:
-        _set_timeout(REQUEST_TIMEOUT)
+        mlflow_server.set_timeout(mlflow_server.REQUEST_TIMEOUT)
         if self._sent is None:
             sent = int(self._client.get_run(self._handle.run_id).data.tags.get(_SENT, 0))
             # A file shorter than that is another one. Sending a line twice is harmless: MLflow drops exact doubles.
@@ -290,7 +286,7 @@ class Tracker:
                 sent = self._sent + sum(map(len, lines))
                 metrics = [
                     Metric(key, value, int(moment * 1000), step)
-                    for step, moment, values in map(_parse, lines)
+                    for step, moment, values in map(parse_line, lines)
                     for key, value in values.items()
                 ]
                 self._client.log_batch(self._handle.run_id, metrics, tags=[RunTag(_SENT, str(sent))], synchronous=True)
@@ -337,11 +333,11 @@ class Tracker:
             print(f"warning: {path} is gone; it is not uploaded to MLflow", file=sys.stderr, flush=True)
             return
         self._client.get_run(self._handle.run_id)  # a server that hangs shows here, within the short timeout
-        _set_timeout(UPLOAD_TIMEOUT)
+        mlflow_server.set_timeout(mlflow_server.UPLOAD_TIMEOUT)
         try:
             getattr(self._client, method)(self._handle.run_id, path, folder or None)
         finally:
-            _set_timeout(REQUEST_TIMEOUT)
+            mlflow_server.set_timeout(mlflow_server.REQUEST_TIMEOUT)
 
     def _log_dataset(self, name: str, digest: str, source: str, context: str) -> None:
         from mlflow.entities import Dataset, DatasetInput, InputTag
@@ -367,7 +363,7 @@ def replay(folder: str, tracker: Tracker, step: int, training: bool = False) -> 
     """
     last: dict[str, float] = {}
     for line in Path(folder, "metrics.jsonl").read_bytes().splitlines():
-        at, _, values = _parse(line)
+        at, _, values = parse_line(line)
         values = {key: value for key, value in values.items() if not (training and key.startswith("eval/"))}
         tracker.metrics(values, at or step)
         last |= values
@@ -380,186 +376,3 @@ def replay(folder: str, tracker: Tracker, step: int, training: bool = False) -> 
                 key.replace("-", "/", 1) if training else key, np.asarray(image), int(path.stem[-12:]) or step
             )
     return last
-
-
-# --- MLflow -----------------------------------------------------------------------------------------------------
-
-
-def _client(uri: str) -> Any:
-    os.environ.update(
-        MLFLOW_DISABLE_TELEMETRY="true",  # by default it reports its use to its makers
-        MLFLOW_HTTP_REQUEST_MAX_RETRIES="0",
-        MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT="true",  # with the password in it
-    )
-    _set_timeout(REQUEST_TIMEOUT)
-    import logging
-
-    import mlflow
-
-    for name in ("mlflow", "alembic", "urllib3"):  # what matters of it comes as an exception, once
-        logging.getLogger(name).setLevel(logging.ERROR)
-    return mlflow.MlflowClient(tracking_uri=uri)
-
-
-def _set_timeout(seconds: int) -> None:
-    # MLflow reads it anew at each request; there is no argument for it.
-    if os.environ.get("MLFLOW_HTTP_REQUEST_TIMEOUT") != str(seconds):
-        os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = str(seconds)
-
-
-def _open_run(
-    handle: RunHandle, root: str, name: str, params: dict[str, Any], tags: dict[str, str], resume: bool
-) -> RunHandle:
-    client = _client(handle.uri)
-    from mlflow.entities import Param, RunTag
-
-    experiment_id = _experiment(client, handle, root)
-    run = _find_run(client, experiment_id, tags) if resume else None
-    if run is None:
-        run = client.create_run(experiment_id, run_name=name, tags=tags)
-    else:
-        client.update_run(run.info.run_id, status="RUNNING")
-    values = {key: redact(value)[:6000] for key, value in _flatten(params)}
-    known = run.data.params  # MLflow refuses to change a parameter; what a resumed run has changed becomes a tag
-    client.log_batch(
-        run.info.run_id,
-        params=[Param(key, value) for key, value in values.items() if key not in known],
-        tags=[RunTag(f"changed.{key}", value) for key, value in values.items() if known.get(key, value) != value],
-        synchronous=True,
-    )
-    return replace(handle, run_id=run.info.run_id, experiment_id=experiment_id, started=run.info.start_time / 1000)
-
-
-def _experiment(client: Any, handle: RunHandle, root: str) -> str:
-    from mlflow.exceptions import MlflowException
-
-    # A server knows where its artifacts go. A database does not, and its default is relative to the working directory.
-    location = None
-    if handle.uri.startswith("sqlite:"):
-        location = os.path.join(os.path.dirname(handle.uri.removeprefix("sqlite:///")), "mlartifacts")
-    elif not _is_server(handle.uri):
-        location = os.path.join(os.path.abspath(root), "mlartifacts")
-    experiment = client.get_experiment_by_name(handle.experiment)
-    if experiment is None:
-        try:
-            return client.create_experiment(handle.experiment, artifact_location=location)
-        except MlflowException:  # another job was faster
-            experiment = client.get_experiment_by_name(handle.experiment)
-            if experiment is None:
-                raise
-    return experiment.experiment_id
-
-
-def _find_run(client: Any, experiment_id: str, tags: dict[str, str]) -> Any:
-    def equals(tag: str) -> str:
-        quote = '"' if "'" in tags[tag] else "'"
-        return f"tags.`{tag}` = {quote}{tags[tag]}{quote}"
-
-    found = client.search_runs(
-        [experiment_id],
-        filter_string=f"{equals('litevae.folder')} and {equals('litevae.job')}",
-        order_by=["attributes.start_time DESC"],
-        max_results=1,
-    )
-    return found[0] if found else None
-
-
-def _attempt(handle: RunHandle, seconds: float, call: Callable[[], Result]) -> Result | None:
-    """What `call` returns; None, after a warning, where it fails or is not done in time."""
-    outcome: queue.SimpleQueue[tuple[Result | None, Exception | None]] = queue.SimpleQueue()
-
-    def run() -> None:
-        try:
-            outcome.put((call(), None))
-        except Exception as error:  # noqa: BLE001 - the boundary: reported below, and training goes on
-            outcome.put((None, error))
-
-    threading.Thread(target=run, daemon=True).start()
-    try:
-        result, error = outcome.get(timeout=seconds)
-    except queue.Empty:
-        result, error = None, TimeoutError(f"no answer within {seconds:g} s")
-    if error is not None:
-        _warn(handle, error)
-    return result
-
-
-_warned: set[str] = set()
-
-
-def _warn(handle: RunHandle, reason: Exception | str) -> None:
-    """Say once a process, in one line, that MLflow fails."""
-    if handle.uri not in _warned:
-        _warned.add(handle.uri)
-        text = redact(" ".join(_cause(reason).split()))
-        print(
-            f"warning: tracking at {redact(handle.uri) or handle.folder} fails; the run goes on, its metrics are in "
-            f"{handle.folder}/metrics.jsonl ({text[:200]})",
-            file=sys.stderr,
-            flush=True,
-        )
-
-
-def _cause(reason: BaseException | str) -> str:
-    """The first of a chain of exceptions says it: "Connection refused", and not how often that was passed on."""
-    if isinstance(reason, str):
-        return reason
-    while earlier := reason.__cause__ or reason.__context__:
-        reason = earlier
-    return f"{type(reason).__name__}: {reason}"
-
-
-def _is_server(uri: str) -> bool:
-    return uri.startswith(("http://", "https://"))
-
-
-# --- metrics.jsonl ----------------------------------------------------------------------------------------------
-
-
-def _mend(path: str) -> dict[str, int]:
-    """The last step of each metric in the file. A last line without its end (a full disk, a power cut) is cut off."""
-    last: dict[str, int] = {}
-    with open(path, "a+b") as file:
-        file.seek(0)
-        end = 0
-        for line in file:
-            if not line.endswith(b"\n"):
-                file.truncate(end)
-                break
-            end += len(line)
-            step, _, values = _parse(line)
-            last.update(dict.fromkeys(values, step))
-    return last
-
-
-def _parse(line: bytes) -> tuple[int, float, dict[str, float]]:
-    """Step, Unix time and metrics of a line; no metrics where it is damaged."""
-    try:
-        values = json.loads(line)
-        return values.pop("step"), values.pop("time"), {key: float(value) for key, value in values.items()}
-    except (ValueError, KeyError, AttributeError, TypeError):
-        return 0, 0.0, {}
-
-
-def _clear(folder: str) -> None:
-    Path(folder, "metrics.jsonl").unlink(missing_ok=True)
-    for picture in Path(folder, "images").glob("*-" + "[0-9]" * 12 + ".png"):
-        picture.unlink()
-
-
-def _name(key: str) -> str:
-    """A name that MLflow takes for metrics and pictures alike."""
-    return re.sub(r"[^A-Za-z0-9_\-./ ]", "_", key)
-
-
-def _flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """(dotted name, text) of every value; lists of sections are numbered."""
-    if isinstance(value, dict):
-        pairs: Any = value.items()
-    elif isinstance(value, list | tuple) and any(isinstance(item, dict) for item in value):
-        pairs = enumerate(value)
-    else:
-        yield prefix, str(value)
-        return
-    for key, item in pairs:
-        yield from _flatten(item, f"{prefix}.{key}" if prefix else str(key))

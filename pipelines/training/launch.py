@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from litevae.errors import UserError
-from pipelines.runtime import mlflow_run, shutdown, tables
+from pipelines.runtime import mlflow_run, mlflow_server, shutdown, tables
 from pipelines.runtime.cluster import Share
 from pipelines.runtime.logs import say
 from pipelines.runtime.schema import Ray
@@ -25,7 +25,7 @@ RESIZE_EVERY = 30.0  # seconds between looks for nodes that an elastic run could
 def fit(
     worker: Callable[[dict[str, Any]], dict[str, Any]],
     setup: dict[str, Any],
-    handle: mlflow_run.RunHandle,
+    handle: mlflow_server.RunHandle,
     share: Share,
     loop: Loop,
     callbacks: Sequence[Any] = (),
@@ -79,7 +79,7 @@ def fit(
         ),
         torch_config=Alone() if (share.elastic or share.workers) == 1 else TorchConfig(timeout_s=600),
     )
-    status: mlflow_run.Status = "FAILED"
+    status: mlflow_server.Status = "FAILED"
     try:
         result = shutdown.patiently(trainer.fit, folder).return_value
         if "error" in result:

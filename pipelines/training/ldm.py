@@ -38,7 +38,8 @@ from pipelines.runtime.logs import say
 from pipelines.runtime.schema import validate, values_to_keep
 from pipelines.training import checkpoint, compiling, launch, optimizer, step_metrics
 from pipelines.training.config import TrainLDM
-from pipelines.training.feeds import Batch, make_feed
+from pipelines.training.feeds import make_feed
+from pipelines.training.latent_feeds import Batch
 
 # What may differ when a run goes on. `images` may only grow.
 FREE = (

@@ -29,7 +29,7 @@ from pipelines.runtime.logs import say
 from pipelines.runtime.schema import validate, values_to_keep
 from pipelines.training import checkpoint, compiling, launch, optimizer, step_metrics
 from pipelines.training.config import TrainVAE
-from pipelines.training.feeds import Images, Picture
+from pipelines.training.image_feed import Images, Picture
 
 # What may differ when a run goes on. Stages may only grow; see _check_stages.
 FREE = (

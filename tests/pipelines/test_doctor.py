@@ -16,10 +16,10 @@ from litevae import native, storage
 from litevae.errors import UserError
 from pipelines.data.source import Source
 from pipelines.data.sources import restore
-from pipelines.diagnostics import doctor, probe
+from pipelines.diagnostics import doctor, folders, machine, probe, services, workload
 from pipelines.diagnostics.config import Doctor
 from pipelines.diagnostics.doctor import DRIVER, Finding, examined
-from pipelines.runtime import mlflow_run
+from pipelines.runtime import mlflow_server
 from pipelines.runtime.cli import load
 from tests.encoding import BAD, photo_folder, save_model
 from tests.nodes import cluster
@@ -94,11 +94,11 @@ def test_a_table_has_a_row_for_nodes_that_are_alike_and_breaks_no_path():
 
 
 def test_another_version_on_a_node():
-    mine = doctor._versions()
+    mine = machine.versions_here()
     assert mine["torch"].startswith("2.")
     theirs = mine | {"torch": "2.6.0", "code": "00000000"}
     lost = ModuleNotFoundError("No module named 'pipelines'")
-    found = examined(doctor.versions, mine, {"a": mine, "b": theirs, "c": lost})
+    found = examined(machine.versions, mine, {"a": mine, "b": theirs, "c": lost})
     assert states(found) == [(DRIVER, "ok"), ("c", "failed"), ("a", "ok"), ("b", "failed")]
     assert "No module named 'pipelines'" in found[1].found
     assert "constraints.txt" in found[1].advice
@@ -117,7 +117,7 @@ def test_another_version_on_a_node():
     ],
 )
 def test_logical_cpus_against_real_ones(seen, given, state, words):
-    (found,) = examined(doctor.cpus, lambda function: {"a": seen}, {"a": {"CPU": given}})
+    (found,) = examined(machine.cpus, lambda function: {"a": seen}, {"a": {"CPU": given}})
     assert found.state == state
     assert words in found.advice
 
@@ -126,7 +126,7 @@ def test_cpus_of_this_machine_within_a_smaller_affinity():
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, [min(before)])  # this thread's
     try:
-        logical, _, usable = doctor._cpus()
+        logical, _, usable = machine._cpus()
     finally:
         os.sched_setaffinity(0, before)
     assert (logical, usable <= 1) == (os.cpu_count(), True)
@@ -144,38 +144,38 @@ def test_cpus_of_this_machine_within_a_smaller_affinity():
     ],
 )
 def test_gpus(seen, given, state, words):
-    (found,) = examined(doctor.gpus, lambda function: {"a": seen}, {"a": {"GPU": given}})
+    (found,) = examined(machine.gpus, lambda function: {"a": seen}, {"a": {"GPU": given}})
     assert found.state == state
     assert words in found.found
 
 
 def test_a_gpu_that_ray_does_not_know():
     seen = ("H100, 580.1", "13.0", [("H100", 79 * 10**9, 80 * 10**9, True, 1e-7)])
-    assert states(examined(doctor.gpus, lambda function: {"a": seen}, {"a": {}})) == [("a", "warning"), ("a", "ok")]
+    assert states(examined(machine.gpus, lambda function: {"a": seen}, {"a": {}})) == [("a", "warning"), ("a", "ok")]
 
 
 def test_kernels(tmp_path, monkeypatch):
-    (sound,) = examined(doctor.kernels, here)
+    (sound,) = examined(machine.kernels, here)
     assert sound.state == "ok"
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("CXX", str(tmp_path / "none"))
     native._library.cache_clear()
     try:
-        (found,) = examined(doctor.kernels, probe.alone)
+        (found,) = examined(machine.kernels, probe.alone)
     finally:
         native._library.cache_clear()
     assert found.state == "warning"
     assert "does not run" in found.found
     assert "g++" in found.advice
-    assert states(examined(doctor.kernels, lambda function: {"a": 0.5})) == [("a", "failed")]
+    assert states(examined(machine.kernels, lambda function: {"a": 0.5})) == [("a", "failed")]
 
 
 def test_limits():
-    (sound,) = examined(doctor.limits, here, {"a": {"object_store_memory": 10**6}})
+    (sound,) = examined(machine.limits, here, {"a": {"object_store_memory": 10**6}})
     assert sound.state in ("ok", "warning")  # this machine's disk may be nearly full
     small = (10**10, 1024, "/tmp/ray", 10**9, 64 * 10**6)
-    found = examined(doctor.limits, lambda function: {"a": small}, {"a": {"object_store_memory": 10**9}})
+    found = examined(machine.limits, lambda function: {"a": small}, {"a": {"object_store_memory": 10**9}})
     assert states(found) == [("a", "warning")] * 3
     for finding, words in zip(found, ("1.0 GB free in /tmp/ray", "1024 open files", "/dev/shm has 0.1"), strict=True):
         assert words in finding.found
@@ -183,20 +183,20 @@ def test_limits():
 
 @pytest.mark.parametrize(("ahead", "state"), [(0, "ok"), (-1, "ok"), (3, "warning"), (-3, "warning"), (400, "failed")])
 def test_clocks(ahead, state):
-    (found,) = examined(doctor.clock, lambda function: {"a": function() + ahead}, "")
+    (found,) = examined(machine.clock, lambda function: {"a": function() + ahead}, "")
     assert found.state == state
     assert f"{ahead:+d}.0" in found.found or ahead == 0
     assert ("NTP" in found.advice) == (state != "ok")
 
 
 def test_s3_clock(s3):
-    assert states(examined(doctor.clock, here, s3)) == [("a", "ok"), ("S3", "ok")]
+    assert states(examined(machine.clock, here, s3)) == [("a", "ok"), ("S3", "ok")]
 
 
 def test_a_rank_that_nobody_can_reach(closed_port):
     """Rank 1, whose rank 0 is not there."""
     with pytest.raises(UserError, match="not all of 2 processes reach the first one at 127.0.0.1"):
-        doctor.rank(1, 2, f"127.0.0.1:{closed_port}", "gloo", False, 2.0)
+        machine.rank(1, 2, f"127.0.0.1:{closed_port}", "gloo", False, 2.0)
 
 
 class Ranks:
@@ -207,18 +207,18 @@ class Ranks:
         self.resources = {"a": {"CPU": 2.0}, "b": {"CPU": 2.0}}
 
     def ranks(self, names, function, backend, apart, seconds):
-        assert (names, function, backend, apart, seconds) == (["a", "b"], doctor.rank, "gloo", False, 5.0)
+        assert (names, function, backend, apart, seconds) == (["a", "b"], machine.rank, "gloo", False, 5.0)
         return self.answers
 
 
 def test_what_is_said_of_ranks():
-    assert states(examined(doctor.collectives, None, "gloo")) == [(DRIVER, "skipped")]
-    assert states(examined(doctor.collectives, Ranks(), "nccl")) == [(DRIVER, "skipped")]
-    assert states(examined(doctor.collectives, Ranks(a=(True, 900.0), b=(True, 800.0)), "gloo")) == [(DRIVER, "ok")]
-    slow = only(examined(doctor.collectives, Ranks(a=(True, 2.0), b=(True, 1.0)), "gloo"), "warning")
+    assert states(examined(machine.collectives, None, "gloo")) == [(DRIVER, "skipped")]
+    assert states(examined(machine.collectives, Ranks(), "nccl")) == [(DRIVER, "skipped")]
+    assert states(examined(machine.collectives, Ranks(a=(True, 900.0), b=(True, 800.0)), "gloo")) == [(DRIVER, "ok")]
+    slow = only(examined(machine.collectives, Ranks(a=(True, 2.0), b=(True, 1.0)), "gloo"), "warning")
     assert slow.found.endswith("2 processes on 2 nodes, 1 MB/s")
-    assert states(examined(doctor.collectives, Ranks(a=(True, 9e2), b=(False, 9e2)), "gloo")) == [("b", "failed")]
-    (lost,) = examined(doctor.collectives, Ranks(a=(True, 9e2), b=TimeoutError("no answer within 10 s")), "gloo")
+    assert states(examined(machine.collectives, Ranks(a=(True, 9e2), b=(False, 9e2)), "gloo")) == [("b", "failed")]
+    (lost,) = examined(machine.collectives, Ranks(a=(True, 9e2), b=TimeoutError("no answer within 10 s")), "gloo")
     assert (lost.node, lost.state) == ("b", "failed")
     assert "GLOO_SOCKET_IFNAME" in lost.advice
 
@@ -227,7 +227,7 @@ def test_what_is_said_of_ranks():
 
 
 def test_a_sound_folder(tmp_path):
-    found = examined(doctor.folder, here, str(tmp_path / "new"))
+    found = examined(folders.folder, here, str(tmp_path / "new"))
     assert [finding.state for finding in found[:2]] == ["ok", "ok"]
     assert found[2].node == "a"  # its state depends on this machine's disk
     assert not (tmp_path / "new").exists()
@@ -236,7 +236,7 @@ def test_a_sound_folder(tmp_path):
 def test_a_folder_that_is_not_shared(tmp_path):
     for name in ("shared", "own"):
         (tmp_path / name).mkdir()
-    found = examined(doctor.folder, elsewhere(tmp_path / "shared", tmp_path / "own"), str(tmp_path / "shared"))
+    found = examined(folders.folder, elsewhere(tmp_path / "shared", tmp_path / "own"), str(tmp_path / "shared"))
     assert states(found) == [("b", "failed"), (DRIVER, "skipped")]
     assert found[0].found == f"{tmp_path}/shared is not shared: this node sees nothing of what the driver wrote"
     assert "all nodes share" in found[0].advice
@@ -251,12 +251,12 @@ def test_a_node_that_writes_to_an_overlay(tmp_path):
         os.remove(os.path.join(mark, name))
         return {"a": name}
 
-    assert "writes what the driver can't see" in only(examined(doctor.folder, ask, str(tmp_path)), "failed").found
+    assert "writes what the driver can't see" in only(examined(folders.folder, ask, str(tmp_path)), "failed").found
 
 
 def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").touch()
-    (found,) = examined(doctor.folder, here, str(tmp_path / "file" / "runs"))
+    (found,) = examined(folders.folder, here, str(tmp_path / "file" / "runs"))
     assert found.state == "failed"
     assert "can't be written" in found.found
 
@@ -266,12 +266,12 @@ def test_a_file_system_without_exclusive_links(tmp_path, monkeypatch):
         os.replace(source, target)  # as one that knows no links would have to
 
     monkeypatch.setattr(os, "link", link)
-    failed = only(examined(doctor.folder, here, str(tmp_path)), "failed")
+    failed = only(examined(folders.folder, here, str(tmp_path)), "failed")
     assert "8, 8, 8, 8 won, not one each" in failed.found
 
 
 def test_a_sound_store(s3):
-    found = examined(doctor.folder, elsewhere("nothing", "nothing"), f"{s3}/cache")
+    found = examined(folders.folder, elsewhere("nothing", "nothing"), f"{s3}/cache")
     assert states(found) == [(DRIVER, "ok"), (DRIVER, "ok"), ("a", "ok"), ("b", "ok")]
     assert "of 16 writers of one new name exactly one wins" in found[1].found
     assert not list(storage.walk(s3))
@@ -287,7 +287,7 @@ def test_a_store_that_ignores_the_condition(s3, monkeypatch):
 
         proxy.server.RequestHandlerClass = Deaf
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.uri)
-        failed = only(examined(doctor.folder, here, f"{s3}/cache"), "failed")
+        failed = only(examined(folders.folder, here, f"{s3}/cache"), "failed")
     assert "won, not one each" in failed.found
     assert "If-None-Match" in failed.advice
 
@@ -295,18 +295,18 @@ def test_a_store_that_ignores_the_condition(s3, monkeypatch):
 @pytest.mark.slow
 def test_a_store_that_is_dead(s3, monkeypatch, closed_port):
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{closed_port}")
-    (failed,) = examined(doctor.folder, here, f"{s3}/cache")
+    (failed,) = examined(folders.folder, here, f"{s3}/cache")
     assert failed.state == "failed"
     assert "can't be reached" in failed.found
     assert "AWS_ENDPOINT_URL" in failed.advice
-    assert only(examined(doctor.clock, here, s3), "failed").advice == "check AWS_ENDPOINT_URL"
+    assert only(examined(machine.clock, here, s3), "failed").advice == "check AWS_ENDPOINT_URL"
 
 
 def test_a_store_that_finds_our_clock_wrong(s3, monkeypatch):
     with proxied(os.environ["AWS_ENDPOINT_URL"]) as proxy:
         proxy.fault = lambda *request: "skewed"
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.uri)
-        (failed,) = examined(doctor.folder, here, f"{s3}/cache")
+        (failed,) = examined(folders.folder, here, f"{s3}/cache")
     assert "the clock of" in failed.found
     assert "NTP" in failed.advice
 
@@ -319,13 +319,13 @@ def test_mlflow(tmp_path):
     for name in ("runs", "own"):
         (tmp_path / name).mkdir()
     config = load(Doctor, None, [f"root={tmp_path}/runs"])
-    found = examined(doctor.mlflow, elsewhere(tmp_path / "runs", tmp_path / "own"), config)
+    found = examined(services.mlflow, elsewhere(tmp_path / "runs", tmp_path / "own"), config)
     assert "logging fails" in only(found, "failed").found
     assert only(found, "failed").node == "b"
 
-    (sound,) = examined(doctor.mlflow, here, config)
+    (sound,) = examined(services.mlflow, here, config)
     assert sound.state == "ok", sound
-    client = mlflow_run._client(f"sqlite:///{tmp_path}/runs/mlflow.db")
+    client = mlflow_server.client_of(f"sqlite:///{tmp_path}/runs/mlflow.db")
     experiment = client.get_experiment_by_name("litevae-doctor")
     assert experiment is not None
     assert client.search_runs([experiment.experiment_id]) == []
@@ -333,7 +333,7 @@ def test_mlflow(tmp_path):
 
 def test_an_mlflow_that_refuses(closed_port):
     config = load(Doctor, None, [f"tracking.uri=http://me:secret@127.0.0.1:{closed_port}"])
-    (failed,) = examined(doctor.mlflow, here, config)
+    (failed,) = examined(services.mlflow, here, config)
     assert failed.state == "failed"
     assert "Connection refused" in failed.found
     assert "secret" not in failed.found + failed.advice
@@ -341,7 +341,7 @@ def test_an_mlflow_that_refuses(closed_port):
 
 
 def test_mlflow_that_is_off():
-    assert states(examined(doctor.mlflow, here, load(Doctor, None, ["tracking.enabled=false"]))) == [
+    assert states(examined(services.mlflow, here, load(Doctor, None, ["tracking.enabled=false"]))) == [
         (DRIVER, "skipped")
     ]
 
@@ -351,7 +351,7 @@ def test_mlflow_that_is_off():
 
 def test_weights(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    lpips, fid = examined(doctor.weights, here)
+    lpips, fid = examined(workload.weights, here)
     assert (lpips.state, fid.state) == ("warning", "warning")
     assert str(tmp_path) in lpips.found
     assert "LPIPS is left out" in lpips.found
@@ -360,7 +360,7 @@ def test_weights(tmp_path, monkeypatch):
     folder = tmp_path / "hub" / "checkpoints"
     folder.mkdir(parents=True)
     (folder / "vgg16-397923af.pth").write_bytes(b"half a download")
-    (failed,) = examined(doctor.weights, elsewhere(tmp_path, tmp_path))[:1]
+    (failed,) = examined(workload.weights, elsewhere(tmp_path, tmp_path))[:1]
     assert failed.state == "failed"
     assert "is damaged" in failed.found
 
@@ -369,15 +369,17 @@ def test_a_model_with_other_weights_on_a_node(tmp_path):
     for number, name in enumerate(("mine", "theirs")):
         save_model(tmp_path / name, seed=number)
     config = load(Doctor, None, [f"model={tmp_path}/mine", "transform.resolution=64", "batch_size=2"])
-    (failed,) = examined(doctor.model, elsewhere(tmp_path / "mine", tmp_path / "theirs"), config, None, doctor.Speeds())
+    (failed,) = examined(
+        workload.model, elsewhere(tmp_path / "mine", tmp_path / "theirs"), config, None, workload.Speeds()
+    )
     assert (failed.node, failed.state) == ("b", "failed")
     assert "is another model" in failed.found
 
-    gone = examined(doctor.model, elsewhere(tmp_path / "mine", tmp_path / "none"), config, None, doctor.Speeds())
+    gone = examined(workload.model, elsewhere(tmp_path / "mine", tmp_path / "none"), config, None, workload.Speeds())
     assert "does not exist" in only(gone, "failed").found
 
-    speeds = doctor.Speeds()
-    same, timed = examined(doctor.model, here, config, None, speeds)
+    speeds = workload.Speeds()
+    same, timed = examined(workload.model, here, config, None, speeds)
     assert (same.state, timed.state) == ("ok", "ok")
     assert speeds.encode[0] > 0
 
@@ -387,8 +389,8 @@ def test_images(tmp_path):
         (tmp_path / name).mkdir()
     photo_folder(tmp_path / "mine")
     config = load(Doctor, None, [f"source.uri={tmp_path}/mine", "transform.resolution=32"])
-    speeds = doctor.Speeds()
-    listed, a, b = examined(doctor.source, elsewhere(tmp_path / "mine", tmp_path / "own"), config, speeds)
+    speeds = workload.Speeds()
+    listed, a, b = examined(workload.source, elsewhere(tmp_path / "mine", tmp_path / "own"), config, speeds)
     assert "48 images" in listed.found
     assert (a.node, a.state) == ("a", "warning")
     assert "3 of 48 images can't be read" in a.found
@@ -405,10 +407,10 @@ def test_images_that_are_noise(tmp_path):
     for number in range(4):
         (tmp_path / f"{number}.jpg").write_bytes(random.Random(number).randbytes(1000))
     config = load(Doctor, None, [f"source.uri={tmp_path}"])
-    _, failed = examined(doctor.source, here, config, doctor.Speeds())
+    _, failed = examined(workload.source, here, config, workload.Speeds())
     assert failed.state == "failed"
     assert "4 not_an_image" in failed.found
-    (nowhere,) = examined(doctor.source, here, load(Doctor, None, [f"source.uri={tmp_path}/none"]), doctor.Speeds())
+    (nowhere,) = examined(workload.source, here, load(Doctor, None, [f"source.uri={tmp_path}/none"]), workload.Speeds())
     assert nowhere.state == "failed"
     assert "source.uri" in nowhere.found
 
@@ -416,16 +418,16 @@ def test_images_that_are_noise(tmp_path):
 def test_an_estimate():
     from pipelines.runtime.cluster import Share
 
-    speeds = doctor.Speeds()
+    speeds = workload.Speeds()
     speeds.images, speeds.encode, speeds.decode = 1_000_000, [10.0, 30.0], [100.0]
-    (found,) = examined(doctor.estimate, Share(2, False, 4), speeds)
+    (found,) = examined(workload.estimate, Share(2, False, 4), speeds)
     seconds = 1_000_000 / 40 + 1_000_000 / 800  # of 2 workers, and of their 8 cores
     assert f"take about {seconds / 3600:,.1f} hours" in found.found
     assert "encoding is the bottleneck" in found.found
-    (found,) = examined(doctor.estimate, Share(20, True, 1, decoders=3), speeds)
+    (found,) = examined(workload.estimate, Share(20, True, 1, decoders=3), speeds)
     assert f"take about {1_000_000 / 300 / 60:,.1f} minutes" in found.found  # 3 decoders, beside the encoders
     assert "decoding is the bottleneck" in found.found
-    assert states(examined(doctor.estimate, None, speeds)) == [(DRIVER, "skipped")]
+    assert states(examined(workload.estimate, None, speeds)) == [(DRIVER, "skipped")]
 
 
 # --- clusters -----------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from litevae.ldm import LDM, load_ldm
 from litevae.pictures import grid
 from pipelines.runtime.cli import load
 from pipelines.runtime.schema import validate, values_to_keep
-from pipelines.training import checkpoint, feeds
+from pipelines.training import checkpoint, image_feed, latent_feeds
 from pipelines.training import ldm as module
 from pipelines.training.config import TrainLDM
 from pipelines.training.ldm import CACHED, FREE, Diffusion
@@ -319,23 +319,23 @@ def test_a_feeds_digest_is_that_of_all_its_latents_depend_on(task, made):
 @pytest.mark.parametrize("value", [2, -1, "a", 1.0])
 def test_labels_are_classes_or_missing(value):
     config = load(TrainLDM, None, ["classes=2", "label=kind"])
-    labels = feeds.labels_of([0, None, np.int32(1)], config)
+    labels = latent_feeds.labels_of([0, None, np.int32(1)], config)
     assert labels.dtype == torch.int64
     assert labels.tolist() == [0, null_class(2), 1]
-    assert feeds.labels_of([0, 1], load(TrainLDM)) is None
+    assert latent_feeds.labels_of([0, 1], load(TrainLDM)) is None
     with pytest.raises(UserError, match=f"column 'kind' holds {value!r}; with classes=2 it takes 0 to 1, or nothing"):
-        feeds.labels_of([0, value], config)
+        latent_feeds.labels_of([0, value], config)
 
 
 def test_what_all_ranks_have(monkeypatch):
-    assert feeds.gathered(["a"], 1) == ["a"]
+    assert image_feed.gathered(["a"], 1) == ["a"]
 
     def all_gather_object(into, mine):
         assert into == [None] * 3
         into[:] = [mine, [], ["c", "d"]]
 
     monkeypatch.setattr(torch.distributed, "all_gather_object", all_gather_object)
-    assert feeds.gathered(["a", "b"], 3) == ["a", "b", "c", "d"]
+    assert image_feed.gathered(["a", "b"], 3) == ["a", "b", "c", "d"]
 
 
 # --- the job ------------------------------------------------------------------------------------------------------

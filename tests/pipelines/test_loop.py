@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from litevae.errors import UserError
-from pipelines.runtime import mlflow_run, progress, prometheus, shutdown
+from pipelines.runtime import mlflow_run, mlflow_server, progress, prometheus, shutdown
 from pipelines.runtime.cli import load
 from pipelines.runtime.cluster import Share
 from pipelines.runtime.schema import values_to_keep
@@ -147,7 +147,7 @@ def run(clock, tmp_path, monkeypatch):
         config = load(TrainLDM, None, words)
         setup = {
             "folder": str(folder), "data": "/data/photos", "live": False, "nodes": 1, "begin": "",
-            "handle": mlflow_run.RunHandle("", None, "test", str(folder)),
+            "handle": mlflow_server.RunHandle("", None, "test", str(folder)),
         } | setup  # fmt: skip
         drive.config = config
         return loop.run(task, "a run", config, setup, rank, 1)
@@ -635,7 +635,7 @@ def fitted(tmp_path, monkeypatch):
 
     folder = tmp_path / "runs" / "mine"
     folder.mkdir(parents=True)
-    handle = mlflow_run.RunHandle("", None, "test", str(folder))
+    handle = mlflow_server.RunHandle("", None, "test", str(folder))
 
     class Trainer:
         def __init__(self, worker, **given):

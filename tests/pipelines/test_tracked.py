@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipelines.runtime import mlflow_run
-from pipelines.runtime.mlflow_run import RunHandle, Tracker
+from pipelines.runtime import mlflow_run, mlflow_server
+from pipelines.runtime.mlflow_run import Tracker
+from pipelines.runtime.mlflow_server import RunHandle
 from pipelines.runtime.schema import Tracking
 
 URI = "http://127.0.0.1:1"
@@ -62,8 +63,8 @@ class Client:
 @pytest.fixture
 def client(monkeypatch):
     client = Client()
-    monkeypatch.setattr(mlflow_run, "_client", lambda uri: client if uri == URI else None)
-    monkeypatch.setattr(mlflow_run, "_warned", set())
+    monkeypatch.setattr(mlflow_server, "client_of", lambda uri: client if uri == URI else None)
+    monkeypatch.setattr(mlflow_server, "_warned", set())
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     return client
 
@@ -140,7 +141,7 @@ def test_a_database_has_its_artifacts_beside_it(client, tmp_path):
         ("postgresql://host/db", "/r", "/r/mlartifacts"),
         ("https://host", "/r", None),
     ):
-        assert mlflow_run._experiment(client, RunHandle(uri, None, "mine", "/f"), root) == "new"
+        assert mlflow_server.experiment_of(client, RunHandle(uri, None, "mine", "/f"), root) == "new"
         assert client.calls[-1] == ("create_experiment", "mine", location)
 
 

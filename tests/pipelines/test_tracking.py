@@ -20,8 +20,9 @@ import pytest
 from PIL import Image
 
 from litevae.errors import UserError
-from pipelines.runtime import mlflow_run
-from pipelines.runtime.mlflow_run import RunHandle, Tracker, finish, link, redact, start_run, tracked
+from pipelines.runtime import mlflow_run, mlflow_server
+from pipelines.runtime.mlflow_run import Tracker, finish, link, redact, start_run, tracked
+from pipelines.runtime.mlflow_server import RunHandle
 from pipelines.runtime.schema import Tracked, Tracking
 from tests import ports
 from tests.commands import REPO
@@ -171,7 +172,7 @@ def test_server_killed_in_the_middle_and_back(
     server: Server, tmp_path: Path, capfd, monkeypatch, asked: list["Request"]
 ) -> None:
     monkeypatch.setattr(mlflow_run, "FLUSH_EVERY", 0.05)
-    monkeypatch.setattr(mlflow_run, "BACKOFF", (0.1, 0.5))
+    monkeypatch.setattr(mlflow_server, "BACKOFF", (0.1, 0.5))
     folder = tmp_path / "vae"
     handle = begin(folder, server.uri)
     tracker = Tracker(handle)
@@ -243,7 +244,7 @@ def log_on_a_dead_server(handle: RunHandle, asked: list[Request]) -> None:
     assert not tracker._thread.is_alive()
     finish(handle, "FAILED")
     assert threading.current_thread() not in {request.thread for request in asked}
-    assert {(request.timeout, request.retries) for request in asked} == {(mlflow_run.REQUEST_TIMEOUT, 0)}
+    assert {(request.timeout, request.retries) for request in asked} == {(mlflow_server.REQUEST_TIMEOUT, 0)}
     assert [(line["step"], line["loss"]) for line in recorded(folder)] == [(step, step / 2) for step in range(100)]
     assert np.array_equal(np.asarray(Image.open(folder / "images" / "grid-000000000099.png")), picture())
 
@@ -251,8 +252,8 @@ def log_on_a_dead_server(handle: RunHandle, asked: list[Request]) -> None:
 @pytest.fixture
 def dead(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """A server that refuses, or one that hangs; what failed is not tried again for hours."""
-    monkeypatch.setattr(mlflow_run, "REQUEST_TIMEOUT", 1)
-    monkeypatch.setattr(mlflow_run, "BACKOFF", (9999.0, 9999.0))
+    monkeypatch.setattr(mlflow_server, "REQUEST_TIMEOUT", 1)
+    monkeypatch.setattr(mlflow_server, "BACKOFF", (9999.0, 9999.0))
     if request.param == "hanging":
         return request.getfixturevalue("hanging")
     return f"http://me:secret@127.0.0.1:{request.getfixturevalue('closed_port')}"
@@ -283,9 +284,9 @@ def test_a_server_that_dies_after_the_start_holds_nothing_up(
 
 
 def test_a_start_that_does_not_end_is_not_waited_for(tmp_path: Path, capfd, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mlflow_run, "REQUEST_TIMEOUT", 0.05)
+    monkeypatch.setattr(mlflow_server, "REQUEST_TIMEOUT", 0.05)
     ended = threading.Event()
-    monkeypatch.setattr(mlflow_run, "_open_run", lambda *_: ended.wait(120))
+    monkeypatch.setattr(mlflow_server, "open_run", lambda *_: ended.wait(120))
     try:
         assert begin(tmp_path / "vae", "http://nowhere.invalid").run_id is None
     finally:

@@ -29,7 +29,7 @@ from pipelines.encoding.encode import encode_dataset
 from pipelines.runtime.cli import load, main
 from pipelines.training import checkpoint
 from pipelines.training.config import TrainLDM
-from pipelines.training.feeds import Online
+from pipelines.training.latent_feeds import Online
 from pipelines.training.ldm import Diffusion, train_ldm
 from tests.encoding import encoded_crops
 from tests.in_process import as_worker
@@ -114,7 +114,7 @@ def ranks(task, monkeypatch):
                 barrier.abort()
                 raise
 
-        monkeypatch.setattr("pipelines.training.feeds.gathered", gathered)
+        monkeypatch.setattr("pipelines.training.image_feed.gathered", gathered)
         ones = [task(*words, rank=rank, world=2) for rank in (0, 1)]
         with ThreadPoolExecutor(2) as threads:
             results = [threads.submit(run, rank) for rank in (0, 1)]
@@ -188,7 +188,7 @@ def test_online_gives_the_latents_of_the_cache(task, made):
 
 
 def test_calibration_does_not_depend_on_the_number_of_workers(task, ranks, made, monkeypatch):
-    monkeypatch.setattr("pipelines.training.feeds.CHUNK", 3)
+    monkeypatch.setattr("pipelines.training.latent_feeds.CHUNK", 3)
     seen = []
     original = Online.encoded
     monkeypatch.setattr(
@@ -222,7 +222,7 @@ def test_unreadable_images_count_once_whoever_meets_them(ranks, made, tmp_path):
             self.check(self.bad())
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipelines.training.feeds.Online", Spy)
+        patch.setattr("pipelines.training.latent_feeds.Online", Spy)
         ranks(words, 0, 96)
     assert [len(feed._images.bad) for feed in kept] == [1, 1]  # both have met it
 
@@ -276,7 +276,7 @@ def test_write_through_takes_up_what_is_there_and_leaves_what_an_encode_job_can_
     assert {path: path.stat().st_mtime_ns for path in (filled / "shards").iterdir()} == dates
 
     half = tmp_path / "half"
-    monkeypatch.setattr("pipelines.training.feeds.WINDOW", 1)
+    monkeypatch.setattr("pipelines.training.write_through.WINDOW", 1)
     fed(task(*encoding(made, "write-through", f"cache={half}"), "images=8"), 0, 8)
     with pytest.raises(UserError, match="unfinished"):
         LatentCache(half)
@@ -293,7 +293,7 @@ def test_write_through_takes_up_what_is_there_and_leaves_what_an_encode_job_can_
 )
 def test_the_first_epoch_ends_anywhere_for_any_number_of_workers(task, ranks, made, tmp_path, monkeypatch, window):
     """24 images in batches of 10: the third batch reaches into the second epoch's windows."""
-    monkeypatch.setattr("pipelines.training.feeds.WINDOW", window)
+    monkeypatch.setattr("pipelines.training.write_through.WINDOW", window)
     words = encoding(made, "write-through", "draw=mean")
     whole = fed(task(*words, f"cache={tmp_path / 'one'}"), 0, 70, 10)
     halves = ranks([*words, f"cache={tmp_path / 'two'}"], 0, 70, 10)

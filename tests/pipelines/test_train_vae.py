@@ -37,7 +37,7 @@ from pipelines.runtime import cluster
 from pipelines.runtime.cli import load, main
 from pipelines.training import checkpoint, compiling, loop
 from pipelines.training.config import TrainVAE
-from pipelines.training.feeds import Images
+from pipelines.training.image_feed import Images
 from pipelines.training.vae import FREE, Networks, Objective, build_model, lpips_or_warning, train_vae
 
 REPO = Path(__file__).resolve().parents[2]

@@ -26,7 +26,7 @@ from litevae.cache import LatentCache
 from litevae.errors import UserError
 from pipelines.data.sources import open_source
 from pipelines.encoding import verify
-from pipelines.runtime import mlflow_run
+from pipelines.runtime import mlflow_run, mlflow_server
 from pipelines.runtime.cli import load, main
 from pipelines.training import checkpoint, ldm, loop
 from pipelines.training.config import TrainLDM, TrainVAE
@@ -72,7 +72,7 @@ def trained_here(config, change=lambda task: None):
     folder.mkdir()
     setup = {
         "source": source, "val": None, "data": source.uri, "lpips": False, "begin": "", "threads": 1, "nodes": 1,
-        "handle": mlflow_run.RunHandle("", None, "test", str(folder)), "live": False, "folder": str(folder),
+        "handle": mlflow_server.RunHandle("", None, "test", str(folder)), "live": False, "folder": str(folder),
     }  # fmt: skip
     with as_worker():
         task = Autoencoder(config, setup, 0, 1, torch.device("cpu"))
@@ -140,7 +140,7 @@ def test_a_full_disk_ends_a_run_which_goes_on_when_there_is_room(photos, undistu
 
 def test_what_does_not_fit_is_one_message_and_leaves_nothing(tmp_path):
     with small_disk(tmp_path / "disk", "64k") as disk:
-        handle = mlflow_run.RunHandle("", None, "test", str(disk))
+        handle = mlflow_server.RunHandle("", None, "test", str(disk))
         tracker = mlflow_run.Tracker(handle)
         tracker.metrics({"loss": 1.0}, 1)
         step = 1
@@ -304,7 +304,7 @@ def test_a_poisoned_row_ends_a_training_with_its_name_and_can_be_mended(made, tm
     def epoch():
         config = load(TrainLDM, None, ldm_words(copy, tmp_path))
         data, shape, _ = ldm._cache(config)
-        handle = mlflow_run.RunHandle("", None, "test", str(tmp_path))
+        handle = mlflow_server.RunHandle("", None, "test", str(tmp_path))
         setup = data | {"shape": shape, "threads": 1, "handle": handle}
         with as_worker():
             task = ldm.Diffusion(config, setup, 0, 1, torch.device("cpu"))

@@ -1,0 +1,174 @@
+"""What doctor checks of a job's model, weights and images, and how long the job would take."""
+
+import os
+import time
+from collections import Counter
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from litevae.autoencoder import encode_latents, fingerprint, load_autoencoder
+from litevae.errors import UserError
+from litevae.generation import Inception
+from litevae.images import ImageError, ImageTransform, to_tensor
+from litevae.inference import best_kernels, prepared
+from litevae.perceptual import WeightsMissing, load_lpips
+from litevae.precision import autocast
+from pipelines.data.source import Source
+from pipelines.data.sources import open_source
+from pipelines.diagnostics.config import Doctor
+from pipelines.diagnostics.probe import DRIVER, Ask, Finding, answered, counted, failure
+from pipelines.evaluation import image_batches
+from pipelines.runtime import cluster
+
+
+class Speeds:
+    """What the estimate takes: images of the source, and images/s of each node."""
+
+    def __init__(self) -> None:
+        self.images = 0
+        self.decode: list[float] = []  # by one core
+        self.encode: list[float] = []  # by one worker
+
+
+def weights(ask: Ask) -> Iterator[Finding]:
+    """What LPIPS and FID are computed with, where the jobs look for it."""
+    nodes, lost = answered(ask(_weights))
+    yield from lost
+    for node, found in nodes.items():
+        for what, name, missing in found:
+            if missing:
+                problem = failure(node, UserError(missing))
+                yield problem._replace(state="warning", found=f"{problem.found} ({what} is left out)")
+            elif "on other weights" in name:
+                yield Finding(node, "warning", f"{name}: not the published file", "fetch it again")
+            else:
+                yield Finding(node, "ok", f"{name}: the published weights")
+
+
+def _weights() -> list[tuple[str, str, str]]:
+    found = []
+    for what, load in (("LPIPS", load_lpips), ("FID", Inception)):
+        try:
+            found.append((what, load().name, ""))
+        except WeightsMissing as error:
+            found.append((what, "", str(error)))
+    return found
+
+
+def model(ask: Ask, config: Doctor, share: cluster.Share | None, speeds: Speeds) -> Iterator[Finding]:
+    """Whether all nodes have the same model, and how fast a worker encodes with it there."""
+    if not config.model:
+        yield Finding(DRIVER, "skipped", "not given")
+        return
+    path = os.path.abspath(config.model)
+    mine = fingerprint(path)
+    nodes, lost = answered(ask(fingerprint, path), "give a model folder that all nodes share")
+    yield from lost
+    for node, theirs in nodes.items():
+        if theirs != mine:
+            text = f"{path} there is another model ({theirs[:8]}) than the driver's ({mine[:8]})"
+            yield Finding(node, "failed", text, "copy the driver's there, or give a folder that all nodes share")
+    if lost or any(theirs != mine for theirs in nodes.values()):
+        return
+    yield Finding(DRIVER, "ok", f"{path} ({mine[:8]}), the same on {counted(len(nodes), 'node')}")
+    threads = share.threads if share else os.cpu_count() or 1
+    timed, lost = answered(ask(_encode, path, config.transform.resolution, config.batch_size, threads))
+    yield from lost
+    for node, (speed, how) in timed.items():
+        speeds.encode.append(speed)
+        yield Finding(node, "ok", f"{speed:,.1f} images/s a worker at {config.transform.resolution} px, {how}")
+
+
+@torch.inference_mode()
+def _encode(path: str, resolution: int, batch_size: int, threads: int) -> tuple[float, str]:
+    """On a node: images/s of an encoder, and how."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.set_num_threads(threads)
+    by = best_kernels(device)
+    vae = prepared(load_autoencoder(path), device, by)
+    pixels = np.random.default_rng(0).integers(0, 256, (batch_size, resolution, resolution, 3), dtype=np.uint8)
+    x = to_tensor(pixels).to(device)
+    times: list[float] = []
+    with autocast(device, "auto"):
+        how = "bf16" if torch.is_autocast_enabled(device.type) else "fp32"
+        encode_latents(vae, x if device.type == "cuda" else x[:1])  # the first one takes longer
+        while len(times) < 2 or (sum(times) < 2 and len(times) < 20):
+            begun = time.perf_counter()
+            encode_latents(vae, x).cpu()
+            times.append(time.perf_counter() - begun)
+    where = torch.cuda.get_device_name() if device.type == "cuda" else f"{threads} CPU threads"
+    return batch_size / sorted(times)[len(times) // 2], f"{where}, {how}, {by} kernels"
+
+
+def source(ask: Ask, config: Doctor, speeds: Speeds) -> Iterator[Finding]:
+    """Whether all nodes can read the images, and how fast a core decodes them."""
+    if not config.source.uri:
+        yield Finding(DRIVER, "skipped", "not given")
+        return
+    begun = time.monotonic()
+    found = open_source(config.source)
+    speeds.images = found.units
+    text = f"{found.uri}: {found.units:,} images ({found.kind}), listed in {time.monotonic() - begun:.1f} s"
+    yield Finding(DRIVER, "ok", text)
+    sample = image_batches.spaced(range(found.units), min(config.images, found.units))
+    parts = [found.part(unit, unit + 1) for unit in sample]
+    transform = ImageTransform(config.transform.resolution, config.transform.resize, decode="fast")
+    nodes, lost = answered(ask(_decode, parts, transform))
+    yield from lost
+    for node, (good, bad, example, read, decode) in nodes.items():
+        count = sum(bad.values())
+        reasons = ", ".join(f"{number} {reason}" for reason, number in bad.items())
+        if not good:
+            advice = "give a path that all nodes share, or s3://; else see the message"
+            yield Finding(node, "failed", f"none of {count} images can be read: {reasons}; {example}", advice)
+            continue
+        speeds.decode.append(good / (read + decode))
+        text = f"{good / decode:,.0f} images/s decoded by a core, {good / read:,.0f} read by one thread"
+        if count:
+            advice = "mend or remove them, or raise error_budget (encode, 0.01) or data.max_bad (training)"
+            text = f"{count} of {good + count} images can't be read: {reasons}; {example}; else {text}"
+            yield Finding(node, "warning", text, advice)
+        else:
+            yield Finding(node, "ok", text)
+
+
+def _decode(parts: list[Source], transform: ImageTransform) -> tuple[int, dict[str, int], str, float, float]:
+    """On a node: images decoded, reasons of the others and an example, seconds of reading and of decoding."""
+    torch.set_num_threads(1)
+    bad: Counter[str] = Counter()
+    example, good, read, decode = "", 0, 0.0, 0.0
+    for part in parts:
+        begun = between = time.perf_counter()
+        try:
+            data = part.data(0)
+            between = time.perf_counter()
+            transform(data)
+            good += 1
+        except ImageError as error:
+            bad[error.reason] += 1
+            example = example or f"{part.id(0)}: {error}"
+            continue
+        read, decode = read + between - begun, decode + time.perf_counter() - between
+    return good, dict(bad), example, read, decode
+
+
+def estimate(share: cluster.Share | None, speeds: Speeds) -> Iterator[Finding]:
+    """How long encoding the source takes: on CPUs decoding and encoding share the cores, on GPUs they overlap."""
+    if not (share and speeds.images and speeds.encode and speeds.decode):
+        yield Finding(DRIVER, "skipped", "takes Ray, a source and a model")
+        return
+    encode = share.workers * sum(speeds.encode) / len(speeds.encode)
+    core = sum(speeds.decode) / len(speeds.decode)
+    decode = core * (share.decoders if share.gpu else share.workers * share.threads)
+    rate = min(encode, decode) if share.gpu else 1 / (1 / encode + 1 / decode)
+    seconds = speeds.images / rate
+    shown = f"{seconds / 3600:,.1f} hours" if seconds >= 3600 else f"{seconds / 60:,.1f} minutes"
+    slower = "encoding" if encode <= decode else "decoding"
+    text = (
+        f"{speeds.images:,} images take about {shown} with {share.text} (encoding {encode:,.1f} and decoding "
+        f"{decode:,.0f} a second); {slower} is the bottleneck"
+    )
+    advice = "more ray.workers" if slower == "encoding" else "more CPUs or ray.decode_tasks, or transform.decode=scaled"
+    yield Finding(DRIVER, "ok", text, advice if seconds >= 3600 else "")

@@ -1,0 +1,160 @@
+"""Requests to an MLflow server: each has a time limit, and one that fails costs a warning, not the job."""
+
+import os
+import queue
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, TypeVar
+
+from litevae.errors import redact
+from pipelines.runtime.metrics_log import flatten
+
+# Seconds. MLflow's own defaults (120 s a request, 7 retries) block for 4 minutes where a server refuses and for 20
+# where it hangs; here one request is tried once, and what failed is tried again later.
+REQUEST_TIMEOUT = int(os.environ.get("MLFLOW_HTTP_REQUEST_TIMEOUT", 5))
+UPLOAD_TIMEOUT = 120  # an artifact's: a server answers only when its own store has taken the file
+BACKOFF = (5.0, 300.0)  # after a failure: first and longest wait
+Status = Literal["FINISHED", "FAILED", "KILLED"]
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class RunHandle:
+    """Where a run is tracked; plain data, for workers too. `run_id` is None where MLflow is off or was dead."""
+
+    uri: str = field(repr=False)  # may hold a password
+    run_id: str | None
+    experiment: str
+    folder: str
+    experiment_id: str = ""
+    started: float = 0.0  # Unix time of the run's first start
+
+
+def client_of(uri: str) -> Any:
+    os.environ.update(
+        MLFLOW_DISABLE_TELEMETRY="true",  # by default it reports its use to its makers
+        MLFLOW_HTTP_REQUEST_MAX_RETRIES="0",
+        MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT="true",  # with the password in it
+    )
+    set_timeout(REQUEST_TIMEOUT)
+    import logging
+
+    import mlflow
+
+    for name in ("mlflow", "alembic", "urllib3"):  # what matters of it comes as an exception, once
+        logging.getLogger(name).setLevel(logging.ERROR)
+    return mlflow.MlflowClient(tracking_uri=uri)
+
+
+def set_timeout(seconds: int) -> None:
+    # MLflow reads it anew at each request; there is no argument for it.
+    if os.environ.get("MLFLOW_HTTP_REQUEST_TIMEOUT") != str(seconds):
+        os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = str(seconds)
+
+
+def open_run(
+    handle: RunHandle, root: str, name: str, params: dict[str, Any], tags: dict[str, str], resume: bool
+) -> RunHandle:
+    client = client_of(handle.uri)
+    from mlflow.entities import Param, RunTag
+
+    experiment_id = experiment_of(client, handle, root)
+    run = find_run(client, experiment_id, tags) if resume else None
+    if run is None:
+        run = client.create_run(experiment_id, run_name=name, tags=tags)
+    else:
+        client.update_run(run.info.run_id, status="RUNNING")
+    values = {key: redact(value)[:6000] for key, value in flatten(params)}
+    known = run.data.params  # MLflow refuses to change a parameter; what a resumed run has changed becomes a tag
+    client.log_batch(
+        run.info.run_id,
+        params=[Param(key, value) for key, value in values.items() if key not in known],
+        tags=[RunTag(f"changed.{key}", value) for key, value in values.items() if known.get(key, value) != value],
+        synchronous=True,
+    )
+    return replace(handle, run_id=run.info.run_id, experiment_id=experiment_id, started=run.info.start_time / 1000)
+
+
+def experiment_of(client: Any, handle: RunHandle, root: str) -> str:
+    from mlflow.exceptions import MlflowException
+
+    # A server knows where its artifacts go. A database does not, and its default is relative to the working directory.
+    location = None
+    if handle.uri.startswith("sqlite:"):
+        location = os.path.join(os.path.dirname(handle.uri.removeprefix("sqlite:///")), "mlartifacts")
+    elif not is_server(handle.uri):
+        location = os.path.join(os.path.abspath(root), "mlartifacts")
+    experiment = client.get_experiment_by_name(handle.experiment)
+    if experiment is None:
+        try:
+            return client.create_experiment(handle.experiment, artifact_location=location)
+        except MlflowException:  # another job was faster
+            experiment = client.get_experiment_by_name(handle.experiment)
+            if experiment is None:
+                raise
+    return experiment.experiment_id
+
+
+def find_run(client: Any, experiment_id: str, tags: dict[str, str]) -> Any:
+    def equals(tag: str) -> str:
+        quote = '"' if "'" in tags[tag] else "'"
+        return f"tags.`{tag}` = {quote}{tags[tag]}{quote}"
+
+    found = client.search_runs(
+        [experiment_id],
+        filter_string=f"{equals('litevae.folder')} and {equals('litevae.job')}",
+        order_by=["attributes.start_time DESC"],
+        max_results=1,
+    )
+    return found[0] if found else None
+
+
+def attempt(handle: RunHandle, seconds: float, call: Callable[[], Result]) -> Result | None:
+    """What `call` returns; None, after a warning, where it fails or is not done in time."""
+    outcome: queue.SimpleQueue[tuple[Result | None, Exception | None]] = queue.SimpleQueue()
+
+    def run() -> None:
+        try:
+            outcome.put((call(), None))
+        except Exception as error:  # noqa: BLE001 - the boundary: reported below, and training goes on
+            outcome.put((None, error))
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        result, error = outcome.get(timeout=seconds)
+    except queue.Empty:
+        result, error = None, TimeoutError(f"no answer within {seconds:g} s")
+    if error is not None:
+        warn_once(handle, error)
+    return result
+
+
+_warned: set[str] = set()
+
+
+def warn_once(handle: RunHandle, reason: Exception | str) -> None:
+    """Say once a process, in one line, that MLflow fails."""
+    if handle.uri not in _warned:
+        _warned.add(handle.uri)
+        text = redact(" ".join(cause_of(reason).split()))
+        print(
+            f"warning: tracking at {redact(handle.uri) or handle.folder} fails; the run goes on, its metrics are in "
+            f"{handle.folder}/metrics.jsonl ({text[:200]})",
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+def cause_of(reason: BaseException | str) -> str:
+    """The first of a chain of exceptions says it: "Connection refused", and not how often that was passed on."""
+    if isinstance(reason, str):
+        return reason
+    while earlier := reason.__cause__ or reason.__context__:
+        reason = earlier
+    return f"{type(reason).__name__}: {reason}"
+
+
+def is_server(uri: str) -> bool:
+    return uri.startswith(("http://", "https://"))

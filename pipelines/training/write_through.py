@@ -1,0 +1,178 @@
+"""Latents of images that are encoded in the first epoch and fill a cache, from which later epochs read."""
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from litevae import cache
+from litevae.cache import LatentCache, drawn, from_stored
+from litevae.errors import UserError
+from litevae.loader import stream
+from litevae.order import EpochOrder, batch_positions
+from pipelines.data import decode
+from pipelines.encoding import encode, encoder, plan, totals
+from pipelines.training.config import TrainLDM
+from pipelines.training.image_feed import gathered
+from pipelines.training.latent_feeds import Batch, Encoding, from_cache, labels_of
+
+WINDOW = 8  # shards whose images are shuffled among each other in the first epoch of write-through
+
+
+class WriteThrough(Encoding):
+    """The first epoch encodes and fills a cache, shard by shard; later ones read it.
+
+    In the first epoch images are shuffled within windows of `WINDOW` shards. Before a window's first batch its shards
+    are encoded and committed, each by one rank, as the encode job would; those that are there already are not. So the
+    cache is whole after one epoch, whatever was killed on the way, and an unfinished one can be finished by that job.
+    """
+
+    def __init__(self, config: TrainLDM, setup: dict[str, Any], rank: int, world: int, device: torch.device):
+        self._out, self._plan, self._handle = setup["cache"], setup["plan"], setup["handle"]
+        listings = plan.open_listings(self._out)
+        super().__init__(config, listings[0], setup, rank, world, device)
+        # What is appended to the cache later is not for this run: neither inputs ...
+        self._listings = len(listings)
+        # ... nor, of the finished one, rows.
+        self._version: int | None = None
+        self._encoder = encoder.Encoder(self._out, self._plan, device.type == "cuda", setup["threads"])
+        self._how = self._plan["latents"]
+        self._done: set[int] = set()  # shards that are committed, the same on all ranks
+        self._reasons: dict[int, dict[str, int]] = {}  # of each shard: why images are in quarantine
+        self._window: tuple[int, Window] | None = None
+
+    def begin(self) -> None:
+        sources = plan.open_listings(self._out)[: self._listings]
+        self._planned = plan.Planned(sources, self._plan["rows_per_shard"])
+        self._order = EpochOrder(self._planned.sizes, self.config.seed, WINDOW * self._plan["rows_per_shard"])
+        super().begin()
+
+    def encoded(self, pixels: list[np.ndarray]) -> tuple[np.ndarray, str]:
+        return self._encoder.encode(pixels), self._how["content"]
+
+    def batches(self, start: int, end: int, batch_size: int) -> Iterator[Batch]:
+        first = -(-self._planned.units // batch_size) * batch_size  # where the first epoch's last batch ends
+        if start < first:
+            mine = [*cache.committed(self._out)] if self.rank == 0 else []  # one rank's: others may see more by now
+            self._done = set(gathered(mine, self.world))
+            windows = self._windows(start, self._planned.units)
+            todo = [[shard] for window in windows for shard in self._mine(window)]
+            self._decoded = stream(self._decode, todo, min(self.config.data.loaders, 2), ahead=1)
+            for step in batch_positions(start, min(end, first), batch_size):
+                yield self._first(step[self.rank :: self.world], step)
+        reached = start + -(-(end - start) // batch_size) * batch_size
+        if reached >= first and self._version is None:
+            self._finish()
+        if end > first:
+            opened = LatentCache(self._out, version=self._version, local=self.config.cache_local or None)
+            start = max(start, first)
+            # The draws of its first epoch have been seen.
+            yield from from_cache(opened, self, len(opened) + start - first, start, end, batch_size)
+
+    def state(self) -> dict[str, Any]:
+        return super().state() | {"version": self._version, "listings": self._listings}
+
+    def load(self, state: dict[str, Any]) -> None:
+        super().load(state)
+        self._version, self._listings = state["version"], state["listings"]
+
+    def _windows(self, start: int, end: int) -> Iterator[np.ndarray]:
+        """The shards of each window that has a part of positions start ... end."""
+        while start < end:
+            begin, shards = self._order.window_at(start)
+            yield shards
+            start = begin + int(self._planned.sizes[shards].sum())
+
+    def _mine(self, shards: np.ndarray) -> list[int]:
+        """Those of a window that this rank has to encode."""
+        return [int(shard) for shard in shards if int(shard) not in self._done][self.rank :: self.world]
+
+    def _decode(self, shard: int) -> dict[str, Any]:
+        row = {"shard": self._planned.shard(decode.Task(shard))}
+        return decode.decode_shard(row, decode.views_of(self._plan))
+
+    def _first(self, mine: range, step: range) -> Batch:
+        """A batch of the first epoch. All ranks come to each window together."""
+        found: dict[int, tuple[np.ndarray, str, Any]] = {}
+        for position in step:
+            begin, shards = self._order.window_at(position)
+            if self._window is None or self._window[0] != begin:
+                self._window = begin, self._fill(shards)
+            if position in mine:
+                found[position] = self._window[1].row(self._order.index(position))
+        stored = from_stored(np.stack([found[position][0] for position in mine]), self._how["dtype"]).float()
+        latents = stored
+        if self._how["content"] == "moments":
+            latents, logvar = stored.chunk(2, dim=1)
+            if self.config.draw == "sample":
+                rows = [(position // self._planned.units, found[position][1]) for position in mine]
+                latents = drawn(latents, logvar, self.config.seed, rows)
+        labels = labels_of([found[position][2] for position in mine], self.config)
+        return {"positions": mine, "labels": labels, "latents": latents}
+
+    def _fill(self, shards: np.ndarray) -> "Window":
+        """Encode what is missing of a window, this rank's share, and read all of it.
+
+        Raises:
+            UserError: more images can't be encoded than the config allows.
+        """
+        errors = []
+        for _ in self._mine(shards):
+            (row,) = next(self._decoded)
+            if error := self._encoder(row)["error"]:
+                errors.append(error)
+                break
+        if errors := gathered(errors, self.world):  # and so no rank goes on before all shards are there
+            raise UserError(errors[0])
+        numbers = [int(shard) for shard in shards]
+        self._done |= {*numbers}
+        generations = cache.committed(self._out)
+        commits = list(cache.read_commits(self._out, {shard: generations[shard] for shard in numbers}))
+        self._reasons |= {commit["shard"]: commit.get("reasons", {}) for commit in commits}
+        total: Counter[str] = sum(map(Counter, self._reasons.values()), Counter())
+        totals.check_budget(total, self.config.data.max_bad, self._out, self._planned.units, "data.max_bad")
+        return Window(self._out, commits, self._how, self.config.label if self.config.classes else "")
+
+    def _finish(self) -> None:
+        """Rank 0 writes the manifest, which makes the cache complete."""
+        errors = []
+        if self.rank == 0:
+            devices, settings = [self._encoder.name], self._plan["settings"]
+            try:
+                encode.finish(self._out, self._plan, self._planned, "train_ldm", settings, self._handle, devices)
+            except UserError as error:
+                errors.append(str(error))
+        if errors := gathered(errors, self.world):
+            raise UserError(errors[0])
+        self._version = cache.read_manifest(self._out)["number"]
+        self._encoder.close()  # its memory is for training now
+
+
+class Window:
+    """Rows of some shards, by the number of their image; the next one stands in for one in quarantine.
+
+    Raises:
+        UserError: none of its images was encoded.
+    """
+
+    def __init__(self, folder: str, commits: list[dict[str, Any]], how: dict[str, Any], label: str):
+        tables, self._latents = [], []
+        for commit in commits:
+            if commit["rows"]:
+                table, latents = cache.read_shard(folder, commit, how)
+                tables.append(table)
+                self._latents += [*latents[0]]
+        if not tables:
+            raise UserError(f"{folder}: no image of shards {[commit['shard'] for commit in commits]} could be encoded")
+        self._units = np.concatenate([table["unit"].to_numpy() for table in tables])
+        self._ids = [name for table in tables for name in table["id"].to_pylist()]
+        self._labels = [value for table in tables for value in table[label].to_pylist()] if label else []
+        self._sorted = np.argsort(self._units)
+
+    def row(self, unit: int) -> tuple[np.ndarray, str, Any]:
+        """Stored latents (C, h, w), id and label."""
+        place = int(np.searchsorted(self._units, unit, sorter=self._sorted)) % len(self._units)
+        row = int(self._sorted[place])
+        return self._latents[row], self._ids[row], self._labels[row] if self._labels else None
