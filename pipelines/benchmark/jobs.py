@@ -103,7 +103,7 @@ def _run(command: Sequence[str], **environment: str) -> str:
 def _alone(given: dict[str, Any], setting: meter.Setting) -> float:
     """images/s in a process that has what the job's worker has: few spins, one OpenMP thread until torch wants more."""
     command = [sys.executable, "-m", __name__, json.dumps(given | {"threads": setting.threads})]
-    return json.loads(_run(command, **cluster._ENVIRONMENT, OMP_NUM_THREADS="1").splitlines()[-1])
+    return json.loads(_run(command, **cluster.ENVIRONMENT, OMP_NUM_THREADS="1").splitlines()[-1])
 
 
 def _job(given: dict[str, Any], folder: Path, name: str) -> dict[str, float]:
@@ -130,7 +130,7 @@ def alone(job: str, words: list[str], batch: int, steps: int, threads: int) -> f
         else:
             config = load(TrainLDM, None, words)
             device = _device(config.ray.gpu)
-            data, shape, _ = ldm._cache(config)
+            data, shape, _ = ldm.cached_setup(config)
             task = ldm.Diffusion(config, data | {"shape": shape}, 0, 1, device)
     task.begin(0)
     rates, every = [], steps // INTERVALS

@@ -25,9 +25,9 @@ from pipelines.training.config import TrainLDM
 
 ENCODERS = {"S": "LiteVAE-S", "B": "LiteVAE-B", "sd-vae": "SD-VAE"}
 MODES: dict[str, Callable[[TrainLDM], ldm.Found]] = {
-    "write-through": ldm._write_through,
-    "cache": ldm._cache,
-    "online": ldm._online,
+    "write-through": ldm.write_through_setup,
+    "cache": ldm.cached_setup,
+    "online": ldm.online_setup,
 }
 IMAGES, BATCH = 32, 8  # the images are also a forward pass of write-through, which pads the last one
 SHOWN = ("online", "write-through", "cache")
@@ -44,7 +44,7 @@ def modes(setting: meter.Setting) -> Iterator[meter.Table]:
             given = {"encoder": name, "photos": str(photos), "folder": str(place / f"{name}-{n}")}
             # What the job's worker has: few spins, one OpenMP thread until torch wants more.
             with meter.Child(
-                "pipelines.benchmark.modes", environment={**cluster._ENVIRONMENT, "OMP_NUM_THREADS": "1"}
+                "pipelines.benchmark.modes", environment={**cluster.ENVIRONMENT, "OMP_NUM_THREADS": "1"}
             ) as child:
                 runs[name].append(child.ask(**given, threads=setting.threads, device=setting.device.type))
     size = statistics.mean(path.stat().st_size for path in photos.iterdir())
@@ -111,7 +111,7 @@ def _timed(config: TrainLDM, threads: int, device: torch.device) -> dict[str, fl
     """An epoch after a step that warms up."""
     data, shape, _ = MODES[config.mode](config)
     if config.mode == "write-through":
-        data |= ldm._begin_cache(config)
+        data |= ldm.begin_cache(config)
         ray.shutdown()  # of which the plan only asked what there is: its processes would be measured, too
     setup = data | {"shape": shape, "threads": threads, "handle": RunHandle("", None, "benchmark", config.root)}
     task = ldm.Diffusion(config, setup, 0, 1, device)

@@ -40,7 +40,7 @@ WAVE = 2000  # shards a worker that Ray Data is given at a time: what the driver
 
 def run(config: Encode) -> dict[str, Any]:
     """`encode_dataset`, then a table for people."""
-    return _report(encode_dataset(config))
+    return print_summary(encode_dataset(config))
 
 
 def encode_dataset(config: Encode) -> dict[str, Any]:
@@ -305,7 +305,7 @@ def _summary(out: str, manifest: dict[str, Any], root: str) -> dict[str, Any]:
     }
 
 
-def _report(done: dict[str, Any]) -> dict[str, Any]:
+def print_summary(done: dict[str, Any]) -> dict[str, Any]:
     reasons = f"  ({listed_reasons(done['reasons'])})" if done["reasons"] else ""
     latents = done["latents"]
     shape = " x ".join(map(str, done["shape"])) if done["shape"] else f"{len(latents['shapes'])} shapes of"

@@ -11,7 +11,7 @@ from litevae.errors import UserError
 from pipelines.data.decode import Task
 from pipelines.data.source import Source
 from pipelines.encoding.config import Mend, Repair, Retry
-from pipelines.encoding.encode import _report, run_tracked
+from pipelines.encoding.encode import print_summary, run_tracked
 from pipelines.encoding.plan import Planned, open_listings
 from pipelines.encoding.totals import listed_reasons
 from pipelines.runtime import cluster
@@ -42,7 +42,7 @@ def repair(config: Repair) -> dict[str, Any]:
         storage.remove(storage.join(out, file))
     if unnamed:
         say(f"removed {len(unnamed)} files of attempts that were not committed")
-    return _report(done)
+    return print_summary(done)
 
 
 def retry(config: Retry) -> dict[str, Any]:
@@ -68,7 +68,7 @@ def retry(config: Retry) -> dict[str, Any]:
     settings = plan["settings"] | config.model_dump(mode="json")
     done = run_tracked(config, settings, plan, planned, todo, out, share)
     recovered = done["images"] - manifest["counts"]["encoded"]
-    return _report(done | {"encoded_now": recovered, "recovered": recovered})
+    return print_summary(done | {"encoded_now": recovered, "recovered": recovered})
 
 
 def _open(config: Mend) -> tuple[str, dict[str, Any], list[Source]]:

@@ -16,7 +16,7 @@ from pydantic import BaseModel
 from litevae.errors import UserError, redact
 from pipelines.runtime import shutdown
 from pipelines.runtime.logs import say
-from pipelines.runtime.schema import ConfigT, _fields, dump, validate
+from pipelines.runtime.schema import ConfigT, dump, fields_of, validate
 
 PRESETS = Path(__file__).resolve().parents[2] / "jobs" / "configs"
 SECTIONS = {  # of a recipe
@@ -124,7 +124,7 @@ def usage(cls: type[BaseModel], action: str = "", subject: str = "cache") -> str
         *([f"presets: {', '.join(_presets(cls))}"] if section_of(cls) in SECTIONS else []),
         "",
     ]
-    for name, kind, default, text in _fields(cls):
+    for name, kind, default, text in fields_of(cls):
         lines.append(f"  {name} = {default}    ({kind})")
         if text:
             lines.append(f"      {text}")

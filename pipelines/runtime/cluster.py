@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 SPARE_CPUS = 2  # the training controller, and one data task beside the workers
 
 # Set before `import ray`, in the driver and through it in every process of a cluster that we start.
-_ENVIRONMENT = {
+ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # the default, 2 s, delays every checkpoint's report by as much
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # or each line of a worker is printed twice
@@ -153,7 +153,7 @@ def start(config: RayConfig, jobs: int = 1) -> Share:
     Raises:
         UserError: the cluster can't hold the workers asked for.
     """
-    for name, value in _ENVIRONMENT.items():
+    for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     joining = in_ray_job() or "RAY_ADDRESS" in os.environ
     os.environ[_NOTICES] = _NOTICES_ASKED or str(int(joining))

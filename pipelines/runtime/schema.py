@@ -117,7 +117,7 @@ def values_to_keep(config: BaseModel) -> dict[str, Any]:
     return config.model_dump(mode="json", exclude={"tracking"})
 
 
-def _fields(
+def fields_of(
     cls: type[BaseModel], prefix: str = "", instance: BaseModel | None = None
 ) -> Iterator[tuple[str, str, str, str]]:
     for name, field in cls.model_fields.items():
@@ -125,7 +125,7 @@ def _fields(
         if isinstance(default, BaseModel):
             if field.description:
                 yield f"{prefix}{name}", "section", "...", field.description
-            yield from _fields(type(default), f"{prefix}{name}.", default)
+            yield from fields_of(type(default), f"{prefix}{name}.", default)
             continue
         shown = (
             "required"
@@ -167,7 +167,7 @@ def _explain(cls: type[BaseModel], problem: dict[str, Any]) -> str:
     if problem["type"] == "extra_forbidden":
         import difflib
 
-        known = [name for name, *_ in _fields(cls)]
+        known = [name for name, *_ in fields_of(cls)]
         close = difflib.get_close_matches(path, known, n=1, cutoff=0.4)
         return (
             f"unknown config key {path!r}" + (f"; did you mean {close[0]!r}?" if close else "") + " (--help lists all)"

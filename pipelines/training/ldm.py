@@ -62,7 +62,9 @@ def train_ldm(config: TrainLDM) -> dict[str, Any]:
     """
     folder = os.path.join(cluster.output_path("root", config.root), config.name)
     objective_of(config)
-    data, shape, about = {"cache": _cache, "online": _online, "write-through": _write_through}[config.mode](config)
+    data, shape, about = {"cache": cached_setup, "online": online_setup, "write-through": write_through_setup}[
+        config.mode
+    ](config)
     if shape[1] != shape[2]:
         raise UserError(f"{data['data']} holds latents of {shape[1]}x{shape[2]}; train_ldm learns square ones")
     if len({f"{decay:g}" for decay in (config.loop.ema, *config.more_ema)}) <= len(config.more_ema):
@@ -74,7 +76,7 @@ def train_ldm(config: TrainLDM) -> dict[str, Any]:
     if checkpoint.holds_something(folder):
         checkpoint.open_run(folder, config, free)  # refuses another run's name before a cache is begun
     if config.mode == "write-through":
-        data |= _begin_cache(config)
+        data |= begin_cache(config)
     share = cluster.start(config.ray)
     cluster.check_folders({"root": os.path.dirname(folder)}, {"vae": data["vae"], "cache": data.get("cache", "")})
     resumed = checkpoint.open_run(folder, config, free)
@@ -104,7 +106,7 @@ def objective_of(config: TrainLDM) -> Objective:
 Found = tuple[dict[str, Any], Shape, str]  # what workers get, the shape of a latent, and words about both
 
 
-def _cache(config: TrainLDM) -> Found:
+def cached_setup(config: TrainLDM) -> Found:
     if not config.cache:
         raise UserError("cache is empty; give a latent cache: cache=/data/cache (jobs/encode_dataset.py writes one)")
     cache = LatentCache(config.cache, version=config.cache_version or None)
@@ -127,13 +129,13 @@ def _cache(config: TrainLDM) -> Found:
     return data | {"vae": vae, "fingerprint": wanted}, (len(cache.mean), *cache.shape[1:]), about
 
 
-def _online(config: TrainLDM) -> Found:
+def online_setup(config: TrainLDM) -> Found:
     source = open_source(config.data.source, "data.source")
     data, shape, about = _images(config, source)
     return data | {"source": source}, shape, about
 
 
-def _write_through(config: TrainLDM) -> Found:
+def write_through_setup(config: TrainLDM) -> Found:
     if not config.cache:
         raise UserError("cache is empty; mode=write-through fills one: cache=/data/cache")
     if config.data.crop != "center" or config.data.flip:
@@ -157,7 +159,7 @@ def _images(config: TrainLDM, source: Source) -> Found:
     return {"data": source.uri, "vae": vae, "fingerprint": fingerprint(vae), "images": source.units}, shape, words
 
 
-def _begin_cache(config: TrainLDM) -> dict[str, Any]:
+def begin_cache(config: TrainLDM) -> dict[str, Any]:
     """The plan and the listing of the cache that this run fills: those of an encode job."""
     data = config.data
     job = Encode(

@@ -482,7 +482,7 @@ def test_a_retry_is_of_the_quarantined_for_these_reasons(tmp_path, monkeypatch):
     monkeypatch.setattr(encode.cluster, "start", lambda ray: SHARE)
     given = []
     monkeypatch.setattr(maintenance, "run_tracked", lambda *values: given.append(values) or {"images": 12})
-    monkeypatch.setattr(maintenance, "_report", lambda done: done)
+    monkeypatch.setattr(maintenance, "print_summary", lambda done: done)
     assert maintenance.retry(Retry(reasons=["missing"])) == {"images": 12, "encoded_now": 2, "recovered": 2}
     assert given[0][4] == [Task(0, 1, (7,)), Task(2, 2, (22, 23))]
     maintenance.retry(Retry())
@@ -633,7 +633,7 @@ def test_what_is_printed_of_a_run(capsys):
         "shape": [8, 4, 4], "latents": {"content": "moments", "dtype": "float16"},
         "manifest": "m.json", "number": 3, "link": "run",
     }  # fmt: skip
-    encode._report(done)
+    encode.print_summary(done)
     shown = capsys.readouterr().out
     for line in (
         "images encoded        5  (4 in this run)",
@@ -645,7 +645,7 @@ def test_what_is_printed_of_a_run(capsys):
     ):
         assert line in shown
     assert "out of quarantine" not in shown
-    encode._report(
+    encode.print_summary(
         done | {"recovered": 3, "encoded_now": 0, "shape": None, "latents": done["latents"] | {"shapes": [1, 2]}}
     )
     shown = capsys.readouterr().out

@@ -46,7 +46,7 @@ def task(made, tmp_path, monkeypatch):
 
     def make(*more, rank=0, world=1):
         config = load(TrainLDM, None, [*SMALL, f"cache={made[0]}", f"root={tmp_path}", *more])
-        kinds = {"cache": module._cache, "online": module._online}
+        kinds = {"cache": module.cached_setup, "online": module.online_setup}
         data, shape, _ = kinds[config.mode](config)
         return Diffusion(config, data | {"shape": shape, "threads": 1}, rank, world, torch.device("cpu"))
 

@@ -70,10 +70,10 @@ def task(made, tmp_path, monkeypatch, in_process):
 
     def make(*more, rank=0, world=1):
         config = configured(made, tmp_path, *more)
-        kinds = {"cache": ldm._cache, "online": ldm._online, "write-through": ldm._write_through}
+        kinds = {"cache": ldm.cached_setup, "online": ldm.online_setup, "write-through": ldm.write_through_setup}
         data, shape, _ = kinds[config.mode](config)
         if config.mode == "write-through":
-            data |= ldm._begin_cache(config)
+            data |= ldm.begin_cache(config)
         setup = data | {"shape": shape, "threads": 1, "handle": Handle}
         return Diffusion(config, setup, rank, world, torch.device("cpu"))
 
@@ -426,7 +426,7 @@ def test_a_poisoned_batch_is_skipped_and_many_of_them_stop_the_run(made, tmp_pat
 
     monkeypatch.setattr(Diffusion, "_with_noise", poisoned)
     config = configured(made, tmp_path, "images=64", "loop.max_skipped=3", "loop.checkpoint_every=24")
-    data, shape, _ = module._cache(config)
+    data, shape, _ = module.cached_setup(config)
     handle = loop.mlflow_run.RunHandle("", None, "test", str(folder))
     setup = data | {"shape": shape, "threads": 1, "handle": handle, "live": False, "nodes": 1, "folder": str(folder)}
 
