@@ -10,11 +10,13 @@ import torch
 from PIL import Image
 from skimage import data as photos
 
-from litevae import storage
+from litevae import cache, storage
 from litevae.autoencoder import LiteVAE, encode_latents, load_autoencoder
 from litevae.images import ImageTransform
+from pipelines.data.config import Views
 from pipelines.encoding.config import Encode
 from pipelines.encoding.encode import encode_dataset
+from pipelines.encoding.plan import CachePlan, PlannedModel, PlanSettings
 from pipelines.runtime.cli import load
 from pipelines.runtime.schema import validate
 from tests.in_process import in_process
@@ -31,6 +33,21 @@ def save_model(folder, seed=0, change=lambda model: None):
     change(model)
     model.save_pretrained(folder)
     return str(folder)
+
+
+def cache_plan(**fields) -> CachePlan:
+    """A plan whose other fields are of no account."""
+    given = {
+        "model": PlannedModel("/m", "f", {}), "transform": {}, "latents": cache.layout("moments", "float16"),
+        "precision": "fp32", "compile": False, "columns": {}, "rows_per_shard": 8, "source": {},
+        "settings": plan_settings(),
+    }  # fmt: skip
+    return CachePlan(**given | fields)
+
+
+def plan_settings(**fields) -> PlanSettings:
+    given = {"source": {}, "batch_size": 4, "error_budget": 0.01, "transform": Views().model_dump(mode="json")}
+    return PlanSettings(**given | fields)
 
 
 def crops(count):

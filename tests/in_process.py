@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
-from pipelines.data.decode import decode_shard, views_of
+from pipelines.data.decode import decode_shard
 from pipelines.encoding import encode
 from pipelines.encoding.encoder import Encoder
+from pipelines.encoding.plan import CachePlan
 from pipelines.evaluation import generated, image_batches, reconstruction, sample
 from pipelines.runtime import cluster, mlflow_run
 from pipelines.runtime.schema import Ray
@@ -24,7 +25,7 @@ from pipelines.training import launch, loop
 def in_process() -> Iterator[None]:
     """For encode, sample and evaluate, which then do without Ray."""
     with pytest.MonkeyPatch.context() as patch:
-        here = SimpleNamespace(**vars(cluster) | {"start": _share, "check_folders": lambda written, read: None})
+        here = SimpleNamespace(**vars(cluster) | {"start": _placement, "check_folders": lambda written, read: None})
         for module in (encode, sample, reconstruction, generated):
             patch.setattr(module, "cluster", here)
         patch.setattr(encode, "_pipeline", _Pipeline)
@@ -62,7 +63,7 @@ def up_to_the_workers(result: dict[str, Any]) -> Iterator[SimpleNamespace]:
         return "a handle"
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cluster, "start", _share)
+        patch.setattr(cluster, "start", _placement)
         patch.setattr(cluster, "check_folders", lambda *given: setattr(noted, "checked", given))
         patch.setattr(mlflow_run, "start_run", start_run)
         patch.setattr(launch, "fit", fit)
@@ -73,18 +74,18 @@ def _keep(metrics: dict[str, Any], checkpoint: str, run: Path) -> None:
     shutil.move(checkpoint, run / f"checkpoint-{metrics['images']:012d}")
 
 
-def _share(config: Ray) -> cluster.Share:
-    return cluster.Share(workers=config.workers, gpu=False, threads=1)
+def _placement(config: Ray) -> cluster.Placement:
+    return cluster.Placement(workers=config.workers, gpu=False, threads=1)
 
 
 class _Pipeline:
-    def __init__(self, plan: dict[str, Any], shards: Sequence[Any], out: str, share: cluster.Share):
-        self.plan, self.shards, self.out, self.share = plan, shards, out, share
+    def __init__(self, plan: CachePlan, shards: Sequence[Any], out: str, placement: cluster.Placement):
+        self.plan, self.shards, self.out, self.placement = plan, shards, out, placement
 
     def iter_rows(self) -> Iterator[dict[str, Any]]:
-        encoder = Encoder(self.out, self.plan, False, self.share.threads)
+        encoder = Encoder(self.out, self.plan, False, self.placement.threads)
         for shard in self.shards:
-            yield encoder(decode_shard({"shard": shard}, views_of(self.plan)))
+            yield encoder(decode_shard({"shard": shard}, self.plan.views))
 
 
 class _Actor:
@@ -95,8 +96,8 @@ class _Actor:
         return SimpleNamespace(remote=getattr(self._instance, name))
 
 
-def _pool(cls: type, share: cluster.Share, *arguments: Any) -> list[Any]:
-    return [_Actor(cls(*arguments)) for _ in range(share.workers)]
+def _pool(cls: type, placement: cluster.Placement, *arguments: Any) -> list[Any]:
+    return [_Actor(cls(*arguments)) for _ in range(placement.workers)]
 
 
 def _spread(actors: list[Any], call: Callable[[Any, Any], Any], items: Iterable[Any]) -> Iterator[Any]:

@@ -46,7 +46,7 @@ from litevae.perceptual import load_esrgan, load_lpips
 from pipelines.data.config import Source
 from pipelines.data.sources import open_source
 from pipelines.encoding.config import Encode
-from pipelines.encoding.plan import open_listings
+from pipelines.encoding.listings import open_listings
 from pipelines.experiments.comparison import Comparison, Row, Run
 from pipelines.experiments.config import Sweep
 from pipelines.experiments.page import page

@@ -23,17 +23,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from litevae import cache
 from litevae.autoencoder import LiteVAE, encode_latents, load_autoencoder
 from litevae.errors import UserError
 from litevae.images import ImageTransform, to_tensor
 from litevae.inference import memory_format
 from litevae.precision import autocast
 from pipelines.benchmark import meter
-from pipelines.data.decode import transform_of, views_of
+from pipelines.data.decode import transform_of
 from pipelines.encoding.config import Encode
 from pipelines.encoding.encode import encode_dataset
 from pipelines.encoding.encoder import Encoder
+from pipelines.encoding.plan import CachePlan
 from pipelines.runtime.cli import load
 
 SIDE = 256
@@ -106,11 +106,11 @@ def encode(setting: meter.Setting) -> Iterator[meter.Table]:
             _round(Given(str(folder), model, plan, device, decoders), place / f"{number}-{n}", min(SECONDS, count / 20))
             for n in range(setting.config.repeats)
         ]
-        yield _table(setting, title, count, decoders, cache.read_plan(plan), runs)
+        yield _table(setting, title, count, decoders, CachePlan.read(plan), runs)
 
 
 def _table(
-    setting: meter.Setting, title: str, count: int, decoders: int, plan: dict[str, Any], runs: list[dict[str, float]]
+    setting: meter.Setting, title: str, count: int, decoders: int, plan: CachePlan, runs: list[dict[str, float]]
 ) -> meter.Table:
     def of(key: str) -> list[float]:
         return [run[key] for run in runs]
@@ -119,15 +119,15 @@ def _table(
     model = setting.config.model or "LiteVAE-S with random weights"
     table = meter.Table(
         f"The encode job, {title}",
-        f"images/s at {SIDE} px; {model}, {plan['precision']}; {count} images a run, {len(runs)} runs of each in turn: "
+        f"images/s at {SIDE} px; {model}, {plan.precision}; {count} images a run, {len(runs)} runs of each in turn: "
         f"median (range). Everything gets {decoders} decoding process{'es' * (decoders > 1)} and one that encodes, of "
-        f"a thread each. The job and its halves decode with decode={plan['settings']['transform']['decode']} and "
-        f"encode with kernels={plan['kernels']}, as the job does by itself; the loop and Ray Data take Pillow and "
+        f"a thread each. The job and its halves decode with decode={plan.views.decode} and "
+        f"encode with kernels={plan.kernels}, as the job does by itself; the loop and Ray Data take Pillow and "
         f"PyTorch, channels last. Rates of whole systems are steady ones, by the times at which files of "
         f"{BATCH[setting.device.type]} were finished, the first quarter left out. A whole run is a process's, start "
         f"and end included.",
         ["", "images/s", "times the slower half's", "a whole run, s"],
-        samples={"runs": runs, "plan": {name: plan[name] for name in ("precision", "kernels", "transform")}},
+        samples={"runs": runs, "plan": {name: getattr(plan, name) for name in ("precision", "kernels", "transform")}},
     )
     for system, name in SYSTEMS.items():
         whole = meter.spread(of(f"{system} whole")) if f"{system} whole" in runs[0] else ""
@@ -215,7 +215,7 @@ class Encoding:
     def __call__(self, given: Given) -> dict[str, Any]:
         torch.set_num_threads(1)
         if self._encoder is None:
-            self._encoder = Encoder("", cache.read_plan(given.out), gpu=given.device == "cuda", threads=1)
+            self._encoder = Encoder("", CachePlan.read(given.out), gpu=given.device == "cuda", threads=1)
             transform = _transform(given.out)
             self._batch = [transform(file.read_bytes()).pixels for file in given.files[: given.batch]]
         encoder = self._encoder
@@ -223,7 +223,7 @@ class Encoding:
 
 
 def _transform(out: str) -> ImageTransform:
-    return transform_of(views_of(cache.read_plan(out)))
+    return transform_of(CachePlan.read(out).views)
 
 
 def _rate(work: Callable[[int], object], images: int, seconds: float) -> dict[str, Any]:

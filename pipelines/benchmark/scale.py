@@ -42,7 +42,7 @@ from pipelines.data.config import Source as SourceConfig
 from pipelines.data.decode import Task
 from pipelines.data.sources import open_source, restore
 from pipelines.encoding.config import Encode
-from pipelines.encoding.plan import Planned
+from pipelines.encoding.partition import Partition
 
 MODULE = "pipelines.benchmark.scale"
 SHARD: int = Encode.model_fields["rows_per_shard"].default
@@ -277,15 +277,15 @@ def plan(uri: str, images: int, out: str) -> dict[str, Any]:
     with mock.patch.object(storage, "_listing", bucket.listing), watch("list"):
         source = open_source(SourceConfig(uri=uri))
     with watch("cut"):
-        planned = Planned([source], SHARD)
-        tasks = [Task(number) for number in range(len(planned))]
+        partition = Partition([source], SHARD)
+        tasks = [Task(number) for number in range(len(partition))]
     with watch("write"):
         cache.write_listing(out, 1, source.listing)
     some = tasks[:: max(1, len(tasks) // 100)][:100]
     with watch("shards"):
-        sent = [len(pickle.dumps(planned.shard(task))) for task in some]
+        sent = [len(pickle.dumps(partition.shard(task))) for task in some]
     return watch.found | {
-        "units": planned.units,
+        "units": partition.units,
         "groups": len(source.listing),
         "shards": len(tasks),
         "listing": source.listing.nbytes,
@@ -301,7 +301,7 @@ def resume(out: str) -> dict[str, Any]:
     watch = Watch()
     if os.path.isdir(os.path.join(out, "listing")):
         with watch("listing"):
-            Planned([restore(listing) for listing in cache.read_listings(out)], SHARD)
+            Partition([restore(listing) for listing in cache.read_listings(out)], SHARD)
     with watch("names"):
         committed = cache.committed(out)
     with watch("commits"):

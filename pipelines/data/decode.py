@@ -65,11 +65,6 @@ def transform_of(config: Views) -> ImageTransform:
     )
 
 
-def views_of(plan: dict[str, Any]) -> Views:
-    """Of a cache's plan or manifest. One from before there was a choice of decoders is of Pillow's pixels."""
-    return Views(**{"decode": "pillow"} | plan["settings"]["transform"])
-
-
 @dataclass(frozen=True)
 class Lost:
     """Why an image is not encoded."""

@@ -75,9 +75,9 @@ def doctor(config: Doctor) -> list[Finding]:
         check("mlflow", mlflow, ask, config)
         check("weights", weights, ask)
         speeds = Speeds()
-        check("model", model, ask, config, started.share, speeds)
+        check("model", model, ask, config, started.placement, speeds)
         check("source", source, ask, config, speeds)
-        check("estimate", estimate, started.share, speeds)
+        check("estimate", estimate, started.placement, speeds)
     finally:
         if nodes:
             nodes.close()
@@ -127,7 +127,7 @@ def table(findings: Sequence[Finding], width: int = 0) -> str:
 
 class Started(NamedTuple):
     up: bool
-    share: cluster.Share | None
+    placement: cluster.Placement | None
     findings: list[Finding]
 
 
@@ -135,13 +135,14 @@ def start(config: Ray) -> Started:
     """Join or start Ray as every job does."""
     import ray
 
-    share, problems = None, []
+    placement: cluster.Placement | None = None
+    problems: list[Finding] = []
     host, _, port = os.environ.get("RAY_ADDRESS", "").rpartition(":")
     try:
         if host and port.isdigit() and "//" not in host:  # Ray itself would try for some four minutes
             _reach(host, int(port))
-        share = cluster.start(config)
-    except Exception as error:  # noqa: BLE001 - the boundary: the other checks go on without Ray, or without a share
+        placement = cluster.start(config)
+    except Exception as error:  # noqa: BLE001 - the boundary: the other checks go on without Ray, or without a placement
         advice = "see that $RAY_ADDRESS is that of a running cluster, with the same RAY_AUTH_MODE and token"
         advice = "" if isinstance(error, UserError) else advice
         problems.append(failure(DRIVER, error, advice))
@@ -150,8 +151,8 @@ def start(config: Ray) -> Started:
     alive = [node for node in ray.nodes() if node["Alive"]]
     joined = "joined" if "RAY_ADDRESS" in os.environ or cluster.in_ray_job() else "started here"
     found = f"Ray {ray.__version__}, {joined}, {counted(len(alive), 'node')}"
-    if share:
-        problems.append(Finding(DRIVER, "ok", f"{found}; a job gets {share.text}"))
+    if placement:
+        problems.append(Finding(DRIVER, "ok", f"{found}; a job gets {placement.text}"))
     from ray._private.authentication.authentication_utils import is_token_auth_enabled
 
     outside = sorted({node["NodeName"] for node in alive if not _loopback(node["NodeManagerAddress"])})
@@ -163,7 +164,7 @@ def start(config: Ray) -> Started:
         advice = "ray get-auth-token --generate, and RAY_AUTH_MODE=token on every node before ray start"
         text = f"no token authentication: whoever reaches {', '.join(outside[:3])} can run code there"
         problems.append(Finding(DRIVER, "warning", text, advice))
-    return Started(True, share, problems)
+    return Started(True, placement, problems)
 
 
 def _reach(host: str, port: int) -> None:

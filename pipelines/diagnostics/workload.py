@@ -57,7 +57,7 @@ def _weights() -> list[tuple[str, str, str]]:
     return found
 
 
-def model(ask: Ask, config: Doctor, share: cluster.Share | None, speeds: Speeds) -> Iterator[Finding]:
+def model(ask: Ask, config: Doctor, placement: cluster.Placement | None, speeds: Speeds) -> Iterator[Finding]:
     """Whether all nodes have the same model, and how fast a worker encodes with it there."""
     if not config.model:
         yield Finding(DRIVER, "skipped", "not given")
@@ -73,7 +73,7 @@ def model(ask: Ask, config: Doctor, share: cluster.Share | None, speeds: Speeds)
     if lost or any(theirs != mine for theirs in nodes.values()):
         return
     yield Finding(DRIVER, "ok", f"{path} ({mine[:8]}), the same on {counted(len(nodes), 'node')}")
-    threads = share.threads if share else os.cpu_count() or 1
+    threads = placement.threads if placement else os.cpu_count() or 1
     timed, lost = answered(ask(_encode, path, config.transform.resolution, config.batch_size, threads))
     yield from lost
     for node, (speed, how) in timed.items():
@@ -154,20 +154,20 @@ def _decode(parts: list[Source], transform: ImageTransform) -> tuple[int, dict[s
     return good, dict(bad), example, read, decode
 
 
-def estimate(share: cluster.Share | None, speeds: Speeds) -> Iterator[Finding]:
+def estimate(placement: cluster.Placement | None, speeds: Speeds) -> Iterator[Finding]:
     """How long encoding the source takes: on CPUs decoding and encoding share the cores, on GPUs they overlap."""
-    if not (share and speeds.images and speeds.encode and speeds.decode):
+    if not (placement and speeds.images and speeds.encode and speeds.decode):
         yield Finding(DRIVER, "skipped", "takes Ray, a source and a model")
         return
-    encode = share.workers * sum(speeds.encode) / len(speeds.encode)
+    encode = placement.workers * sum(speeds.encode) / len(speeds.encode)
     core = sum(speeds.decode) / len(speeds.decode)
-    decode = core * (share.decoders if share.gpu else share.workers * share.threads)
-    rate = min(encode, decode) if share.gpu else 1 / (1 / encode + 1 / decode)
+    decode = core * (placement.decoders if placement.gpu else placement.workers * placement.threads)
+    rate = min(encode, decode) if placement.gpu else 1 / (1 / encode + 1 / decode)
     seconds = speeds.images / rate
     shown = f"{seconds / 3600:,.1f} hours" if seconds >= 3600 else f"{seconds / 60:,.1f} minutes"
     slower = "encoding" if encode <= decode else "decoding"
     text = (
-        f"{speeds.images:,} images take about {shown} with {share.text} (encoding {encode:,.1f} and decoding "
+        f"{speeds.images:,} images take about {shown} with {placement.text} (encoding {encode:,.1f} and decoding "
         f"{decode:,.0f} a second); {slower} is the bottleneck"
     )
     advice = "more ray.workers" if slower == "encoding" else "more CPUs or ray.decode_tasks, or transform.decode=scaled"

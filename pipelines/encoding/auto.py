@@ -1,41 +1,66 @@
-"""What `auto` means on this machine: the precision, the batch size, and whether compiling pays."""
+"""What `auto` means on this machine: the precision, the kernels, the batch size, and whether compiling pays."""
 
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 import torch
 
+from litevae.inference import best_kernels
 from litevae.precision import autocast
-from pipelines.data.decode import transform_of, views_of
+from pipelines.data.decode import transform_of
+from pipelines.encoding.config import Encode
 from pipelines.encoding.encoder import Encoder
-from pipelines.runtime import cluster
+from pipelines.encoding.plan import CachePlan
+from pipelines.runtime.cluster import Placement
+from pipelines.runtime.logs import say
 
 AUTO_BATCH = {"cpu": 32, "cuda": 256}  # where batch_size=auto begins; beyond these nothing is gained
 WORTH_COMPILING = 200_000  # images: on an H200 compiling took 50 s, and saved LiteVAE-B 0.8 ms an image
 
 
-def fastest_precision(share: cluster.Share) -> str:
+def settle(plan: CachePlan, config: Encode, placement: Placement, images: int) -> CachePlan:
+    """The plan of a new cache with numbers and names in place of "auto".
+
+    Args:
+        placement: the workers that will encode.
+        images: how many there are to encode, which decides whether compiling is advised.
+    """
+    if config.precision == "auto":
+        plan = replace(plan, precision=fastest_precision(placement))
+    if config.kernels == "auto" and not config.compile:
+        plan = replace(plan, kernels="torch" if placement.gpu else best_kernels("cpu", plan.precision))
+        if placement.gpu and images >= WORTH_COMPILING:
+            say("encode: compile=true starts a minute later, and then may encode twice as many images a second")
+        if not placement.gpu and plan.precision == "fp32" and plan.kernels == "torch":
+            say("encode: no C++ compiler here, so by PyTorch's kernels; g++ makes it two to three times as fast")
+    if config.batch_size == "auto":
+        plan = replace(plan, settings=replace(plan.settings, batch_size=largest_batch(plan, placement)))
+    return plan
+
+
+def fastest_precision(placement: Placement) -> str:
+    """ "bf16" where the workers' hardware multiplies it, else "fp32"."""
     import ray
 
     def probe(device: str) -> str:
         with autocast(device, "auto"):
             return "bf16" if torch.is_autocast_enabled(device) else "fp32"
 
-    return ray.get(ray.remote(num_gpus=1, num_cpus=0)(probe).remote("cuda")) if share.gpu else probe("cpu")
+    return ray.get(ray.remote(num_gpus=1, num_cpus=0)(probe).remote("cuda")) if placement.gpu else probe("cpu")
 
 
-def largest_batch(plan: dict[str, Any], share: cluster.Share) -> int:
+def largest_batch(plan: CachePlan, placement: Placement) -> int:
     """The batch size that fits, found where the encoders will run; on CPUs 32."""
     import ray
 
-    if not share.gpu:
+    if not placement.gpu:
         return AUTO_BATCH["cpu"]
-    largest = max(transform_of(views_of(plan)).sizes, key=lambda size: size[0] * size[1])
-    settings = plan["settings"] | {"batch_size": AUTO_BATCH["cuda"]}
+    largest = max(transform_of(plan.views).sizes, key=lambda size: size[0] * size[1])
+    tried = replace(plan, settings=replace(plan.settings, batch_size=AUTO_BATCH["cuda"]))
 
     def probe() -> int:
-        encoder = Encoder("", plan | {"settings": settings}, True, 1)
+        encoder = Encoder("", tried, gpu=True, threads=1)
         encoder.encode([np.zeros((*largest, 3), dtype=np.uint8)])
         return encoder.batch_size
 
-    return ray.get(ray.remote(num_gpus=share.resources["GPU"], num_cpus=0)(probe).remote())
+    return ray.get(ray.remote(num_gpus=placement.gpus, num_cpus=0)(probe).remote())

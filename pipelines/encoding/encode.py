@@ -10,24 +10,30 @@ shard and retrying its quarantine are the same work on some shards, committed as
 import gc
 import json
 import os
+import platform
 import sys
 import time
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from litevae import cache, storage
 from litevae.errors import UserError
-from litevae.inference import best_kernels
-from pipelines.data.decode import Shard, Task, decode_shard, views_of
+from pipelines.data.decode import Shard, Task, decode_shard
 from pipelines.data.sources import restore
 from pipelines.encoding import auto
 from pipelines.encoding.config import Encode, Mend
 from pipelines.encoding.encoder import Encoder
-from pipelines.encoding.plan import Planned, inputs_of, is_empty, library_versions, make_plan, source_of
-from pipelines.encoding.totals import add_reasons, check_budget, listed_reasons
+from pipelines.encoding.listings import inputs_of, source_of
+from pipelines.encoding.partition import Partition
+from pipelines.encoding.plan import CachePlan, make_plan
+from pipelines.encoding.totals import EncodeTotals, check_budget, listed_reasons
 from pipelines.runtime import cluster, mlflow_run, mlflow_server, prometheus, tables
+from pipelines.runtime.cluster import Placement
 from pipelines.runtime.logs import say
 from pipelines.runtime.progress import Progress
 
@@ -50,16 +56,41 @@ def encode_dataset(config: Encode) -> dict[str, Any]:
         UserError: nothing to encode; `out` is a cache of something else; more images than the budget allows can't be
             read.
     """
-    out, plan, planned, share = plan_cache(config)
-    if share is None:
-        return _summary(out, cache.read_manifest(out), config.root)
-    committed = cache.committed(out)
-    todo = [Task(number) for number in range(len(planned)) if number not in committed]
-    return run_tracked(config, config.model_dump(mode="json"), plan, planned, todo, out, share)
+    job = plan_cache(config)
+    if job.placement is None:
+        return _summary(job.out, cache.read_manifest(job.out), config.root)
+    return run_tracked(config, config.model_dump(mode="json"), job, job.todo())
 
 
-def plan_cache(config: Encode) -> "tuple[str, dict[str, Any], Planned, cluster.Share | None]":
-    """Begin a cache, or go on with one: its folder, with plan and listing; and what Ray gives, unless it is finished.
+@dataclass(frozen=True)
+class CacheJob:
+    """A cache that is begun, with its plan and listing written, and what it takes to fill it.
+
+    Attributes:
+        out: the cache's folder.
+        plan: what the cache holds.
+        partition: how its images are cut into shards.
+        placement: the workers that Ray gives; None for a finished cache, which takes none.
+    """
+
+    out: str
+    plan: CachePlan
+    partition: Partition
+    placement: Placement | None
+
+    @property
+    def finished(self) -> bool:
+        """Whether every shard is committed and the manifest written."""
+        return self.placement is None
+
+    def todo(self) -> list[Task]:
+        """A task for each shard without a commit."""
+        committed = cache.committed(self.out)
+        return [Task(number) for number in range(len(self.partition)) if number not in committed]
+
+
+def plan_cache(config: Encode) -> CacheJob:
+    """Begin a cache, or go on with one. Starts or joins Ray unless the cache is finished.
 
     Raises:
         UserError: as `encode_dataset`.
@@ -67,53 +98,43 @@ def plan_cache(config: Encode) -> "tuple[str, dict[str, Any], Planned, cluster.S
     out = cluster.output_path("out", config.out, remote=True)
     if not config.model:
         raise UserError("model is empty; give a model folder, e.g. model=runs/vae/model")
-    empty, files = is_empty(out), storage.names(out)  # in this order: another driver may be writing its plan now
+    empty, files = _is_empty(out), storage.names(out)  # in this order: another driver may be writing its plan now
     if "plan.json" not in files and not empty:
         raise UserError(f"out={config.out} holds other files and no latent cache; give a new or empty folder")
-    before = cache.read_plan(out) if "plan.json" in files else None
+    before = CachePlan.read(out) if "plan.json" in files else None
     sources, identity, new = inputs_of(config, out, before, finished="manifest.json" in files)
     plan = make_plan(config, sources[0], identity, before)
     if before:
-        cache.write_plan(out, plan)  # refuses what differs
+        plan.write(out)  # refuses what differs
         if new is not None:
             cache.write_listing(out, len(sources) + 1, new)
             # what is there counts: another driver may have listed more, or less
             sources = [restore(listing, sources[0].uri) for listing in cache.read_listings(out)]
-    planned = Planned(sources, plan["rows_per_shard"])
-    if "manifest.json" in files and cache.read_manifest(out)["source"]["shards"] == len(planned):
-        return out, plan, planned, None
-    share = cluster.start(config.ray)
+    partition = Partition(sources, plan.rows_per_shard)
+    if "manifest.json" in files and cache.read_manifest(out)["source"]["shards"] == len(partition):
+        return CacheJob(out, plan, partition, None)
+    placement = cluster.start(config.ray)
     cluster.check_folders({"out": out}, {"source.uri": sources[0].uri, "model": config.model})
     if not before:
-        if config.precision == "auto":
-            plan["precision"] = auto.fastest_precision(share)
-        if config.kernels == "auto" and not config.compile:
-            plan["kernels"] = "torch" if share.gpu else best_kernels("cpu", plan["precision"])
-            if share.gpu and planned.units >= auto.WORTH_COMPILING:
-                say("encode: compile=true starts a minute later, and then may encode twice as many images a second")
-            if not share.gpu and plan["precision"] == "fp32" and plan["kernels"] == "torch":
-                say("encode: no C++ compiler here, so by PyTorch's kernels; g++ makes it two to three times as fast")
-        if config.batch_size == "auto":
-            plan["settings"]["batch_size"] = auto.largest_batch(plan, share)
-        cache.write_plan(out, plan)
+        plan = auto.settle(plan, config, placement, partition.units)
+        plan.write(out)
     if not storage.names(storage.join(out, "listing")):
         cache.write_listing(out, 1, sources[0].listing)
-    return out, plan, planned, share
+    return CacheJob(out, plan, partition, placement)
+
+
+def _is_empty(out: str) -> bool:
+    if storage.remote(out) or not storage.folder_exists(out):
+        return not storage.folder_exists(out)
+    return all(name.startswith(".tmp-") for name in os.listdir(out))  # left over where a driver was killed
 
 
 # --- running ------------------------------------------------------------------------------------------------
 
 
-def run_tracked(
-    config: Encode | Mend,
-    settings: dict[str, Any],
-    plan: dict[str, Any],
-    planned: Planned,
-    todo: Sequence[Task],
-    out: str,
-    share: cluster.Share,
-) -> dict[str, Any]:
+def run_tracked(config: Encode | Mend, settings: dict[str, Any], job: CacheJob, todo: Sequence[Task]) -> dict[str, Any]:
     """Encode shards and write the manifest, as an MLflow run."""
+    out = job.out
     folder = tracking_folder(out, config.root)
     handle = mlflow_run.start_run(
         config.tracking, config.root, "encode_dataset", os.path.basename(out), settings, folder
@@ -122,8 +143,8 @@ def run_tracked(
     say(f"cache: {out}\nMLflow: {mlflow_run.link(handle)}", cache=out, run=mlflow_run.link(handle))
     status: mlflow_server.Status = "FAILED"
     try:
-        result = _encode(plan, planned, todo, out, share)
-        manifest = finish(out, plan, planned, "encode_dataset", settings, handle, result.pop("devices"))
+        result = _encode(job, todo)
+        manifest = finish(out, job.plan, job.partition, "encode_dataset", settings, handle, result.pop("devices"))
         summary = _summary(out, manifest, config.root) | result | {"link": mlflow_run.link(handle)}
         numbers = ("images", "quarantined", "images_per_s", "bits_per_pixel", "decode_busy", "encode_busy")
         metrics = {f"encode/{key}": summary[key] for key in numbers}
@@ -149,8 +170,8 @@ def run_tracked(
 
 def finish(
     out: str,
-    plan: dict[str, Any],
-    planned: "Planned",
+    plan: CachePlan,
+    partition: Partition,
     job: str,
     settings: dict[str, Any],
     handle: mlflow_server.RunHandle,
@@ -161,11 +182,11 @@ def finish(
         "job": job,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "config": mlflow_run.redact(settings),
-        "versions": library_versions(),
+        "versions": _versions(),
         "devices": list(devices),
         "tracking": {"experiment": handle.experiment, "run_id": handle.run_id},
     }
-    return cache.write_manifest(out, plan, source_of(planned), about)
+    return cache.write_manifest(out, plan.to_json(), source_of(partition), about)
 
 
 def tracking_folder(out: str, root: str) -> str:
@@ -173,83 +194,57 @@ def tracking_folder(out: str, root: str) -> str:
     return os.path.join(os.path.abspath(root), os.path.basename(out)) if storage.remote(out) else out
 
 
-def _encode(
-    plan: dict[str, Any],
-    planned: Planned,
-    todo: Sequence[Task],
-    out: str,
-    share: cluster.Share,
-) -> dict[str, Any]:
+def _encode(job: CacheJob, todo: Sequence[Task]) -> dict[str, Any]:
     """Encode these shards; the others have commits that stay."""
     import ray.data
 
-    total, budget = planned.units, plan["settings"]["error_budget"]
+    assert job.placement is not None
+    out, placement, partition = job.out, job.placement, job.partition
+    budget = job.plan.settings.error_budget
+    slots = {"decode": placement.decoders, "encode": placement.workers}
+    totals = EncodeTotals(partition.units, {stage: min(count, max(1, len(todo))) for stage, count in slots.items()})
     numbers = {task.shard for task in todo}
     kept = {shard: generation for shard, generation in cache.committed(out).items() if shard not in numbers}
-    reasons: dict[str, int] = {}
-    done = 0
     for commit in cache.read_commits(out, kept):
-        add_reasons(reasons, commit.get("reasons", {}))
-        done += commit["units"][1] - commit["units"][0]
-    check_budget(reasons, budget, out, total)
+        totals.add_earlier(commit)
+    check_budget(totals.reasons, budget, out, totals.images)
     if kept and todo:
-        say(f"{len(todo):,} of {len(planned):,} shards to do")
-    encoded, devices, busy = 0, set(), {"decode": 0.0, "encode": 0.0}
-    finished: list[tuple[float, int]] = []
-    slots = {"decode": share.decoders, "encode": share.workers}
-    slots = {stage: min(count, max(1, len(todo))) for stage, count in slots.items()}
-    progress = Progress("encode", total, done, sys.stderr.isatty())
-    shown = prometheus.Encoding(os.path.basename(out))
-    start = time.monotonic()
+        say(f"{len(todo):,} of {len(partition):,} shards to do")
+    progress = Progress("encode", totals.images, totals.done, sys.stderr.isatty())
+    exported = prometheus.Encoding(os.path.basename(out))
+    totals.started = time.monotonic()
     rows: Any = None
     try:
-        wave = WAVE * share.workers
+        wave = WAVE * placement.workers
         for begin in range(0, len(todo), wave):
-            shards = [planned.shard(task) for task in todo[begin : begin + wave]]
-            rows = _pipeline(plan, shards, out, share).iter_rows()
+            shards = [partition.shard(task) for task in todo[begin : begin + wave]]
+            rows = _pipeline(job.plan, shards, out, placement).iter_rows()
             for row in rows:
                 if row["error"]:
-                    raise UserError(f"encoding stopped, {done:,} of {total:,} images are done: {row['error']}")
-                commit = json.loads(row["commit"])
-                add_reasons(reasons, commit.get("reasons", {}))
-                count = commit["units"][1] - commit["units"][0]
-                encoded, done = encoded + count - commit["quarantined"], done + count
-                devices.add(row["device"])
-                finished.append((row["finished"], count - commit["quarantined"]))
-                now = time.monotonic()
-                for stage in busy:
-                    busy[stage] += row[f"{stage}_seconds"]
-                shares = {stage: busy[stage] / slots[stage] / (now - start) for stage in busy}
-                shown.show(count - commit["quarantined"], commit.get("reasons", {}), shares)
-                check_budget(reasons, budget, out, total)
-                percent = {f"{stage}_%": 100 * share for stage, share in shares.items()}
-                progress.update(done, quarantined=sum(reasons.values()), **percent)
+                    raise UserError(
+                        f"encoding stopped, {totals.done:,} of {totals.images:,} images are done: {row['error']}"
+                    )
+                encoded, reasons = totals.add(row)
+                busy = totals.busy()
+                exported.show(encoded, reasons, busy)
+                check_budget(totals.reasons, budget, out, totals.images)
+                percent = {f"{stage}_%": 100 * share for stage, share in busy.items()}
+                progress.update(totals.done, quarantined=totals.reasons.total(), **percent)
     except ray.exceptions.RayError as error:
         if isinstance(error, ray.exceptions.RayTaskError):
             raise  # an exception in our own code, with its traceback
         cause = str(error).strip().splitlines()[-1]
         raise UserError(
-            f"encoding stopped, {done:,} of {total:,} images are done; run again to go on: {cause}"
+            f"encoding stopped, {totals.done:,} of {totals.images:,} images are done; run again to go on: {cause}"
         ) from error
     finally:
         progress.close()
         rows = None
         gc.collect()  # or the actors of an execution that was broken off keep their GPUs
-    seconds = time.monotonic() - start
-    # Without the start of the actors: from the first shard that was finished to the last.
-    finished.sort()
-    steady = sum(images for _, images in finished[1:]) / (finished[-1][0] - finished[0][0]) if finished[1:] else 0.0
-    return {
-        "encoded_now": encoded,
-        "seconds": round(seconds, 3),
-        "images_per_s": round(encoded / seconds, 3),
-        "steady_images_per_s": round(steady, 3),
-        **{f"{stage}_busy": round(busy[stage] / slots[stage] / seconds, 3) for stage in busy},
-        "devices": sorted(devices),
-    }
+    return totals.summary()
 
 
-def _pipeline(plan: dict[str, Any], shards: Sequence[Shard], out: str, share: cluster.Share) -> Any:
+def _pipeline(plan: CachePlan, shards: Sequence[Shard], out: str, placement: Placement) -> Any:
     """The Ray dataset whose rows are shards that were just committed."""
     import ray.data
     from ray.data import ActorPoolStrategy, TaskPoolStrategy
@@ -261,25 +256,23 @@ def _pipeline(plan: dict[str, Any], shards: Sequence[Shard], out: str, share: cl
         warnings.simplefilter("ignore", RayDeprecationWarning)  # retries have no other way in
         pixels = rows.map(
             decode_shard,
-            fn_kwargs={"views": views_of(plan)},
-            compute=TaskPoolStrategy(size=min(share.decoders, len(shards))),
-            num_cpus=1,
+            fn_kwargs={"views": plan.views},
+            compute=TaskPoolStrategy(size=min(placement.decoders, len(shards))),
             max_retries=RETRIES,
-            **cluster.on(share.decode_labels),
+            **placement.decode_options(),
         )
         return pixels.map(
             Encoder,
-            fn_constructor_kwargs={"out": out, "plan": plan, "gpu": share.gpu, "threads": share.threads},
+            fn_constructor_kwargs={"out": out, "plan": plan, "gpu": placement.gpu, "threads": placement.threads},
             compute=ActorPoolStrategy(
-                size=min(share.workers, len(shards)),
+                size=min(placement.workers, len(shards)),
                 max_tasks_in_flight_per_actor=3,
                 max_concurrent_calls_per_actor=2,  # one shard is written while the next is encoded
                 enable_true_multi_threading=True,
             ),
-            num_cpus=0.9,  # other than decoding's: operators of equal resources are fused into one, here the actor
-            num_gpus=share.resources.get("GPU", 0),
             max_task_retries=RETRIES,
-            **cluster.on(share.labels),
+            # Other CPUs than decoding's: operators of equal resources are fused into one, here the actor.
+            **placement.ray_options() | {"num_cpus": 0.9},
         )
 
 
@@ -321,3 +314,12 @@ def print_summary(done: dict[str, Any]) -> dict[str, Any]:
     rows["run"] = done["link"]
     say("\n" + "\n".join(f"{name:<22}{text}" for name, text in rows.items()), **done)
     return done
+
+
+def _versions() -> dict[str, str]:
+    """Versions of the libraries that decide what is encoded, as far as they are installed packages."""
+    found = {"python": platform.python_version()}
+    for name in ("litevae", "torch", "diffusers", "pillow", "simplejpeg", "pyarrow", "numpy", "ray"):
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found

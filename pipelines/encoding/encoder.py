@@ -24,20 +24,22 @@ from litevae.images import to_tensor
 from litevae.inference import prepared
 from litevae.native import NoKernels
 from litevae.precision import autocast
-from pipelines.data.decode import Lost, Shard, quarantined, unpack
+from pipelines.data.decode import Lost, Shard, Task, quarantined, unpack
+from pipelines.encoding.plan import CachePlan
 from pipelines.runtime.logs import say
 
-DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
+Rows = tuple[pa.Table, np.ndarray]  # of latents of one shape: the other columns, and the stored (n, C, h, w)
 
 
 class Encoder:
     """An actor with the model on its device: pixels of a shard -> latents -> commit. Two threads take turns."""
 
-    def __init__(self, out: str, plan: dict[str, Any], gpu: bool, threads: int):
-        self.out, self.plan, self.how = out, plan, plan["latents"]
-        self.batch_size: int = plan["settings"]["batch_size"]
+    def __init__(self, out: str, plan: CachePlan, gpu: bool, threads: int):
+        assert plan.settings.batch_size != "auto", "the plan was not settled"
+        self.out, self.plan, self.how = out, plan, plan.latents
+        self.batch_size = plan.settings.batch_size
         self.device = torch.device("cuda" if gpu else "cpu")
-        self.native = plan.get("kernels") == "native"
+        self.native = plan.kernels == "native"
         self.name = torch.cuda.get_device_name() if gpu else platform.processor() or platform.machine()
         self._model: Callable[[torch.Tensor], torch.Tensor] | None = None
         self._threads, self._turn = threads, threading.Lock()
@@ -64,10 +66,41 @@ class Encoder:
         }
 
     def _commit(self, row: dict[str, Any], encoded: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, Any]:
-        """Drop what can't be stored, add the rows that a retry keeps, and commit."""
+        """Commit a shard, or a retried shard's next generation, and return the commit that counts.
+
+        Args:
+            row: what `decode_shard` returned.
+            encoded: what `_latents` gave.
+        """
         shard: Shard = row["shard"]
-        rows, quarantine = unpack(row["rows"]), unpack(row["quarantine"])
-        parts: list[tuple[pa.Table, np.ndarray]] = []
+        parts, quarantine = self._storable(shard, unpack(row["rows"]), unpack(row["quarantine"]), encoded)
+        if shard.task.only:
+            before = cache.read_commit(self.out, shard.task.shard, shard.task.generation - 1)
+            old = cache.read_quarantine(self.out, before)
+            quarantine = _merged_quarantine(old, quarantine, shard.task)
+            if _reasons(quarantine).equals(_reasons(old.sort_by("unit"))):
+                return before  # the retry has changed nothing
+            parts += self._rows_of(before)
+        table, latents = _merged_rows(parts, cache.row_schema(shard.source.schema))
+        planned = self.plan.settings.batch_size
+        return cache.commit_shard(
+            self.out,
+            shard.task.shard,
+            (shard.first, shard.first + shard.source.units),
+            self.how,
+            table,
+            latents,
+            quarantine.sort_by("unit"),
+            shard.task.generation,
+            device=self.name,
+            **({"batch_size": self.batch_size} if self.batch_size != planned else {}),
+        )
+
+    def _storable(
+        self, shard: Shard, rows: pa.Table, quarantine: pa.Table, encoded: list[tuple[np.ndarray, np.ndarray]]
+    ) -> tuple[list[Rows], pa.Table]:
+        """Rows whose latents the cache's dtype can hold, and the quarantine with the others added to it."""
+        parts: list[Rows] = []
         lost: list[dict[str, Any]] = []
         for places, values in encoded:
             part = rows.take(pa.array(places))
@@ -83,34 +116,15 @@ class Encoder:
                 lost.append(quarantined(shard, unit, names[unit], Lost("encode", problem, message)))
             good = ~np.isin(units, list(bad))
             parts.append((part.filter(pa.array(good)), cache.to_stored(values[good], self.how["dtype"])))
-        quarantine = pa.concat_tables([quarantine, pa.Table.from_pylist(lost, schema=cache.QUARANTINE)])
-        task = shard.task
-        if task.only:
-            before = cache.read_commit(self.out, task.shard, task.generation - 1)
-            old = cache.read_quarantine(self.out, before)
-            tried = pa.array(task.only, pa.int64())
-            others = old.filter(pa.compute.invert(pa.compute.is_in(old["unit"], value_set=tried)))
-            quarantine = pa.concat_tables([others, quarantine]).sort_by("unit")
-            if _reasons(quarantine).equals(_reasons(old.sort_by("unit"))):
-                return before  # nothing has changed
-            if before["rows"]:
-                stored, latents = cache.read_shard(self.out, before, self.how)
-                parts += [(stored.slice(start, len(values)), values) for start, values in _with_starts(latents)]
-        table, latents = _merged(parts, cache.row_schema(shard.source.schema))
-        about = {"batch_size": self.batch_size} if self.batch_size < self.plan["settings"]["batch_size"] else {}
-        size = (shard.first, shard.first + shard.source.units)
-        return cache.commit_shard(
-            self.out,
-            task.shard,
-            size,
-            self.how,
-            table,
-            latents,
-            quarantine.sort_by("unit"),
-            task.generation,
-            device=self.name,
-            **about,
-        )
+        return parts, pa.concat_tables([quarantine, pa.Table.from_pylist(lost, schema=cache.QUARANTINE)])
+
+    def _rows_of(self, commit: dict[str, Any]) -> list[Rows]:
+        """The rows of a committed shard."""
+        if not commit["rows"]:
+            return []
+        table, latents = cache.read_shard(self.out, commit, self.how)
+        starts = np.cumsum([0, *map(len, latents)])
+        return [(table.slice(start, len(values)), values) for start, values in zip(starts, latents, strict=False)]
 
     def _latents(self, pixels: np.ndarray, sizes: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Of each size of image: which rows have it, and their fp32 latents (n, C, h, w)."""
@@ -165,7 +179,7 @@ class Encoder:
         pixels = torch.from_numpy(batch)
         if self.device.type == "cuda":
             pixels = pixels.pin_memory()  # or the copy would wait for the batch before
-        with exact(), autocast(self.device, self.plan["precision"]):
+        with exact(), autocast(self.device, self.plan.precision):
             latents = self._model(to_tensor(pixels.to(self.device, non_blocking=True)))
         return latents.float().contiguous()
 
@@ -180,50 +194,51 @@ def exact() -> AbstractContextManager[None]:
     return torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
 
 
-def load_encoder(plan: dict[str, Any], device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
+def load_encoder(plan: CachePlan, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
     """The plan's model as a function of images.
 
     Raises:
         UserError: the folder is not there, or holds another model than the job was started with; the plan's kernels
             can't be had on this node.
     """
-    folder = plan["model"]["path"]
-    if fingerprint(folder) != plan["model"]["fingerprint"]:
+    folder = plan.model.path
+    if fingerprint(folder) != plan.model.fingerprint:
         raise UserError(f"{folder} on {platform.node()} is not the model that the job was started with")
     model = load_autoencoder(folder).to(device)
-    if "kernels" in plan:
+    if plan.kernels:
         try:
-            prepared(model, device, plan["kernels"], plan["compile"])
+            prepared(model, device, plan.kernels, plan.compile)
         except NoKernels as error:
             raise UserError(f"kernels=native, but on {platform.node()} {error}; or encode with kernels=torch") from None
-    halve = latent_content(model) == "moments" and plan["latents"]["content"] == "mean"
+    halve = latent_content(model) == "moments" and plan.latents["content"] == "mean"
 
     def latents(x: torch.Tensor) -> torch.Tensor:
         found = encode_latents(model, x)
         return found.chunk(2, dim=1)[0] if halve else found
 
-    return torch.compile(latents) if plan["compile"] else latents
+    return torch.compile(latents) if plan.compile else latents
 
 
-def _merged(parts: list[tuple[pa.Table, np.ndarray]], schema: pa.Schema) -> tuple[pa.Table, list[np.ndarray]]:
-    """Rows and latents, a block of equal shape after the other, each in the order of units and views."""
+def _merged_quarantine(old: pa.Table, new: pa.Table, task: Task) -> pa.Table:
+    """The quarantine after a retry: images that it tried are in it as they came out now, the others as they were."""
+    tried = pa.array(task.only, pa.int64())
+    others = old.filter(pa.compute.invert(pa.compute.is_in(old["unit"], value_set=tried)))
+    return pa.concat_tables([others, new]).sort_by("unit")
+
+
+def _merged_rows(parts: list[Rows], schema: pa.Schema) -> tuple[pa.Table, list[np.ndarray]]:
+    """Rows and latents in blocks of equal shape, each in the order of units and views."""
     shapes = sorted({values.shape[1:] for _, values in parts if len(values)})
-    parts, latents = [schema.empty_table()], []
+    tables, latents = [schema.empty_table()], []
     for shape in shapes:
         same = [(table, values) for table, values in parts if values.shape[1:] == shape]
         table, values = pa.concat_tables([table for table, _ in same]), np.concatenate([values for _, values in same])
         order = np.lexsort((table["view"].to_numpy(), table["unit"].to_numpy()))
-        parts.append(table.take(pa.array(order)))
+        tables.append(table.take(pa.array(order)))
         latents.append(values[order])
-    return pa.concat_tables(parts), latents
+    return pa.concat_tables(tables), latents
 
 
 def _reasons(quarantine: pa.Table) -> pa.Table:
-    return quarantine.drop_columns(["source"])  # which may have moved
-
-
-def _with_starts(latents: list[np.ndarray]) -> Iterator[tuple[int, np.ndarray]]:
-    start = 0
-    for values in latents:
-        yield start, values
-        start += len(values)
+    """A quarantine without the source's URI, which may have moved."""
+    return quarantine.drop_columns(["source"])

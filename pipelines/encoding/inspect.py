@@ -14,9 +14,11 @@ from litevae.errors import UserError
 from litevae.images import to_tensor
 from litevae.pictures import reconstruction_picture
 from litevae.precision import autocast
-from pipelines.data.decode import Shard, Task, seed_of, transform_of, views_of
+from pipelines.data.decode import Shard, Task, seed_of, transform_of
 from pipelines.encoding.config import Inspect
-from pipelines.encoding.plan import Planned, open_listings
+from pipelines.encoding.listings import open_listings
+from pipelines.encoding.partition import Partition
+from pipelines.encoding.plan import CachePlan
 from pipelines.runtime import cluster, tables
 from pipelines.runtime.logs import say
 
@@ -30,20 +32,20 @@ def inspect(config: Inspect) -> dict[str, Any]:
     if not config.cache:
         raise UserError("give a cache folder")
     latents = cache.LatentCache(config.cache)
-    manifest = latents.manifest
+    manifest, plan = latents.manifest, CachePlan.from_json(latents.manifest, f"{latents.path}/manifest.json")
     _print_facts(latents)
     about: dict[str, Any] = {"digest": manifest["digest"], "shards": []}
     if not config.shards:
         return about
-    folder = os.path.abspath(config.model or manifest["model"]["path"])
-    if fingerprint(folder) != manifest["model"]["fingerprint"]:
+    folder = os.path.abspath(config.model or plan.model.path)
+    if fingerprint(folder) != plan.model.fingerprint:
         raise UserError(f"{folder} is not the model that encoded {latents.path}; give that one with model=FOLDER")
     model = load_autoencoder(folder)
-    planned = Planned(open_listings(latents.path, config.source), manifest["rows_per_shard"])
+    partition = Partition(open_listings(latents.path, config.source), plan.rows_per_shard)
     shown = []
     for number in _spread([shard["shard"] for shard in manifest["shards"] if shard["rows"]], config.shards):
-        pixels, stored = _rows_of(latents, planned.shard(Task(number)), manifest, config.rows)
-        seen = [_look(model, image, values, manifest) for image, values in zip(pixels, stored, strict=True)]
+        pixels, stored = _rows_of(latents, partition.shard(Task(number)), plan, config.rows)
+        seen = [_look(model, image, values, plan) for image, values in zip(pixels, stored, strict=True)]
         psnr = float(np.mean([one["psnr"] for one in seen]))
         drift = max(one["drift"] for one in seen)
         about["shards"].append({"shard": number, "rows": len(seen), "psnr": round(psnr, 3), "drift": drift})
@@ -94,32 +96,31 @@ def _spread(items: list[int], count: int) -> list[int]:
 
 
 def _rows_of(
-    latents: cache.LatentCache, shard: Shard, manifest: dict[str, Any], count: int
+    latents: cache.LatentCache, shard: Shard, plan: CachePlan, count: int
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """Pixels (H, W, 3) of some of a shard's rows, made from the source again, and their stored latents (C, h, w)."""
-    views = views_of(manifest)
-    transform = transform_of(views)
-    if (now := transform.identity) != {key: manifest["transform"].get(key) for key in now}:
+    transform = transform_of(plan.views)
+    if (now := transform.identity) != {key: plan.transform.get(key) for key in now}:
         say(f"note: shard {shard.task.shard}: images are not decoded here as they were: {now}", "WARNING")
-    commit = next(entry for entry in manifest["shards"] if entry["shard"] == shard.task.shard)
-    table, parts = cache.read_shard(latents.path, commit, manifest["latents"])
+    commit = next(entry for entry in latents.manifest["shards"] if entry["shard"] == shard.task.shard)
+    table, parts = cache.read_shard(latents.path, commit, plan.latents)
     stored = [values for part in parts for values in part]
     pixels, kept = [], []
     for index in _spread(list(range(table.num_rows)), count):
         row = table.slice(index, 1).to_pylist()[0]
         item = shard.source.read(row["unit"] - shard.first)
-        pixels.append(transform.all(item.data, seed_of(views, item.id))[row["view"]].pixels)
+        pixels.append(transform.all(item.data, seed_of(plan.views, item.id))[row["view"]].pixels)
         kept.append(stored[index])
     return pixels, kept
 
 
 @torch.inference_mode()
-def _look(model: Any, pixels: np.ndarray, stored: np.ndarray, manifest: dict[str, Any]) -> dict[str, Any]:
+def _look(model: Any, pixels: np.ndarray, stored: np.ndarray, plan: CachePlan) -> dict[str, Any]:
     """A row decoded, and its image encoded again."""
-    how = manifest["latents"]
+    how = plan.latents
     x = to_tensor(pixels[None])
     kept = cache.from_stored(stored[None].copy(), how["dtype"]).float()
-    with autocast(x.device, manifest["precision"]):
+    with autocast(x.device, plan.precision):
         fresh = encode_latents(model, x).float()
     fresh = fresh[:, : kept.shape[1]]
     latent = kept.chunk(2, dim=1)[0] if how["content"] == "moments" else kept

@@ -1,18 +1,19 @@
 """Repairing a cache's shards, and retrying the images in its quarantine."""
 
 import os
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
 from litevae import cache, storage
-from litevae.autoencoder import (
-    fingerprint,
-)
+from litevae.autoencoder import fingerprint
 from litevae.errors import UserError
 from pipelines.data.decode import Task
-from pipelines.data.source import Source
 from pipelines.encoding.config import Mend, Repair, Retry
-from pipelines.encoding.encode import print_summary, run_tracked
-from pipelines.encoding.plan import Planned, open_listings
+from pipelines.encoding.encode import CacheJob, print_summary, run_tracked
+from pipelines.encoding.listings import open_listings
+from pipelines.encoding.partition import Partition
+from pipelines.encoding.plan import CachePlan
 from pipelines.encoding.totals import listed_reasons
 from pipelines.runtime import cluster
 from pipelines.runtime.logs import say
@@ -26,16 +27,14 @@ def repair(config: Repair) -> dict[str, Any]:
     """
     from pipelines.encoding.verify import audit
 
-    out, plan, sources = _open(config)
-    planned = Planned(sources, plan["rows_per_shard"])
+    out, plan, partition = _open(config)
     found = audit(out, source=False)
     for number, problems in found.problems.items():
         say(f"shard {number}: {problems[0]}", "WARNING", shard=number)
     if not found.problems and not found.general:
         say(f"{out}: nothing to repair")
     todo = [Task(number, found.generations.get(number, -1) + 1) for number in found.problems]
-    share = cluster.start(config.ray)
-    done = run_tracked(config, plan["settings"] | config.model_dump(mode="json"), plan, planned, todo, out, share)
+    done = _encode_again(config, CacheJob(out, plan, partition, cluster.start(config.ray)), todo)
     # One that is new belongs to a driver that is about to commit it.
     unnamed = sorted(set(found.unnamed) & set(audit(out, source=False).unnamed))
     for file in unnamed:
@@ -51,7 +50,7 @@ def retry(config: Retry) -> dict[str, Any]:
     Raises:
         UserError: the cache is unfinished or damaged; no image was quarantined for one of these reasons.
     """
-    out, plan, sources = _open(config)
+    out, plan, partition = _open(config)
     manifest = cache.read_manifest(out)
     known = manifest["counts"]["reasons"]
     if unknown := sorted(set(config.reasons) - known.keys()):
@@ -63,26 +62,27 @@ def retry(config: Retry) -> dict[str, Any]:
         lost = cache.read_quarantine(out, commit).to_pylist()
         if wanted := [row["unit"] for row in lost if not config.reasons or row["error"] in config.reasons]:
             todo.append(Task(commit["shard"], committed[commit["shard"]] + 1, tuple(wanted)))
-    planned = Planned(sources, plan["rows_per_shard"])
-    share = cluster.start(config.ray)
-    settings = plan["settings"] | config.model_dump(mode="json")
-    done = run_tracked(config, settings, plan, planned, todo, out, share)
+    done = _encode_again(config, CacheJob(out, plan, partition, cluster.start(config.ray)), todo)
     recovered = done["images"] - manifest["counts"]["encoded"]
     return print_summary(done | {"encoded_now": recovered, "recovered": recovered})
 
 
-def _open(config: Mend) -> tuple[str, dict[str, Any], list[Source]]:
-    """A cache's folder, plan and sources, both where they are now."""
+def _encode_again(config: Mend, job: CacheJob, todo: Sequence[Task]) -> dict[str, Any]:
+    return run_tracked(config, asdict(job.plan.settings) | config.model_dump(mode="json"), job, todo)
+
+
+def _open(config: Mend) -> tuple[str, CachePlan, Partition]:
+    """A cache's folder, its plan with the model where it is now, and its shards with the source where it is now."""
     if not config.cache:
         raise UserError("give a cache folder")
     out = cluster.output_path("cache", config.cache, remote=True)
     if "plan.json" not in storage.names(out):
         raise UserError(f"{out} is not a latent cache: it has no plan.json")
-    plan, sources = cache.read_plan(out), open_listings(out, config.source)
+    plan, sources = CachePlan.read(out), open_listings(out, config.source)
     if not sources:
         raise UserError(f"{out} has no listing of its source; run the encode job with the same settings again")
     if config.model:
-        plan["model"]["path"] = os.path.abspath(config.model)
-    if fingerprint(plan["model"]["path"]) != plan["model"]["fingerprint"]:
-        raise UserError(f"{plan['model']['path']} is not the model that encoded {out}; give that one with model=FOLDER")
-    return out, plan, sources
+        plan = replace(plan, model=replace(plan.model, path=os.path.abspath(config.model)))
+    if fingerprint(plan.model.path) != plan.model.fingerprint:
+        raise UserError(f"{plan.model.path} is not the model that encoded {out}; give that one with model=FOLDER")
+    return out, plan, Partition(sources, plan.rows_per_shard)

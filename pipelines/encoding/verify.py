@@ -14,7 +14,9 @@ from litevae import cache, storage
 from litevae.errors import UserError
 from pipelines.data.decode import Shard, Task
 from pipelines.encoding.config import Verify
-from pipelines.encoding.plan import Planned, open_listings
+from pipelines.encoding.listings import open_listings
+from pipelines.encoding.partition import Partition
+from pipelines.encoding.plan import CachePlan
 from pipelines.runtime.logs import say
 
 STALE = 3600.0  # seconds; a temporary file as old as this belongs to a killed writer
@@ -81,22 +83,22 @@ def audit(out: str, source: bool = True, threads: int = 8) -> Audit:
     files = storage.names(out)
     if "plan.json" not in files:
         raise UserError(f"{out} is not a latent cache: it has no plan.json")
-    plan, sources = cache.read_plan(out), open_listings(out)
+    plan, sources = CachePlan.read(out), open_listings(out)
     if not sources:
         raise UserError(f"{out} is unfinished: its source was not listed yet; run the encode job again")
-    planned = Planned(sources, plan["rows_per_shard"])
-    found = Audit(len(planned), generations=cache.committed(out))
+    partition = Partition(sources, plan.rows_per_shard)
+    found = Audit(len(partition), generations=cache.committed(out))
     if "manifest.json" not in files and not storage.names(storage.join(out, "manifests")):
-        found.missing = [number for number in range(len(planned)) if number not in found.generations]
+        found.missing = [number for number in range(len(partition)) if number not in found.generations]
 
     def check(number: int) -> tuple[dict[str, Any], list[str], np.ndarray]:
         if number not in found.generations:
             return {}, ["has no commit"], np.empty(0, np.int64)
-        return _check_shard(out, plan, planned.shard(Task(number)), found.generations[number], source)
+        return _check_shard(out, plan, partition.shard(Task(number)), found.generations[number], source)
 
     commits, keys = [], []
     with ThreadPoolExecutor(threads) as pool:
-        for number, (commit, problems, ids) in enumerate(pool.map(check, range(len(planned)))):
+        for number, (commit, problems, ids) in enumerate(pool.map(check, range(len(partition)))):
             if problems:
                 found.problems[number] = problems
             if commit:
@@ -118,10 +120,10 @@ def audit(out: str, source: bool = True, threads: int = 8) -> Audit:
 
 
 def _check_shard(
-    out: str, plan: dict[str, Any], shard: Shard, generation: int, source: bool
+    out: str, plan: CachePlan, shard: Shard, generation: int, source: bool
 ) -> tuple[dict[str, Any], list[str], np.ndarray]:
     """The commit, what is wrong with the shard, and a hash of each row's id."""
-    how, nothing = plan["latents"], np.empty(0, np.int64)
+    how, nothing = plan.latents, np.empty(0, np.int64)
     try:
         commit = cache.read_commit(out, shard.task.shard, generation)
     except storage.Unavailable:  # which says nothing of the shard
@@ -147,8 +149,8 @@ def _check_shard(
     expected = np.setdiff1d(np.arange(*units), absent)
     keys = nothing
     if rows is not None:
-        if (columns := {field.name: str(field.type) for field in rows.schema}) != plan["columns"]:
-            problems.append(f"has columns {columns}, the plan says {plan['columns']}")
+        if (columns := {field.name: str(field.type) for field in rows.schema}) != plan.columns:
+            problems.append(f"has columns {columns}, the plan says {plan.columns}")
         views = rows["unit"].to_numpy() * how["views"] + rows["view"].to_numpy()
         wanted = (expected[:, None] * how["views"] + np.arange(how["views"])).reshape(-1)
         if not np.array_equal(np.sort(views), wanted):
@@ -180,14 +182,14 @@ def _close(ours: dict[str, Any], theirs: dict[str, Any]) -> bool:
     return ours.keys() == theirs.keys() and all(np.allclose(ours[key], theirs[key], rtol=1e-9) for key in ours)
 
 
-def _duplicates(out: str, plan: dict[str, Any], commits: list[dict[str, Any]], keys: np.ndarray) -> list[str]:
+def _duplicates(out: str, plan: CachePlan, commits: list[dict[str, Any]], keys: np.ndarray) -> list[str]:
     """Ids that more than one image has. Equal hashes are looked up; different ids may share one."""
     ordered = np.sort(keys)
     twice = set(ordered[1:][ordered[1:] == ordered[:-1]].tolist())
     seen: set[str] = set()
     found: list[str] = []
     for commit in commits if twice else ():
-        rows, _ = cache.read_shard(out, commit, plan["latents"]) if commit["rows"] else (None, [])
+        rows, _ = cache.read_shard(out, commit, plan.latents) if commit["rows"] else (None, [])
         pairs = zip(rows["id"].to_pylist(), rows["view"].to_pylist(), strict=True) if rows is not None else ()
         for name in [name for name, view in pairs if view == 0 and hash(name) in twice]:
             if name in seen:

@@ -80,13 +80,13 @@ def complexity(cfg: config.EvaluateComplexity) -> dict[str, Any]:
     """
     out = cluster.output_path("out", cfg.out)
     plans = list(_plans(cfg))
-    share = cluster.start(cfg.ray.model_copy(update={"workers": 1}))
+    placement = cluster.start(cfg.ray.model_copy(update={"workers": 1}))
     with mlflow_run.tracked(cfg, "evaluate", os.path.basename(out), out) as (tracker, run):
         found: dict[str, dict[str, float]] = {}
         machine = ""
         for plan in plans:
             say(f"complexity: {plan.name}")
-            found[plan.name], machine = _measured(plan, cfg, share)
+            found[plan.name], machine = _measured(plan, cfg, placement)
         first = found[plans[0].name]
         shown = {"part", "batch_size", "resolution", "precision", "compile", "warmup", "repeats"}
         summary: dict[str, Any] = {
@@ -184,13 +184,13 @@ def _model(name: str, channels: int) -> torch.nn.Module:
 # --- measuring --------------------------------------------------------------------------------------------------
 
 
-def _measured(plan: Plan, cfg: config.EvaluateComplexity, share: cluster.Share) -> tuple[dict[str, float], str]:
+def _measured(plan: Plan, cfg: config.EvaluateComplexity, placement: cluster.Placement) -> tuple[dict[str, float], str]:
     """By COLUMNS' names, those with extremes also with _low and _high; and the machine."""
     import ray
 
     # A process is only given to actors of the same environment, and no two have this one.
     fresh = {"env_vars": {"LITEVAE_METER": f"{plan.name} {time.time_ns()}"}}
-    (actor,) = pool(Meter, share, plan, cfg, share, max_restarts=0, max_task_retries=0, runtime_env=fresh)
+    (actor,) = pool(Meter, placement, plan, cfg, placement, max_restarts=0, max_task_retries=0, runtime_env=fresh)
     try:
         (found,) = spread([actor], lambda actor, _: actor.measure.remote(), [None])
     except ray.exceptions.RayActorError:
@@ -208,8 +208,8 @@ _TOO_LARGE = (
 class Meter:
     """A worker: one model on one device."""
 
-    def __init__(self, plan: Plan, cfg: config.EvaluateComplexity, share: cluster.Share):
-        self.plan, self.cfg, self.device, self.threads = plan, cfg, share.settle(), share.threads
+    def __init__(self, plan: Plan, cfg: config.EvaluateComplexity, placement: cluster.Placement):
+        self.plan, self.cfg, self.device, self.threads = plan, cfg, placement.settle(), placement.threads
         torch.manual_seed(0)
         torch.backends.cudnn.deterministic = False  # what a user's own run would take
         model = _model(plan.name, plan.channels)

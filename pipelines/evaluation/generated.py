@@ -110,20 +110,20 @@ def samples(cfg: config.EvaluateSamples) -> dict[str, Any]:
         "reference_images",
     )
 
-    share = cluster.start(cfg.ray)
+    placement = cluster.start(cfg.ray)
     with mlflow_run.tracked(cfg, "evaluate", os.path.basename(out), out) as (tracker, run):
         uri = reference.source.uri
         tracker.dataset(os.path.basename(uri), reference.source.digest, uri, context="reference")
         known = {network.name: network.sha256 for network in networks}
-        actors = pool(Extractor, share, share, weights, known)
+        actors = pool(Extractor, placement, placement, weights, known)
         kept = {network.name: Kept(os.path.join(root, "references"), reference, network) for network in networks}
         remarks += [remark for each in kept.values() if (remark := each.load())]
         if unknown := [network for network in networks if network.name not in reference.features]:
-            _extract(reference, unknown, cfg.batch_size, actors, share.decoders, "reference")
+            _extract(reference, unknown, cfg.batch_size, actors, placement.decoders, "reference")
             for network in unknown:
                 kept[network.name].save()
         started = time.monotonic()
-        _extract(drawn, networks, cfg.batch_size, actors, share.decoders, "samples")
+        _extract(drawn, networks, cfg.batch_size, actors, placement.decoders, "samples")
         seconds = time.monotonic() - started
         summary: dict[str, Any] = {
             "samples": drawn.about,
@@ -241,8 +241,8 @@ def _extract(
 class Extractor:
     """A worker: the networks on one device."""
 
-    def __init__(self, share: cluster.Share, weights: list[str], known: dict[str, str]):
-        device = share.settle()
+    def __init__(self, placement: cluster.Placement, weights: list[str], known: dict[str, str]):
+        device = placement.settle()
         networks, remarks = check_networks(*weights)
         if (here := {network.name: network.sha256 for network in networks}) != known:
             raise UserError(f"the driver has weights {known}, this node {here}. {' '.join(remarks)}")

@@ -190,16 +190,16 @@ def evaluate(cfg: config.Evaluate) -> dict[str, Any]:
     judges = Judges(cfg)
     remarks = list(judges.remarks)
 
-    share = cluster.start(cfg.ray)
+    placement = cluster.start(cfg.ray)
     cluster.check_folders({}, {"source.uri": source.uri, "model": cfg.model})
     with mlflow_run.tracked(cfg, "evaluate", os.path.basename(out), out) as (tracker, run):
         tracker.dataset(os.path.basename(source.uri), source.digest, source.uri, context="evaluation")
-        actors = pool(Evaluator, share, cfg, share, judges.identity)
+        actors = pool(Evaluator, placement, cfg, placement, judges.identity)
         started = time.monotonic()
-        total = _measure(cfg, source, side, actors, share.decoders, judges)
+        total = _measure(cfg, source, side, actors, placement.decoders, judges)
         seconds = time.monotonic() - started
         passes = {side: total} | {
-            pixels: _measure(cfg, source, pixels, actors, share.decoders, judges)
+            pixels: _measure(cfg, source, pixels, actors, placement.decoders, judges)
             for pixels in sorted({*cfg.resolutions} - {side})
         }
         pictures = {
@@ -379,8 +379,8 @@ def _measure(
 class Evaluator:
     """A worker: the model, the metrics and the networks on one device."""
 
-    def __init__(self, cfg: config.Evaluate, share: cluster.Share, known: dict[str, str]):
-        self.cfg, self.device = cfg, share.settle()
+    def __init__(self, cfg: config.Evaluate, placement: cluster.Placement, known: dict[str, str]):
+        self.cfg, self.device = cfg, placement.settle()
         self.model = load_autoencoder(cfg.model).to(self.device)
         self.factor, self.posterior = downsampling(self.model), latent_content(self.model) == "moments"
         judges = Judges(cfg)

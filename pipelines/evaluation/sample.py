@@ -84,7 +84,7 @@ def sample(cfg: config.Sample) -> dict[str, Any]:
     pieces = _pieces(cfg, out)
     missing = _missing(pieces, job, out)
 
-    share = cluster.start(cfg.ray)
+    placement = cluster.start(cfg.ray)
     cluster.check_folders({"out": out}, {"model": cfg.model})
     storage.put_new(storage.join(out, "sampling.json"), _json(job))
     _check_job(job, out)  # another job may have come between
@@ -95,7 +95,7 @@ def sample(cfg: config.Sample) -> dict[str, Any]:
         drawn = sum(len(piece.numbers) for piece in missing)
         started = time.monotonic()
         if missing:
-            actors = pool(Sampler, share, cfg, share, job["model"])
+            actors = pool(Sampler, placement, cfg, placement, job["model"])
             started = time.monotonic()
             _draw(cfg, actors, missing)
         seconds = time.monotonic() - started
@@ -280,13 +280,13 @@ def _json(value: dict[str, Any]) -> bytes:
 class Sampler:
     """A worker: the model on one device."""
 
-    def __init__(self, cfg: config.Sample, share: cluster.Share, fingerprint: str):
-        torch.set_num_threads(share.threads)
+    def __init__(self, cfg: config.Sample, placement: cluster.Placement, fingerprint: str):
+        torch.set_num_threads(placement.threads)
         if ldm_fingerprint(cfg.model) != fingerprint:
             raise UserError(f"{cfg.model} is not the same model here as where the job was started")
-        self.cfg, self.device = cfg, torch.device("cuda" if share.gpu else "cpu")
+        self.cfg, self.device = cfg, torch.device("cuda" if placement.gpu else "cpu")
         self.ldm = load_ldm(cfg.model).to(self.device)
-        self.encoders = ThreadPoolExecutor(share.threads)
+        self.encoders = ThreadPoolExecutor(placement.threads)
 
     def draw(self, numbers: range) -> list[bytes]:
         """The images of these numbers as PNG."""

@@ -51,7 +51,7 @@ def run(values: dict[str, Any], setup: dict[str, Any]) -> None:
         trial = asdict(point(cfg, drawn, values["seed"], setup["folder"], begin))
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     reports = Queue(actor_options={"num_cpus": 0, "scheduling_strategy": here})
-    where = cluster.on(setup["ray"]["worker_labels"])
+    where = cluster.on_nodes(setup["ray"]["worker_labels"])
     task = ray.remote(_work).options(num_cpus=0, scheduling_strategy="DEFAULT", max_retries=3, **where)
     running = task.remote(trial, setup, reports)
     finished = False

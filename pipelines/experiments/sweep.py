@@ -86,7 +86,7 @@ def _sweep(cfg: Sweep, table: paper.Table | None, sources: dict[str, Any], folde
     report.networks(judge.inception, judge.squeezenet, judge.backbone, judge.backbone_model)
     trials, left_out = trials_of_table(cfg, table, folder) if table else (trials_of_space(cfg, folder), {})
     # A population that waits for each other's places would have nobody to learn from.
-    share = cluster.start(cfg.ray, cfg.trials if cfg.scheduler == "pbt" else cfg.concurrent)
+    placement = cluster.start(cfg.ray, cfg.trials if cfg.scheduler == "pbt" else cfg.concurrent)
     cluster.check_folders({"root": root}, {f"data.{name}.uri": source.uri for name, source in sources.items()})
     checkpoint.open_run(folder, cfg, FREE)
     for row, train in ((row, each.train) for each in trials for row in each.rows):
@@ -94,7 +94,7 @@ def _sweep(cfg: Sweep, table: paper.Table | None, sources: dict[str, Any], folde
         os.makedirs(os.path.dirname(path), exist_ok=True)
         tables.write(path, dump(validate(TrainVAE, train)).encode())
     count = len(trials) or cfg.trials
-    say(f"sweep {name}: {count} trainings, {share.jobs} at a time, {share.text}")
+    say(f"sweep {name}: {count} trainings, {placement.jobs} at a time, {placement.text}")
     for left, reason in left_out.items():
         say(f"left out: {left}: {reason}", "WARNING")
     lpips = validate(TrainVAE, cfg.train_vae).loss.lpips
@@ -103,7 +103,7 @@ def _sweep(cfg: Sweep, table: paper.Table | None, sources: dict[str, Any], folde
     run = mlflow_run.start_run(cfg.tracking, root, "sweep", name, cfg.model_dump(mode="json"), folder)
     status: mlflow_server.Status = "FAILED"
     try:
-        failed = _tune(cfg, trials, share, run, folder)
+        failed = _tune(cfg, trials, placement, run, folder)
         results = _results(folder, trials, [*table.rows] if table else [])
         tables.write(os.path.join(folder, "results.json"), json.dumps(results, indent=2).encode() + b"\n")
         if best := _best(results, f"eval/reconstruction/{cfg.metric}"):
@@ -168,7 +168,7 @@ def _absolute(source: SourceConfig) -> SourceConfig:
 
 
 def _tune(
-    cfg: Sweep, trials: list[Trial], share: cluster.Share, run: mlflow_server.RunHandle, folder: str
+    cfg: Sweep, trials: list[Trial], placement: cluster.Placement, run: mlflow_server.RunHandle, folder: str
 ) -> list[str]:
     """Run what is not done. Returns what is to be said of the trainings that failed.
 
@@ -187,7 +187,11 @@ def _tune(
         "parent": run.run_id or "",
         "folder": folder,
         "ray": cfg.ray.model_dump(mode="json")
-        | {"cpus_per_worker": share.threads, "worker_labels": share.labels, "decode_labels": share.decode_labels},
+        | {
+            "cpus_per_worker": placement.threads,
+            "worker_labels": placement.labels,
+            "decode_labels": placement.decode_labels,
+        },
         "cwd": os.getcwd(),
     }
 
@@ -212,7 +216,7 @@ def _tune(
         tuner = tune.Tuner(
             trainable,
             param_space={"trial": tune.grid_search(left)} if trials else tune_space(cfg),
-            tune_config=_tune_config(cfg, share, bool(trials)),
+            tune_config=_tune_config(cfg, placement, bool(trials)),
             run_config=tune.RunConfig(
                 name="tune", storage_path=folder, verbose=0, callbacks=[_stopped(trials)] if trials else None
             ),
@@ -245,7 +249,7 @@ def _stopped(trials: list[Trial]) -> Any:
     return Stopped()
 
 
-def _tune_config(cfg: Sweep, share: cluster.Share, given: bool) -> Any:
+def _tune_config(cfg: Sweep, placement: cluster.Placement, given: bool) -> Any:
     from ray import tune
     from ray.tune.schedulers import ASHAScheduler, PopulationBasedTraining
 
@@ -275,7 +279,7 @@ def _tune_config(cfg: Sweep, share: cluster.Share, given: bool) -> Any:
         search_alg=search,
         scheduler=scheduler,
         num_samples=1 if given else cfg.trials,
-        max_concurrent_trials=share.jobs,
+        max_concurrent_trials=placement.jobs,
         **({} if scheduler else best),
     )
 

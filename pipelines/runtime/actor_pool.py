@@ -5,12 +5,12 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 from litevae.errors import UserError
-from pipelines.runtime.cluster import Share, anywhere, on
+from pipelines.runtime.cluster import Placement, anywhere
 
 Item = TypeVar("Item")
 
 
-def pool(cls: type, share: Share, *arguments: Any, **options: Any) -> list[Any]:
+def pool(cls: type, placement: Placement, *arguments: Any, **options: Any) -> list[Any]:
     """An actor of `cls` per worker, ready. One that dies is started and its work done again, up to three times.
 
     `arguments` are small: an actor can't be started again when those are in the object store and lost. `options` are
@@ -21,15 +21,11 @@ def pool(cls: type, share: Share, *arguments: Any, **options: Any) -> list[Any]:
     """
     import ray
 
-    given = {
-        "num_cpus": share.resources["CPU"],
-        "num_gpus": share.resources.get("GPU", 0),
-        "max_restarts": 3,
-        "max_task_retries": 3,
-        **(on(share.labels) or {"scheduling_strategy": anywhere()}),
-    }
+    given = placement.ray_options() | {"max_restarts": 3, "max_task_retries": 3}
+    if not placement.labels:
+        given["scheduling_strategy"] = anywhere()
     actor = ray.remote(cls).options(**given | options)
-    actors = [actor.remote(*arguments) for _ in range(share.workers)]
+    actors = [actor.remote(*arguments) for _ in range(placement.workers)]
     try:
         ray.get([actor.__ray_ready__.remote() for actor in actors])
     except ray.exceptions.RayActorError as error:

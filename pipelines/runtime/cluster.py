@@ -59,26 +59,52 @@ OLDEST = (2, 55)
 
 
 @dataclass(frozen=True)
-class Share:
-    """What one worker gets."""
+class Placement:
+    """How many workers a job has, where they run, and what each gets.
+
+    Attributes:
+        workers: how many.
+        gpu: whether each has a GPU, or a part of one.
+        threads: CPU threads of each.
+        gpus: GPUs of each, where there are any; below 1, several share one.
+        decoders: decoding tasks at a time, each with a CPU.
+        jobs: jobs of this size at a time.
+        min_workers: an elastic training goes on with so few workers; 0: with all of them or not at all.
+        labels: of Ray's nodes that workers run on; empty: any.
+        decode_labels: of Ray's nodes that decoding tasks run on; empty: any.
+    """
 
     workers: int
     gpu: bool
     threads: int
-    gpus: float = 1.0  # of each worker, where there are GPUs
-    decoders: int = 1  # decoding tasks at a time, a CPU each
-    jobs: int = 1  # of this size at a time
-    least: int = 0  # of an elastic training: so few workers do; 0: always all
-    labels: dict[str, str] = field(default_factory=dict)  # of Ray's nodes that workers run on, and ...
-    decode_labels: dict[str, str] = field(default_factory=dict)  # ... decoding tasks
+    gpus: float = 1.0
+    decoders: int = 1
+    jobs: int = 1
+    min_workers: int = 0
+    labels: dict[str, str] = field(default_factory=dict)
+    decode_labels: dict[str, str] = field(default_factory=dict)
 
     @property
     def elastic(self) -> tuple[int, int] | None:
-        return (self.least, self.workers) if self.least else None
+        """Ray Train's least and largest number of workers; None where the number is fixed."""
+        return (self.min_workers, self.workers) if self.min_workers else None
 
     @property
     def resources(self) -> dict[str, float]:
+        """Ray's resources of one worker. Its threads are not among them: Ray's CPUs only count processes."""
         return {"CPU": 1.0, "GPU": self.gpus} if self.gpu else {"CPU": 1.0}
+
+    def ray_options(self) -> dict[str, Any]:
+        """Ray's options of an actor that is one of the workers."""
+        return {
+            "num_cpus": self.resources["CPU"],
+            "num_gpus": self.resources.get("GPU", 0),
+            **on_nodes(self.labels),
+        }
+
+    def decode_options(self) -> dict[str, Any]:
+        """Ray's options of a decoding task."""
+        return {"num_cpus": 1, **on_nodes(self.decode_labels)}
 
     def settle(self) -> "torch.device":
         """In a worker that measures: its threads and device, which computes in fp32 what is fp32 (not TF32), and the
@@ -139,12 +165,12 @@ def anywhere() -> Any:
     return PlacementGroupSchedulingStrategy(placement_group=None)
 
 
-def on(labels: dict[str, str]) -> dict[str, Any]:
+def on_nodes(labels: dict[str, str]) -> dict[str, Any]:
     """Ray's argument for running on nodes with these labels only; none for none."""
     return {"label_selector": labels} if labels else {}
 
 
-def start(config: RayConfig, jobs: int = 1) -> Share:
+def start(config: RayConfig, jobs: int = 1) -> Placement:
     """Join the cluster of $RAY_ADDRESS or of the submitted job, else start one on this machine.
 
     Args:
@@ -183,7 +209,7 @@ def start(config: RayConfig, jobs: int = 1) -> Share:
     deadline, waiting = time.monotonic() + config.wait * joining, False
     while True:
         try:
-            share = _share(config, jobs)
+            placement = _placement(config, jobs)
         except UserError as error:
             if time.monotonic() >= deadline:
                 if joining and not config.wait:
@@ -197,10 +223,10 @@ def start(config: RayConfig, jobs: int = 1) -> Share:
         else:
             if waiting:
                 _ask_for(config, 0)  # or the cluster would stay as large for ever
-            return share
+            return placement
 
 
-def _share(config: RayConfig, jobs: int) -> Share:
+def _placement(config: RayConfig, jobs: int) -> Placement:
     """What a job takes of the cluster as it is."""
     cpus, _ = _resources({})
     room, gpus = _resources(config.worker_labels)
@@ -227,7 +253,7 @@ def _share(config: RayConfig, jobs: int) -> Share:
     if not config.decode_labels and gpu:
         for_data -= needed
     decoders = config.decode_tasks or (max(1, for_data) if gpu or config.decode_labels else -(-for_data // 8))
-    return Share(
+    return Placement(
         config.workers, gpu, threads, config.gpus_per_worker, decoders, jobs, config.min_workers,
         config.worker_labels, config.decode_labels,
     )  # fmt: skip

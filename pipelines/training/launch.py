@@ -12,7 +12,7 @@ import torch
 
 from litevae.errors import UserError
 from pipelines.runtime import mlflow_run, mlflow_server, shutdown, tables
-from pipelines.runtime.cluster import Share
+from pipelines.runtime.cluster import Placement
 from pipelines.runtime.logs import say
 from pipelines.runtime.schema import Ray
 from pipelines.training.config import Loop, TrainLDM, TrainVAE
@@ -26,7 +26,7 @@ def fit(
     worker: Callable[[dict[str, Any]], dict[str, Any]],
     setup: dict[str, Any],
     handle: mlflow_server.RunHandle,
-    share: Share,
+    placement: Placement,
     loop: Loop,
     callbacks: Sequence[Any] = (),
 ) -> dict[str, Any]:
@@ -61,13 +61,13 @@ def fit(
     trainer = TorchTrainer(
         worker,
         train_loop_config=setup
-        | {"handle": handle, "threads": share.threads, "live": sys.stderr.isatty(), "nodes": len(ray.nodes())},
+        | {"handle": handle, "threads": placement.threads, "live": sys.stderr.isatty(), "nodes": len(ray.nodes())},
         scaling_config=ray.train.ScalingConfig(
-            num_workers=share.elastic or share.workers,
+            num_workers=placement.elastic or placement.workers,
             elastic_resize_monitor_interval_s=RESIZE_EVERY,
-            use_gpu=share.gpu,
-            resources_per_worker=share.resources,
-            label_selector=share.labels or None,
+            use_gpu=placement.gpu,
+            resources_per_worker=placement.resources,
+            label_selector=placement.labels or None,
         ),
         run_config=ray.train.RunConfig(
             name=name,
@@ -77,7 +77,7 @@ def fit(
             logging_config=ray.train.LoggingConfig(log_level="ERROR"),
             callbacks=list(callbacks),
         ),
-        torch_config=Alone() if (share.elastic or share.workers) == 1 else TorchConfig(timeout_s=600),
+        torch_config=Alone() if (placement.elastic or placement.workers) == 1 else TorchConfig(timeout_s=600),
     )
     status: mlflow_server.Status = "FAILED"
     try:

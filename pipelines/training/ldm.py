@@ -77,7 +77,7 @@ def train_ldm(config: TrainLDM) -> dict[str, Any]:
         checkpoint.open_run(folder, config, free)  # refuses another run's name before a cache is begun
     if config.mode == "write-through":
         data |= begin_cache(config)
-    share = cluster.start(config.ray)
+    placement = cluster.start(config.ray)
     cluster.check_folders({"root": os.path.dirname(folder)}, {"vae": data["vae"], "cache": data.get("cache", "")})
     resumed = checkpoint.open_run(folder, config, free)
     if resumed:
@@ -85,13 +85,13 @@ def train_ldm(config: TrainLDM) -> dict[str, Any]:
         checkpoint.write_config(folder, config)
     say(
         f"train_ldm {config.name}: {about}, {config.network} {count_parameters(network):,} parameters, "
-        f"{config.images:,} images to see, {share.text}",
+        f"{config.images:,} images to see, {placement.text}",
     )
     handle = mlflow_run.start_run(
         config.tracking, config.root, "train_ldm", config.name, config.model_dump(mode="json"), folder, resume=resumed
     )
     setup = {"config": values_to_keep(config), "folder": folder, "shape": shape, **data}
-    result = launch.fit(_worker, setup, handle, share, config.loop) | {"parameters": count_parameters(network)}
+    result = launch.fit(_worker, setup, handle, placement, config.loop) | {"parameters": count_parameters(network)}
     numbers = f"   loss {result['loss']:.4g}" if "loss" in result else ""
     say(f"model: {result['model']}{numbers}", **result)
     return result
@@ -174,8 +174,8 @@ def begin_cache(config: TrainLDM) -> dict[str, Any]:
         precision=data.precision,
         error_budget=data.max_bad,
     )
-    out, plan, _, _ = encode.plan_cache(job)
-    return {"cache": out, "plan": plan}
+    begun = encode.plan_cache(job)
+    return {"cache": begun.out, "plan": begun.plan}
 
 
 def _check_label(config: TrainLDM, columns: dict[str, str], where: str) -> None:

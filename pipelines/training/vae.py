@@ -71,7 +71,7 @@ def train_vae(config: TrainVAE, callbacks: Sequence[Any] = ()) -> dict[str, Any]
             f"begin={config.begin} is no checkpoint folder of a run (it has no {checkpoint.STATE}); give one as "
             f"runs/<name>/checkpoint-..., which loop.keep of its run must have kept"
         )
-    share = cluster.start(config.ray)
+    placement = cluster.start(config.ray)
     cluster.check_folders({"root": os.path.dirname(folder)}, {"data.train.uri": source.uri})
     resumed = checkpoint.open_run(folder, config, FREE)
     if resumed:
@@ -81,7 +81,7 @@ def train_vae(config: TrainVAE, callbacks: Sequence[Any] = ()) -> dict[str, Any]
     say(
         f"train_vae {config.name}: {source.units:,} images, encoder {config.model.encoder} "
         f"{count_parameters(model.encoder):,} + decoder {count_parameters(model.decoder):,} parameters, {total:,} "
-        f"images to see, {share.text}",
+        f"images to see, {placement.text}",
     )
     handle = mlflow_run.start_run(
         config.tracking, config.root, "train_vae", config.name, config.model_dump(mode="json"), folder, resume=resumed
@@ -90,7 +90,7 @@ def train_vae(config: TrainVAE, callbacks: Sequence[Any] = ()) -> dict[str, Any]
         "config": values_to_keep(config), "source": source, "data": source.uri, "val": val, "folder": folder,
         "lpips": lpips, "begin": begin,
     }  # fmt: skip
-    result = launch.fit(_worker, setup, handle, share, config.loop, callbacks)
+    result = launch.fit(_worker, setup, handle, placement, config.loop, callbacks)
     numbers = "   ".join(f"{key} {result[key]:.4g}" for key in ("psnr", "ssim") if key in result)
     say(f"model: {result['model']}   {numbers}", **result)
     return result

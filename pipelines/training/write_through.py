@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,13 @@ from litevae.cache import LatentCache, drawn, from_stored
 from litevae.errors import UserError
 from litevae.loader import stream
 from litevae.order import EpochOrder, batch_positions
-from pipelines.data import decode
-from pipelines.encoding import encode, encoder, plan, totals
+from pipelines.data.decode import Task, decode_shard
+from pipelines.encoding.encode import finish
+from pipelines.encoding.encoder import Encoder
+from pipelines.encoding.listings import open_listings
+from pipelines.encoding.partition import Partition
+from pipelines.encoding.plan import CachePlan
+from pipelines.encoding.totals import check_budget
 from pipelines.training.config import TrainLDM
 from pipelines.training.image_feed import gathered
 from pipelines.training.latent_feeds import Batch, Encoding, from_cache, labels_of
@@ -30,34 +36,35 @@ class WriteThrough(Encoding):
     """
 
     def __init__(self, config: TrainLDM, setup: dict[str, Any], rank: int, world: int, device: torch.device):
-        self._out, self._plan, self._handle = setup["cache"], setup["plan"], setup["handle"]
-        listings = plan.open_listings(self._out)
+        self._out, self._handle = setup["cache"], setup["handle"]
+        self._plan: CachePlan = setup["plan"]
+        listings = open_listings(self._out)
         super().__init__(config, listings[0], setup, rank, world, device)
         # What is appended to the cache later is not for this run: neither inputs ...
         self._listings = len(listings)
         # ... nor, of the finished one, rows.
         self._version: int | None = None
-        self._encoder = encoder.Encoder(self._out, self._plan, device.type == "cuda", setup["threads"])
-        self._how = self._plan["latents"]
+        self._encoder = Encoder(self._out, self._plan, device.type == "cuda", setup["threads"])
+        self._how = self._plan.latents
         self._done: set[int] = set()  # shards that are committed, the same on all ranks
         self._reasons: dict[int, dict[str, int]] = {}  # of each shard: why images are in quarantine
         self._window: tuple[int, Window] | None = None
 
     def begin(self) -> None:
-        sources = plan.open_listings(self._out)[: self._listings]
-        self._planned = plan.Planned(sources, self._plan["rows_per_shard"])
-        self._order = EpochOrder(self._planned.sizes, self.config.seed, WINDOW * self._plan["rows_per_shard"])
+        sources = open_listings(self._out)[: self._listings]
+        self._partition = Partition(sources, self._plan.rows_per_shard)
+        self._order = EpochOrder(self._partition.sizes, self.config.seed, WINDOW * self._plan.rows_per_shard)
         super().begin()
 
     def encoded(self, pixels: list[np.ndarray]) -> tuple[np.ndarray, str]:
         return self._encoder.encode(pixels), self._how["content"]
 
     def batches(self, start: int, end: int, batch_size: int) -> Iterator[Batch]:
-        first = -(-self._planned.units // batch_size) * batch_size  # where the first epoch's last batch ends
+        first = -(-self._partition.units // batch_size) * batch_size  # where the first epoch's last batch ends
         if start < first:
             mine = [*cache.committed(self._out)] if self.rank == 0 else []  # one rank's: others may see more by now
             self._done = set(gathered(mine, self.world))
-            windows = self._windows(start, self._planned.units)
+            windows = self._windows(start, self._partition.units)
             todo = [[shard] for window in windows for shard in self._mine(window)]
             self._decoded = stream(self._decode, todo, min(self.config.data.loaders, 2), ahead=1)
             for step in batch_positions(start, min(end, first), batch_size):
@@ -83,15 +90,15 @@ class WriteThrough(Encoding):
         while start < end:
             begin, shards = self._order.window_at(start)
             yield shards
-            start = begin + int(self._planned.sizes[shards].sum())
+            start = begin + int(self._partition.sizes[shards].sum())
 
     def _mine(self, shards: np.ndarray) -> list[int]:
         """Those of a window that this rank has to encode."""
         return [int(shard) for shard in shards if int(shard) not in self._done][self.rank :: self.world]
 
     def _decode(self, shard: int) -> dict[str, Any]:
-        row = {"shard": self._planned.shard(decode.Task(shard))}
-        return decode.decode_shard(row, decode.views_of(self._plan))
+        row = {"shard": self._partition.shard(Task(shard))}
+        return decode_shard(row, self._plan.views)
 
     def _first(self, mine: range, step: range) -> Batch:
         """A batch of the first epoch. All ranks come to each window together."""
@@ -107,7 +114,7 @@ class WriteThrough(Encoding):
         if self._how["content"] == "moments":
             latents, logvar = stored.chunk(2, dim=1)
             if self.config.draw == "sample":
-                rows = [(position // self._planned.units, found[position][1]) for position in mine]
+                rows = [(position // self._partition.units, found[position][1]) for position in mine]
                 latents = drawn(latents, logvar, self.config.seed, rows)
         labels = labels_of([found[position][2] for position in mine], self.config)
         return {"positions": mine, "labels": labels, "latents": latents}
@@ -132,16 +139,16 @@ class WriteThrough(Encoding):
         commits = list(cache.read_commits(self._out, {shard: generations[shard] for shard in numbers}))
         self._reasons |= {commit["shard"]: commit.get("reasons", {}) for commit in commits}
         total: Counter[str] = sum(map(Counter, self._reasons.values()), Counter())
-        totals.check_budget(total, self.config.data.max_bad, self._out, self._planned.units, "data.max_bad")
+        check_budget(total, self.config.data.max_bad, self._out, self._partition.units, "data.max_bad")
         return Window(self._out, commits, self._how, self.config.label if self.config.classes else "")
 
     def _finish(self) -> None:
         """Rank 0 writes the manifest, which makes the cache complete."""
         errors = []
         if self.rank == 0:
-            devices, settings = [self._encoder.name], self._plan["settings"]
+            devices, settings = [self._encoder.name], asdict(self._plan.settings)
             try:
-                encode.finish(self._out, self._plan, self._planned, "train_ldm", settings, self._handle, devices)
+                finish(self._out, self._plan, self._partition, "train_ldm", settings, self._handle, devices)
             except UserError as error:
                 errors.append(str(error))
         if errors := gathered(errors, self.world):

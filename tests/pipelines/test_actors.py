@@ -118,7 +118,7 @@ def test_an_actor_that_can_not_be_made_says_why(monkeypatch, began):
     monkeypatch.setattr("ray.remote", lambda cls: SimpleNamespace(options=lambda **options: made))
     monkeypatch.setattr("ray.get", get)
     with pytest.raises(Died if began else UserError) as raised:
-        pool(object, cluster.Share(workers=2, gpu=False, threads=1))
+        pool(object, cluster.Placement(workers=2, gpu=False, threads=1))
     if not began:
         assert str(raised.value) == "on a worker: no such model\nlook elsewhere"
 
@@ -132,7 +132,7 @@ def share():
 
 
 @pytest.mark.slow
-def test_a_node_that_leaves_while_folders_are_looked_for_does_not_matter(share, tmp_path, monkeypatch):
+def test_a_node_that_leaves_while_folders_are_looked_for_does_not_matter(placement, tmp_path, monkeypatch):
     import ray
 
     nodes = ray.nodes()
@@ -143,7 +143,7 @@ def test_a_node_that_leaves_while_folders_are_looked_for_does_not_matter(share, 
 
 
 @pytest.mark.slow
-def test_spot_notices_are_awaited_on_a_cluster_that_is_joined_also_after_one_of_our_own(share, monkeypatch):
+def test_spot_notices_are_awaited_on_a_cluster_that_is_joined_also_after_one_of_our_own(placement, monkeypatch):
     monkeypatch.setenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # as it was left
     monkeypatch.setenv("RAY_ADDRESS", "joined before")
     cluster.start(Ray())
@@ -196,8 +196,8 @@ def worker():
 
 
 @pytest.fixture(scope="module")
-def actors(share, worker):
-    return pool(worker, share, True)
+def actors(placement, worker):
+    return pool(worker, placement, True)
 
 
 @pytest.mark.slow
@@ -242,12 +242,12 @@ def test_how_far_others_go_ahead_of_a_slow_one_is_bounded(actors, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_users_mistake_comes_back_as_one(actors, share, worker):
+def test_a_users_mistake_comes_back_as_one(actors, placement, worker):
     with pytest.raises(UserError) as error:
         list(spread(actors, lambda actor, n: actor.fail.remote(n), range(8)))
     assert str(error.value) == "four is too many"
     with pytest.raises(UserError) as error:
-        pool(worker, replace(share, workers=1), False)
+        pool(worker, replace(placement, workers=1), False)
     assert str(error.value) == "on a worker: no such model\nlook elsewhere"
 
 

@@ -20,7 +20,9 @@ from pipelines.data.config import Source, Views
 from pipelines.data.sources import open_source
 from pipelines.encoding import inspect, verify
 from pipelines.encoding.config import Inspect, Verify
-from pipelines.encoding.plan import Planned, source_of
+from pipelines.encoding.listings import source_of
+from pipelines.encoding.partition import Partition
+from tests.encoding import cache_plan, plan_settings
 
 HOW = cache.layout("moments", "float16", views=2)
 VIEWS = Views(resolution=8, decode="pillow", flips=True)
@@ -76,18 +78,17 @@ def made(tmp_path_factory):
         folder = "ab"[number // 12]
         Image.new("RGB", (9, 9), (12 * number, 0, 0)).save(tmp_path / f"photos/{folder}/{number:02}.png")
     source = open_source(Source(uri=str(tmp_path / "photos")))
-    plan = {
-        "model": {"path": "/m", "fingerprint": "f", "config": {}}, "transform": decode.transform_of(VIEWS).identity,
-        "latents": HOW, "precision": "fp32", "rows_per_shard": 8,
-        "columns": {field.name: str(field.type) for field in cache.row_schema(source.schema)},
-        "settings": {"transform": VIEWS.model_dump(mode="json")},
-    }  # fmt: skip
+    plan = cache_plan(
+        transform=decode.transform_of(VIEWS).identity, latents=HOW,
+        columns={field.name: str(field.type) for field in cache.row_schema(source.schema)},
+        settings=plan_settings(transform=VIEWS.model_dump(mode="json")),
+    )  # fmt: skip
     out = str(tmp_path / "cache")
-    cache.write_plan(out, plan)
+    plan.write(out)
     cache.write_listing(out, 1, source.listing)
     for number in range(3):
         commit(tmp_path, number)
-    cache.write_manifest(out, plan, source_of(Planned([source], 8)), {"job": "test"})
+    cache.write_manifest(out, plan.to_json(), source_of(Partition([source], 8)), {"job": "test"})
     return tmp_path
 
 
@@ -384,7 +385,7 @@ def test_nothing_is_decoded_where_only_facts_are_wanted(root, monkeypatch):
 def test_rows_come_with_the_views_that_they_are_of(root):
     latents = cache.LatentCache(root / "cache")
     source = open_source(Source(uri=str(root / "photos")))
-    shard = Planned([source], 8).shard(decode.Task(1))
+    shard = Partition([source], 8).shard(decode.Task(1))
     pixels, stored = inspect._rows_of(latents, shard, latents.manifest, 14)
     assert [values[0, 0, 0] for values in stored] == [u + v / 2 for u in (8, 9, 10, 12, 13, 14, 15) for v in (0, 1)]
     assert [image[0, 0, 0] for image in pixels] == [12 * u for u in (8, 9, 10, 12, 13, 14, 15) for _ in (0, 1)]

@@ -20,6 +20,7 @@ from pipelines.data import decode
 from pipelines.encoding import encode, inspect, maintenance, verify
 from pipelines.encoding.config import Inspect, Repair, Retry, Verify
 from pipelines.encoding.encode import encode_dataset
+from pipelines.encoding.plan import CachePlan
 from tests.commands import run_in_this_process
 from tests.encoding import BAD, SIDE, config, crops, photo_folder, save_model, shard_bytes
 from tests.in_process import in_process
@@ -201,7 +202,7 @@ def test_a_cache_from_before_there_was_a_choice_of_decoders_keeps_pillows_pixels
     mended = mend(Repair, copy, made).model_copy(update={"cache": str(old)})
     assert maintenance.repair(mended)["encoded_now"] == 8
     assert shard_bytes(old) == made_by_pillow
-    assert decode.views_of(LatentCache(old).manifest).decode == "pillow"
+    assert CachePlan.from_json(LatentCache(old).manifest, "").views.decode == "pillow"
 
 
 def test_an_unfinished_cache_is_not_read(copy):

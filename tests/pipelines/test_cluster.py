@@ -32,7 +32,7 @@ def nodes(monkeypatch):
 @pytest.mark.parametrize(
     ("config", "jobs", "found", "expected"),
     [
-        # workers, gpu, threads, gpus, decoders, jobs, least
+        # workers, gpu, threads, gpus, decoders, jobs, min_workers
         ({}, 1, [node(4)], (1, False, 8, 1.0, 1, 1, 0)),
         ({"workers": 2}, 1, [node(4), node(60), node(900, alive=False)], (2, False, 4, 1.0, 8, 1, 0)),
         ({"workers": 3}, 1, [node(5)], (3, False, 2, 1.0, 1, 1, 0)),
@@ -52,28 +52,36 @@ def nodes(monkeypatch):
 )
 def test_what_a_job_takes(nodes, config, jobs, found, expected):
     nodes(*found)
-    share = cluster._share(Ray(**config), jobs)
-    assert (share.workers, share.gpu, share.threads, share.gpus, share.decoders, share.jobs, share.least) == expected
-    assert share.elastic == ((2, 4) if share.least else None)
-    assert share.resources == ({"CPU": 1.0, "GPU": share.gpus} if share.gpu else {"CPU": 1.0})
+    placement = cluster._placement(Ray(**config), jobs)
+    assert (
+        placement.workers,
+        placement.gpu,
+        placement.threads,
+        placement.gpus,
+        placement.decoders,
+        placement.jobs,
+        placement.min_workers,
+    ) == expected
+    assert placement.elastic == ((2, 4) if placement.min_workers else None)
+    assert placement.resources == ({"CPU": 1.0, "GPU": placement.gpus} if placement.gpu else {"CPU": 1.0})
 
 
 def test_labels_choose_the_nodes_of_workers_and_of_decoding(nodes):
     nodes(node(3), node(4, 2, pool="gpu"), node(20, pool="cpu", zone="a"))
-    share = cluster._share(Ray(workers=2, worker_labels={"pool": "gpu"}, decode_labels={"pool": "cpu"}), 1)
-    assert (share.gpu, share.decoders) == (True, 20)
-    assert (share.labels, share.decode_labels) == ({"pool": "gpu"}, {"pool": "cpu"})
-    assert cluster._share(Ray(decode_labels={"pool": "cpu", "zone": "a"}, gpu=False), 1).decoders == 20
-    assert cluster._share(Ray(workers=4, worker_labels={"pool": "cpu"}), 1).gpu is False
+    placement = cluster._placement(Ray(workers=2, worker_labels={"pool": "gpu"}, decode_labels={"pool": "cpu"}), 1)
+    assert (placement.gpu, placement.decoders) == (True, 20)
+    assert (placement.labels, placement.decode_labels) == ({"pool": "gpu"}, {"pool": "cpu"})
+    assert cluster._placement(Ray(decode_labels={"pool": "cpu", "zone": "a"}, gpu=False), 1).decoders == 20
+    assert cluster._placement(Ray(workers=4, worker_labels={"pool": "cpu"}), 1).gpu is False
     with pytest.raises(UserError, match=r"no node .* labels .*'tpu'.*; there are pool: cpu, pool: gpu, zone: a \("):
-        cluster._share(Ray(worker_labels={"pool": "tpu"}), 1)
+        cluster._placement(Ray(worker_labels={"pool": "tpu"}), 1)
     with pytest.raises(
         UserError, match=r"takes a logical CPU each, but the nodes with ray.worker_labels have 4; lower"
     ):
-        cluster._share(Ray(workers=5, gpu=False, worker_labels={"pool": "gpu"}), 1)
+        cluster._placement(Ray(workers=5, gpu=False, worker_labels={"pool": "gpu"}), 1)
     nodes(node(3))
     with pytest.raises(UserError, match="no node has any"):
-        cluster._share(Ray(worker_labels={"pool": "tpu"}), 1)
+        cluster._placement(Ray(worker_labels={"pool": "tpu"}), 1)
 
 
 @pytest.mark.parametrize(
@@ -101,13 +109,13 @@ def test_labels_choose_the_nodes_of_workers_and_of_decoding(nodes):
 def test_what_there_is_no_room_for_is_refused(nodes, config, jobs, found, message):
     nodes(found)
     with pytest.raises(UserError, match=message):
-        cluster._share(Ray(**config), jobs)
+        cluster._placement(Ray(**config), jobs)
 
 
 def test_words_about_a_share():
-    assert cluster.Share(workers=1, gpu=False, threads=1).text == "1 worker, 1 CPU thread each"
-    assert cluster.Share(workers=2, gpu=False, threads=3).text == "2 workers, 3 CPU threads each"
-    assert cluster.Share(workers=2, gpu=True, threads=3, gpus=0.5).text == "2 workers, 0.5 GPU each"
+    assert cluster.Placement(workers=1, gpu=False, threads=1).text == "1 worker, 1 CPU thread each"
+    assert cluster.Placement(workers=2, gpu=False, threads=3).text == "2 workers, 3 CPU threads each"
+    assert cluster.Placement(workers=2, gpu=True, threads=3, gpus=0.5).text == "2 workers, 0.5 GPU each"
 
 
 def test_a_worker_that_measures_computes_alike_each_time(monkeypatch):
@@ -117,8 +125,8 @@ def test_a_worker_that_measures_computes_alike_each_time(monkeypatch):
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
     monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(allow_tf32=True))
     monkeypatch.setattr(torch.backends, "cudnn", SimpleNamespace(allow_tf32=True, deterministic=False))
-    assert cluster.Share(workers=1, gpu=True, threads=5).settle() == torch.device("cuda")
-    assert cluster.Share(workers=1, gpu=False, threads=6).settle() == torch.device("cpu")
+    assert cluster.Placement(workers=1, gpu=True, threads=5).settle() == torch.device("cuda")
+    assert cluster.Placement(workers=1, gpu=False, threads=6).settle() == torch.device("cpu")
     assert threads == [5, 6]
     assert not torch.backends.cuda.matmul.allow_tf32
     assert not torch.backends.cudnn.allow_tf32
@@ -148,7 +156,7 @@ def init(monkeypatch, nodes):
 
 
 def test_without_a_cluster_one_is_started_on_loopback_alone(init, nodes):
-    share = cluster.start(
+    placement = cluster.start(
         Ray(workers=3, decode_tasks=9, worker_labels={"pool": "gpu"}, decode_labels={"pool": "cpu"}), 2
     )
     (given,) = init
@@ -157,7 +165,7 @@ def test_without_a_cluster_one_is_started_on_loopback_alone(init, nodes):
         "address": "local", "num_cpus": (3 + 9) * 2 + 2, "include_dashboard": True, "dashboard_host": "127.0.0.1",
         "logging_level": "ERROR", "log_to_driver": True, "alone": "0", "server": f"http://127.0.0.1:{port}",
     }  # fmt: skip
-    assert (share.workers, share.jobs, share.labels, share.decode_labels) == (3, 2, {}, {})
+    assert (placement.workers, placement.jobs, placement.labels, placement.decode_labels) == (3, 2, {}, {})
     assert cluster._MANY_MACHINES not in os.environ
     assert "RAY_API_SERVER_ADDRESS" not in os.environ
     assert os.environ[cluster._NOTICES] == "0"
@@ -251,8 +259,8 @@ def test_a_cluster_that_grows_is_waited_for_and_told_how_large(init, nodes, monk
     monkeypatch.setattr(cluster, "time", SimpleNamespace(monotonic=lambda: clock.now, sleep=sleep))
     monkeypatch.setattr("ray.autoscaler.sdk.request_resources", lambda **given: asked.append(given))
     nodes(node(4))
-    share = cluster.start(Ray(workers=2, gpu=True, wait=600), 2)
-    assert (share.workers, share.gpu, clock.now) == (2, True, 10.0)
+    placement = cluster.start(Ray(workers=2, gpu=True, wait=600), 2)
+    assert (placement.workers, placement.gpu, clock.now) == (2, True, 10.0)
     assert asked == [{"bundles": [{"CPU": 1, "GPU": 1.0}] * 4, "bundle_label_selectors": None}] * 2 + [
         {"bundles": [], "bundle_label_selectors": None}
     ]
@@ -373,15 +381,15 @@ def test_actors_get_the_share_and_can_be_started_again(monkeypatch):
 
     monkeypatch.setattr(ray, "remote", Remote)
     monkeypatch.setattr(ray, "get", lambda found: made.append(found))
-    share = cluster.Share(workers=3, gpu=True, threads=1, gpus=0.5, labels={"pool": "a"})
-    found = actor_pool.pool(dict, share, 1, 2)
+    placement = cluster.Placement(workers=3, gpu=True, threads=1, gpus=0.5, labels={"pool": "a"})
+    found = actor_pool.pool(dict, placement, 1, 2)
     assert [actor.what for actor in found] == [(dict, 1, 2)] * 3
     assert made == [
         {"num_cpus": 1.0, "num_gpus": 0.5, "max_restarts": 3, "max_task_retries": 3, "label_selector": {"pool": "a"}},
         ["ready"] * 3,
     ]
     made.clear()
-    actor_pool.pool(dict, cluster.Share(workers=1, gpu=False, threads=1), max_restarts=0)
+    actor_pool.pool(dict, cluster.Placement(workers=1, gpu=False, threads=1), max_restarts=0)
     strategy = made[0].pop("scheduling_strategy")
     assert strategy.placement_group is None
     assert made[0] == {"num_cpus": 1.0, "num_gpus": 0, "max_restarts": 0, "max_task_retries": 3}

@@ -84,7 +84,7 @@ class Clock:
 def test_one_model_is_measured(folder, tmp_path, monkeypatch, part):
     """The model of diffusers above: warm-up left out, medians and extremes of the others, and its MACs by hand."""
     cfg = config([str(folder)], tmp_path, part=part, warmup=2, batch_size=2, precision="fp32")
-    meter = module.Meter(module.Plan(str(folder), 2, 3), cfg, cluster.Share(workers=1, gpu=False, threads=2))
+    meter = module.Meter(module.Plan(str(folder), 2, 3), cfg, cluster.Placement(workers=1, gpu=False, threads=2))
     seen, forward = [], meter.forward
     meter.forward = lambda x: seen.append(x) or forward(x)
     clock = Clock(9, 9, 2.0, 0.5, 1.0, 9, 9, 0.004, 0.001, 0.002)
@@ -113,7 +113,7 @@ def test_one_model_is_measured(folder, tmp_path, monkeypatch, part):
 
 def test_macs_are_half_the_flops(folder, tmp_path):
     cfg = config([str(folder)], tmp_path, part="decoder", batch_size=1, repeats=1, warmup=1)
-    meter = module.Meter(module.Plan(str(folder), 2, 3), cfg, cluster.Share(workers=1, gpu=False, threads=1))
+    meter = module.Meter(module.Plan(str(folder), 2, 3), cfg, cluster.Placement(workers=1, gpu=False, threads=1))
     meter.model.decoder = meter.forward = torch.nn.Conv2d(3, 5, 3, padding=1)
     assert meter.measure()[0]["gmacs"] * 1e9 == pytest.approx(conv(3, 5, SIDE // 2))
 
@@ -147,7 +147,7 @@ def test_models_are_compared_with_the_first(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(module.cluster, "start", lambda ray: workers.append(ray.workers) or "share")
     monkeypatch.setattr(module.mlflow_run, "tracked", tracked)
     monkeypatch.setattr(module.mlflow_run, "link", lambda run: "a link")
-    monkeypatch.setattr(module, "_measured", lambda plan, cfg, share: (numbers[plan.name], f"machine, {share}"))
+    monkeypatch.setattr(module, "_measured", lambda plan, cfg, placement: (numbers[plan.name], f"machine, {placement}"))
     found = complexity(config(["sd-vae", "S"], tmp_path, ray={"workers": 3}))
     assert workers == [1]
     assert (found["complexity"], found["baseline"], found["machine"]) == (numbers, "sd-vae", "machine, share")

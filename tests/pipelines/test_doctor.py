@@ -416,15 +416,15 @@ def test_images_that_are_noise(tmp_path):
 
 
 def test_an_estimate():
-    from pipelines.runtime.cluster import Share
+    from pipelines.runtime.cluster import Placement
 
     speeds = workload.Speeds()
     speeds.images, speeds.encode, speeds.decode = 1_000_000, [10.0, 30.0], [100.0]
-    (found,) = examined(workload.estimate, Share(2, False, 4), speeds)
+    (found,) = examined(workload.estimate, Placement(2, False, 4), speeds)
     seconds = 1_000_000 / 40 + 1_000_000 / 800  # of 2 workers, and of their 8 cores
     assert f"take about {seconds / 3600:,.1f} hours" in found.found
     assert "encoding is the bottleneck" in found.found
-    (found,) = examined(workload.estimate, Share(20, True, 1, decoders=3), speeds)
+    (found,) = examined(workload.estimate, Placement(20, True, 1, decoders=3), speeds)
     assert f"take about {1_000_000 / 300 / 60:,.1f} minutes" in found.found  # 3 decoders, beside the encoders
     assert "decoding is the bottleneck" in found.found
     assert states(examined(workload.estimate, None, speeds)) == [(DRIVER, "skipped")]

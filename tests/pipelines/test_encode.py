@@ -30,7 +30,8 @@ from pipelines.data.sources import open_source
 from pipelines.encoding import auto, encode, verify
 from pipelines.encoding.encode import encode_dataset
 from pipelines.encoding.encoder import Encoder
-from pipelines.encoding.plan import Planned, _try, cut, library_versions, make_plan
+from pipelines.encoding.partition import Partition, cut
+from pipelines.encoding.plan import _content_of, make_plan
 from pipelines.runtime import cluster
 from tests.commands import run_in_this_process
 from tests.encoding import (
@@ -162,9 +163,9 @@ def test_decoding_is_not_done_in_the_encoder(folder, model, tmp_path, capsys):
     settings = config(folder, model, tmp_path / "cache")
     source = open_source(settings.source)
     plan = make_plan(settings, source, source.identity, None)
-    share = cluster.start(settings.ray)
-    shards = [Planned([source], 8).shard(decode.Task(n)) for n in range(2)]
-    encode._pipeline(plan, shards, settings.out, share).explain()
+    placement = cluster.start(settings.ray)
+    shards = [Partition([source], 8).shard(decode.Task(n)) for n in range(2)]
+    encode._pipeline(plan, shards, settings.out, placement).explain()
     physical = capsys.readouterr().out.rpartition("Physical Plan")[2]
     assert "TaskPoolMapOperator[Map(decode_shard)]" in physical
     assert "ActorPoolMapOperator[Map(Encoder)]" in physical
@@ -376,10 +377,10 @@ def test_aspect_ratio_buckets(few, model, tmp_path):
 def test_a_size_the_model_can_not_take(few, tmp_path):
     folder = small("AutoencoderTiny", tmp_path / "model")
     more = ("transform.buckets=true", "transform.resolution=64", "transform.bucket_step=8")
-    _try(folder, decode.transform_of(config(few, folder, "out", *more).transform))
+    _content_of(folder, decode.transform_of(config(few, folder, "out", *more).transform))
     settings = config(few, folder, tmp_path / "cache").transform.model_copy(update={"resolution": 36})
     with pytest.raises(UserError, match="takes sides that are multiples of 8 pixels, not 36x36"):
-        _try(folder, decode.transform_of(settings))
+        _content_of(folder, decode.transform_of(settings))
 
 
 def test_a_batch_too_large_for_the_memory_is_halved(few, model, tmp_path):
@@ -397,7 +398,7 @@ def test_a_batch_too_large_for_the_memory_is_halved(few, model, tmp_path):
         return forward(batch)
 
     encoder._forward = limited
-    row = decode.decode_shard({"shard": Planned([source], 8).shard(decode.Task(0))}, settings.transform)
+    row = decode.decode_shard({"shard": Partition([source], 8).shard(decode.Task(0))}, settings.transform)
     done = encoder(row)
     assert not done["error"]
     assert sizes == [8, 4, 2, 2, 2]
@@ -425,8 +426,8 @@ def test_what_is_compiled_runs_channels_last_and_gives_the_same(few, model, tmp_
 
 
 def test_compiling_is_recommended_where_it_pays(few, model, tmp_path, monkeypatch, capsys):
-    share = cluster.Share(workers=1, gpu=True, threads=1)
-    monkeypatch.setattr(cluster, "start", lambda _: share)
+    placement = cluster.Placement(workers=1, gpu=True, threads=1)
+    monkeypatch.setattr(cluster, "start", lambda _: placement)
     monkeypatch.setattr(cluster, "check_folders", lambda *_: None)
     monkeypatch.setattr(auto, "WORTH_COMPILING", 6)
     for name, more, said in (("plain", [], True), ("compiled", ["compile=true"], False)):
@@ -443,9 +444,9 @@ def test_versions_of_a_working_directory_that_is_not_installed(monkeypatch):
             raise PackageNotFoundError(name)
         return version(name)
 
-    monkeypatch.setattr("pipelines.encoding.plan.version", installed)
-    assert library_versions().keys() >= {"python", "torch", "ray"}
-    assert "litevae" not in library_versions()
+    monkeypatch.setattr("pipelines.encoding.encode.version", installed)
+    assert encode._versions().keys() >= {"python", "torch", "ray"}
+    assert "litevae" not in encode._versions()
 
 
 def test_cuts():

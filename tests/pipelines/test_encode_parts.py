@@ -4,6 +4,7 @@ shards committed and retried, what is counted, and what stops a job."""
 import hashlib
 import io
 import json
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -22,15 +23,17 @@ from pipelines.data.decode import Lost, Shard, Task
 from pipelines.data.source import Item
 from pipelines.encoding import encode, maintenance, totals
 from pipelines.encoding.config import Encode, Retry
-from pipelines.encoding.encoder import Encoder, _merged, exact, load_encoder
-from pipelines.encoding.plan import Planned, make_plan, source_of
+from pipelines.encoding.encoder import Encoder, _merged_rows, exact, load_encoder
+from pipelines.encoding.listings import source_of
+from pipelines.encoding.partition import Partition
+from pipelines.encoding.plan import CachePlan, PlannedModel, make_plan
 from pipelines.runtime import cluster
 from pipelines.runtime.schema import validate
-from tests.encoding import save_model
+from tests.encoding import cache_plan, plan_settings, save_model
 
 HOW = cache.layout("moments", "float16")
 ROWS = cache.row_schema(pa.schema([("label", pa.int64())]))
-SHARE = cluster.Share(workers=2, gpu=False, threads=1, decoders=4)
+PLACEMENT = cluster.Placement(workers=2, gpu=False, threads=1, decoders=4)
 
 
 class Listed:
@@ -62,8 +65,8 @@ class Listed:
 def encoder_of(out="", batch_size=4, how=HOW, native=False):
     """An encoder with a model whose latents are the means of an image's colours, at 1 x 1, and the shapes that it was
     given."""
-    plan = {"latents": how, "precision": "fp32", "settings": {"batch_size": batch_size}}
-    encoder = Encoder(str(out), plan | ({"kernels": "native"} if native else {}), False, 1)
+    plan = cache_plan(latents=how, settings=plan_settings(batch_size=batch_size), kernels="native" if native else "")
+    encoder = Encoder(str(out), plan, False, 1)
     seen = []
 
     def model(x):
@@ -82,24 +85,24 @@ def colours(count, height=2, width=3):
 
 
 def test_shards_are_cut_within_each_listing_and_count_units_on():
-    planned = Planned([Listed([1] * 5), Listed([2, 2, 1], first=5)], 2)
-    assert (len(planned), planned.units) == (6, 10)
-    assert planned.sizes.tolist() == [2, 2, 1, 2, 2, 1]
-    shards = [planned.shard(Task(number)) for number in range(6)]
+    partition = Partition([Listed([1] * 5), Listed([2, 2, 1], first=5)], 2)
+    assert (len(partition), partition.units) == (6, 10)
+    assert partition.sizes.tolist() == [2, 2, 1, 2, 2, 1]
+    shards = [partition.shard(Task(number)) for number in range(6)]
     assert [(shard.first, shard.source.units, shard.source.first) for shard in shards] == [
         (0, 2, 0), (2, 2, 2), (4, 1, 4), (5, 2, 5), (7, 2, 7), (9, 1, 9),
     ]  # fmt: skip
-    assert planned.shard(Task(3, 2, (6,))).task == Task(3, 2, (6,))
+    assert partition.shard(Task(3, 2, (6,))).task == Task(3, 2, (6,))
 
 
 def test_what_is_listed_is_one_source():
     one, two = Listed([1] * 5), Listed([1] * 3)
     two.digest = "d2"
-    assert source_of(Planned([one], 2)) == {
+    assert source_of(Partition([one], 2)) == {
         "kind": "folder", "uri": "/photos", "digest": "d1", "units": 5, "shards": 3,
         "listings": [{"uri": "/photos", "digest": "d1", "units": 5}],
     }  # fmt: skip
-    both = source_of(Planned([one, two], 2))
+    both = source_of(Partition([one, two], 2))
     assert (both["units"], both["shards"]) == (8, 5)
     assert both["digest"] == hashlib.sha256(b"d1\nd2").hexdigest()
     assert [(listing["digest"], listing["units"]) for listing in both["listings"]] == [("d1", 5), ("d2", 3)]
@@ -185,10 +188,22 @@ def test_many_images_are_asked_for_at_a_time_over_a_network():
 
 
 def test_views_of_a_plan_from_before_there_was_a_choice_of_decoders():
-    settings = Views().model_dump()
-    assert decode.views_of({"settings": {"transform": settings}}).decode == "fast"
-    del settings["decode"]
-    assert decode.views_of({"settings": {"transform": settings}}).decode == "pillow"
+    written = cache_plan().to_json()
+    assert CachePlan.from_json(written, "plan.json").views.decode == "fast"
+    del written["settings"]["transform"]["decode"]
+    assert CachePlan.from_json(written, "plan.json").views.decode == "pillow"
+
+
+def test_a_plan_is_read_as_it_was_written(tmp_path):
+    for plan in (cache_plan(kernels="native"), cache_plan()):
+        out = str(tmp_path / (plan.kernels or "none"))
+        plan.write(out)
+        assert CachePlan.read(out) == plan
+        assert ("kernels" in cache.read_plan(out)) == bool(plan.kernels)
+    lacking = cache_plan().to_json()
+    del lacking["columns"]
+    with pytest.raises(UserError, match=r"^/c/plan\.json is damaged: 'columns'; bring it back from a copy"):
+        CachePlan.from_json(lacking, "/c/plan.json")
 
 
 # --- batches ------------------------------------------------------------------------------------------------------
@@ -317,12 +332,12 @@ def test_a_retry_keeps_rows_and_the_rest_of_the_quarantine(tmp_path):
 
 def test_rows_are_in_the_order_of_units_and_views():
     rows = numbered(0, 6, unit=[5, 3, 3, 5, 4, 1], view=[1, 1, 0, 0, 0, 0])
-    table, (values,) = _merged([(rows.slice(0, 4), latents(4)), (rows.slice(4), latents(2, 4))], ROWS)
+    table, (values,) = _merged_rows([(rows.slice(0, 4), latents(4)), (rows.slice(4), latents(2, 4))], ROWS)
     assert [*zip(table["unit"].to_pylist(), table["view"].to_pylist(), strict=True)] == [
         (1, 0), (3, 0), (3, 1), (4, 0), (5, 0), (5, 1),
     ]  # fmt: skip
     assert values[:, 0, 0, 0].tolist() == [5, 2, 1, 4, 3, 0]
-    table, found = _merged([], ROWS)
+    table, found = _merged_rows([], ROWS)
     assert (table.num_rows, found) == (0, [])
 
 
@@ -335,16 +350,16 @@ def model(tmp_path_factory):
 
 
 def plan_for(model, content="moments", **more):
-    how = cache.layout(content, "float16")
-    about = {"path": model, "fingerprint": fingerprint(model)}
-    return {"model": about, "latents": how, "compile": False, "precision": "fp32"} | more
+    return cache_plan(
+        model=PlannedModel(model, fingerprint(model), {}), latents=cache.layout(content, "float16"), **more
+    )
 
 
 def test_a_model_that_was_exchanged_is_noticed_where_it_encodes(model, tmp_path):
     plan = plan_for(model)
     load_encoder(plan, torch.device("cpu"))
     other = save_model(tmp_path / "other", seed=1)
-    plan["model"]["path"] = other
+    plan = replace(plan, model=replace(plan.model, path=other))
     with pytest.raises(UserError, match=f"{other} on .* is not the model that the job was started with"):
         load_encoder(plan, torch.device("cpu"))
 
@@ -365,7 +380,7 @@ def test_an_encoder_loads_its_model_once_and_again_after_it_was_closed(model, tm
     monkeypatch.setattr(
         "pipelines.encoding.encoder.load_encoder", lambda plan, device: loaded.append(device.type) or (lambda x: x)
     )
-    encoder = Encoder("", plan_for(model, settings={"batch_size": 2}), False, 1)
+    encoder = Encoder("", plan_for(model, settings=plan_settings(batch_size=2)), False, 1)
     encoder.encode(colours(3))
     assert loaded == ["cpu"]
     encoder.close()
@@ -390,36 +405,36 @@ def test_a_plan_says_all_that_decides_on_bytes(model, tmp_path):
     values = {"transform": {"resolution": 64, "crop": "random", "crops": 2, "flips": True, "seed": 9}}
     values |= {"latents": "mean", "dtype": "bf16", "rows_per_shard": 7, "batch_size": 3, "error_budget": 0.25}
     plan, config = planned("/photos", model, **values)
-    assert plan["model"]["path"] == model
-    assert plan["model"]["fingerprint"] == fingerprint(model)
-    assert plan["model"]["config"]["_class_name"] == "LiteVAE"
-    assert not [key for key in plan["model"]["config"] if key[0] == "_" and key != "_class_name"]
-    assert plan["transform"] == decode.transform_of(config.transform).identity | {"seed": 9}
-    assert plan["latents"] == cache.layout("mean", "bfloat16", 4)
-    assert (plan["precision"], plan["compile"], plan["kernels"], plan["rows_per_shard"]) == ("fp32", False, "torch", 7)
-    assert plan["columns"] == {field.name: str(field.type) for field in ROWS}
-    assert plan["settings"] == {
+    assert plan.model.path == model
+    assert plan.model.fingerprint == fingerprint(model)
+    assert plan.model.config["_class_name"] == "LiteVAE"
+    assert not [key for key in plan.model.config if key[0] == "_" and key != "_class_name"]
+    assert plan.transform == decode.transform_of(config.transform).identity | {"seed": 9}
+    assert plan.latents == cache.layout("mean", "bfloat16", 4)
+    assert (plan.precision, plan.compile, plan.kernels, plan.rows_per_shard) == ("fp32", False, "torch", 7)
+    assert plan.columns == {field.name: str(field.type) for field in ROWS}
+    assert asdict(plan.settings) == {
         "source": {"uri": "/photos", "split": "", "image_column": "image", "id_column": "id", "columns": []},
         "batch_size": 3, "error_budget": 0.25, "transform": config.transform.model_dump(mode="json"),
     }  # fmt: skip
     buckets = {"resolution": 64, "buckets": True, "bucket_step": 32}
     plan, _ = planned("/photos", model, transform=buckets, kernels="native", dtype="fp32")
-    assert plan["latents"] == cache.layout("moments", "float32", one_shape=False)
-    assert "seed" not in plan["transform"]
-    assert plan["kernels"] == "native"
+    assert plan.latents == cache.layout("moments", "float32", one_shape=False)
+    assert "seed" not in plan.transform
+    assert plan.kernels == "native"
 
 
 def test_what_a_started_cache_has_settled_stays(model):
     auto = {"precision": "auto", "batch_size": "auto", "kernels": "auto"}
-    before = {"precision": "bf16", "settings": {"batch_size": 11}, "kernels": "native"}
+    before = cache_plan(precision="bf16", settings=plan_settings(batch_size=11), kernels="native")
     plan, _ = planned("/photos", model, before, **auto)
-    assert (plan["precision"], plan["settings"]["batch_size"], plan["kernels"]) == ("bf16", 11, "native")
+    assert (plan.precision, plan.settings.batch_size, plan.kernels) == ("bf16", 11, "native")
     plan, _ = planned("/photos", model, before, kernels="torch", batch_size=5)
-    assert (plan["precision"], plan["settings"]["batch_size"], plan["kernels"]) == ("fp32", 5, "torch")
-    del before["kernels"]  # a plan from before there were any
-    assert "kernels" not in planned("/photos", model, before, kernels="torch")[0]
+    assert (plan.precision, plan.settings.batch_size, plan.kernels) == ("fp32", 5, "torch")
+    before = replace(before, kernels="")  # a plan from before there were any
+    assert planned("/photos", model, before, kernels="torch")[0].kernels == ""
     plan, _ = planned("/photos", model, None, **auto)
-    assert (plan["precision"], plan["settings"]["batch_size"], plan["kernels"]) == ("auto", "auto", "torch")
+    assert (plan.precision, plan.settings.batch_size, plan.kernels) == ("auto", "auto", "torch")
 
 
 def test_a_plan_settles_what_is_auto(model, tmp_path, monkeypatch):
@@ -428,21 +443,24 @@ def test_a_plan_settles_what_is_auto(model, tmp_path, monkeypatch):
     Image.fromarray(np.zeros((40, 40, 3), np.uint8)).save(photos / "a.png")
     values = {"source": {"uri": str(photos)}, "model": model, "transform": {"resolution": 32}, "root": str(tmp_path)}
     auto = {"precision": "auto", "batch_size": "auto"}
-    monkeypatch.setattr(cluster, "start", lambda ray: SHARE)
+    monkeypatch.setattr(cluster, "start", lambda ray: PLACEMENT)
     monkeypatch.setattr(cluster, "check_folders", lambda written, read: None)
-    monkeypatch.setattr("pipelines.encoding.auto.fastest_precision", lambda share: "fp32")
-    monkeypatch.setattr(encode, "best_kernels", lambda device, precision: f"best for {precision} on {device}")
+    monkeypatch.setattr("pipelines.encoding.auto.fastest_precision", lambda placement: "fp32")
+    monkeypatch.setattr(
+        "pipelines.encoding.auto.best_kernels", lambda device, precision: f"best for {precision} on {device}"
+    )
     out = str(tmp_path / "auto")
-    _, plan, cut, share = encode.plan_cache(validate(Encode, values | auto | {"out": out}))
-    assert (plan["precision"], plan["kernels"], plan["settings"]["batch_size"]) == ("fp32", "best for fp32 on cpu", 32)
-    assert (len(cut), share) == (1, SHARE)
-    assert cache.read_plan(out)["settings"]["batch_size"] == 32
+    job = encode.plan_cache(validate(Encode, values | auto | {"out": out}))
+    plan = job.plan
+    assert (plan.precision, plan.kernels, plan.settings.batch_size) == ("fp32", "best for fp32 on cpu", 32)
+    assert (job.out, len(job.partition), job.placement, job.finished) == (out, 1, PLACEMENT, False)
+    assert CachePlan.read(out) == plan
     assert [len(listing) for listing in cache.read_listings(out)] == [1]
     given = {"precision": "bf16", "batch_size": 3, "kernels": "torch", "out": str(tmp_path / "given")}
-    plan = encode.plan_cache(validate(Encode, values | given))[1]
-    assert (plan["precision"], plan["kernels"], plan["settings"]["batch_size"]) == ("bf16", "torch", 3)
-    plan = encode.plan_cache(validate(Encode, values | {"compile": True, "out": str(tmp_path / "compiled")}))[1]
-    assert (plan["compile"], plan["kernels"]) == (True, "torch")
+    plan = encode.plan_cache(validate(Encode, values | given)).plan
+    assert (plan.precision, plan.kernels, plan.settings.batch_size) == ("bf16", "torch", 3)
+    plan = encode.plan_cache(validate(Encode, values | {"compile": True, "out": str(tmp_path / "compiled")})).plan
+    assert (plan.compile, plan.kernels) == (True, "torch")
 
 
 # --- what is left to do -------------------------------------------------------------------------------------------
@@ -462,12 +480,11 @@ def commit(out, number, reasons=(), generation=0):
 def test_shards_without_a_commit_are_done(tmp_path, monkeypatch):
     commit(tmp_path, 0)
     commit(tmp_path, 2)
-    cut = Planned([Listed([1] * 40)], 8)
-    monkeypatch.setattr(encode, "plan_cache", lambda config: (str(tmp_path), {}, cut, SHARE))
+    job = encode.CacheJob(str(tmp_path), cache_plan(), Partition([Listed([1] * 40)], 8), PLACEMENT)
+    monkeypatch.setattr(encode, "plan_cache", lambda config: job)
     monkeypatch.setattr(encode, "run_tracked", lambda *given: given)
     found = encode.encode_dataset(validate(Encode, {}))
-    assert found[4] == [Task(1), Task(3), Task(4)]
-    assert found[5:] == (str(tmp_path), SHARE)
+    assert found[2:] == (job, [Task(1), Task(3), Task(4)])
 
 
 def test_a_retry_is_of_the_quarantined_for_these_reasons(tmp_path, monkeypatch):
@@ -475,18 +492,18 @@ def test_a_retry_is_of_the_quarantined_for_these_reasons(tmp_path, monkeypatch):
     commit(tmp_path, 1)
     commit(tmp_path, 2, ["missing"])
     commit(tmp_path, 2, ["missing", "missing"], generation=1)
-    plan = {"rows_per_shard": 8, "settings": {"batch_size": 3, "source": "there"}}
+    plan, partition = cache_plan(settings=plan_settings(batch_size=3)), Partition([Listed([1] * 24)], 8)
     counts = {"encoded": 10, "reasons": {"missing": 3, "empty": 1}}
-    monkeypatch.setattr(maintenance, "_open", lambda config: (str(tmp_path), plan, [Listed([1] * 24)]))
+    monkeypatch.setattr(maintenance, "_open", lambda config: (str(tmp_path), plan, partition))
     monkeypatch.setattr(encode.cache, "read_manifest", lambda out: {"counts": counts})
-    monkeypatch.setattr(encode.cluster, "start", lambda ray: SHARE)
+    monkeypatch.setattr(encode.cluster, "start", lambda ray: PLACEMENT)
     given = []
     monkeypatch.setattr(maintenance, "run_tracked", lambda *values: given.append(values) or {"images": 12})
     monkeypatch.setattr(maintenance, "print_summary", lambda done: done)
     assert maintenance.retry(Retry(reasons=["missing"])) == {"images": 12, "encoded_now": 2, "recovered": 2}
-    assert given[0][4] == [Task(0, 1, (7,)), Task(2, 2, (22, 23))]
+    assert given[0][3] == [Task(0, 1, (7,)), Task(2, 2, (22, 23))]
     maintenance.retry(Retry())
-    assert given[1][4] == [Task(0, 1, (6, 7)), Task(2, 2, (22, 23))]
+    assert given[1][3] == [Task(0, 1, (6, 7)), Task(2, 2, (22, 23))]
     assert given[1][1]["batch_size"] == 3
     with pytest.raises(UserError, match="nothing is quarantined as burnt; there is 1 empty, 3 missing"):
         maintenance.retry(Retry(reasons=["missing", "burnt"]))
@@ -527,7 +544,7 @@ def runs(monkeypatch, tmp_path):
     given, the progress and what is shown."""
     given, progress, shown = [], type("Progress", (Shown,), {}), type("Encoding", (Shown,), {})
 
-    def pipeline(plan, shards, out, share):
+    def pipeline(plan, shards, out, placement):
         given.append([shard.task.shard for shard in shards])
 
         def rows():
@@ -543,12 +560,14 @@ def runs(monkeypatch, tmp_path):
     monkeypatch.setattr(encode, "_pipeline", pipeline)
     monkeypatch.setattr(encode, "Progress", progress)
     monkeypatch.setattr(encode.prometheus, "Encoding", shown)
-    monkeypatch.setattr(encode, "time", Clock())
+    clock = Clock()
+    monkeypatch.setattr(encode, "time", clock)
+    monkeypatch.setattr(totals, "time", clock)
 
     def run(numbers, budget=1.0, total=4):
-        cut = Planned([Listed([1] * 8 * total)], 8)
-        plan = {"settings": {"error_budget": budget}}
-        return encode._encode(plan, cut, [Task(number) for number in numbers], str(tmp_path), SHARE)
+        plan = cache_plan(settings=plan_settings(error_budget=budget))
+        job = encode.CacheJob(str(tmp_path), plan, Partition([Listed([1] * 8 * total)], 8), PLACEMENT)
+        return encode._encode(job, [Task(number) for number in numbers])
 
     return SimpleNamespace(run=run, given=given, progress=progress, shown=shown, out=tmp_path)
 

@@ -1,7 +1,6 @@
 """How train_ldm is wired: what its config sets in the steps, the averages, the pictures, the feeds and the job."""
 
 import copy
-import json
 
 import numpy as np
 import pytest
@@ -11,12 +10,13 @@ import yaml
 from PIL import Image
 
 from litevae.autoencoder import encode_latents, fingerprint, load_autoencoder
-from litevae.cache import LatentCache, read_plan
+from litevae.cache import LatentCache
 from litevae.denoiser import null_class
 from litevae.errors import UserError
 from litevae.images import to_uint8
 from litevae.ldm import LDM, load_ldm
 from litevae.pictures import grid
+from pipelines.encoding.plan import CachePlan
 from pipelines.runtime.cli import load
 from pipelines.runtime.schema import validate, values_to_keep
 from pipelines.training import checkpoint, image_feed, latent_feeds
@@ -356,8 +356,8 @@ def job(made, tmp_path):
 def test_what_workers_get_and_how_a_run_is_tracked(job, made, tmp_path, capsys):
     config, result, noted = job("seed=3")
     folder = f"{tmp_path}/runs/mine"
-    worker, setup, handle, share, loop = noted.fitted
-    assert (worker, handle, share.workers, loop) == (module._worker, "a handle", 1, config.loop)
+    worker, setup, handle, placement, loop = noted.fitted
+    assert (worker, handle, placement.workers, loop) == (module._worker, "a handle", 1, config.loop)
     assert validate(TrainLDM, setup.pop("config")).model_copy(update={"tracking": config.tracking}) == config
     assert setup == {
         "folder": folder, "shape": (4, 8, 8), "data": str(made[0]), "cache": str(made[0]), "version": 1, "images": 24,
@@ -397,13 +397,13 @@ def test_online_workers_get_the_source_and_write_through_ones_the_plan_too(job, 
     more = ["data.resize=none", "data.decode=scaled", "data.precision=bf16", "data.max_bad=0.2", "data.resolution=32"]
     words = online(made, *more, f"cache={tmp_path}/filled", "mode=write-through", "name=through")
     _, _, noted = job(*words)
-    setup, plan = noted.fitted[1], read_plan(f"{tmp_path}/filled")
+    setup, plan = noted.fitted[1], CachePlan.read(f"{tmp_path}/filled")
     assert setup["cache"] == f"{tmp_path}/filled"
-    assert json.loads(json.dumps(setup["plan"])).items() <= plan.items()
+    assert setup["plan"] == plan
     assert setup["shape"] == (4, 4, 4)
-    assert (plan["rows_per_shard"], plan["transform"]["resolution"]) == (4, 32)
-    assert (plan["transform"]["resize"], plan["transform"]["decode"]) == ("none", "scaled")
-    assert plan["precision"] == "bf16"
+    assert (plan.rows_per_shard, plan.transform["resolution"]) == (4, 32)
+    assert (plan.transform["resize"], plan.transform["decode"]) == ("none", "scaled")
+    assert plan.precision == "bf16"
 
 
 MAY_DIFFER = [

@@ -15,7 +15,7 @@ import torch
 from litevae.errors import UserError
 from pipelines.runtime import mlflow_run, mlflow_server, progress, prometheus, shutdown
 from pipelines.runtime.cli import load
-from pipelines.runtime.cluster import Share
+from pipelines.runtime.cluster import Placement
 from pipelines.runtime.schema import values_to_keep
 from pipelines.training import checkpoint, compiling, launch, loop, optimizer, step_metrics
 from pipelines.training.config import Loop, Optimizer, TrainLDM
@@ -650,11 +650,11 @@ def fitted(tmp_path, monkeypatch):
     monkeypatch.setattr(ray, "nodes", lambda: ["one", "two", "three"])
     monkeypatch.setattr(mlflow_run, "finish", lambda *arguments: fit.ended.append(arguments))
 
-    def fit(ends, options=None, callbacks=(), **share):
+    def fit(ends, options=None, callbacks=(), **more):
         fit.ends = ends if callable(ends) else lambda: ends
-        share = Share(**({"workers": 2, "gpu": False, "threads": 3} | share))
+        placement = Placement(**({"workers": 2, "gpu": False, "threads": 3} | more))
         setup = {"folder": str(folder), "data": "d"}
-        return launch.fit(print, setup, handle, share, options or Loop(), callbacks)
+        return launch.fit(print, setup, handle, placement, options or Loop(), callbacks)
 
     fit.folder, fit.ended, fit.handle = folder, [], handle
     return fit
@@ -697,8 +697,8 @@ def test_ray_train_gets_what_the_config_says(fitted, capsys):
     [({"workers": 1}, 1, False), ({"workers": 4}, 4, True), ({"workers": 4, "least": 2}, (2, 4), True),
      ({"workers": 1, "least": 1}, (1, 1), True)],
 )  # fmt: skip
-def test_workers_meet_only_where_there_may_be_several(fitted, share, workers, group):
-    fitted(done(), **share)
+def test_workers_meet_only_where_there_may_be_several(fitted, placement, workers, group):
+    fitted(done(), **placement)
     scaling, torch_config = fitted.given["scaling_config"], fitted.given["torch_config"]
     assert scaling.num_workers == workers
     assert scaling.label_selector is None

@@ -221,14 +221,14 @@ def test_a_worker_gives_the_model_all_that_decides_on_an_image(monkeypatch, tmp_
     monkeypatch.setattr(module, "load_ldm", lambda folder: model)
     monkeypatch.setattr(module, "ldm_fingerprint", lambda folder: "print")
     cfg = config(tmp_path, tmp_path, classes=[7, 5, 2], guidance=2.5, sampler="heun", eta=0.25)
-    worker = module.Sampler(cfg, module.cluster.Share(workers=1, gpu=False, threads=1), "print")
+    worker = module.Sampler(cfg, module.cluster.Placement(workers=1, gpu=False, threads=1), "print")
     images = [np.asarray(Image.open(io.BytesIO(data))) for data in worker.draw(range(4, 8))]
     assert [image[0, 0].tolist() for image in images] == [[11, 4, 5], [11, 5, 2], [11, 6, 7], [11, 7, 5]]
     assert images[0].shape == (8, 8, 3)
     options = {"steps": 4, "sampler": "heun", "eta": 0.25, "labels": [5, 2, 7, 5], "guidance": 2.5}
     assert model.asked == [([(11, 4), (11, 5), (11, 6), (11, 7)], options)]
     with pytest.raises(UserError, match="is not the same model here as where the job was started"):
-        module.Sampler(cfg, module.cluster.Share(workers=1, gpu=False, threads=1), "another")
+        module.Sampler(cfg, module.cluster.Placement(workers=1, gpu=False, threads=1), "another")
 
 
 @pytest.mark.parametrize(

@@ -15,10 +15,11 @@ from litevae.cache import LatentCache
 from pipelines.benchmark import scale
 from pipelines.benchmark.scale import Node, Store, Work
 from pipelines.data.config import Source as SourceConfig
-from pipelines.data.decode import Task, decode_shard, views_of
+from pipelines.data.decode import Task, decode_shard
 from pipelines.data.sources import open_source
 from pipelines.encoding.encoder import Encoder
-from pipelines.encoding.plan import Planned, make_plan
+from pipelines.encoding.partition import Partition
+from pipelines.encoding.plan import make_plan
 from tests.encoding import config, save_model
 
 # --- what is made -------------------------------------------------------------------------------------------------
@@ -41,7 +42,7 @@ def test_a_made_up_store_lists_what_a_folder_would(tmp_path):
     assert made.listing.equals(real.listing)
     assert made.digest == real.digest
     assert len(real.labels) == 1000
-    plans = [Planned([source], 512) for source in (made, real)]
+    plans = [Partition([source], 512) for source in (made, real)]
     assert [plan.sizes.tolist() for plan in plans] == [[512, 512, 512, 512, 452]] * 2
 
 
@@ -51,9 +52,9 @@ def test_linked_files_are_sources(kind, groups, tmp_path):
     uri = scale.make_source(kind, tmp_path, 20_000)
     found = scale.plan(uri, 20_000, str(tmp_path / "out"))
     assert (found["units"], found["groups"], found["requests"]) == (20_000, groups, 0)
-    planned = Planned([open_source(SourceConfig(uri=uri))], scale.SHARD)
-    assert found["shards"] == len(planned)
-    assert planned.units == planned.sizes.sum() == 20_000
+    partition = Partition([open_source(SourceConfig(uri=uri))], scale.SHARD)
+    assert found["shards"] == len(partition)
+    assert partition.units == partition.sizes.sum() == 20_000
     (listing,) = cache.read_listings(str(tmp_path / "out"))
     assert listing.num_rows == groups
 
@@ -182,13 +183,13 @@ def test_requests_of_a_shard_are_the_models(kind, groups, s3, model, tmp_path):
     settings = config(uri, model, out, "kernels=torch")
     source = open_source(settings.source)
     plan = make_plan(settings, source, source.identity, None)
-    cache.write_plan(out, plan)
-    planned = Planned([source], 8)
+    plan.write(out)
+    partition = Partition([source], 8)
     encoder = Encoder(out, plan, gpu=False, threads=1)
     encoder.encode([np.zeros((32, 32, 3), np.uint8)])
 
     def work():
-        row = encoder(decode_shard({"shard": planned.shard(Task(1))}, views_of(plan)))
+        row = encoder(decode_shard({"shard": partition.shard(Task(1))}, plan.views))
         assert row["error"] == ""
         (commit,) = cache.read_commits(out, {1: 0})
         assert (commit["rows"], commit["quarantined"]) == (8, 0)

@@ -247,7 +247,7 @@ KINDS = {
 }
 
 
-def _in_this_process(cfg, trials, share, run, folder):
+def _in_this_process(cfg, trials, placement, run, folder):
     """Instead of Tune, which other tests have: trials one after another, with Ray Train's workers, and no others."""
     setup = {
         "cfg": cfg.model_dump(mode="json"),

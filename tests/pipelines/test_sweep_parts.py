@@ -26,7 +26,9 @@ from pipelines.runtime.cli import load
 from pipelines.training import ldm, vae
 
 STAGES = "train_vae.stages=[{resolution: 32, images: 500, batch_size: 8}, {resolution: 64, images: 300, batch_size: 8}]"
-SHARE = cluster.Share(workers=1, gpu=False, threads=3, jobs=5, labels={"pool": "w"}, decode_labels={"pool": "d"})
+PLACEMENT = cluster.Placement(
+    workers=1, gpu=False, threads=3, jobs=5, labels={"pool": "w"}, decode_labels={"pool": "d"}
+)
 
 
 def configured(root="runs", *more) -> Sweep:
@@ -45,27 +47,27 @@ def test_a_look_at_a_trial_is_an_eighth_of_its_images_or_as_said():
 
 @pytest.mark.parametrize("metric", ["psnr", "ssim"])
 def test_what_is_best_is_the_highest(metric):
-    plain = sweep._tune_config(configured("runs", f"metric={metric}"), SHARE, False)
+    plain = sweep._tune_config(configured("runs", f"metric={metric}"), PLACEMENT, False)
     assert (plain.metric, plain.mode, plain.scheduler, plain.search_alg) == (metric, "max", None, None)
-    asha = sweep._tune_config(configured("runs", f"metric={metric}", "scheduler=asha", "every=40"), SHARE, False)
+    asha = sweep._tune_config(configured("runs", f"metric={metric}", "scheduler=asha", "every=40"), PLACEMENT, False)
     assert (asha.metric, asha.mode) == (None, None)  # Tune takes them once: here of the scheduler
     assert (asha.scheduler._metric, asha.scheduler._mode) == (metric, "max")
     space = "space.optim.lr.uniform=[1e-4, 1e-3]"
-    pbt = sweep._tune_config(configured("runs", f"metric={metric}", "scheduler=pbt", space), SHARE, False)
+    pbt = sweep._tune_config(configured("runs", f"metric={metric}", "scheduler=pbt", space), PLACEMENT, False)
     assert (pbt.scheduler._metric, pbt.scheduler._mode) == (metric, "max")
-    optuna = sweep._tune_config(configured("runs", f"metric={metric}", "search=optuna", "seeds=[7]"), SHARE, False)
+    optuna = sweep._tune_config(configured("runs", f"metric={metric}", "search=optuna", "seeds=[7]"), PLACEMENT, False)
     assert (optuna.metric, optuna.mode) == (metric, "max")
     assert (optuna.search_alg._metric, optuna.search_alg._mode, optuna.search_alg._seed) == (metric, "max", 7)
 
 
 def test_given_trials_are_run_once_and_so_many_at_a_time():
-    assert sweep._tune_config(configured("runs", "trials=9"), SHARE, True).num_samples == 1
-    drawn = sweep._tune_config(configured("runs", "trials=9"), SHARE, False)
+    assert sweep._tune_config(configured("runs", "trials=9"), PLACEMENT, True).num_samples == 1
+    drawn = sweep._tune_config(configured("runs", "trials=9"), PLACEMENT, False)
     assert (drawn.num_samples, drawn.max_concurrent_trials) == (9, 5)
 
 
 def test_asha_may_stop_a_trial_from_its_first_look_on():
-    scheduler = sweep._tune_config(configured("runs", "scheduler=asha"), SHARE, True).scheduler
+    scheduler = sweep._tune_config(configured("runs", "scheduler=asha"), PLACEMENT, True).scheduler
     assert isinstance(scheduler, ASHAScheduler)
     assert (scheduler._time_attr, scheduler._max_t, scheduler._reduction_factor) == ("images", 801, 3)
     (bracket,) = scheduler._brackets
@@ -74,7 +76,7 @@ def test_asha_may_stop_a_trial_from_its_first_look_on():
 
 def test_pbt_moves_the_fields_of_the_space():
     space = ["space.optim.lr.loguniform=[1e-4, 1e-2]", "space.model.encoder=[S, B]"]
-    scheduler = sweep._tune_config(configured("runs", "scheduler=pbt", "every=40", *space), SHARE, False).scheduler
+    scheduler = sweep._tune_config(configured("runs", "scheduler=pbt", "every=40", *space), PLACEMENT, False).scheduler
     assert isinstance(scheduler, PopulationBasedTraining)
     assert (scheduler._time_attr, scheduler._perturbation_interval) == ("images", 40)
     assert scheduler._hyperparam_mutations["model.encoder"] == ["S", "B"]
@@ -186,7 +188,7 @@ def test_trials_that_are_done_or_were_stopped_are_not_run_again(tuner, tmp_path,
         leave(row, name)
     cfg = configured(tmp_path, "scheduler=asha", "space.optim.lr=[1]", "ray.wait=4")
     run = SimpleNamespace(run_id="parent")
-    assert sweep._tune(cfg, trials, SHARE, run, str(tmp_path / "sweep")) == []
+    assert sweep._tune(cfg, trials, PLACEMENT, run, str(tmp_path / "sweep")) == []
     given = tuner.last
     assert given.param_space == {"trial": {"grid_search": [1, 3]}}
     assert given.tune_config.num_samples == 1
@@ -209,20 +211,20 @@ def test_trials_that_are_done_or_were_stopped_are_not_run_again(tuner, tmp_path,
         leave(each.rows[-1], "result.json")
     leave(trials[1].rows[0], "result.json")
     del tuner.last
-    assert sweep._tune(cfg, trials, SHARE, run, str(tmp_path / "sweep")) == []
+    assert sweep._tune(cfg, trials, PLACEMENT, run, str(tmp_path / "sweep")) == []
     assert not hasattr(tuner, "last")
 
 
 def test_points_that_tune_draws_go_on_where_tune_was(tuner, tmp_path):
     cfg, run = configured(tmp_path, "search=optuna", "space.optim.lr=[1, 2]"), SimpleNamespace(run_id=None)
-    sweep._tune(cfg, [], SHARE, run, str(tmp_path))
+    sweep._tune(cfg, [], PLACEMENT, run, str(tmp_path))
     assert tuner.last.param_space["optim.lr"].categories == [1, 2]
     assert tuner.last.tune_config.num_samples == 8
     assert tuner.last.run_config.callbacks is None
     tuner.restorable = True
-    sweep._tune(cfg, [], SHARE, run, str(tmp_path))
+    sweep._tune(cfg, [], PLACEMENT, run, str(tmp_path))
     assert (tuner.last.restored, tuner.last.unfinished) == (str(tmp_path / "tune"), True)
-    sweep._tune(configured(tmp_path), trials_in(tmp_path), SHARE, run, str(tmp_path))
+    sweep._tune(configured(tmp_path), trials_in(tmp_path), PLACEMENT, run, str(tmp_path))
     assert not hasattr(tuner.last, "restored")  # given trials go on by themselves
 
 
@@ -233,7 +235,9 @@ def test_what_failed_is_told_by_its_row(tuner, tmp_path):
         SimpleNamespace(error=error, config={"trial": 1}),
         SimpleNamespace(error="Traceback\nKeyError: 5", config={"optim.lr": 1, "seed": 0}),
     ]
-    failed = sweep._tune(configured(tmp_path), trials_in(tmp_path), SHARE, SimpleNamespace(run_id=""), str(tmp_path))
+    failed = sweep._tune(
+        configured(tmp_path), trials_in(tmp_path), PLACEMENT, SimpleNamespace(run_id=""), str(tmp_path)
+    )
     assert failed == ["  row 1, seed 1: the disk is full\nin all", "  optim.lr=1, seed=0: KeyError: 5"]
 
 
@@ -628,11 +632,11 @@ def whole(tmp_path, monkeypatch):
     """`sweep.sweep` of a space, whose trials are stood in for: rates of 1e-4 and 1e-3 with PSNRs of 20 and 30."""
     found = SimpleNamespace(asked=[], finished=[], failed=[])
     listed(monkeypatch)
-    monkeypatch.setattr(sweep.cluster, "start", lambda ray, jobs: found.asked.append(jobs) or SHARE)
+    monkeypatch.setattr(sweep.cluster, "start", lambda ray, jobs: found.asked.append(jobs) or PLACEMENT)
     monkeypatch.setattr(sweep.cluster, "check_folders", lambda written, read: found.asked.append((written, read)))
     monkeypatch.setattr(sweep.mlflow_run, "finish", lambda run, status: found.finished.append(status))
 
-    def tune_it(cfg, trials, share, run, folder):
+    def tune_it(cfg, trials, placement, run, folder):
         for each in trials:
             for row in each.rows:
                 psnr = 20.0 if each.train["optim"]["lr"] == 1e-4 else 30.0

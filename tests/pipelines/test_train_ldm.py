@@ -17,15 +17,15 @@ import torch
 from diffusers import DDPMScheduler
 
 from litevae.autoencoder import LiteVAE
-from litevae.cache import LatentCache, read_plan
+from litevae.cache import LatentCache
 from litevae.denoiser import build_denoiser
 from litevae.diffusion import draws
 from litevae.errors import UserError
 from litevae.ldm import load_ldm
-from pipelines.data.decode import views_of
 from pipelines.encoding import verify
 from pipelines.encoding.config import Encode
 from pipelines.encoding.encode import encode_dataset
+from pipelines.encoding.plan import CachePlan
 from pipelines.runtime.cli import load, main
 from pipelines.training import checkpoint
 from pipelines.training.config import TrainLDM
@@ -260,7 +260,7 @@ def test_images_are_decoded_as_the_config_says(task, made, tmp_path):
     online = task(*encoding(made, "online", "data.decode=scaled"))
     assert online.feed._images._transform.decode == "scaled"
     task(*encoding(made, "write-through", f"cache={tmp_path}/filled", "data.decode=pillow"))
-    assert views_of(read_plan(str(tmp_path / "filled"))).decode == "pillow"
+    assert CachePlan.read(str(tmp_path / "filled")).views.decode == "pillow"
 
 
 @pytest.mark.usefixtures("in_process")

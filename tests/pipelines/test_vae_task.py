@@ -514,8 +514,8 @@ def test_what_workers_get_and_how_a_run_is_tracked(job, photos, tmp_path, capsys
     config, result, noted = job(f"data.val.uri={photos}", "seed=3")
     folder = f"{tmp_path}/runs/mine"
     assert result == {"model": "there", "psnr": 21.23456, "images": 32}
-    worker, setup, handle, share, loop, callbacks = noted.fitted
-    assert (worker, handle, share.workers, loop, callbacks) == (
+    worker, setup, handle, placement, loop, callbacks = noted.fitted
+    assert (worker, handle, placement.workers, loop, callbacks) == (
         module._worker,
         "a handle",
         1,

@@ -1,0 +1,69 @@
+"""A cache's listings: what its source held when the cache was begun, and what was appended since."""
+
+import hashlib
+from typing import Any
+
+import pyarrow as pa
+
+from litevae import cache
+from litevae.errors import UserError
+from pipelines.data.source import Source
+from pipelines.data.sources import compare, open_source, restore
+from pipelines.encoding.config import Encode
+from pipelines.encoding.partition import Partition
+from pipelines.encoding.plan import CachePlan, source_settings
+from pipelines.runtime.logs import say
+
+
+def inputs_of(
+    config: Encode, out: str, before: CachePlan | None, finished: bool
+) -> tuple[list[Source], dict[str, Any], pa.Table | None]:
+    """The cache's sources, their identity, and the listing of what is to be appended.
+
+    A started cache goes on with the listing that it began with; a finished one is compared with its source.
+    """
+    listings = cache.read_listings(out) if before else []
+    if before and listings and before.settings.source == source_settings(config) and not finished and not config.append:
+        return [restore(listing) for listing in listings], before.source, None
+    fresh = open_source(config.source, labels=restore(listings[-1]).labels if listings else ())
+    if out == fresh.uri or out.startswith(fresh.uri + "/"):
+        raise UserError(f"out={config.out} lies within the source; give a folder outside {fresh.uri}")
+    if not before or not listings:
+        return [fresh], fresh.identity, None
+    growth = compare(listings, fresh)
+    if before.settings.source != source_settings(config) and (growth.changed or growth.gone):
+        return [fresh], fresh.identity, None  # another source, which the plan refuses
+    if growth.changed and config.append:
+        raise UserError(
+            f"{growth.changed} inputs of {fresh.uri} are not what they were when they were listed "
+            f"({growth.examples}); appending only adds. Bring them back, or encode into a new folder"
+        )
+    if growth.changed or growth.gone or (growth.new.num_rows and not config.append):
+        hint = "; --append adds what is new" if growth.new.num_rows and not config.append else ""
+        say(
+            f"the source is not as it was listed: {growth.new.num_rows:,} inputs new, {growth.changed:,} changed, "
+            f"{growth.gone:,} gone{hint}",
+            "WARNING",
+        )
+    same = {key: before.source[key] for key in ("digest", "units")}
+    new = growth.new if growth.new.num_rows and config.append else None
+    return [restore(listing, fresh.uri) for listing in listings], fresh.identity | same, new
+
+
+def open_listings(out: str, uri: str = "") -> list[Source]:
+    """What a cache is of, from its own listings.
+
+    Args:
+        uri: where the source is now, if it was moved.
+    """
+    return [restore(listing, uri) for listing in cache.read_listings(out)]
+
+
+def source_of(partition: Partition) -> dict[str, Any]:
+    """All that was listed, as the manifest has it."""
+    sources = partition.sources
+    digests = [source.digest for source in sources]
+    joined = digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()
+    listed = [{"uri": source.uri, "digest": source.digest, "units": source.units} for source in sources]
+    total = {"digest": joined, "units": partition.units, "shards": len(partition), "listings": listed}
+    return sources[0].identity | total
