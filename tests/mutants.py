@@ -61,9 +61,9 @@ MUTANTS = [
         ("tests/pipelines/test_ldm_task.py::test_a_task_that_goes_on_ends_with_the_same_bits",),
     ),
     Mutant(
-        "pipelines/runtime/actor_pool.py",
-        '"num_gpus": share.resources.get("GPU", 0),',
-        '"num_gpus": share.resources.get("GPU", 1),',
+        "pipelines/runtime/cluster.py",
+        '"num_gpus": self.resources.get("GPU", 0),',
+        '"num_gpus": self.resources.get("GPU", 1),',
         ("tests/pipelines/test_cluster.py::test_actors_get_the_share_and_can_be_started_again",),
     ),
     Mutant(
@@ -468,14 +468,14 @@ MUTANTS = [
     ),
     Mutant(
         "pipelines/encoding/encoder.py",
-        'if fingerprint(folder) != plan["model"]["fingerprint"]:\n        raise UserError(f"{folder} on',
+        'if fingerprint(folder) != plan.model.fingerprint:\n        raise UserError(f"{folder} on',
         'if False:\n        raise UserError(f"{folder} on',
         ("tests/pipelines/test_encode_parts.py::test_a_model_that_was_exchanged_is_noticed_where_it_encodes",),
     ),
     Mutant(
         "pipelines/encoding/encode.py",
-        "for number in range(len(planned)) if number not in committed]",
-        "for number in range(len(planned))]",
+        "for number in range(len(self.partition)) if number not in committed]",
+        "for number in range(len(self.partition))]",
         ("tests/pipelines/test_encode_parts.py::test_shards_without_a_commit_are_done",),
     ),
     Mutant(
@@ -497,9 +497,9 @@ MUTANTS = [
         ("tests/pipelines/test_encode_parts.py::test_rows_are_in_the_order_of_units_and_views",),
     ),
     Mutant(
-        "pipelines/encoding/encode.py",
-        "for _, images in finished[1:])",
-        "for _, images in finished)",
+        "pipelines/encoding/totals.py",
+        "for _, images in shards[1:])",
+        "for _, images in shards)",
         ("tests/pipelines/test_encode_parts.py::test_what_a_run_has_done_is_counted",),
     ),
     Mutant(

@@ -19,7 +19,9 @@ from pipelines.benchmark.loader import synthetic_cache
 from pipelines.data.sources import open_source
 from pipelines.runtime import cluster
 from pipelines.runtime.cli import load
+from pipelines.runtime.mlflow_server import RunHandle
 from pipelines.training.config import TrainLDM, TrainVAE
+from pipelines.training.worker_setup import LdmSetup, VaeSetup
 
 INTERVALS = 6  # of a run; the first one warms up
 JOBS = Path(__file__).resolve().parents[2] / "jobs"
@@ -125,19 +127,23 @@ def alone(job: str, words: list[str], batch: int, steps: int, threads: int) -> f
         if job == "train_vae":
             cfg = load(TrainVAE, None, words)
             device = _device(cfg.ray.gpu)
-            setup: dict[str, Any] = {"lpips": False, "source": open_source(cfg.data.train, "data.train"), "val": None}
+            untracked = RunHandle("", None, "benchmark", cfg.root)
+            source = open_source(cfg.data.train, "data.train")
+            setup = VaeSetup(config={}, folder="", data="", handle=untracked, source=source, val=None, lpips=False)
             task = vae.Autoencoder(cfg.model_copy(update={"val_images": 1}), setup, 0, 1, device)
         else:
             config = load(TrainLDM, None, words)
             device = _device(config.ray.gpu)
-            data, shape, _ = ldm.cached_setup(config)
-            task = ldm.Diffusion(config, data | {"shape": shape}, 0, 1, device)
+            untracked = RunHandle("", None, "benchmark", config.root)
+            latents = ldm.cached_latents(config)
+            given = LdmSetup(config={}, folder="", data="", handle=untracked, latents=latents)
+            task = ldm.Diffusion(config, given, 0, 1, device)
     task.begin(0)
     rates, every = [], steps // INTERVALS
     start = meter.now(device)
-    for step, given in enumerate(task.batches(0, steps * batch, batch), 1):
+    for step, found in enumerate(task.batches(0, steps * batch, batch), 1):
         torch.manual_seed(seed_for(0, (step - 1) * batch, 0))
-        task.step(given, (step - 1) * batch)
+        task.step(found, (step - 1) * batch)
         if step % every == 0:
             rates.append(every * batch / (meter.now(device) - start))
             start = meter.now(device)

@@ -22,12 +22,13 @@ from pipelines.runtime.cli import load
 from pipelines.runtime.mlflow_server import RunHandle
 from pipelines.training import ldm
 from pipelines.training.config import TrainLDM
+from pipelines.training.worker_setup import LatentData, LdmSetup
 
 ENCODERS = {"S": "LiteVAE-S", "B": "LiteVAE-B", "sd-vae": "SD-VAE"}
-MODES: dict[str, Callable[[TrainLDM], ldm.Found]] = {
-    "write-through": ldm.write_through_setup,
-    "cache": ldm.cached_setup,
-    "online": ldm.online_setup,
+MODES: dict[str, Callable[[TrainLDM], LatentData]] = {
+    "write-through": ldm.write_through_latents,
+    "cache": ldm.cached_latents,
+    "online": ldm.online_latents,
 }
 IMAGES, BATCH = 32, 8  # the images are also a forward pass of write-through, which pads the last one
 SHOWN = ("online", "write-through", "cache")
@@ -109,11 +110,12 @@ def _save(encoder: str, folder: Path) -> None:
 
 def _timed(config: TrainLDM, threads: int, device: torch.device) -> dict[str, float]:
     """An epoch after a step that warms up."""
-    data, shape, _ = MODES[config.mode](config)
+    latents = MODES[config.mode](config)
     if config.mode == "write-through":
-        data |= ldm.begin_cache(config)
+        latents = ldm.begin_cache(config, latents)
         ray.shutdown()  # of which the plan only asked what there is: its processes would be measured, too
-    setup = data | {"shape": shape, "threads": threads, "handle": RunHandle("", None, "benchmark", config.root)}
+    untracked = RunHandle("", None, "benchmark", config.root)
+    setup = LdmSetup(config={}, folder="", data="", handle=untracked, threads=threads, latents=latents)
     task = ldm.Diffusion(config, setup, 0, 1, device)
     task.begin(0)  # encoders warm up by calibrating
     encoding: list[float] = []
@@ -121,11 +123,11 @@ def _timed(config: TrainLDM, threads: int, device: torch.device) -> dict[str, fl
 
     def measured(batch: dict[str, Any]) -> Tensor:
         start = meter.now(device)
-        latents = raw(batch)
+        drawn = raw(batch)
         encoding.append(meter.now(device) - start)
-        return latents
+        return drawn
 
-    with mock.patch.object(task.feed, "raw", return_value=torch.randn(BATCH, *shape, device=device)):
+    with mock.patch.object(task.feed, "raw", return_value=torch.randn(BATCH, *latents.shape, device=device)):
         for _ in range(2):
             task.step(task._with_noise({"positions": range(BATCH), "labels": None}), 0)
     waited, start, position = 0.0, meter.now(device), 0

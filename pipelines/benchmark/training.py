@@ -25,8 +25,10 @@ from litevae.perceptual import WeightsMissing, load_lpips
 from litevae.precision import autocast
 from pipelines.benchmark import meter
 from pipelines.runtime.cli import load
+from pipelines.runtime.mlflow_server import RunHandle
 from pipelines.training import ldm, vae
 from pipelines.training.config import TrainLDM, TrainVAE
+from pipelines.training.worker_setup import LatentData, LdmSetup
 
 PARTS = {
     "encoder": "encoder",
@@ -445,7 +447,9 @@ class OurDiffusion:
         config = load(TrainLDM, None, ["tracking.enabled=false", *words])
         torch.manual_seed(0)
         self.latents = torch.randn(config.batch_size, 4, side, side, device=device)
-        setup = {"vae": "", "fingerprint": "", "shape": (4, side, side)}
+        latents = LatentData(data="", images=0, shape=(4, side, side), vae="", fingerprint="", about="")
+        untracked = RunHandle("", None, "benchmark", config.root)
+        setup = LdmSetup(config={}, folder="", data="", handle=untracked, latents=latents)
         with _without_ray(), mock.patch.object(ldm, "make_feed", return_value=_Latents(self.latents)):
             self.task = ldm.Diffusion(config, setup, 0, 1, device)
         self.config, self.device, self.taken = config, device, 0

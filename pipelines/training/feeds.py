@@ -1,17 +1,16 @@
 """Chooses where a diffusion model's latents come from."""
 
-from typing import Any
-
 import torch
 
 from pipelines.training.config import TrainLDM
 from pipelines.training.latent_feeds import Cached, Feed, Online
+from pipelines.training.worker_setup import LdmSetup
 from pipelines.training.write_through import WriteThrough
 
 # --- latents ----------------------------------------------------------------------------------------------------
 
 
-def make_feed(config: TrainLDM, setup: dict[str, Any], rank: int, world: int, device: torch.device) -> "Feed":
+def make_feed(config: TrainLDM, setup: LdmSetup, rank: int, world: int, device: torch.device) -> Feed:
     if config.mode == "cache":
         return Cached(config, setup, rank, world, device)
     return (Online if config.mode == "online" else WriteThrough)(config, setup, rank, world, device)

@@ -26,6 +26,7 @@ from pipelines.data.source import Source
 from pipelines.encoding import encoder
 from pipelines.training.config import TrainLDM
 from pipelines.training.image_feed import Images, gathered
+from pipelines.training.worker_setup import LdmSetup
 
 CHUNK = 32  # images of a forward pass of the encoder
 Batch = dict[str, Any]
@@ -105,9 +106,9 @@ class Feed(ABC):
 class Cached(Feed):
     """Latents of a cache, drawn anew each epoch."""
 
-    def __init__(self, config: TrainLDM, setup: dict[str, Any], rank: int, world: int, device: torch.device):
+    def __init__(self, config: TrainLDM, setup: LdmSetup, rank: int, world: int, device: torch.device):
         super().__init__(config, rank, world, device)
-        self._cache = LatentCache(setup["cache"], version=setup["version"], local=config.cache_local or None)
+        self._cache = LatentCache(setup.latents.cache, version=setup.latents.version, local=config.cache_local or None)
         self.digest, self.mean, self.std = self._cache.manifest["digest"], self._cache.mean, self._cache.std
 
     def begin(self) -> None:
@@ -132,12 +133,10 @@ def from_cache(latents: LatentCache, feed: Feed, at: int, start: int, end: int, 
 class Encoding(Feed):
     """What both feeds that encode share: the source, and statistics of latents from some of its images."""
 
-    def __init__(
-        self, config: TrainLDM, source: Source, setup: dict[str, Any], rank: int, world: int, device: torch.device
-    ):
+    def __init__(self, config: TrainLDM, source: Source, setup: LdmSetup, rank: int, world: int, device: torch.device):
         super().__init__(config, rank, world, device)
         self.source = source
-        about = [source.digest, transform_of(config).identity, setup["fingerprint"]]
+        about = [source.digest, transform_of(config).identity, setup.latents.fingerprint]
         self.digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
 
     def begin(self) -> None:
@@ -177,13 +176,14 @@ class Encoding(Feed):
 class Online(Encoding):
     """Images through the encoder each time they come, with augmentation if wanted."""
 
-    def __init__(self, config: TrainLDM, setup: dict[str, Any], rank: int, world: int, device: torch.device):
-        super().__init__(config, setup["source"], setup, rank, world, device)
+    def __init__(self, config: TrainLDM, setup: LdmSetup, rank: int, world: int, device: torch.device):
+        assert setup.latents.source is not None
+        super().__init__(config, setup.latents.source, setup, rank, world, device)
         data = config.data
         self._images = Images(self.source, transform_of(config), config.seed, data.loaders, data.max_bad)
-        if fingerprint(setup["vae"]) != setup["fingerprint"]:
-            raise UserError(f"{setup['vae']} on this node is not the autoencoder that the job was started with")
-        self._vae = load_autoencoder(setup["vae"])
+        if fingerprint(setup.latents.vae) != setup.latents.fingerprint:
+            raise UserError(f"{setup.latents.vae} on this node is not the autoencoder that the job was started with")
+        self._vae = load_autoencoder(setup.latents.vae)
         prepared(self._vae, device, best_kernels(device, data.precision))
         self._content = latent_content(self._vae)
 

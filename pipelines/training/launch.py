@@ -5,6 +5,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from pipelines.runtime.logs import say
 from pipelines.runtime.schema import Ray
 from pipelines.training.config import Loop, TrainLDM, TrainVAE
 from pipelines.training.loop import Task, run
+from pipelines.training.worker_setup import TrainSetup
 
 ERROR = "error.txt"  # in the run's folder: what one of several workers has to tell
 RESIZE_EVERY = 30.0  # seconds between looks for nodes that an elastic run could use
@@ -24,19 +26,18 @@ RESIZE_EVERY = 30.0  # seconds between looks for nodes that an elastic run could
 
 def fit(
     worker: Callable[[dict[str, Any]], dict[str, Any]],
-    setup: dict[str, Any],
-    handle: mlflow_server.RunHandle,
+    setup: TrainSetup,
     placement: Placement,
     loop: Loop,
     callbacks: Sequence[Any] = (),
 ) -> dict[str, Any]:
     """Run `worker` on every rank under Ray Train and return rank 0's result, model folder and link.
 
-    A worker's death is survived `loop.max_restarts` times; a dead driver's run goes on when started again. What workers
-    get is `setup` (its `folder` is the run's, and takes the checkpoints; its `data` is where the images or latents are)
-    and what `work` needs besides.
+    A worker's death is survived `loop.max_restarts` times; a dead driver's run goes on when started again.
 
     Args:
+        worker: what each rank runs; its argument is {"setup": setup}.
+        setup: what workers get; threads, terminal and nodes are filled in here.
         callbacks: of Ray Train; they hear of every checkpoint and the metrics at it.
 
     Raises:
@@ -52,7 +53,7 @@ def fit(
 
         backend_cls = Backend
 
-    folder = setup["folder"]
+    folder, handle = setup.folder, setup.handle
     root, name = os.path.split(folder)
     say(f"run: {folder}\nMLflow: {mlflow_run.link(handle)}", folder=folder, run=mlflow_run.link(handle))
     told = Path(folder) / ERROR
@@ -60,8 +61,9 @@ def fit(
     shutdown.withdraw(folder)  # of a run that ended before it heard of it
     trainer = TorchTrainer(
         worker,
-        train_loop_config=setup
-        | {"handle": handle, "threads": placement.threads, "live": sys.stderr.isatty(), "nodes": len(ray.nodes())},
+        train_loop_config={
+            "setup": replace(setup, threads=placement.threads, live=sys.stderr.isatty(), nodes=len(ray.nodes()))
+        },
         scaling_config=ray.train.ScalingConfig(
             num_workers=placement.elastic or placement.workers,
             elastic_resize_monitor_interval_s=RESIZE_EVERY,
@@ -109,7 +111,7 @@ def fit(
     return result | {"model": os.path.join(folder, "model"), "tracking": mlflow_run.link(handle)}
 
 
-def work(task: Callable[..., "Task"], config: TrainVAE | TrainLDM, name: str, setup: dict[str, Any]) -> dict[str, Any]:
+def work(task: Callable[..., "Task"], config: TrainVAE | TrainLDM, name: str, setup: TrainSetup) -> dict[str, Any]:
     """In a training worker: make the task (of config, setup, rank, world size, device) and run it."""
     import ray.train.torch
 
@@ -117,8 +119,8 @@ def work(task: Callable[..., "Task"], config: TrainVAE | TrainLDM, name: str, se
     warnings.filterwarnings("ignore", module=r"PIL\.")  # of odd metadata; what can't be read is named by us
     context, device = ray.train.get_context(), ray.train.torch.get_device()
     rank, world = context.get_world_rank(), context.get_world_size()
-    torch.set_num_threads(setup["threads"])
-    told = Path(setup["folder"]) / ERROR
+    torch.set_num_threads(setup.threads)
+    told = Path(setup.folder) / ERROR
     if told.exists():
         return {"error": told.read_text()}
     try:

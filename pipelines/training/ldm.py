@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from litevae.autoencoder import (
     latent_content,
     load_autoencoder,
 )
-from litevae.cache import LatentCache, Shape
+from litevae.cache import LatentCache
 from litevae.denoiser import build_denoiser, null_class
 from litevae.diffusion import EMA, Objective, draws
 from litevae.errors import UserError
@@ -40,6 +41,7 @@ from pipelines.training import checkpoint, compiling, launch, optimizer, step_me
 from pipelines.training.config import TrainLDM
 from pipelines.training.feeds import make_feed
 from pipelines.training.latent_feeds import Batch
+from pipelines.training.worker_setup import LatentData, LdmSetup
 
 # What may differ when a run goes on. `images` may only grow.
 FREE = (
@@ -62,36 +64,37 @@ def train_ldm(config: TrainLDM) -> dict[str, Any]:
     """
     folder = os.path.join(cluster.output_path("root", config.root), config.name)
     objective_of(config)
-    data, shape, about = {"cache": cached_setup, "online": online_setup, "write-through": write_through_setup}[
-        config.mode
-    ](config)
-    if shape[1] != shape[2]:
-        raise UserError(f"{data['data']} holds latents of {shape[1]}x{shape[2]}; train_ldm learns square ones")
+    latents = {"cache": cached_latents, "online": online_latents, "write-through": write_through_latents}[config.mode](
+        config
+    )
+    channels, height, width = latents.shape
+    if height != width:
+        raise UserError(f"{latents.data} holds latents of {height}x{width}; train_ldm learns square ones")
     if len({f"{decay:g}" for decay in (config.loop.ema, *config.more_ema)}) <= len(config.more_ema):
         raise UserError(f"more_ema={config.more_ema} names a decay twice, or loop.ema={config.loop.ema:g} again")
-    launch.check_batch("batch_size", config.batch_size, data["images"], config.ray, config.optim.accumulate)
+    launch.check_batch("batch_size", config.batch_size, latents.images, config.ray, config.optim.accumulate)
     with torch.device("meta"):
-        network = build_denoiser(config.network, shape[0], shape[-1], config.classes)
+        network = build_denoiser(config.network, channels, width, config.classes)
     free = CACHED if config.mode == "cache" else FREE
     if checkpoint.holds_something(folder):
         checkpoint.open_run(folder, config, free)  # refuses another run's name before a cache is begun
     if config.mode == "write-through":
-        data |= begin_cache(config)
+        latents = begin_cache(config, latents)
     placement = cluster.start(config.ray)
-    cluster.check_folders({"root": os.path.dirname(folder)}, {"vae": data["vae"], "cache": data.get("cache", "")})
+    cluster.check_folders({"root": os.path.dirname(folder)}, {"vae": latents.vae, "cache": latents.cache})
     resumed = checkpoint.open_run(folder, config, free)
     if resumed:
         checkpoint.check_longer(folder, "images", config.images)
         checkpoint.write_config(folder, config)
     say(
-        f"train_ldm {config.name}: {about}, {config.network} {count_parameters(network):,} parameters, "
+        f"train_ldm {config.name}: {latents.about}, {config.network} {count_parameters(network):,} parameters, "
         f"{config.images:,} images to see, {placement.text}",
     )
     handle = mlflow_run.start_run(
         config.tracking, config.root, "train_ldm", config.name, config.model_dump(mode="json"), folder, resume=resumed
     )
-    setup = {"config": values_to_keep(config), "folder": folder, "shape": shape, **data}
-    result = launch.fit(_worker, setup, handle, placement, config.loop) | {"parameters": count_parameters(network)}
+    setup = LdmSetup(config=values_to_keep(config), folder=folder, data=latents.data, handle=handle, latents=latents)
+    result = launch.fit(_worker, setup, placement, config.loop) | {"parameters": count_parameters(network)}
     numbers = f"   loss {result['loss']:.4g}" if "loss" in result else ""
     say(f"model: {result['model']}{numbers}", **result)
     return result
@@ -103,10 +106,9 @@ def objective_of(config: TrainLDM) -> Objective:
 
 # --- what the three modes need --------------------------------------------------------------------------------------
 
-Found = tuple[dict[str, Any], Shape, str]  # what workers get, the shape of a latent, and words about both
 
-
-def cached_setup(config: TrainLDM) -> Found:
+def cached_latents(config: TrainLDM) -> LatentData:
+    """Those of a cache."""
     if not config.cache:
         raise UserError("cache is empty; give a latent cache: cache=/data/cache (jobs/encode_dataset.py writes one)")
     cache = LatentCache(config.cache, version=config.cache_version or None)
@@ -124,28 +126,31 @@ def cached_setup(config: TrainLDM) -> Found:
             f"{vae} is not the autoencoder that encoded {cache.path} (fingerprint {found[:12]}, the cache's is "
             f"{wanted[:12]}); give that one with vae=FOLDER, or encode the images again"
         )
-    about = f"{len(cache):,} latents of {cache.shape} {cache.content}"
-    data = {"data": cache.path, "cache": cache.path, "version": cache.manifest["number"], "images": len(cache)}
-    return data | {"vae": vae, "fingerprint": wanted}, (len(cache.mean), *cache.shape[1:]), about
+    return LatentData(
+        data=cache.path, images=len(cache), shape=(len(cache.mean), *cache.shape[1:]), vae=vae, fingerprint=wanted,
+        about=f"{len(cache):,} latents of {cache.shape} {cache.content}",
+        cache=cache.path, version=cache.manifest["number"],
+    )  # fmt: skip
 
 
-def online_setup(config: TrainLDM) -> Found:
+def online_latents(config: TrainLDM) -> LatentData:
+    """Those of images that are encoded each time they come."""
     source = open_source(config.data.source, "data.source")
-    data, shape, about = _images(config, source)
-    return data | {"source": source}, shape, about
+    return replace(_latents_of(config, source), source=source)
 
 
-def write_through_setup(config: TrainLDM) -> Found:
+def write_through_latents(config: TrainLDM) -> LatentData:
+    """Those of images that are encoded once and kept in a cache; `begin_cache` adds that."""
     if not config.cache:
         raise UserError("cache is empty; mode=write-through fills one: cache=/data/cache")
     if config.data.crop != "center" or config.data.flip:
         raise UserError(
             "mode=write-through keeps one row an image: set data.crop=center and data.flip=false, or take mode=online"
         )
-    return _images(config, open_source(config.data.source, "data.source"))
+    return _latents_of(config, open_source(config.data.source, "data.source"))
 
 
-def _images(config: TrainLDM, source: Source) -> Found:
+def _latents_of(config: TrainLDM, source: Source) -> LatentData:
     if not config.vae:
         raise UserError(f"vae is empty; mode={config.mode} encodes: vae=FOLDER of an autoencoder")
     if config.classes:
@@ -155,12 +160,15 @@ def _images(config: TrainLDM, source: Source) -> Found:
     with torch.no_grad():
         _, channels, height, width = encode_latents(model, torch.zeros(1, 3, side, side)).shape
     shape = (channels // 2 if latent_content(model) == "moments" else channels, height, width)
-    words = f"{source.units:,} images at {side} px, encoded by {config.vae} ({config.mode}, f = {downsampling(model)})"
-    return {"data": source.uri, "vae": vae, "fingerprint": fingerprint(vae), "images": source.units}, shape, words
+    return LatentData(
+        data=source.uri, images=source.units, shape=shape, vae=vae, fingerprint=fingerprint(vae),
+        about=f"{source.units:,} images at {side} px, encoded by {config.vae} ({config.mode}, "
+        f"f = {downsampling(model)})",
+    )  # fmt: skip
 
 
-def begin_cache(config: TrainLDM) -> dict[str, Any]:
-    """The plan and the listing of the cache that this run fills: those of an encode job."""
+def begin_cache(config: TrainLDM, latents: LatentData) -> LatentData:
+    """Begin the cache that this run fills, with the plan and the listing of an encode job."""
     data = config.data
     job = Encode(
         root=config.root,
@@ -175,7 +183,7 @@ def begin_cache(config: TrainLDM) -> dict[str, Any]:
         error_budget=data.max_bad,
     )
     begun = encode.plan_cache(job)
-    return {"cache": begun.out, "plan": begun.plan}
+    return replace(latents, cache=begun.out, plan=begun.plan)
 
 
 def _check_label(config: TrainLDM, columns: dict[str, str], where: str) -> None:
@@ -201,11 +209,12 @@ def _vae(folder: str, what: str = "") -> str:
 class Diffusion:
     """The training task: the network, its averages, and what feeds it."""
 
-    def __init__(self, config: TrainLDM, setup: dict[str, Any], rank: int, world: int, device: torch.device):
+    def __init__(self, config: TrainLDM, setup: LdmSetup, rank: int, world: int, device: torch.device):
         from ray.train.torch import prepare_model
 
         self.config, self.device, self._rank = config, device, rank
-        self._vae, self._fingerprint, self._shape = setup["vae"], setup["fingerprint"], setup["shape"]
+        latents = setup.latents
+        self._vae, self._fingerprint, self._shape = latents.vae, latents.fingerprint, latents.shape
         self.feed = make_feed(config, setup, rank, world, device)
         self.digest = self.feed.digest
         self.stages = [(config.images, config.batch_size)]
@@ -335,6 +344,7 @@ def _by_level(errors: Tensor, levels: Tensor) -> dict[str, Tensor]:
     return dict(zip(names, means.unbind(), strict=True))
 
 
-def _worker(setup: dict[str, Any]) -> dict[str, Any]:
-    config = validate(TrainLDM, setup["config"])
+def _worker(given: dict[str, Any]) -> dict[str, Any]:
+    setup: LdmSetup = given["setup"]
+    config = validate(TrainLDM, setup.config)
     return launch.work(Diffusion, config, f"train_ldm {config.name}", setup)

@@ -27,7 +27,8 @@ from pipelines.runtime.progress import Progress
 from pipelines.runtime.schema import values_to_keep
 from pipelines.training import checkpoint
 from pipelines.training.config import TrainLDM, TrainVAE
-from pipelines.training.step_metrics import Totals, mean_over_ranks
+from pipelines.training.step_metrics import Throughput, Totals, mean_over_ranks
+from pipelines.training.worker_setup import TrainSetup
 
 LOOK_EVERY = 0.5  # seconds between looks for a request to stop
 
@@ -67,102 +68,161 @@ class Task(Protocol):
         """What the run is for: names of folders, and what writes each, `model` among them."""
 
 
-def run(
-    task: Task, name: str, config: TrainVAE | TrainLDM, setup: dict[str, Any], rank: int, world: int
-) -> dict[str, Any]:
+def run(task: Task, name: str, config: TrainVAE | TrainLDM, setup: TrainSetup, rank: int, world: int) -> dict[str, Any]:
     """Train `task` from the latest checkpoint on: steps, metrics, validation, checkpoints, the final model.
 
-    Returns the last metrics.
+    Args:
+        name: of the run, for people.
+
+    Returns:
+        `images` seen, whether the run was `stopped` before its end, the median `images_per_second`, and the last
+        metrics.
+
+    Raises:
+        UserError: the checkpoint is of other data or another model; too many steps in a row were skipped; or what the
+            task raises.
     """
-    loop, total, folder = config.loop, sum(images for images, _ in task.stages), Path(setup["folder"])
-    images = begun = _resume(task, name, setup, rank)
-    tracker = mlflow_run.Tracker(setup["handle"]) if rank == 0 else None
-    if tracker is not None:
-        tracker.dataset(os.path.basename(setup["data"]), task.digest, setup["data"])
-    progress = Progress(name, total, images, setup["live"]) if rank == 0 else None
-    totals, rates, numbers, saved, end = Totals(), [0.0], dict[str, float](), images, 0
-    watch, stop, notice = Watch(setup["folder"], rank, world), False, None
-    shown = prometheus.Training(config.name) if rank == 0 else None
-    try:
-        for number, (length, batch_size) in enumerate(task.stages):
-            begin, end = end, end + length
-            if images >= end or stop:
-                continue
-            task.begin(number)
-            clock, since, waited = time.monotonic(), images, 0.0
-            # A stage's last batch is whole, so the next stage may begin some images late.
-            batches = iter(task.batches(max(images, begin), end, batch_size))
-            while not stop:
-                asked = time.monotonic()
-                if (batch := next(batches, None)) is None:
-                    break
-                waited += time.monotonic() - asked
-                before, images = images, images + batch_size
-                torch.manual_seed(seed_for(config.seed, before, rank))
-                totals.add(task.step(batch, before))
-                stop = watch.asked()
-                save = due(before, images, loop.checkpoint_every) or images >= end or stop
-                if due(before, images, loop.log_every * batch_size) and (found := _preempted(setup)) != notice:
-                    notice, save = found, save or found is not None
-                    if found is not None and progress is not None:
-                        say(f"{name}: a node is to be taken away; checkpoint after {images:,} images", "WARNING")
-                if save or due(before, images, loop.log_every * batch_size):
-                    means = mean_over_ranks(totals.means() | task.count())
-                    seconds = max(1e-9, time.monotonic() - clock)
-                    rates.append((images - since) / seconds)
-                    task.check(means)
-                    if (skipped := task.skipped()) >= loop.max_skipped:
-                        raise UserError(
-                            f"{skipped} steps in a row, up to {images:,} images, had NaN or infinite gradients and "
-                            f"were skipped; the checkpoint at {saved:,} is kept. Lower optim.lr, or set optim.clip=1 "
-                            f"or loop.precision=fp32, and run again: it goes on from there"
-                        )
-                    speed = {"images_per_second": rates[-1], "waiting_for_data": waited / seconds}
-                    if tracker is not None:
-                        values = {f"train/{key}": value for key, value in means.items() if np.isfinite(value)}
-                        tracker.metrics(values | {f"train/{key}": value for key, value in speed.items()}, images)
-                    if shown is not None:
-                        shown.show(images - since, (images - since) // batch_size, means | speed)
-                    numbers["loss"] = means["loss"]
-                    clock, since, waited = time.monotonic(), images, 0.0
-                if progress is not None:
-                    progress.update(min(images, total), **numbers)
-                if due(before, images, loop.val_every) or images >= total:
-                    if rank == 0:
-                        for exported, write in task.exports().items():
-                            checkpoint.publish(write, folder / exported)
-                    values, picture = task.validate()
-                    numbers |= values
-                    if tracker is not None:
-                        tracker.metrics({f"val/{key}": value for key, value in values.items()}, images)
-                        if picture is not None:
-                            tracker.image("val/picture", picture, images)
-                    clock, since, waited = time.monotonic(), images, 0.0
-                if save:  # what was just checked: a checkpoint never holds a broken run
-                    extra = {"images": images, "digest": task.digest, "config": values_to_keep(config)}
-                    state = checkpoint.save(task.state() | extra) if rank == 0 else None
-                    _report({"images": images} | numbers, state, folder)
-                    saved, clock, since, waited = images, time.monotonic(), images, 0.0
-        stop = stop and images < total
-        if tracker is not None and not stop:
-            for exported, write in task.exports().items():
-                if images == begun:  # nothing was left to train, and so nothing to validate
-                    checkpoint.publish(write, folder / exported)
-                tracker.artifacts(folder / exported, exported)
-    finally:
-        if progress is not None:
-            progress.close()
-        if tracker is not None:
-            tracker.close()
-    return {"images": images, "stopped": stop, "images_per_second": float(np.median(rates[1:] or rates)), **numbers}
+    return _Run(task, name, config, setup, rank, world).run()
 
 
-def _resume(task: Task, name: str, setup: dict[str, Any], rank: int) -> int:
+class _Run:
+    """One rank's part of a training run, from the latest checkpoint on."""
+
+    def __init__(self, task: Task, name: str, config: TrainVAE | TrainLDM, setup: TrainSetup, rank: int, world: int):
+        self.task, self.name, self.config, self.setup, self.rank = task, name, config, setup, rank
+        self.total = sum(images for images, _ in task.stages)
+        self.images = self.begun = self.saved = _resume(task, name, setup, rank)
+        self.totals, self.throughput = Totals(), Throughput(self.images)
+        self.numbers: dict[str, float] = {}  # the loss and the last validation's metrics: what people are shown
+        self.watch, self.stop = Watch(setup.folder, rank, world), False
+        self.notice: Any = None  # of nodes that are to be taken away, when it was last looked
+        self.tracker: mlflow_run.Tracker | None = None  # these three are rank 0's
+        self.progress: Progress | None = None
+        self.exported: prometheus.Training | None = None
+        if rank == 0:
+            self.tracker = mlflow_run.Tracker(setup.handle)
+            self.tracker.dataset(os.path.basename(setup.data), task.digest, setup.data)
+            self.progress = Progress(name, self.total, self.images, setup.live)
+            self.exported = prometheus.Training(config.name)
+
+    def run(self) -> dict[str, Any]:
+        end = 0
+        try:
+            for number, (length, batch_size) in enumerate(self.task.stages):
+                begin, end = end, end + length
+                if self.images < end and not self.stop:
+                    self.task.begin(number)
+                    self._train(begin, end, batch_size)
+            stopped = self.stop and self.images < self.total
+            if not stopped:
+                self._publish(written=self.images > self.begun)
+        finally:
+            if self.progress is not None:
+                self.progress.close()
+            if self.tracker is not None:
+                self.tracker.close()
+        rate = self.throughput.median
+        return {"images": self.images, "stopped": stopped, "images_per_second": rate, **self.numbers}
+
+    def _train(self, begin: int, end: int, batch_size: int) -> None:
+        """The steps of a stage, which is positions `begin` to `end` of the run."""
+        loop = self.config.loop
+        self.throughput.restart(self.images)
+        # A stage's last batch is whole, so the next stage may begin some images late.
+        batches = iter(self.task.batches(max(self.images, begin), end, batch_size))
+        while not self.stop:
+            with self.throughput.waiting():
+                batch = next(batches, None)
+            if batch is None:
+                break
+            before, self.images = self.images, self.images + batch_size
+            torch.manual_seed(seed_for(self.config.seed, before, self.rank))
+            self.totals.add(self.task.step(batch, before))
+            self.stop = self.watch.asked()
+            log = due(before, self.images, loop.log_every * batch_size)
+            save = due(before, self.images, loop.checkpoint_every) or self.images >= end or self.stop
+            if log and self._heard_notice():
+                save = True
+            if log or save:
+                self._log(batch_size)
+            if self.progress is not None:
+                self.progress.update(min(self.images, self.total), **self.numbers)
+            if due(before, self.images, loop.val_every) or self.images >= self.total:
+                self._validate()
+            if save:
+                self._save()
+
+    def _heard_notice(self) -> bool:
+        """Whether a node of this run is to be taken away, of which nothing was known before."""
+        found = _preempted(self.setup)
+        if found == self.notice:
+            return False
+        self.notice = found
+        if found is not None and self.progress is not None:
+            say(f"{self.name}: a node is to be taken away; checkpoint after {self.images:,} images", "WARNING")
+        return found is not None
+
+    def _log(self, batch_size: int) -> None:
+        """Metrics since the last time: their means over steps and ranks, checked, then shown everywhere."""
+        means = mean_over_ranks(self.totals.means() | self.task.count())
+        done, speed = self.throughput.read(self.images)
+        self.task.check(means)
+        if (skipped := self.task.skipped()) >= self.config.loop.max_skipped:
+            raise UserError(
+                f"{skipped} steps in a row, up to {self.images:,} images, had NaN or infinite gradients and "
+                f"were skipped; the checkpoint at {self.saved:,} is kept. Lower optim.lr, or set optim.clip=1 "
+                f"or loop.precision=fp32, and run again: it goes on from there"
+            )
+        if self.tracker is not None:
+            values = {key: value for key, value in means.items() if np.isfinite(value)} | speed
+            self.tracker.metrics({f"train/{key}": value for key, value in values.items()}, self.images)
+        if self.exported is not None:
+            self.exported.show(done, done // batch_size, means | speed)
+        self.numbers["loss"] = means["loss"]
+        self.throughput.restart(self.images)
+
+    def _validate(self) -> None:
+        """Write the model folders, then validate."""
+        if self.rank == 0:
+            for folder, write in self.task.exports().items():
+                checkpoint.publish(write, Path(self.setup.folder, folder))
+        values, picture = self.task.validate()
+        self.numbers |= values
+        if self.tracker is not None:
+            self.tracker.metrics({f"val/{key}": value for key, value in values.items()}, self.images)
+            if picture is not None:
+                self.tracker.image("val/picture", picture, self.images)
+        self.throughput.restart(self.images)
+
+    def _save(self) -> None:
+        """Write a checkpoint, of what `_log` has just checked: a checkpoint never holds a broken run."""
+        about = {"images": self.images, "digest": self.task.digest, "config": values_to_keep(self.config)}
+        state = checkpoint.save(self.task.state() | about) if self.rank == 0 else None
+        _report({"images": self.images} | self.numbers, state, Path(self.setup.folder))
+        self.saved = self.images
+        self.throughput.restart(self.images)
+
+    def _publish(self, written: bool) -> None:
+        """Give the tracked run the final model folders.
+
+        Args:
+            written: whether the last validation wrote them; else nothing was left to train, and so to validate.
+        """
+        if self.tracker is None:
+            return
+        for exported, write in self.task.exports().items():
+            folder = Path(self.setup.folder, exported)
+            if not written:
+                checkpoint.publish(write, folder)
+            self.tracker.artifacts(folder, exported)
+
+
+def _resume(task: Task, name: str, setup: TrainSetup, rank: int) -> int:
     """Images seen at the run's latest checkpoint, else at the one that it begins with, which `task` has then; or 0."""
     import ray.train
 
-    found, begin = ray.train.get_checkpoint(), setup.get("begin", "")
-    own = "" if found else checkpoint.newest(setup["folder"])  # Ray's list of them was lost
+    found, begin = ray.train.get_checkpoint(), setup.begin
+    own = "" if found else checkpoint.newest(setup.folder)  # Ray's list of them was lost
     if not (found or own or begin):
         return 0
     if not (found or own):
@@ -179,7 +239,7 @@ def _resume(task: Task, name: str, setup: dict[str, Any], rank: int) -> int:
             state = checkpoint.load(path)
         if state["digest"] != task.digest:
             raise UserError(
-                f"the data are not those that run {setup['folder']} was trained on: something was added, removed or "
+                f"the data are not those that run {setup.folder} was trained on: something was added, removed or "
                 f"changed. Start a new run (name=...), or bring the data back"
             )
         task.load(state)
@@ -188,12 +248,12 @@ def _resume(task: Task, name: str, setup: dict[str, Any], rank: int) -> int:
     return state["images"]
 
 
-def _preempted(setup: dict[str, Any]) -> Any:
+def _preempted(setup: TrainSetup) -> Any:
     """What Ray was told of nodes of this run that are to be taken away (a spot notice, `ray drain-node`): the same on
     all ranks, which ask together; None where it was told nothing."""
     import ray.train
 
-    return ray.train.get_preemption_info() if setup["nodes"] > 1 else None
+    return ray.train.get_preemption_info() if setup.nodes > 1 else None
 
 
 def _report(metrics: dict[str, Any], folder: str | None, run: Path) -> None:

@@ -1,6 +1,8 @@
-"""Means of the metrics that training steps return, over steps, micro-batches and ranks."""
+"""Means of the metrics that training steps return, over steps, micro-batches and ranks; and how fast steps are."""
 
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -54,3 +56,37 @@ def mean_of(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     for part in parts:
         totals.add(part)
     return totals.means()
+
+
+class Throughput:
+    """Images per second, and the share of the time in which the loop waited for data, since the last `restart`.
+
+    Args:
+        images: images seen so far.
+    """
+
+    def __init__(self, images: int):
+        self._rates: list[float] = []
+        self.restart(images)
+
+    def restart(self, images: int) -> None:
+        """Begin anew, so that what was done since the last reading (validation, a checkpoint) does not count."""
+        self._since, self._start, self._waited = images, time.monotonic(), 0.0
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Counts the time within as time waited for data."""
+        asked = time.monotonic()
+        yield
+        self._waited += time.monotonic() - asked
+
+    def read(self, images: int) -> tuple[int, dict[str, float]]:
+        """Images since the restart; and `images_per_second` and `waiting_for_data` (0 to 1) as metrics."""
+        seconds, done = max(1e-9, time.monotonic() - self._start), images - self._since
+        self._rates.append(done / seconds)
+        return done, {"images_per_second": self._rates[-1], "waiting_for_data": self._waited / seconds}
+
+    @property
+    def median(self) -> float:
+        """Images per second: the median of all readings, 0 where there was none."""
+        return float(np.median(self._rates)) if self._rates else 0.0

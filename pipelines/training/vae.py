@@ -30,6 +30,7 @@ from pipelines.runtime.schema import validate, values_to_keep
 from pipelines.training import checkpoint, compiling, launch, optimizer, step_metrics
 from pipelines.training.config import TrainVAE
 from pipelines.training.image_feed import Images, Picture
+from pipelines.training.worker_setup import VaeSetup
 
 # What may differ when a run goes on. Stages may only grow; see _check_stages.
 FREE = (
@@ -86,11 +87,11 @@ def train_vae(config: TrainVAE, callbacks: Sequence[Any] = ()) -> dict[str, Any]
     handle = mlflow_run.start_run(
         config.tracking, config.root, "train_vae", config.name, config.model_dump(mode="json"), folder, resume=resumed
     )
-    setup = {
-        "config": values_to_keep(config), "source": source, "data": source.uri, "val": val, "folder": folder,
-        "lpips": lpips, "begin": begin,
-    }  # fmt: skip
-    result = launch.fit(_worker, setup, handle, placement, config.loop, callbacks)
+    setup = VaeSetup(
+        config=values_to_keep(config), folder=folder, data=source.uri, begin=begin, handle=handle,
+        source=source, val=val, lpips=lpips,
+    )  # fmt: skip
+    result = launch.fit(_worker, setup, placement, config.loop, callbacks)
     numbers = "   ".join(f"{key} {result[key]:.4g}" for key in ("psnr", "ssim") if key in result)
     say(f"model: {result['model']}   {numbers}", **result)
     return result
@@ -419,12 +420,12 @@ def _average(gradient: Tensor) -> Tensor:
 class Autoencoder(Networks):
     """The training task: networks, the stage's images, validation."""
 
-    def __init__(self, config: TrainVAE, setup: dict[str, Any], rank: int, world: int, device: torch.device):
-        super().__init__(config, setup["lpips"], device)
-        self.source: Source = setup["source"]
+    def __init__(self, config: TrainVAE, setup: VaeSetup, rank: int, world: int, device: torch.device):
+        super().__init__(config, setup.lpips, device)
+        self.source = setup.source
         self.digest = self.source.digest
         self.stages = [(stage.images, stage.batch_size) for stage in config.stages]
-        self._val: Source | None = setup["val"]
+        self._val = setup.val
         self._rank, self._world = rank, world
 
     def begin(self, stage: int) -> None:
@@ -466,8 +467,9 @@ class Autoencoder(Networks):
             self.model.save_pretrained(folder)
 
 
-def _worker(setup: dict[str, Any]) -> dict[str, Any]:
-    config = validate(TrainVAE, setup["config"])
+def _worker(given: dict[str, Any]) -> dict[str, Any]:
+    setup: VaeSetup = given["setup"]
+    config = validate(TrainVAE, setup.config)
     return launch.work(Autoencoder, config, f"train_vae {config.name}", setup)
 
 

@@ -18,11 +18,11 @@ from pipelines.encoding.encode import finish
 from pipelines.encoding.encoder import Encoder
 from pipelines.encoding.listings import open_listings
 from pipelines.encoding.partition import Partition
-from pipelines.encoding.plan import CachePlan
 from pipelines.encoding.totals import check_budget
 from pipelines.training.config import TrainLDM
 from pipelines.training.image_feed import gathered
 from pipelines.training.latent_feeds import Batch, Encoding, from_cache, labels_of
+from pipelines.training.worker_setup import LdmSetup
 
 WINDOW = 8  # shards whose images are shuffled among each other in the first epoch of write-through
 
@@ -35,16 +35,16 @@ class WriteThrough(Encoding):
     cache is whole after one epoch, whatever was killed on the way, and an unfinished one can be finished by that job.
     """
 
-    def __init__(self, config: TrainLDM, setup: dict[str, Any], rank: int, world: int, device: torch.device):
-        self._out, self._handle = setup["cache"], setup["handle"]
-        self._plan: CachePlan = setup["plan"]
+    def __init__(self, config: TrainLDM, setup: LdmSetup, rank: int, world: int, device: torch.device):
+        assert setup.latents.plan is not None
+        self._out, self._plan, self._handle = setup.latents.cache, setup.latents.plan, setup.handle
         listings = open_listings(self._out)
         super().__init__(config, listings[0], setup, rank, world, device)
         # What is appended to the cache later is not for this run: neither inputs ...
         self._listings = len(listings)
         # ... nor, of the finished one, rows.
         self._version: int | None = None
-        self._encoder = Encoder(self._out, self._plan, device.type == "cuda", setup["threads"])
+        self._encoder = Encoder(self._out, self._plan, device.type == "cuda", setup.threads)
         self._how = self._plan.latents
         self._done: set[int] = set()  # shards that are committed, the same on all ranks
         self._reasons: dict[int, dict[str, int]] = {}  # of each shard: why images are in quarantine

@@ -563,7 +563,7 @@ def test_the_rules_become_a_resource_of_kubernetes() -> None:
 @pytest.fixture(scope="module")
 def ours() -> set[str]:
     """The names of our metrics as Ray exports them."""
-    text = (REPO / "pipelines" / "monitoring.py").read_text()
+    text = (REPO / "pipelines" / "runtime" / "prometheus.py").read_text()
     kinds = {name: kind for kind, name in re.findall(r'_(gauge|counter)\(\s*"(litevae_\w+)"', text)}
     assert len(kinds) >= 9
     return {f"ray_{name}" + "_total" * (kind == "counter") for name, kind in kinds.items()}

@@ -22,6 +22,7 @@ from pipelines.encoding import inspect, verify
 from pipelines.encoding.config import Inspect, Verify
 from pipelines.encoding.listings import source_of
 from pipelines.encoding.partition import Partition
+from pipelines.encoding.plan import CachePlan
 from tests.encoding import cache_plan, plan_settings
 
 HOW = cache.layout("moments", "float16", views=2)
@@ -344,9 +345,9 @@ def inspected(root, monkeypatch, **more):
     def decoded(latent, return_dict):
         return (latent.sum(1, keepdim=True).expand(-1, 3, 8, 8) / 20,)
 
-    monkeypatch.setattr(verify, "encode_latents", encoded)
-    monkeypatch.setattr(verify, "load_autoencoder", lambda folder: SimpleNamespace(decode=decoded))
-    monkeypatch.setattr(verify, "fingerprint", lambda folder: {"/m": "f"}.get(folder, "other"))
+    monkeypatch.setattr(inspect, "encode_latents", encoded)
+    monkeypatch.setattr(inspect, "load_autoencoder", lambda folder: SimpleNamespace(decode=decoded))
+    monkeypatch.setattr(inspect, "fingerprint", lambda folder: {"/m": "f"}.get(folder, "other"))
     return inspect.inspect(Inspect(cache=str(root / "cache"), out=str(root / "seen"), **more))
 
 
@@ -386,6 +387,6 @@ def test_rows_come_with_the_views_that_they_are_of(root):
     latents = cache.LatentCache(root / "cache")
     source = open_source(Source(uri=str(root / "photos")))
     shard = Partition([source], 8).shard(decode.Task(1))
-    pixels, stored = inspect._rows_of(latents, shard, latents.manifest, 14)
+    pixels, stored = inspect._rows_of(latents, shard, CachePlan.from_json(latents.manifest, ""), 14)
     assert [values[0, 0, 0] for values in stored] == [u + v / 2 for u in (8, 9, 10, 12, 13, 14, 15) for v in (0, 1)]
     assert [image[0, 0, 0] for image in pixels] == [12 * u for u in (8, 9, 10, 12, 13, 14, 15) for _ in (0, 1)]

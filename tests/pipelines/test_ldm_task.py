@@ -23,6 +23,7 @@ from pipelines.training import checkpoint, image_feed, latent_feeds
 from pipelines.training import ldm as module
 from pipelines.training.config import TrainLDM
 from pipelines.training.ldm import CACHED, FREE, Diffusion
+from pipelines.training.worker_setup import LatentData
 from tests.encoding import encoded_crops
 from tests.in_process import up_to_the_workers
 from tests.networks import Noted
@@ -356,13 +357,14 @@ def job(made, tmp_path):
 def test_what_workers_get_and_how_a_run_is_tracked(job, made, tmp_path, capsys):
     config, result, noted = job("seed=3")
     folder = f"{tmp_path}/runs/mine"
-    worker, setup, handle, placement, loop = noted.fitted
-    assert (worker, handle, placement.workers, loop) == (module._worker, "a handle", 1, config.loop)
-    assert validate(TrainLDM, setup.pop("config")).model_copy(update={"tracking": config.tracking}) == config
-    assert setup == {
-        "folder": folder, "shape": (4, 8, 8), "data": str(made[0]), "cache": str(made[0]), "version": 1, "images": 24,
-        "vae": str(made[1]), "fingerprint": fingerprint(made[1]),
-    }  # fmt: skip
+    worker, setup, placement, loop = noted.fitted
+    assert (worker, placement.workers, loop) == (module._worker, 1, config.loop)
+    assert validate(TrainLDM, setup.config).model_copy(update={"tracking": config.tracking}) == config
+    assert (setup.folder, setup.data, setup.handle) == (folder, str(made[0]), "a handle")
+    assert setup.latents == LatentData(
+        data=str(made[0]), images=24, shape=(4, 8, 8), vae=str(made[1]), fingerprint=fingerprint(made[1]),
+        about="24 latents of (8, 8, 8) moments", cache=str(made[0]), version=1,
+    )  # fmt: skip
     assert noted.checked == ({"root": f"{tmp_path}/runs"}, {"vae": str(made[1]), "cache": str(made[0])})
     given, more = noted.started
     assert given == (config.tracking, config.root, "train_ldm", "mine", config.model_dump(mode="json"), folder)
@@ -389,18 +391,16 @@ def test_a_run_that_goes_on_may_be_longer(job, tmp_path):
 
 def test_online_workers_get_the_source_and_write_through_ones_the_plan_too(job, made, tmp_path):
     _, _, noted = job(*online(made), "data.loaders=0")
-    setup = noted.fitted[1]
-    assert (setup["source"].units, setup["images"], setup["shape"]) == (24, 24, (4, 8, 8))
-    assert (setup["data"], setup["vae"], setup["fingerprint"]) == (str(made[2]), str(made[1]), fingerprint(made[1]))
+    latents = noted.fitted[1].latents
+    assert (latents.source.units, latents.images, latents.shape) == (24, 24, (4, 8, 8))
+    assert (latents.data, latents.vae, latents.fingerprint) == (str(made[2]), str(made[1]), fingerprint(made[1]))
     with pytest.raises(UserError, match="decode: was 'fast', is 'pillow'"):
         job(*online(made), "data.decode=pillow")
     more = ["data.resize=none", "data.decode=scaled", "data.precision=bf16", "data.max_bad=0.2", "data.resolution=32"]
     words = online(made, *more, f"cache={tmp_path}/filled", "mode=write-through", "name=through")
     _, _, noted = job(*words)
-    setup, plan = noted.fitted[1], CachePlan.read(f"{tmp_path}/filled")
-    assert setup["cache"] == f"{tmp_path}/filled"
-    assert setup["plan"] == plan
-    assert setup["shape"] == (4, 4, 4)
+    latents, plan = noted.fitted[1].latents, CachePlan.read(f"{tmp_path}/filled")
+    assert (latents.cache, latents.plan, latents.shape) == (f"{tmp_path}/filled", plan, (4, 4, 4))
     assert (plan.rows_per_shard, plan.transform["resolution"]) == (4, 32)
     assert (plan.transform["resize"], plan.transform["decode"]) == ("none", "scaled")
     assert plan.precision == "bf16"

@@ -13,12 +13,14 @@ import pytest
 import torch
 
 from litevae.errors import UserError
-from pipelines.runtime import mlflow_run, mlflow_server, progress, prometheus, shutdown
+from pipelines.runtime import mlflow_run, progress, prometheus, shutdown
 from pipelines.runtime.cli import load
 from pipelines.runtime.cluster import Placement
 from pipelines.runtime.schema import values_to_keep
 from pipelines.training import checkpoint, compiling, launch, loop, optimizer, step_metrics
 from pipelines.training.config import Loop, Optimizer, TrainLDM
+from pipelines.training.worker_setup import TrainSetup
+from tests.setups import untracked
 
 WAIT, STEP = 0.5, 1.5  # seconds for a batch, and for a step unless the task says otherwise
 
@@ -27,7 +29,8 @@ WAIT, STEP = 0.5, 1.5  # seconds for a batch, and for a step unless the task say
 def clock(monkeypatch):
     """Moves when the task does something."""
     clock = SimpleNamespace(now=1000.0)
-    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    for module in (loop, progress, step_metrics):
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: clock.now))
     return clock
 
 
@@ -145,10 +148,8 @@ def run(clock, tmp_path, monkeypatch):
     def drive(task, *more, rank=0, **setup):
         words = ["name=loop", "loop.log_every=2", "loop.checkpoint_every=1000", "loop.val_every=0", *more]
         config = load(TrainLDM, None, words)
-        setup = {
-            "folder": str(folder), "data": "/data/photos", "live": False, "nodes": 1, "begin": "",
-            "handle": mlflow_server.RunHandle("", None, "test", str(folder)),
-        } | setup  # fmt: skip
+        given = {"config": {}, "folder": str(folder), "data": "/data/photos", "handle": untracked(folder)}
+        setup = TrainSetup(**given | setup)
         drive.config = config
         return loop.run(task, "a run", config, setup, rank, 1)
 
@@ -588,19 +589,19 @@ def worker(tmp_path, monkeypatch):
                 raise error
             return {"task": task, "arguments": arguments}
 
-        monkeypatch.setattr(loop, "run", ran)
-        return launch.work(lambda *made: made, config, "a run", {"folder": str(tmp_path), "threads": 7})
+        monkeypatch.setattr(launch, "run", ran)
+        return launch.work(lambda *made: made, config, "a run", setup)
 
-    work.folder, work.threads, work.config = tmp_path, [], config
+    setup = TrainSetup(config={}, folder=str(tmp_path), data="", handle=untracked(), threads=7)
+    work.folder, work.threads, work.config, work.setup = tmp_path, [], config, setup
     yield work
     assert torch.get_num_threads() == threads
 
 
 def test_a_worker_makes_its_task_and_runs_it(worker):
-    setup = {"folder": str(worker.folder), "threads": 7}
     found = worker(rank=1, world=3)
-    assert found["task"] == (worker.config, setup, 1, 3, torch.device("meta"))
-    assert found["arguments"] == ("a run", worker.config, setup, 1, 3)
+    assert found["task"] == (worker.config, worker.setup, 1, 3, torch.device("meta"))
+    assert found["arguments"] == ("a run", worker.config, worker.setup, 1, 3)
     assert worker.threads == [7]
 
 
@@ -635,7 +636,7 @@ def fitted(tmp_path, monkeypatch):
 
     folder = tmp_path / "runs" / "mine"
     folder.mkdir(parents=True)
-    handle = mlflow_server.RunHandle("", None, "test", str(folder))
+    handle = untracked(folder)
 
     class Trainer:
         def __init__(self, worker, **given):
@@ -653,8 +654,8 @@ def fitted(tmp_path, monkeypatch):
     def fit(ends, options=None, callbacks=(), **more):
         fit.ends = ends if callable(ends) else lambda: ends
         placement = Placement(**({"workers": 2, "gpu": False, "threads": 3} | more))
-        setup = {"folder": str(folder), "data": "d"}
-        return launch.fit(print, setup, handle, placement, options or Loop(), callbacks)
+        setup = TrainSetup(config={}, folder=str(folder), data="d", handle=handle)
+        return launch.fit(print, setup, placement, options or Loop(), callbacks)
 
     fit.folder, fit.ended, fit.handle = folder, [], handle
     return fit
@@ -671,9 +672,10 @@ def test_ray_train_gets_what_the_config_says(fitted, capsys):
     result = fitted(done(), Loop(max_restarts=5, keep=4), [callback], gpu=True, labels={"pool": "a"})
     given = fitted.given
     assert given["worker"] is print
-    assert given["train_loop_config"] == {
-        "folder": str(fitted.folder), "data": "d", "handle": fitted.handle, "threads": 3, "live": False, "nodes": 3,
-    }  # fmt: skip
+    expected = TrainSetup(
+        config={}, folder=str(fitted.folder), data="d", handle=fitted.handle, threads=3, live=False, nodes=3
+    )
+    assert given["train_loop_config"] == {"setup": expected}
     scaling, run = given["scaling_config"], given["run_config"]
     assert (scaling.num_workers, scaling.use_gpu, scaling.resources_per_worker) == (2, True, {"CPU": 1.0, "GPU": 1.0})
     assert scaling.label_selector == {"pool": "a"}
@@ -693,9 +695,9 @@ def test_ray_train_gets_what_the_config_says(fitted, capsys):
 
 
 @pytest.mark.parametrize(
-    ("share", "workers", "group"),
-    [({"workers": 1}, 1, False), ({"workers": 4}, 4, True), ({"workers": 4, "least": 2}, (2, 4), True),
-     ({"workers": 1, "least": 1}, (1, 1), True)],
+    ("placement", "workers", "group"),
+    [({"workers": 1}, 1, False), ({"workers": 4}, 4, True), ({"workers": 4, "min_workers": 2}, (2, 4), True),
+     ({"workers": 1, "min_workers": 1}, (1, 1), True)],
 )  # fmt: skip
 def test_workers_meet_only_where_there_may_be_several(fitted, placement, workers, group):
     fitted(done(), **placement)

@@ -571,7 +571,7 @@ def listed(monkeypatch, units=20):
 
 def test_jobs_after_a_training_have_their_sources_and_sizes(tmp_path, monkeypatch):
     listed(monkeypatch)
-    monkeypatch.setattr(sweep, "check_networks", lambda *given: checked.append(given))
+    monkeypatch.setattr("pipelines.experiments.trials.check_networks", lambda *given: checked.append(given))
     checked = []
     data = ["data.train.uri=/train", "data.val.uri=/val", "evaluate_samples.squeezenet=w.pth", "sample.steps=7"]
     cfg = configured(tmp_path, *data)

@@ -34,6 +34,7 @@ from pipelines.training.ldm import Diffusion, train_ldm
 from tests.encoding import encoded_crops
 from tests.in_process import as_worker
 from tests.killing import kill_driver
+from tests.setups import ldm_setup
 
 REPO = Path(__file__).resolve().parents[2]
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -64,24 +65,13 @@ def task(made, tmp_path, monkeypatch, in_process):
     """The task as in worker `rank` of `world`, without Ray Train; of several, none waits for the others."""
     import ray.train.torch
 
-    from pipelines.training import ldm
-
     monkeypatch.setattr(ray.train.torch, "prepare_model", lambda model: model)
 
     def make(*more, rank=0, world=1):
         config = configured(made, tmp_path, *more)
-        kinds = {"cache": ldm.cached_setup, "online": ldm.online_setup, "write-through": ldm.write_through_setup}
-        data, shape, _ = kinds[config.mode](config)
-        if config.mode == "write-through":
-            data |= ldm.begin_cache(config)
-        setup = data | {"shape": shape, "threads": 1, "handle": Handle}
-        return Diffusion(config, setup, rank, world, torch.device("cpu"))
+        return Diffusion(config, ldm_setup(config), rank, world, torch.device("cpu"))
 
     return make
-
-
-class Handle:
-    experiment, run_id = "test", None
 
 
 def fed(one, start, end, batch_size=8):
@@ -412,7 +402,6 @@ def test_it_learns(task):
 
 
 def test_a_poisoned_batch_is_skipped_and_many_of_them_stop_the_run(made, tmp_path, monkeypatch, capsys):
-    from pipelines.training import ldm as module
     from pipelines.training import loop
 
     poison, folder = {16}, tmp_path / "run"
@@ -426,9 +415,7 @@ def test_a_poisoned_batch_is_skipped_and_many_of_them_stop_the_run(made, tmp_pat
 
     monkeypatch.setattr(Diffusion, "_with_noise", poisoned)
     config = configured(made, tmp_path, "images=64", "loop.max_skipped=3", "loop.checkpoint_every=24")
-    data, shape, _ = module.cached_setup(config)
-    handle = loop.mlflow_run.RunHandle("", None, "test", str(folder))
-    setup = data | {"shape": shape, "threads": 1, "handle": handle, "live": False, "nodes": 1, "folder": str(folder)}
+    setup = ldm_setup(config, folder)
 
     def run():
         folder.mkdir()

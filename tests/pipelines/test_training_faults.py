@@ -36,6 +36,7 @@ from tests.encoding import encoded_crops
 from tests.in_process import as_worker
 from tests.pipelines.test_tracking import Server
 from tests.proxy import proxied
+from tests.setups import ldm_setup, vae_setup
 
 JOB = Path(__file__).resolve().parents[2] / "jobs" / "train_vae.py"
 SMALL = [
@@ -70,10 +71,7 @@ def trained_here(config, change=lambda task: None):
     """In this process. Returns the last metrics; `change` gets the task before it begins."""
     folder, source = Path(config.root, config.name), open_source(config.data.train)
     folder.mkdir()
-    setup = {
-        "source": source, "val": None, "data": source.uri, "lpips": False, "begin": "", "threads": 1, "nodes": 1,
-        "handle": mlflow_server.RunHandle("", None, "test", str(folder)), "live": False, "folder": str(folder),
-    }  # fmt: skip
+    setup = vae_setup(source, folder=folder)
     with as_worker():
         task = Autoencoder(config, setup, 0, 1, torch.device("cpu"))
         change(task)
@@ -303,9 +301,7 @@ def test_a_poisoned_row_ends_a_training_with_its_name_and_can_be_mended(made, tm
 
     def epoch():
         config = load(TrainLDM, None, ldm_words(copy, tmp_path))
-        data, shape, _ = ldm._cache(config)
-        handle = mlflow_server.RunHandle("", None, "test", str(tmp_path))
-        setup = data | {"shape": shape, "threads": 1, "handle": handle}
+        setup = ldm_setup(config, tmp_path)
         with as_worker():
             task = ldm.Diffusion(config, setup, 0, 1, torch.device("cpu"))
             task.begin(0)

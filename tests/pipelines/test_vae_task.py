@@ -27,6 +27,7 @@ from pipelines.training.config import TrainVAE
 from pipelines.training.vae import FREE, Autoencoder, Networks, Objective, Validation, build_model, lpips_or_warning
 from tests.in_process import up_to_the_workers
 from tests.networks import Noted, save_squeezenet
+from tests.setups import vae_setup
 
 SMALL = [
     "model.encoder=S", "model.decoder.channels=[8, 8, 8, 8]", "model.decoder.layers=1", "loss.lpips.weight=0",
@@ -67,8 +68,8 @@ def networks(photos):
 def task(photos):
     def make(*more, rank=0, world=1, val=True):
         config = configured(photos, f"data.val.uri={photos}", *more)
-        setup = {"source": open_source(config.data.train), "val": open_source(config.data.val), "lpips": False}
-        return Autoencoder(config, setup | ({} if val else {"val": None}), rank, world, CPU)
+        setup = vae_setup(open_source(config.data.train), open_source(config.data.val) if val else None)
+        return Autoencoder(config, setup, rank, world, CPU)
 
     return make
 
@@ -514,18 +515,11 @@ def test_what_workers_get_and_how_a_run_is_tracked(job, photos, tmp_path, capsys
     config, result, noted = job(f"data.val.uri={photos}", "seed=3")
     folder = f"{tmp_path}/runs/mine"
     assert result == {"model": "there", "psnr": 21.23456, "images": 32}
-    worker, setup, handle, placement, loop, callbacks = noted.fitted
-    assert (worker, handle, placement.workers, loop, callbacks) == (
-        module._worker,
-        "a handle",
-        1,
-        config.loop,
-        ["callback"],
-    )
-    assert setup.keys() == {"config", "source", "data", "val", "folder", "lpips", "begin"}
-    assert validate(TrainVAE, setup["config"]).model_copy(update={"tracking": config.tracking}) == config
-    assert (setup["source"].units, setup["val"].units, setup["data"]) == (11, 11, str(photos))
-    assert (setup["folder"], setup["lpips"], setup["begin"]) == (folder, False, "")
+    worker, setup, placement, loop, callbacks = noted.fitted
+    assert (worker, placement.workers, loop, callbacks) == (module._worker, 1, config.loop, ["callback"])
+    assert validate(TrainVAE, setup.config).model_copy(update={"tracking": config.tracking}) == config
+    assert (setup.source.units, setup.val.units, setup.data) == (11, 11, str(photos))
+    assert (setup.folder, setup.lpips, setup.begin, setup.handle) == (folder, False, "", "a handle")
     assert noted.checked == ({"root": f"{tmp_path}/runs"}, {"data.train.uri": str(photos)})
     given, more = noted.started
     assert given == (config.tracking, config.root, "train_vae", "mine", config.model_dump(mode="json"), folder)

@@ -1,0 +1,25 @@
+"""What workers of a training get, for tests that are a worker themselves."""
+
+from pipelines.runtime.mlflow_server import RunHandle
+from pipelines.training import ldm
+from pipelines.training.worker_setup import LatentData, LdmSetup, VaeSetup
+
+
+def untracked(folder="") -> RunHandle:
+    """A run that no MLflow server knows: its metrics are kept in a file of the folder."""
+    return RunHandle("", None, "test", str(folder))
+
+
+def vae_setup(source, val=None, folder="", **more) -> VaeSetup:
+    given = {"config": {}, "data": source.uri, "handle": untracked(folder), "lpips": False}
+    return VaeSetup(folder=str(folder), source=source, val=val, **given | more)
+
+
+def ldm_setup(config, folder="", **more) -> LdmSetup:
+    """Of the config's mode, whose cache is begun where the run fills one."""
+    kinds = {"cache": ldm.cached_latents, "online": ldm.online_latents, "write-through": ldm.write_through_latents}
+    latents: LatentData = kinds[config.mode](config)
+    if config.mode == "write-through":
+        latents = ldm.begin_cache(config, latents)
+    given = {"config": {}, "data": latents.data, "handle": untracked(folder)}
+    return LdmSetup(folder=str(folder), latents=latents, **given | more)
