@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
@@ -35,6 +35,54 @@ _USUAL: dict[str, Any] = {
     "extractor": "unet",
     "aggregator": "unet",
 }
+
+
+def _check_config(config: Mapping[str, Any]) -> None:
+    """Refuse values of `LiteVAE` that it does not know, or that do not go together.
+
+    Raises:
+        UserError: the message names the first.
+    """
+    for name, known in (
+        ("size", ENCODERS),
+        ("downsample", ("conv", "pool")),
+        ("extractor", tuple(EXTRACTORS)),
+        ("aggregator", AGGREGATORS),
+        ("decoder_norm", NORMS),
+        ("output", ("image", "wavelet")),
+    ):
+        if config[name] not in known:
+            raise UserError(f"LiteVAE: {name}={config[name]!r} is not one of {', '.join(known)}")
+    size, levels, widths = config["size"], list(config["levels"]), config["block_out_channels"]
+    if not levels or levels != sorted(set(levels) & set(range(1, LEVELS + 1))):
+        raise UserError(f"LiteVAE: levels={levels} are not some of 1, 2, 3, each once and in this order")
+    if len(widths) != 4:
+        raise UserError(f"LiteVAE: block_out_channels has {len(widths)} widths; f = 8 takes exactly 4")
+    check_wavelet(config["wavelet"])
+    variant = {name: config[name] for name in _USUAL} | {"levels": tuple(levels)}
+    if size not in SIZES and (other := [name for name, value in variant.items() if value != _USUAL[name]]):
+        raise UserError(f"LiteVAE: {other[0]} is for sizes {', '.join(SIZES)}, and size={size!r} has no such choice")
+    if size in SIZES or size in SD_SIZES:
+        return
+    gives = WaveletEncoder(size == "dwt-2", config["wavelet"], config["in_channels"]).latent_channels
+    if config["latent_channels"] != gives:
+        raise UserError(
+            f"LiteVAE: size={size!r} gives {gives} latent channels, not latent_channels={config['latent_channels']}; "
+            f"set it to {gives}"
+        )
+    if config["conv1x1"]:
+        raise UserError(f"LiteVAE: conv1x1 is for encoders that learn, and size={size!r} does not; leave it out")
+
+
+def _build_encoder(
+    size: str, latent_channels: int, wavelet: str, in_channels: int, vit_grid: int, variant: dict[str, Any]
+) -> Encoder | SDEncoder | WaveletEncoder:
+    """The encoder of a `LiteVAE`: its own, SD-VAE's, or wavelet bands as they are."""
+    if size in SIZES:
+        return Encoder(latent_channels, SIZES[size], wavelet, in_channels=in_channels, vit_grid=vit_grid, **variant)
+    if size in SD_SIZES:
+        return SDEncoder(latent_channels, SD_SIZES[size], in_channels=in_channels)
+    return WaveletEncoder(size == "dwt-2", wavelet, in_channels)
 
 
 class LiteVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
@@ -86,45 +134,9 @@ class LiteVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         force_upcast: bool = False,
     ):
         super().__init__()
-        for name, value, known in (
-            ("size", size, ENCODERS),
-            ("downsample", downsample, ("conv", "pool")),
-            ("extractor", extractor, tuple(EXTRACTORS)),
-            ("aggregator", aggregator, AGGREGATORS),
-            ("decoder_norm", decoder_norm, NORMS),
-            ("output", output, ("image", "wavelet")),
-        ):
-            if value not in known:
-                raise UserError(f"LiteVAE: {name}={value!r} is not one of {', '.join(known)}")
-        if not levels or list(levels) != sorted(set(levels) & set(range(1, LEVELS + 1))):
-            raise UserError(f"LiteVAE: levels={list(levels)} are not some of 1, 2, 3, each once and in this order")
-        if len(block_out_channels) != 4:
-            raise UserError(f"LiteVAE: block_out_channels has {len(block_out_channels)} widths; f = 8 takes exactly 4")
-        check_wavelet(wavelet)
-        variant: dict[str, Any] = {"shared_extractor": shared_extractor, "levels": tuple(levels)}
-        variant |= {"downsample": downsample, "extractor": extractor, "aggregator": aggregator}
-        if size not in SIZES and (other := [name for name, value in variant.items() if value != _USUAL[name]]):
-            raise UserError(
-                f"LiteVAE: {other[0]} is for sizes {', '.join(SIZES)}, and size={size!r} has no such choice"
-            )
-        self.encoder: Encoder | SDEncoder | WaveletEncoder
-        if size in SIZES:
-            self.encoder = Encoder(
-                latent_channels, SIZES[size], wavelet, in_channels=in_channels, vit_grid=vit_grid, **variant
-            )
-        elif size in SD_SIZES:
-            self.encoder = SDEncoder(latent_channels, SD_SIZES[size], in_channels=in_channels)
-        else:
-            self.encoder = WaveletEncoder(size == "dwt-2", wavelet, in_channels)
-            if latent_channels != (gives := self.encoder.latent_channels):
-                raise UserError(
-                    f"LiteVAE: size={size!r} gives {gives} latent channels, not latent_channels={latent_channels}; set "
-                    f"it to {gives}"
-                )
-            if conv1x1:
-                raise UserError(
-                    f"LiteVAE: conv1x1 is for encoders that learn, and size={size!r} does not; leave it out"
-                )
+        _check_config(self.config)
+        variant = {name: self.config[name] for name in _USUAL} | {"levels": tuple(levels)}
+        self.encoder = _build_encoder(size, latent_channels, wavelet, in_channels, vit_grid, variant)
         self.decoder = Decoder(
             latent_channels,
             tuple(block_out_channels),
@@ -151,7 +163,7 @@ class LiteVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
     def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
         """Image (N, C, H, W) in [-1, 1], H and W multiples of 8 -> posterior over (N, n_z, H/8, W/8).
 
-        Of a deterministic encoder all of it is in one point, for `sample` too.
+        For `dwt` and `dwt-2` the posterior has zero variance: `sample()` equals `mode()`.
         """
         moments = torch.cat([self.quant_conv(self.encoder(part)) for part in self._slices(x)])
         if self.deterministic:

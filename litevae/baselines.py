@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from litevae.errors import UserError
-from litevae.layers import ResBlock, carrier, group_norm, middle, small_posterior
+from litevae.layers import ResBlock, group_norm, middle, small_posterior, variance_preserving_conv
 from litevae.wavelet import LEVELS, wavelet_pyramid
 
 # Widths, finest first. Of VAE-Small the paper gives 6.75 M parameters alone (Table 2b). The widths are ours: with that
@@ -26,7 +26,7 @@ class SDEncoder(nn.Module):
     def __init__(self, latent_channels: int, channels: tuple[int, ...], layers: int = 2, in_channels: int = 3):
         super().__init__()
         width = channels[0]
-        self.conv_in = carrier(in_channels, width, 3)
+        self.conv_in = variance_preserving_conv(in_channels, width, 3)
         self.down = nn.ModuleList()
         for level, out in enumerate(channels):
             blocks: list[nn.Module] = []
@@ -34,11 +34,15 @@ class SDEncoder(nn.Module):
                 blocks.append(ResBlock(width, out))
                 width = out
             if level < len(channels) - 1:  # as SD-VAE's, a row and a column of zeros below and to the right only
-                blocks.append(nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), carrier(width, width, 3, stride=2, padding=0)))
+                blocks.append(
+                    nn.Sequential(
+                        nn.ZeroPad2d((0, 1, 0, 1)), variance_preserving_conv(width, width, 3, stride=2, padding=0)
+                    )
+                )
             self.down.append(nn.Sequential(*blocks))
         self.mid = middle(width)
         self.norm_out = group_norm(width)
-        self.conv_out = carrier(width, 2 * latent_channels, 3)
+        self.conv_out = variance_preserving_conv(width, 2 * latent_channels, 3)
         small_posterior(self.conv_out)
         self.factor = 2 ** (len(channels) - 1)
 

@@ -36,7 +36,7 @@ from litevae.storage import Recent
 VERSION = 2
 ROW_GROUP = 128  # rows: 2 MB at 8 x 32 x 32; one is read to get at a row
 WINDOW_GROUPS = 16  # row groups a reader shuffles among each other, and holds in memory
-MAX_LOGVAR = (-30.0, 20.0)  # as diffusers' DiagonalGaussianDistribution clips
+LOGVAR_RANGE = (-30.0, 20.0)  # as diffusers' DiagonalGaussianDistribution clips
 OWN_COLUMNS = pa.schema(
     [
         pa.field("unit", pa.int64(), nullable=False),  # the input's number in the listing
@@ -393,7 +393,7 @@ def statistics(latents: Sequence[np.ndarray], how: dict[str, Any]) -> dict[str, 
         count, channels, height, width = part.shape
         values = from_stored(part, how["dtype"]).double().numpy().reshape(count, channels, height * width)
         mean, logvar = np.split(values, 2, axis=1) if how["content"] == "moments" else (values, None)
-        variance = np.zeros_like(mean) if logvar is None else np.exp(logvar.clip(*MAX_LOGVAR))
+        variance = np.zeros_like(mean) if logvar is None else np.exp(logvar.clip(*LOGVAR_RANGE))
         total["elements"] += count * height * width
         for name, value in zip(names, (mean, mean**2, variance), strict=True):
             total[name] = total[name] + value.sum(axis=(0, 2))
@@ -795,10 +795,10 @@ def drawn(mean: Tensor, logvar: Tensor, seed: int, rows: Sequence[tuple[int, str
     """
     noise = np.stack([_noise(mean.shape[1:], seed, *row) for row in rows])
     if mean.device.type != "cpu":
-        return mean + (0.5 * logvar.clamp(*MAX_LOGVAR)).exp() * torch.from_numpy(noise).to(mean.device)
+        return mean + (0.5 * logvar.clamp(*LOGVAR_RANGE)).exp() * torch.from_numpy(noise).to(mean.device)
     # By NumPy, as in _fp32: this is what loaders' threads do, and with threads of torch's own in each of them OpenMP's
     # in the training step would go to sleep at every barrier (BENCHMARKS.md).
-    noise *= np.exp(0.5 * logvar.numpy().clip(*MAX_LOGVAR))
+    noise *= np.exp(0.5 * logvar.numpy().clip(*LOGVAR_RANGE))
     noise += mean.numpy()
     return torch.from_numpy(noise)
 

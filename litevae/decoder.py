@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from litevae.layers import Norm, ResBlock, Upsample, carrier, group_norm, middle
+from litevae.layers import Norm, ResBlock, Upsample, group_norm, middle, variance_preserving_conv
 from litevae.wavelet import idwt
 
 # In a decoder narrower than SD-VAE's: with 32 groups of one channel, the last normalisation would take each channel's
@@ -35,7 +35,7 @@ class Decoder(nn.Module):
         self.wavelet = wavelet
         ups = len(channels) - (1 if wavelet is None else 2)
         width = channels[-1]
-        self.conv_in = carrier(latent_channels, width, 3)
+        self.conv_in = variance_preserving_conv(latent_channels, width, 3)
         self.mid = middle(width, norm, GROUP_WIDTH)
         self.up = nn.ModuleList()
         for level, out in enumerate(reversed(channels)):
@@ -47,7 +47,7 @@ class Decoder(nn.Module):
                 blocks.append(Upsample(width))
             self.up.append(nn.Sequential(*blocks))
         self.norm_out = group_norm(width, GROUP_WIDTH)
-        self.conv_out = carrier(width, out_channels if wavelet is None else 4 * out_channels, 3)
+        self.conv_out = variance_preserving_conv(width, out_channels if wavelet is None else 4 * out_channels, 3)
 
     def forward(self, z: Tensor) -> Tensor:
         x = self.mid(self.conv_in(z))

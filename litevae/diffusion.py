@@ -23,6 +23,23 @@ Scheduler: TypeAlias = DDIMScheduler | DPMSolverMultistepScheduler
 
 
 @dataclass(frozen=True)
+class NoisedBatch:
+    """Latents with noise added, and what a network should make of them.
+
+    Attributes:
+        noisy: (N, C, h, w), what the network sees.
+        timesteps: (N,), its noise levels: 0, no noise, to 1000.
+        target: (N, C, h, w), what it should predict.
+        weights: (N,), those of the squared errors.
+    """
+
+    noisy: Tensor
+    timesteps: Tensor
+    target: Tensor
+    weights: Tensor
+
+
+@dataclass(frozen=True)
 class Objective:
     """What is predicted, at which noise levels, and with which weight.
 
@@ -95,18 +112,23 @@ class Objective:
             self._copies[device] = self.scheduler().alphas_cumprod.to(device)
         return self._copies[device]
 
-    def noised(self, z: Tensor, noise: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Of latents (N, C, h, w), noise of that shape and uniform numbers (N,) in [0, 1) that choose noise levels:
-        noisy latents, timesteps (N,) for the network, what it should predict, weights (N,) of the errors."""
+    def noised(self, z: Tensor, noise: Tensor, u: Tensor) -> NoisedBatch:
+        """Add noise to latents.
+
+        Args:
+            z: normalised latents (N, C, h, w).
+            noise: standard normal, (N, C, h, w).
+            u: uniform numbers (N,) in [0, 1), which choose the noise levels.
+        """
         if self.prediction == "flow":
             t = torch.special.ndtri(u.double()).sigmoid().float() if self.times == "logit-normal" else u
             level = t.view(-1, 1, 1, 1)
-            return (1 - level) * z + level * noise, t * STEPS, noise - z, torch.ones_like(t)
+            return NoisedBatch((1 - level) * z + level * noise, t * STEPS, noise - z, torch.ones_like(t))
         timesteps = (u * STEPS).long().clamp(max=STEPS - 1)
         squared = self._alphas(z.device)[timesteps]
         a, s = squared.sqrt().view(-1, 1, 1, 1), (1 - squared).sqrt().view(-1, 1, 1, 1)
         target = noise if self.prediction == "epsilon" else a * noise - s * z
-        return a * z + s * noise, timesteps, target, self._weights(squared / (1 - squared))
+        return NoisedBatch(a * z + s * noise, timesteps, target, self._weights(squared / (1 - squared)))
 
     def _weights(self, snr: Tensor) -> Tensor:
         """An error of epsilon is one of z times the SNR; of v, times SNR + 1."""
@@ -125,10 +147,10 @@ class Objective:
             noise, u: as `draws` gives them.
             labels: int64 (N,), of a class-conditional network.
         """
-        noisy, timesteps, target, weights = self.noised(z, noise, u)
-        predicted = network(noisy, timesteps, **({} if labels is None else {"class_labels": labels})).sample
-        error = F.mse_loss(predicted.float(), target, reduction="none").mean(dim=(1, 2, 3))
-        return weights * error, error, timesteps / STEPS
+        batch = self.noised(z, noise, u)
+        predicted = network(batch.noisy, batch.timesteps, **({} if labels is None else {"class_labels": labels})).sample
+        error = F.mse_loss(predicted.float(), batch.target, reduction="none").mean(dim=(1, 2, 3))
+        return batch.weights * error, error, batch.timesteps / STEPS
 
 
 def draws(seed: int, positions: Sequence[int], shape: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from litevae.features import FlatUNet, NAFNet, ViT
-from litevae.layers import carrier, small_posterior
+from litevae.layers import small_posterior, variance_preserving_conv
 from litevae.wavelet import LEVELS, check_wavelet, wavelet_pyramid
 
 
@@ -92,4 +92,4 @@ class Encoder(nn.Module):
 def _downsampler(channels: int, stride: int, kind: str) -> nn.Module:
     if stride == 1:
         return nn.Identity()
-    return carrier(channels, channels, 3, stride) if kind == "conv" else nn.AvgPool2d(stride)
+    return variance_preserving_conv(channels, channels, 3, stride) if kind == "conv" else nn.AvgPool2d(stride)

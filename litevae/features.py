@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from litevae.layers import LayerNorm2d, ResBlock, carrier
+from litevae.layers import LayerNorm2d, ResBlock, variance_preserving_conv
 
 
 class FlatUNet(nn.Module):
@@ -13,7 +13,7 @@ class FlatUNet(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, channels: int, mults: tuple[int, ...], blocks: int = 2):
         super().__init__()
-        self.conv_in = carrier(in_channels, channels, 3)
+        self.conv_in = variance_preserving_conv(in_channels, channels, 3)
         widths, width = [], channels
         self.down = nn.ModuleList()
         for mult in mults:
@@ -27,7 +27,7 @@ class FlatUNet(nn.Module):
             for _ in range(blocks):
                 self.up.append(ResBlock(width + widths.pop(), channels * mult))
                 width = channels * mult
-        self.conv_out = carrier(width, out_channels, 3)
+        self.conv_out = variance_preserving_conv(width, out_channels, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
@@ -48,9 +48,9 @@ class NAFNet(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, channels: int, mults: tuple[int, ...], blocks: int = 2):
         super().__init__()
         width, depth = channels * max(mults), 2 * len(mults) * blocks + 2
-        self.conv_in = carrier(in_channels, width, 3)
+        self.conv_in = variance_preserving_conv(in_channels, width, 3)
         self.blocks = nn.Sequential(*(NAFBlock(width) for _ in range(depth)))
-        self.conv_out = carrier(width, out_channels, 3)
+        self.conv_out = variance_preserving_conv(width, out_channels, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv_out(self.blocks(self.conv_in(x)))
@@ -108,7 +108,7 @@ class ViT(nn.Module):
         )
         self.norm = nn.LayerNorm(width)
         self.project = nn.Linear(width, out_channels)
-        self.conv_out = carrier(out_channels, out_channels, 3)
+        self.conv_out = variance_preserving_conv(out_channels, out_channels, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         n, _, h, w = x.shape

@@ -49,7 +49,7 @@ class SMC(nn.Module):
         return plain.train(self.training)
 
 
-def carrier(
+def variance_preserving_conv(
     in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, padding: int | None = None
 ) -> nn.Conv2d:
     """A convolution outside the residual branches, on the path that carries the signal. It starts out keeping the
@@ -68,7 +68,7 @@ def small_posterior(conv: nn.Conv2d) -> None:
 
 # Positions of a batch (of the smaller map) below which summing a convolution's weights takes longer than it saves; on
 # a CPU, where it was measured, from 128 to 512.
-FEW = 256
+MIN_POSITIONS_FOR_FUSION = 256
 
 
 def upsampled_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -77,7 +77,7 @@ def upsampled_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     An output pixel sees but 2x2 pixels of `x`. With the weights that meet the same one summed, it is a transposed 4x4
     convolution of stride 2.
     """
-    if x.shape[0] * x.shape[2] * x.shape[3] < FEW:
+    if x.shape[0] * x.shape[2] * x.shape[3] < MIN_POSITIONS_FOR_FUSION:
         return F.conv2d(F.interpolate(x, scale_factor=2.0), weight, bias, padding=1)
     return F.conv_transpose2d(x, _neighbours(weight.flip(2, 3).transpose(0, 1)), bias, stride=2, padding=1)
 
@@ -85,7 +85,7 @@ def upsampled_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def pooled_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """2x2 means of a 3x3 convolution: (N, C, 2h, 2w) -> (N, out, h, w), with 4/9 of its products: a 4x4 convolution of
     stride 2. H and W are even."""
-    if x.shape[0] * x.shape[2] * x.shape[3] < 4 * FEW:
+    if x.shape[0] * x.shape[2] * x.shape[3] < 4 * MIN_POSITIONS_FOR_FUSION:
         return F.avg_pool2d(F.conv2d(x, weight, bias, padding=1), 2)
     return F.conv2d(x, _neighbours(weight) / 4, bias, stride=2, padding=1)
 
@@ -101,7 +101,7 @@ class Upsample(nn.Sequential):
     """Nearest x2, then a convolution that keeps the width: (N, C, h, w) -> (N, C, 2h, 2w)."""
 
     def __init__(self, width: int):
-        super().__init__(nn.Upsample(scale_factor=2), carrier(width, width, 3))
+        super().__init__(nn.Upsample(scale_factor=2), variance_preserving_conv(width, width, 3))
 
     def forward(self, x: Tensor) -> Tensor:
         conv = self[1]
@@ -163,7 +163,9 @@ class ResBlock(nn.Module):
         self.conv1 = conv(in_channels, out_channels)
         self.norm2 = normalisation(norm, out_channels, group_width)
         self.conv2 = conv(out_channels, out_channels)
-        self.skip = nn.Identity() if in_channels == out_channels else carrier(in_channels, out_channels, 1)
+        self.skip = (
+            nn.Identity() if in_channels == out_channels else variance_preserving_conv(in_channels, out_channels, 1)
+        )
         # As in ADM, a block adds nothing at the start. (A demodulated weight has no size of its own; its gain has.)
         start = (self.conv2.gain, self.conv2.conv.bias) if isinstance(self.conv2, SMC) else self.conv2.parameters()
         for parameter in start:

@@ -25,7 +25,7 @@ from litevae.errors import UserError
 from litevae.sampling import Seed, sample_latents
 
 FORMAT = 2
-NETWORKS = {"UNet2DModel": UNet2DModel, "DiT": DiT}
+NETWORK_CLASSES = {"UNet2DModel": UNet2DModel, "DiT": DiT}
 SCHEDULERS = {"DDIMScheduler": DDIMScheduler, "DPMSolverMultistepScheduler": DPMSolverMultistepScheduler}
 # diffusers' pipeline without and with classes, and what it calls the network and the autoencoder.
 PIPELINES = {False: ("LDMPipeline", "unet", "vqvae"), True: ("DiTPipeline", "transformer", "vae")}
@@ -166,7 +166,7 @@ def load_ldm(folder: str | Path) -> LDM:
     scheduler_config = folder / "scheduler" / "scheduler_config.json"
     scheduler = _class(scheduler_config, SCHEDULERS).from_pretrained(folder / "scheduler", local_files_only=True)
     return LDM(
-        _load(_class(folder / network / "config.json", NETWORKS), folder / network),
+        _load(_class(folder / network / "config.json", NETWORK_CLASSES), folder / network),
         scheduler,
         _load(NormalizedAutoencoder, folder / vae),
         classes,

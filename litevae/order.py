@@ -6,10 +6,35 @@ it, and rank r of w workers takes positions r, r + w, ... of the same global ord
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from litevae.storage import Recent
+
+
+@dataclass(frozen=True)
+class EpochLayout:
+    """How the groups of an epoch are shuffled, and where they are cut into windows.
+
+    Attributes:
+        order: (groups,), the number of each group in the order in which they come.
+        edges: (windows,), the place in `order` of each window's first group.
+        starts: (windows,), the rows of the epoch that come before each window.
+    """
+
+    order: np.ndarray
+    edges: np.ndarray
+    starts: np.ndarray
+
+    def window_of(self, offset: int) -> int:
+        """The number of the window that row `offset` of the epoch lies in."""
+        return int(np.searchsorted(self.starts, offset, side="right")) - 1
+
+    def groups_of(self, window: int) -> np.ndarray:
+        """The groups of a window, in order."""
+        end = self.edges[window + 1] if window + 1 < len(self.edges) else None
+        return self.order[self.edges[window] : end]
 
 
 class EpochOrder:
@@ -42,32 +67,30 @@ class EpochOrder:
     def index(self, position: int) -> int:
         """The row at a position, counted from the first epoch's start."""
         epoch, offset = divmod(position, self._rows)
-        starts = self._layouts(epoch)[2]
-        window = int(np.searchsorted(starts, offset, side="right")) - 1
-        return int(self._windows((epoch, window))[offset - starts[window]])
+        layout = self._layouts(epoch)
+        window = layout.window_of(offset)
+        return int(self._windows((epoch, window))[offset - layout.starts[window]])
 
     def window_at(self, position: int) -> tuple[int, np.ndarray]:
         """Where the window of a position begins, and its groups: those whose rows are shuffled among each other."""
         epoch, offset = divmod(position, self._rows)
-        order, edges, starts = self._layouts(epoch)
-        window = int(np.searchsorted(starts, offset, side="right")) - 1
-        groups = order[edges[window] : edges[window + 1] if window + 1 < len(edges) else None]
-        return epoch * self._rows + int(starts[window]), groups
+        layout = self._layouts(epoch)
+        window = layout.window_of(offset)
+        return epoch * self._rows + int(layout.starts[window]), layout.groups_of(window)
 
-    def _shuffle_groups(self, epoch: int) -> tuple[tuple[np.ndarray, np.ndarray, np.ndarray], int]:
-        """The order of groups; the places there where windows begin; the rows before each window."""
+    def _shuffle_groups(self, epoch: int) -> tuple[EpochLayout, int]:
+        """The epoch's layout, which counts as one in the store of recent ones."""
         order = _permutation(len(self.groups), self.seed, epoch)
         sizes = self.groups[order]
         before = np.cumsum(sizes) - sizes
         edges = np.unique(np.searchsorted(before, np.arange(0, self._rows, self.window)))
         edges = edges[edges < len(sizes)]
-        return (order, edges, before[edges]), 1
+        return EpochLayout(order, edges, before[edges]), 1
 
     def _shuffle_rows(self, key: tuple[int, int]) -> tuple[np.ndarray, int]:
-        """The rows of a window, in order."""
+        """The rows of a window, in order; they count as one in the store of recent ones."""
         epoch, window = key
-        order, edges, _ = self._layouts(epoch)
-        groups = order[edges[window] : edges[window + 1] if window + 1 < len(edges) else None]
+        groups = self._layouts(epoch).groups_of(window)
         sizes = self.groups[groups]
         rows = np.repeat(self._starts[groups] - (np.cumsum(sizes) - sizes), sizes) + np.arange(sizes.sum())
         return rows[_permutation(len(rows), self.seed, epoch, window)], 1

@@ -19,19 +19,19 @@ class WeightsMissing(UserError):
     """No weights for a perceptual backbone where they are looked for. The term can be left out."""
 
 
-class Backbone(NamedTuple):
+class BackboneSpec(NamedTuple):
     model: str  # torchvision's name
     file: str  # torch hub's name; its last part begins the file's SHA-256
     taps: tuple[int, ...]  # layers of `.features` whose outputs are compared
 
 
-SQUEEZENET = Backbone("squeezenet1_1", "squeezenet1_1-b8a52dc0.pth", (1, 4, 7, 9, 10, 11, 12))
+SQUEEZENET = BackboneSpec("squeezenet1_1", "squeezenet1_1-b8a52dc0.pth", (1, 4, 7, 9, 10, 11, 12))
 BACKBONES = {
-    "vgg": Backbone("vgg16", "vgg16-397923af.pth", (3, 8, 15, 22, 29)),
-    "alex": Backbone("alexnet", "alexnet-owt-7be5be79.pth", (1, 4, 7, 9, 11)),
+    "vgg": BackboneSpec("vgg16", "vgg16-397923af.pth", (3, 8, 15, 22, 29)),
+    "alex": BackboneSpec("alexnet", "alexnet-owt-7be5be79.pth", (1, 4, 7, 9, 11)),
     "squeeze": SQUEEZENET,
 }
-ESRGAN = Backbone("vgg19", "vgg19-dcbb9e9d.pth", (34,))  # conv5_4, before its ReLU
+ESRGAN = BackboneSpec("vgg19", "vgg19-dcbb9e9d.pth", (34,))  # conv5_4, before its ReLU
 
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 MODELS = ("vgg16", "vgg19", "alexnet", "squeezenet1_0", "squeezenet1_1", *RESNETS)  # of `BackboneFeatures`
@@ -215,7 +215,7 @@ class BackboneFeatures(FeatureDistance):
         return self(x, y)
 
 
-def _checkpoint(what: str, backbone: Backbone, weights: str | Path) -> Path:
+def _checkpoint(what: str, backbone: BackboneSpec, weights: str | Path) -> Path:
     """The file of a published backbone: the given one, or torch hub's."""
     path = Path(weights or Path(torch.hub.get_dir()) / "checkpoints" / backbone.file)
     if not weights and not path.is_file():
@@ -227,7 +227,7 @@ def _checkpoint(what: str, backbone: Backbone, weights: str | Path) -> Path:
     return path
 
 
-def _name(name: str, backbone: Backbone, path: Path) -> str:
+def _name(name: str, backbone: BackboneSpec, path: Path) -> str:
     """`name` of the published weights; of others it says so."""
     digest = _digest(path)
     published = digest.startswith(backbone.file.removesuffix(".pth").rpartition("-")[2])

@@ -38,8 +38,8 @@ MUTANTS = [
     ),
     Mutant(
         "litevae/order.py",
-        'window = int(np.searchsorted(starts, offset, side="right")) - 1\n        return int',
-        'window = int(np.searchsorted(starts, offset, side="left")) - 1\n        return int',
+        'np.searchsorted(self.starts, offset, side="right")',
+        'np.searchsorted(self.starts, offset, side="left")',
         ("tests/litevae/test_order.py::test_every_epoch_is_another_permutation",),
     ),
     Mutant(
@@ -298,8 +298,8 @@ MUTANTS = [
     ),
     Mutant(
         "pipelines/training/loop.py",
-        "torch.manual_seed(seed_for(config.seed, before, rank))",
-        "torch.manual_seed(seed_for(0, before, rank))",
+        "torch.manual_seed(seed_for(self.config.seed, before, self.rank))",
+        "torch.manual_seed(seed_for(0, before, self.rank))",
         ("tests/pipelines/test_loop.py::test_chance_depends_on_seed_position_and_rank",),
     ),
     Mutant(
@@ -310,20 +310,20 @@ MUTANTS = [
     ),
     Mutant(
         "pipelines/training/loop.py",
-        "batches = iter(task.batches(max(images, begin), end, batch_size))",
-        "batches = iter(task.batches(begin, end, batch_size))",
+        "batches = iter(self.task.batches(max(self.images, begin), end, batch_size))",
+        "batches = iter(self.task.batches(begin, end, batch_size))",
         ("tests/pipelines/test_loop.py::test_a_stage_that_another_one_has_overrun_is_left_out",),
     ),
     Mutant(
         "pipelines/training/loop.py",
-        "or images >= end or stop\n",
-        "or images >= end\n",
+        ">= end or self.stop\n",
+        ">= end\n",
         ("tests/pipelines/test_loop.py::test_a_request_to_stop_ends_in_a_checkpoint_and_the_run_goes_on_later",),
     ),
     Mutant(
         "pipelines/training/loop.py",
-        ">= loop.max_skipped",
-        "> loop.max_skipped",
+        ">= self.config.loop.max_skipped",
+        "> self.config.loop.max_skipped",
         ("tests/pipelines/test_loop.py::test_too_many_skipped_steps_end_a_run_with_its_last_checkpoint",),
     ),
     Mutant(
@@ -354,13 +354,13 @@ MUTANTS = [
     ),
     Mutant(
         "litevae/cache.py",
-        "np.exp(logvar.clip(*MAX_LOGVAR))",
+        "np.exp(logvar.clip(*LOGVAR_RANGE))",
         "np.exp(logvar)",
         ("tests/litevae/test_cache.py::test_statistics_clip_log_variances_as_diffusers_does",),
     ),
     Mutant(
         "litevae/cache.py",
-        "noise *= np.exp(0.5 * logvar.numpy().clip(*MAX_LOGVAR))",
+        "noise *= np.exp(0.5 * logvar.numpy().clip(*LOGVAR_RANGE))",
         "noise *= np.exp(0.5 * logvar.numpy())",
         ("tests/litevae/test_cache.py::test_draws_clip_log_variances_as_diffusers_does",),
     ),

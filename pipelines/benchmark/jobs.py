@@ -60,7 +60,7 @@ def ray(setting: meter.Setting) -> Iterator[meter.Table]:
         waiting = 0.0
         for n in range(setting.config.repeats):
             given = {"job": job, "words": [*words, *_length(job, batch, steps)], "batch": batch, "steps": steps}
-            rates["alone"].append(_alone(given, setting))
+            rates["alone"].append(_loop_in_a_process(given, setting))
             found = _job(given, folder, f"run-{n}")
             rates["job"].append(found["rate"])
             waiting = max(waiting, found["waiting"])
@@ -102,7 +102,7 @@ def _run(command: Sequence[str], **environment: str) -> str:
     return done.stdout
 
 
-def _alone(given: dict[str, Any], setting: meter.Setting) -> float:
+def _loop_in_a_process(given: dict[str, Any], setting: meter.Setting) -> float:
     """images/s in a process that has what the job's worker has: few spins, one OpenMP thread until torch wants more."""
     command = [sys.executable, "-m", __name__, json.dumps(given | {"threads": setting.threads})]
     return json.loads(_run(command, **cluster.ENVIRONMENT, OMP_NUM_THREADS="1").splitlines()[-1])
@@ -117,7 +117,7 @@ def _job(given: dict[str, Any], folder: Path, name: str) -> dict[str, float]:
     return {"rate": statistics.median(line["train/images_per_second"] for line in logged), "waiting": waiting}
 
 
-def alone(job: str, words: list[str], batch: int, steps: int, threads: int) -> float:
+def loop_rate(job: str, words: list[str], batch: int, steps: int, threads: int) -> float:
     """images/s of a job's loop in this process."""
     from pipelines.training import ldm, vae
 
@@ -155,4 +155,4 @@ def _device(gpu: bool | str) -> torch.device:
 
 
 if __name__ == "__main__":
-    print("\n" + json.dumps(alone(**json.loads(sys.argv[1]))))
+    print("\n" + json.dumps(loop_rate(**json.loads(sys.argv[1]))))

@@ -50,7 +50,7 @@ def benchmark(config: Benchmark) -> dict[str, Any]:
     }
     with (
         tempfile.TemporaryDirectory(prefix="benchmark-") as place,
-        mlflow_run.tracked(config, "benchmark", os.path.basename(out), out) as (tracker, run),
+        mlflow_run.tracked_run(config, "benchmark", os.path.basename(out), out) as (tracker, run),
     ):
         setting = Setting(config, device, threads, Path(place))
         for part in config.parts:

@@ -18,7 +18,7 @@ from litevae.errors import UserError, redact
 from pipelines.diagnostics.config import Doctor
 from pipelines.diagnostics.folders import folder
 from pipelines.diagnostics.machine import clock, collectives, cpus, gpus, kernels, limits, versions, versions_here
-from pipelines.diagnostics.probe import DRIVER, Ask, Finding, Findings, Nodes, State, alone, counted, failure
+from pipelines.diagnostics.probe import DRIVER, Ask, Finding, Findings, Nodes, State, counted, failure, on_this_machine
 from pipelines.diagnostics.services import mlflow
 from pipelines.diagnostics.workload import Speeds, estimate, model, source, weights
 from pipelines.runtime import cluster, tables
@@ -60,7 +60,7 @@ def doctor(config: Doctor) -> list[Finding]:
     started = start(config.ray)
     check("ray", lambda: started.findings)
     nodes = Nodes(config.limit) if started.up else None
-    ask: Ask = nodes.ask if nodes else alone
+    ask: Ask = nodes.ask if nodes else on_this_machine
     try:
         check("versions", lambda: versions(versions_here(), ask(versions_here)))
         check("cpus", cpus, ask, nodes.resources if nodes else {})

@@ -128,8 +128,8 @@ class Nodes:
             ray.kill(probe)
 
 
-def alone(function: Callable[..., Any], *arguments: Any) -> dict[str, Any]:
-    """As `Nodes.ask`, of this machine, without Ray."""
+def on_this_machine(function: Callable[..., Any], *arguments: Any) -> dict[str, Any]:
+    """What `Nodes.ask` returns, for this machine only and without Ray."""
     try:
         return {platform.node(): function(*arguments)}
     except Exception as error:  # noqa: BLE001 - handed on as the answer

@@ -59,7 +59,7 @@ def encode_dataset(config: Encode) -> dict[str, Any]:
     job = plan_cache(config)
     if job.placement is None:
         return _summary(job.out, cache.read_manifest(job.out), config.root)
-    return run_tracked(config, config.model_dump(mode="json"), job, job.todo())
+    return encode_and_track(config, config.model_dump(mode="json"), job, job.todo())
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,9 @@ def _is_empty(out: str) -> bool:
 # --- running ------------------------------------------------------------------------------------------------
 
 
-def run_tracked(config: Encode | Mend, settings: dict[str, Any], job: CacheJob, todo: Sequence[Task]) -> dict[str, Any]:
+def encode_and_track(
+    config: Encode | Mend, settings: dict[str, Any], job: CacheJob, todo: Sequence[Task]
+) -> dict[str, Any]:
     """Encode shards and write the manifest, as an MLflow run."""
     out = job.out
     folder = tracking_folder(out, config.root)

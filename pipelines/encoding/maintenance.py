@@ -10,7 +10,7 @@ from litevae.autoencoder import fingerprint
 from litevae.errors import UserError
 from pipelines.data.decode import Task
 from pipelines.encoding.config import Mend, Repair, Retry
-from pipelines.encoding.encode import CacheJob, print_summary, run_tracked
+from pipelines.encoding.encode import CacheJob, encode_and_track, print_summary
 from pipelines.encoding.listings import open_listings
 from pipelines.encoding.partition import Partition
 from pipelines.encoding.plan import CachePlan
@@ -68,7 +68,7 @@ def retry(config: Retry) -> dict[str, Any]:
 
 
 def _encode_again(config: Mend, job: CacheJob, todo: Sequence[Task]) -> dict[str, Any]:
-    return run_tracked(config, asdict(job.plan.settings) | config.model_dump(mode="json"), job, todo)
+    return encode_and_track(config, asdict(job.plan.settings) | config.model_dump(mode="json"), job, todo)
 
 
 def _open(config: Mend) -> tuple[str, CachePlan, Partition]:

@@ -81,7 +81,7 @@ def complexity(cfg: config.EvaluateComplexity) -> dict[str, Any]:
     out = cluster.output_path("out", cfg.out)
     plans = list(_plans(cfg))
     placement = cluster.start(cfg.ray.model_copy(update={"workers": 1}))
-    with mlflow_run.tracked(cfg, "evaluate", os.path.basename(out), out) as (tracker, run):
+    with mlflow_run.tracked_run(cfg, "evaluate", os.path.basename(out), out) as (tracker, run):
         found: dict[str, dict[str, float]] = {}
         machine = ""
         for plan in plans:

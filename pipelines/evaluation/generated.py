@@ -111,7 +111,7 @@ def samples(cfg: config.EvaluateSamples) -> dict[str, Any]:
     )
 
     placement = cluster.start(cfg.ray)
-    with mlflow_run.tracked(cfg, "evaluate", os.path.basename(out), out) as (tracker, run):
+    with mlflow_run.tracked_run(cfg, "evaluate", os.path.basename(out), out) as (tracker, run):
         uri = reference.source.uri
         tracker.dataset(os.path.basename(uri), reference.source.digest, uri, context="reference")
         known = {network.name: network.sha256 for network in networks}

@@ -36,7 +36,7 @@ def mmd(cfg: config.EvaluateLatents) -> dict[str, Any]:
     parts = [chosen[start : start + PART] for start in range(0, len(chosen), PART)]
     raw = torch.cat([cache.latents(part, 0, cfg.seed, cfg.draw, normalize=False) for part in parts])
 
-    with mlflow_run.tracked(cfg, "evaluate", os.path.basename(out), out) as (tracker, run):
+    with mlflow_run.tracked_run(cfg, "evaluate", os.path.basename(out), out) as (tracker, run):
         digest = cache.manifest["digest"]
         tracker.dataset(os.path.basename(cache.path), digest, cache.path, context="evaluation")
         drawn = "drawn from the moments" if cfg.draw == "sample" and cache.content == "moments" else "means"

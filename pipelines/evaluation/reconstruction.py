@@ -192,7 +192,7 @@ def evaluate(cfg: config.Evaluate) -> dict[str, Any]:
 
     placement = cluster.start(cfg.ray)
     cluster.check_folders({}, {"source.uri": source.uri, "model": cfg.model})
-    with mlflow_run.tracked(cfg, "evaluate", os.path.basename(out), out) as (tracker, run):
+    with mlflow_run.tracked_run(cfg, "evaluate", os.path.basename(out), out) as (tracker, run):
         tracker.dataset(os.path.basename(source.uri), source.digest, source.uri, context="evaluation")
         actors = pool(Evaluator, placement, cfg, placement, judges.identity)
         started = time.monotonic()

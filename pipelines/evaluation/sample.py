@@ -91,7 +91,7 @@ def sample(cfg: config.Sample) -> dict[str, Any]:
     storage.remove(storage.join(out, "samples.json"))
     name = os.path.basename(out)
     folder = os.path.join(os.path.abspath(cfg.root), name) if storage.remote(out) else out
-    with mlflow_run.tracked(cfg, "sample", name, folder) as (tracker, run):
+    with mlflow_run.tracked_run(cfg, "sample", name, folder) as (tracker, run):
         drawn = sum(len(piece.numbers) for piece in missing)
         started = time.monotonic()
         if missing:

@@ -111,7 +111,7 @@ def _trained(cfg: Sweep, trial: Trial, parent: str, reports: Any) -> dict[str, A
         if not done.exists():
             from pipelines.training.vae import train_vae
 
-            config = validate(TrainVAE, trial.train | {"tracking": tracked(cfg, row, parent).model_dump()})
+            config = validate(TrainVAE, trial.train | {"tracking": tracking_of(cfg, row, parent).model_dump()})
             result = train_vae(config, [_reporter(reports)])
             metrics = {key: value for key, value in result.items() if isinstance(value, int | float)}
             about = {"folder": trial.folder, "model": result["model"], "metrics": metrics, "row": row.folder}
@@ -132,7 +132,7 @@ def _evaluate(cfg: Sweep, values: dict[str, Any], trained: dict[str, Any], row: 
         folders.append(_diffusion(row, trained))
     own = trained["row"] == row.folder and b'"eval/' not in Path(trained["folder"], "metrics.jsonl").read_bytes()
     run_folder = trained["folder"] if own else os.path.join(row.folder, "run")
-    run = mlflow_run.start_run(tracked(cfg, row, parent), cfg.root, "train_vae", values["name"], values, run_folder)
+    run = mlflow_run.start_run(tracking_of(cfg, row, parent), cfg.root, "train_vae", values["name"], values, run_folder)
     tracker = mlflow_run.Tracker(run, system=False)
     images = trained["metrics"]["images"]
     if not own:
@@ -179,7 +179,7 @@ def _reporter(reports: Any) -> Any:
     return Report()
 
 
-def tracked(cfg: Sweep, row: Row, parent: str) -> Tracking:
+def tracking_of(cfg: Sweep, row: Row, parent: str) -> Tracking:
     """Where a row's run is tracked, and as what."""
     tags = {"litevae.sweep": cfg.name, "litevae.row": row.name, "litevae.seed": str(row.seed)}
     if cfg.table:

@@ -67,9 +67,9 @@ def sweep(cfg: Sweep) -> list[dict[str, Any]]:
     root = cluster.output_path("root", cfg.root)
     sources = {name: _absolute(getattr(cfg.data, name)) for name in ("train", "val")}
     uri = mlflow_run.tracking_uri(cfg.tracking, root) if cfg.tracking.enabled else ""  # trainings have another root
-    tracked = cfg.tracking.model_copy(update={"uri": uri})
+    tracking = cfg.tracking.model_copy(update={"uri": uri})
     data = cfg.data.model_copy(update=sources)
-    cfg = cfg.model_copy(update={"name": name, "root": root, "tracking": tracked, "data": data})
+    cfg = cfg.model_copy(update={"name": name, "root": root, "tracking": tracking, "data": data})
     folder = os.path.join(root, name)
     with checkpoint.claimed(folder):
         return _sweep(cfg, table, sources, folder)
@@ -142,7 +142,7 @@ def _complexity(cfg: Sweep, table: paper.Table, folder: str) -> list[dict[str, A
         for row in rows:
             metrics = {f"eval/{name}": value for name, value in found[row.model].items()}
             mine = Row(row.name, cfg.seeds[0], os.path.join(folder, "rows", slug(row.name)), {})
-            where = run_trial.tracked(cfg, mine, run.run_id or "")
+            where = run_trial.tracking_of(cfg, mine, run.run_id or "")
             values = job.model_dump(mode="json", exclude={"models", "tracking"}) | {"model": row.model}
             tracker = mlflow_run.Tracker(
                 mlflow_run.start_run(where, cfg.root, "evaluate", row.name, values, mine.folder, resume=False), False

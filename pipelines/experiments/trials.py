@@ -83,7 +83,7 @@ NOT_WEIGHTS = (
     "name", "root", "ray", "data.loaders", "data.max_bad", "loop.log_every", "loop.keep", "loop.max_restarts",
     "loop.max_skipped", "loop.checkpoint_every",
 )  # fmt: skip
-NETWORKS = ("inception", "squeezenet", "backbone", "backbone_model")  # of the judge of samples
+FEATURE_NETWORK_FIELDS = ("inception", "squeezenet", "backbone", "backbone_model")  # of the judge of samples
 
 
 def trials_of_table(cfg: Sweep, table: paper.Table, folder: str) -> tuple[list[Trial], dict[str, str]]:
@@ -217,7 +217,7 @@ def _jobs(cfg: Sweep, values: dict[str, Any], kind: paper.Kind) -> dict[str, dic
         parts = values.get(job, {}), sources.get(job, {}), getattr(cfg, job), shared
         found[job] = validate(cls, paper.merged(*parts)).model_dump(mode="json")
     if kind == "ldm":
-        check_networks(*(found["evaluate_samples"][key] for key in NETWORKS))
+        check_networks(*(found["evaluate_samples"][key] for key in FEATURE_NETWORK_FIELDS))
     judged, units = found["evaluate"], _source(cfg, "val").units
     if "images" not in cfg.evaluate:  # a scale's number is at most
         judged["images"] = min(judged["images"], units)

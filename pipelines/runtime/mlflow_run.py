@@ -124,7 +124,7 @@ def tracking_uri(config: Tracking, root: str) -> str:
 
 
 @contextmanager
-def tracked(
+def tracked_run(
     cfg: Tracked, job: str, name: str, folder: str, resume: bool = False
 ) -> Iterator[tuple["Tracker", RunHandle]]:
     """The run of a job that logs from its driver alone, closed however the job ends: see `start_run`.

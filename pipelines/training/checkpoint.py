@@ -82,8 +82,8 @@ Rest = ParamSpec("Rest")
 Result = TypeVar("Result")
 
 
-def alone(job: Callable[Concatenate[Config, Rest], Result]) -> Callable[Concatenate[Config, Rest], Result]:
-    """Decorator of a job that makes the run root/name: one process at a time does; see `claimed`."""
+def exclusive(job: Callable[Concatenate[Config, Rest], Result]) -> Callable[Concatenate[Config, Rest], Result]:
+    """Decorator of a job that makes the run root/name: only one process at a time works on it; see `claimed`."""
 
     @functools.wraps(job)
     def run(config: Config, *rest: Rest.args, **more: Rest.kwargs) -> Result:

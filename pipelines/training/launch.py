@@ -48,7 +48,7 @@ def fit(
     from ray.train.backend import Backend
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    class Alone(TorchConfig):
+    class WithoutProcessGroup(TorchConfig):
         """Without a process group, whose rendezvous listens on every address."""
 
         backend_cls = Backend
@@ -79,7 +79,9 @@ def fit(
             logging_config=ray.train.LoggingConfig(log_level="ERROR"),
             callbacks=list(callbacks),
         ),
-        torch_config=Alone() if (placement.elastic or placement.workers) == 1 else TorchConfig(timeout_s=600),
+        torch_config=WithoutProcessGroup()
+        if (placement.elastic or placement.workers) == 1
+        else TorchConfig(timeout_s=600),
     )
     status: mlflow_server.Status = "FAILED"
     try:

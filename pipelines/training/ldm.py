@@ -54,7 +54,7 @@ BUCKETS = 4  # of noise levels, whose losses are logged apart
 PICTURES = 16  # drawn at a time
 
 
-@checkpoint.alone
+@checkpoint.exclusive
 def train_ldm(config: TrainLDM) -> dict[str, Any]:
     """Train, or go on with, the run `config.name`; its model is in root/name/model.
 

@@ -40,7 +40,7 @@ FREE = (
 PICTURES = 8  # validation images shown
 
 
-@checkpoint.alone
+@checkpoint.exclusive
 def train_vae(config: TrainVAE, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
     """Train, or go on with, the run `config.name`; its model folder is root/name/model.
 

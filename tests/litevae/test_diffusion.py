@@ -61,7 +61,8 @@ def test_sqrt_linear_levels_by_hand():
 def test_epsilon_and_v_are_those_of_diffusers(objective):
     z, noise = normal(6, 4, 8, 8), normal(6, 4, 8, 8, seed=1)
     u = torch.tensor([0.0, 0.0004, 0.25, 0.5009, 0.9989, 1 - 2**-24])
-    noisy, timesteps, target, weights = objective.noised(z, noise, u)
+    batch = objective.noised(z, noise, u)
+    noisy, timesteps, target, weights = batch.noisy, batch.timesteps, batch.target, batch.weights
     assert timesteps.tolist() == [0, 0, 250, 500, 998, 999]
     torch.testing.assert_close(noisy, reference(objective).add_noise(z, noise, timesteps))
     velocity = reference(objective).get_velocity(z, noise, timesteps)
@@ -71,7 +72,8 @@ def test_epsilon_and_v_are_those_of_diffusers(objective):
 
 def test_zero_snr_ends_in_noise_alone():
     z, noise = normal(1, 4, 8, 8), normal(1, 4, 8, 8, seed=1)
-    noisy, timesteps, target, _ = Objective("v", zero_snr=True).noised(z, noise, torch.tensor([0.9999]))
+    batch = Objective("v", zero_snr=True).noised(z, noise, torch.tensor([0.9999]))
+    noisy, timesteps, target = batch.noisy, batch.timesteps, batch.target
     assert timesteps.item() == 999
     assert torch.equal(noisy, noise)
     assert torch.equal(target, -z)
@@ -79,7 +81,8 @@ def test_zero_snr_ends_in_noise_alone():
 
 def test_flow_is_that_of_diffusers():
     z, noise, u = normal(4, 4, 8, 8), normal(4, 4, 8, 8, seed=1), torch.tensor([0.125, 0.25, 0.5, 0.75])
-    noisy, timesteps, target, _ = Objective("flow").noised(z, noise, u)
+    batch = Objective("flow").noised(z, noise, u)
+    noisy, timesteps, target = batch.noisy, batch.timesteps, batch.target
     assert timesteps.tolist() == [125, 250, 500, 750]
     torch.testing.assert_close(noisy, FlowMatchEulerDiscreteScheduler(1000).scale_noise(z, timesteps, noise))
     for n, t in enumerate(timesteps):  # one step of Euler's along the target leads to the image
@@ -91,7 +94,8 @@ def test_flow_is_that_of_diffusers():
 def test_flow_goes_from_the_image_to_noise():
     z, noise = normal(2, 4, 8, 8), normal(2, 4, 8, 8, seed=1)
     for times in ("uniform", "logit-normal"):
-        noisy, timesteps, _, _ = Objective("flow", times=times).noised(z, noise, torch.tensor([0.0, 1 - 2**-24]))
+        batch = Objective("flow", times=times).noised(z, noise, torch.tensor([0.0, 1 - 2**-24]))
+        noisy, timesteps = batch.noisy, batch.timesteps
         assert torch.equal(noisy[0], z[0])
         torch.testing.assert_close(noisy[1], noise[1], atol=0.05, rtol=0)
         assert timesteps[0] == 0
@@ -101,7 +105,7 @@ def test_flow_goes_from_the_image_to_noise():
 def test_logit_normal_times_are_scipys():
     u = torch.rand(2000, generator=torch.Generator().manual_seed(0))
     z = torch.zeros(2000, 1, 1, 1)
-    times = Objective("flow", times="logit-normal").noised(z, z, u)[1] / 1000
+    times = Objective("flow", times="logit-normal").noised(z, z, u).timesteps / 1000
     np.testing.assert_allclose(times, expit(norm.ppf(u.double().numpy())), rtol=1e-5)
     assert kstest(np.log(times / (1 - times)).numpy(), "norm").pvalue > 0.01
 

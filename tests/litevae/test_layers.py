@@ -90,15 +90,15 @@ def test_attention_is_torchs():
 
 def test_a_carrier_keeps_the_variance():
     torch.manual_seed(0)
-    conv = layers.carrier(64, 48, 3, stride=2)
+    conv = layers.variance_preserving_conv(64, 48, 3, stride=2)
     assert (conv.stride, conv.padding, conv.bias.abs().max().item()) == ((2, 2), (1, 1), 0)
     assert conv.weight.std().item() == pytest.approx((64 * 9) ** -0.5, rel=0.02)
-    assert layers.carrier(4, 4, 3, padding=0).padding == (0, 0)
-    assert layers.carrier(4, 4, 1).padding == (0, 0)
+    assert layers.variance_preserving_conv(4, 4, 3, padding=0).padding == (0, 0)
+    assert layers.variance_preserving_conv(4, 4, 1).padding == (0, 0)
     with torch.no_grad():
-        assert layers.carrier(64, 64, 3)(torch.randn(8, 64, 16, 16))[..., 1:-1, 1:-1].std().item() == pytest.approx(
-            1, 0.1
-        )
+        assert layers.variance_preserving_conv(64, 64, 3)(torch.randn(8, 64, 16, 16))[
+            ..., 1:-1, 1:-1
+        ].std().item() == pytest.approx(1, 0.1)
 
 
 def test_a_small_posterior_is_of_the_second_half():

@@ -162,7 +162,7 @@ def test_kernels(tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", str(tmp_path / "none"))
     native._library.cache_clear()
     try:
-        (found,) = examined(machine.kernels, probe.alone)
+        (found,) = examined(machine.kernels, probe.on_this_machine)
     finally:
         native._library.cache_clear()
     assert found.state == "warning"

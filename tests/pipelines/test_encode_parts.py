@@ -482,7 +482,7 @@ def test_shards_without_a_commit_are_done(tmp_path, monkeypatch):
     commit(tmp_path, 2)
     job = encode.CacheJob(str(tmp_path), cache_plan(), Partition([Listed([1] * 40)], 8), PLACEMENT)
     monkeypatch.setattr(encode, "plan_cache", lambda config: job)
-    monkeypatch.setattr(encode, "run_tracked", lambda *given: given)
+    monkeypatch.setattr(encode, "encode_and_track", lambda *given: given)
     found = encode.encode_dataset(validate(Encode, {}))
     assert found[2:] == (job, [Task(1), Task(3), Task(4)])
 
@@ -498,7 +498,7 @@ def test_a_retry_is_of_the_quarantined_for_these_reasons(tmp_path, monkeypatch):
     monkeypatch.setattr(encode.cache, "read_manifest", lambda out: {"counts": counts})
     monkeypatch.setattr(encode.cluster, "start", lambda ray: PLACEMENT)
     given = []
-    monkeypatch.setattr(maintenance, "run_tracked", lambda *values: given.append(values) or {"images": 12})
+    monkeypatch.setattr(maintenance, "encode_and_track", lambda *values: given.append(values) or {"images": 12})
     monkeypatch.setattr(maintenance, "print_summary", lambda done: done)
     assert maintenance.retry(Retry(reasons=["missing"])) == {"images": 12, "encoded_now": 2, "recovered": 2}
     assert given[0][3] == [Task(0, 1, (7,)), Task(2, 2, (22, 23))]

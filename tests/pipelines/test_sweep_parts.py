@@ -454,7 +454,7 @@ def test_a_training_is_done_once(tmp_path, monkeypatch):
     assert (config.name, config.seed, callbacks) == ("vae-1", 3, ["reporter of queue"])
     tags = {"a": "b", "litevae.sweep": "mine", "litevae.row": "a row", "litevae.seed": "3"}
     assert (config.tracking.tags, config.tracking.run, config.tracking.parent) == (tags, "a row, seed 3", "parent")
-    of_table = run_trial.tracked(configured(tmp_path, "table=t9", "scale=smoke"), row, "parent")
+    of_table = run_trial.tracking_of(configured(tmp_path, "table=t9", "scale=smoke"), row, "parent")
     assert (of_table.tags["litevae.table"], of_table.tags["litevae.scale"]) == ("9", "smoke")
 
 
