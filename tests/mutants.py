@@ -94,8 +94,8 @@ MUTANTS = [
     ),
     Mutant(
         "pipelines/training/image_feed.py",
-        "return len(set(gathered([*self.bad], world)))",
-        "return len(gathered([*self.bad], world)) + 1",
+        "return len(set(ranks.gathered([*self.bad], world)))",
+        "return len(ranks.gathered([*self.bad], world)) + 1",
         ("tests/pipelines/test_ldm_task.py::test_online_counts_what_it_can_not_read",),
     ),
     Mutant(

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 
 from litevae.errors import UserError
 from litevae.images import ImageError, ImageTransform
@@ -12,6 +11,7 @@ from litevae.loader import stream
 from litevae.order import EpochOrder, batch_positions, seed_for
 from pipelines.data.source import Source
 from pipelines.runtime.logs import say
+from pipelines.training import ranks
 
 
 class Picture(NamedTuple):
@@ -59,7 +59,7 @@ class Images:
 
     def count_bad(self, world: int) -> int:
         """Unreadable images that any rank has met; all ranks call this together."""
-        return len(set(gathered([*self.bad], world)))
+        return len(set(ranks.gathered([*self.bad], world)))
 
     def check(self, bad: int) -> None:
         """
@@ -72,12 +72,3 @@ class Images:
                 f"{bad} of {self._source.units} images can't be read, more than data.max_bad={self._max_bad:g} "
                 f"allows: {some or 'named above'}. Remove them, or raise data.max_bad"
             )
-
-
-def gathered(mine: list[Any], world: int) -> list[Any]:
-    """What all ranks have."""
-    if world == 1:
-        return mine
-    parts: list[Any] = [None] * world
-    torch.distributed.all_gather_object(parts, mine)
-    return [item for part in parts for item in part]

@@ -24,8 +24,9 @@ from litevae.order import batch_positions
 from litevae.precision import autocast
 from pipelines.data.source import Source
 from pipelines.encoding import encoder
+from pipelines.training import ranks
 from pipelines.training.config import TrainLDM
-from pipelines.training.image_feed import Images, gathered
+from pipelines.training.image_feed import Images
 from pipelines.training.worker_setup import LdmSetup
 
 CHUNK = 32  # images of a forward pass of the encoder
@@ -163,7 +164,7 @@ class Encoding(Feed):
                 values, content = self.encoded(pixels)
                 part = cache.statistics([values], {"dtype": "float32", "content": content})
                 found.append((number * self.world + self.rank, part))
-        parts = [part for _, part in sorted(gathered(found, self.world), key=lambda part: part[0])]
+        parts = [part for _, part in sorted(ranks.gathered(found, self.world), key=lambda part: part[0])]
         if not parts:
             raise UserError(f"no image of {source.uri} can be read")
         self.mean, self.std = map(torch.tensor, cache.mean_and_std(parts))

@@ -25,9 +25,9 @@ from pipelines.runtime import mlflow_run, prometheus, shutdown
 from pipelines.runtime.logs import say
 from pipelines.runtime.progress import Progress
 from pipelines.runtime.schema import values_to_keep
-from pipelines.training import checkpoint
+from pipelines.training import checkpoint, ranks
 from pipelines.training.config import TrainLDM, TrainVAE
-from pipelines.training.step_metrics import Throughput, Totals, mean_over_ranks
+from pipelines.training.step_metrics import Throughput, Totals
 from pipelines.training.worker_setup import TrainSetup
 
 LOOK_EVERY = 0.5  # seconds between looks for a request to stop
@@ -164,7 +164,7 @@ class _Run:
 
     def _log(self, batch_size: int) -> None:
         """Metrics since the last time: their means over steps and ranks, checked, then shown everywhere."""
-        means = mean_over_ranks(self.totals.means() | self.task.count())
+        means = ranks.mean_over_ranks(self.totals.means() | self.task.count())
         done, speed = self.throughput.read(self.images)
         self.task.check(means)
         if (skipped := self.task.skipped()) >= self.config.loop.max_skipped:

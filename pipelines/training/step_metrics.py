@@ -1,24 +1,12 @@
-"""Means of the metrics that training steps return, over steps, micro-batches and ranks; and how fast steps are."""
+"""Means of the metrics that training steps return, over steps and micro-batches; and how fast steps are."""
 
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-
-
-def mean_over_ranks(tensors: dict[str, Tensor]) -> dict[str, float]:
-    """The mean of each number over all ranks that have it; every rank calls this with the same keys."""
-    values = {key: float(value) for key, value in tensors.items()}
-    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
-        return values
-    gathered: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(gathered, values)
-    found = {key: [one[key] for one in gathered if np.isfinite(one[key])] for key in values}
-    return {key: sum(numbers) / len(numbers) if numbers else float("nan") for key, numbers in found.items()}
 
 
 class Totals:

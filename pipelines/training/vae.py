@@ -27,7 +27,7 @@ from pipelines.data.sources import open_source
 from pipelines.runtime import cluster, mlflow_run
 from pipelines.runtime.logs import say
 from pipelines.runtime.schema import validate, values_to_keep
-from pipelines.training import checkpoint, compiling, launch, optimizer, step_metrics
+from pipelines.training import checkpoint, compiling, launch, optimizer, ranks, step_metrics
 from pipelines.training.config import TrainVAE
 from pipelines.training.image_feed import Images, Picture
 from pipelines.training.worker_setup import VaeSetup
@@ -510,14 +510,11 @@ class Validation:
                     for column, tensor in zip(shown, (x, reconstruction, posterior.mode().float()), strict=True):
                         column.append(tensor[: PICTURES - start])
         networks.model.train()
-        gathered = [values]
-        if self._world > 1:
-            gathered = [values] * self._world
-            torch.distributed.all_gather_object(gathered, values)
         means = {}
+        everywhere = ranks.gathered([values], self._world)
         for name in values:
             mean = metrics.Mean()
-            for part in gathered:
+            for part in everywhere:
                 mean.add(torch.tensor(part[name], dtype=torch.float64))
             means[name] = mean.value()
         return means, reconstruction_picture(*map(torch.cat, shown)) if shown[0] else None

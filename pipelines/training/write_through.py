@@ -19,8 +19,8 @@ from pipelines.encoding.encoder import Encoder
 from pipelines.encoding.listings import open_listings
 from pipelines.encoding.partition import Partition
 from pipelines.encoding.totals import check_budget
+from pipelines.training import ranks
 from pipelines.training.config import TrainLDM
-from pipelines.training.image_feed import gathered
 from pipelines.training.latent_feeds import Batch, Encoding, from_cache, labels_of
 from pipelines.training.worker_setup import LdmSetup
 
@@ -63,7 +63,7 @@ class WriteThrough(Encoding):
         first = -(-self._partition.units // batch_size) * batch_size  # where the first epoch's last batch ends
         if start < first:
             mine = [*cache.committed(self._out)] if self.rank == 0 else []  # one rank's: others may see more by now
-            self._done = set(gathered(mine, self.world))
+            self._done = set(ranks.gathered(mine, self.world))
             windows = self._windows(start, self._partition.units)
             todo = [[shard] for window in windows for shard in self._mine(window)]
             self._decoded = stream(self._decode, todo, min(self.config.data.loaders, 2), ahead=1)
@@ -131,7 +131,7 @@ class WriteThrough(Encoding):
             if error := self._encoder(row)["error"]:
                 errors.append(error)
                 break
-        if errors := gathered(errors, self.world):  # and so no rank goes on before all shards are there
+        if errors := ranks.gathered(errors, self.world):  # and so no rank goes on before all shards are there
             raise UserError(errors[0])
         numbers = [int(shard) for shard in shards]
         self._done |= {*numbers}
@@ -151,7 +151,7 @@ class WriteThrough(Encoding):
                 finish(self._out, self._plan, self._partition, "train_ldm", settings, self._handle, devices)
             except UserError as error:
                 errors.append(str(error))
-        if errors := gathered(errors, self.world):
+        if errors := ranks.gathered(errors, self.world):
             raise UserError(errors[0])
         self._version = cache.read_manifest(self._out)["number"]
         self._encoder.close()  # its memory is for training now

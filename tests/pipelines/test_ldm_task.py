@@ -19,7 +19,7 @@ from litevae.pictures import grid
 from pipelines.encoding.plan import CachePlan
 from pipelines.runtime.cli import load
 from pipelines.runtime.schema import validate, values_to_keep
-from pipelines.training import checkpoint, image_feed, latent_feeds
+from pipelines.training import checkpoint, latent_feeds, ranks
 from pipelines.training import ldm as module
 from pipelines.training.config import TrainLDM
 from pipelines.training.ldm import CACHED, FREE, Diffusion
@@ -27,6 +27,7 @@ from pipelines.training.worker_setup import LatentData
 from tests.encoding import encoded_crops
 from tests.in_process import up_to_the_workers
 from tests.networks import Noted
+from tests.setups import ldm_setup
 
 SMALL = [
     "network=tiny", "batch_size=8", "images=24", "loop.precision=fp32", "loop.ema=0.9", "sample_images=5",
@@ -47,9 +48,7 @@ def task(made, tmp_path, monkeypatch):
 
     def make(*more, rank=0, world=1):
         config = load(TrainLDM, None, [*SMALL, f"cache={made[0]}", f"root={tmp_path}", *more])
-        kinds = {"cache": module.cached_setup, "online": module.online_setup}
-        data, shape, _ = kinds[config.mode](config)
-        return Diffusion(config, data | {"shape": shape, "threads": 1}, rank, world, torch.device("cpu"))
+        return Diffusion(config, ldm_setup(config), rank, world, torch.device("cpu"))
 
     return make
 
@@ -329,14 +328,14 @@ def test_labels_are_classes_or_missing(value):
 
 
 def test_what_all_ranks_have(monkeypatch):
-    assert image_feed.gathered(["a"], 1) == ["a"]
+    assert ranks.gathered(["a"], 1) == ["a"]
 
     def all_gather_object(into, mine):
         assert into == [None] * 3
         into[:] = [mine, [], ["c", "d"]]
 
     monkeypatch.setattr(torch.distributed, "all_gather_object", all_gather_object)
-    assert image_feed.gathered(["a", "b"], 3) == ["a", "b", "c", "d"]
+    assert ranks.gathered(["a", "b"], 3) == ["a", "b", "c", "d"]
 
 
 # --- the job ------------------------------------------------------------------------------------------------------

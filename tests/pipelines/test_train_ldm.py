@@ -104,7 +104,7 @@ def ranks(task, monkeypatch):
                 barrier.abort()
                 raise
 
-        monkeypatch.setattr("pipelines.training.image_feed.gathered", gathered)
+        monkeypatch.setattr("pipelines.training.ranks.gathered", gathered)
         ones = [task(*words, rank=rank, world=2) for rank in (0, 1)]
         with ThreadPoolExecutor(2) as threads:
             results = [threads.submit(run, rank) for rank in (0, 1)]
@@ -212,7 +212,7 @@ def test_unreadable_images_count_once_whoever_meets_them(ranks, made, tmp_path):
             self.check(self.bad())
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipelines.training.latent_feeds.Online", Spy)
+        patch.setattr("pipelines.training.feeds.Online", Spy)
         ranks(words, 0, 96)
     assert [len(feed._images.bad) for feed in kept] == [1, 1]  # both have met it
 

@@ -13,7 +13,7 @@ from litevae import order
 from litevae.errors import UserError
 from pipelines.runtime.cli import load
 from pipelines.runtime.schema import Ray
-from pipelines.training import checkpoint, compiling, launch, loop, optimizer, step_metrics
+from pipelines.training import checkpoint, compiling, launch, loop, optimizer, ranks, step_metrics
 from pipelines.training.config import Optimizer, TrainLDM, TrainVAE
 from pipelines.training.ldm import CACHED, FREE
 
@@ -102,12 +102,12 @@ def test_what_is_not_finite_counts_neither_in_totals_nor_over_ranks(monkeypatch)
     assert means["empty"].isnan()
 
     def gather(into, values):
-        into[:] = [values, {"loss": 4.0, "empty": float("nan")}]
+        into[:] = [values, [{"loss": 4.0, "empty": float("nan")}]]
 
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
-    over_ranks = step_metrics.mean_over_ranks(means)
+    over_ranks = ranks.mean_over_ranks(means)
     assert over_ranks["loss"] == 3
     assert np.isnan(over_ranks["empty"])
 
