@@ -16,7 +16,7 @@ from pydantic import BaseModel
 from litevae.errors import UserError, redact
 from pipelines.runtime import shutdown
 from pipelines.runtime.logs import say
-from pipelines.runtime.schema import ConfigT, dump, fields_of, validate
+from pipelines.runtime.schema import ConfigT, dump, fields_of, unknown_field, validate
 
 PRESETS = Path(__file__).resolve().parents[2] / "jobs" / "configs"
 SECTIONS = {  # of a recipe
@@ -74,8 +74,9 @@ def main(
     """
     arguments = sys.argv[1:] if argv is None else argv
     try:
-        if "--help" in arguments or "-h" in arguments:
-            print(usage(cls, action, subject))
+        if help_at := [place for place, word in enumerate(arguments) if word in ("--help", "-h")]:
+            topic = next(iter(arguments[help_at[0] + 1 :]), "")
+            print(fields_text(cls, topic) if topic else usage(cls, action, subject))
             return 0
         preset, overrides, show = None, [], False
         rest = iter(arguments)
@@ -121,14 +122,40 @@ def usage(cls: type[BaseModel], action: str = "", subject: str = "cache") -> str
         inspect.cleandoc(cls.__doc__ or ""),
         "",
         f"usage: python jobs/{words} [--print-config] [key=value ...]",
+        f"       python jobs/{job}.py{f' {action}' if action else ''} --help FIELD, or --help SECTION: some of these",
         *([f"presets: {', '.join(_presets(cls))}"] if section_of(cls) in SECTIONS else []),
         "",
     ]
-    for name, kind, default, text in fields_of(cls):
+    return "\n".join([*lines, fields_text(cls)])
+
+
+def fields_text(cls: type[BaseModel], topic: str = "") -> str:
+    """The fields of a config with their types, defaults and meanings: the job's own first, then those of every job.
+
+    Args:
+        topic: one field (`loop.ema`) or a section (`loop`); empty: all fields.
+
+    Raises:
+        UserError: there is no such field.
+    """
+    fields = sorted(fields_of(cls), key=lambda field: _common(field[0]))  # which keeps the order of each kind
+    topic = topic.partition("=")[0].rstrip(".")
+    chosen = [field for field in fields if not topic or field[0] == topic or field[0].startswith(f"{topic}.")]
+    if not chosen:
+        raise UserError(f"--help {topic}: {unknown_field(topic, [name for name, *_ in fields])}")
+    lines = []
+    for name, kind, default, text in chosen:
         lines.append(f"  {name} = {default}    ({kind})")
         if text:
             lines.append(f"      {text}")
     return "\n".join(lines)
+
+
+def _common(name: str) -> int:
+    """Where a field stands in `--help`: 0, the job's own; then what every job has, from 1 on."""
+    sections = ("root", "ray", "tracking")
+    first = name.partition(".")[0]
+    return sections.index(first) + 1 if first in sections else 0
 
 
 def _presets(cls: type[BaseModel]) -> list[str]:

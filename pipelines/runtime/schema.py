@@ -3,6 +3,7 @@
 Counts of training are in images, not steps, so that they do not change with the batch size.
 """
 
+import difflib
 import re
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, TypeVar, get_args
@@ -162,16 +163,16 @@ def _kind(annotation: Any, metadata: list[Any]) -> str:
     return " ".join([kind, *limits])
 
 
+def unknown_field(name: str, known: list[str]) -> str:
+    """A message about a field that a config does not have, with the name that is nearest to it."""
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+    return f"unknown config key {name!r}" + (f"; did you mean {close[0]!r}?" if close else "") + " (--help lists all)"
+
+
 def _explain(cls: type[BaseModel], problem: dict[str, Any]) -> str:
     path = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
-        import difflib
-
-        known = [name for name, *_ in fields_of(cls)]
-        close = difflib.get_close_matches(path, known, n=1, cutoff=0.4)
-        return (
-            f"unknown config key {path!r}" + (f"; did you mean {close[0]!r}?" if close else "") + " (--help lists all)"
-        )
+        return unknown_field(path, [name for name, *_ in fields_of(cls)])
     message = problem["msg"][0].lower() + problem["msg"][1:]
     return f"{path or 'config'}: {message}" + (
         "" if problem["type"] in ("missing", "value_error") else f" (got {problem['input']!r})"

@@ -237,6 +237,27 @@ def test_help_lists_every_field_and_dumps_load_again(job, capsys):
     assert dump(cls()).startswith("root: runs")
 
 
+@pytest.mark.parametrize("job", JOBS)
+def test_help_begins_with_the_fields_that_a_job_has_for_itself(job, capsys):
+    main(JOBS[job], print, ["--help"])
+    names = re.findall(r"^  (\S+) = ", capsys.readouterr().out, re.M)
+    common = [name for name in names if name.partition(".")[0] in ("root", "ray", "tracking")]
+    assert names[len(names) - len(common) :] == common
+    order = ["root", "ray", "tracking"]
+    assert common == sorted(common, key=lambda name: order.index(name.partition(".")[0]))
+
+
+def test_help_of_a_field_or_a_section(capsys):
+    assert main(TrainLDM, lambda config: pytest.fail("it ran"), ["--help", "loop.ema"]) == 0
+    shown = "  loop.ema = 0.9999    (float >= 0 <= 1)\n      decay of the averaged weights per step; 0: no average\n"
+    assert capsys.readouterr().out == shown
+    assert main(TrainLDM, lambda config: pytest.fail("it ran"), ["--help", "loop"]) == 0
+    names = re.findall(r"^  (\S+) = ", capsys.readouterr().out, re.M)
+    assert names == [f"loop.{name}" for name in TrainLDM().loop.model_dump()]
+    assert main(TrainLDM, lambda config: pytest.fail("it ran"), ["--help", "loop.emma"]) == 2
+    assert "unknown config key 'loop.emma'; did you mean 'loop.ema'?" in capsys.readouterr().err
+
+
 def test_exit_codes(capsys):
     def refuse(config):
         raise UserError("no such thing; make one")
