@@ -35,6 +35,7 @@ from pipelines.encoding.encode import encode_dataset
 from pipelines.encoding.encoder import Encoder
 from pipelines.encoding.plan import CachePlan
 from pipelines.runtime.cli import load
+from pipelines.runtime.host import process_memory
 
 SIDE = 256
 BATCH = {"cpu": 16, "cuda": 64}  # also a shard's, so that all systems finish their files equally often
@@ -365,7 +366,7 @@ def _peaks(command: list[str]) -> dict[str, tuple[int, int]]:
             for process in [job, *job.children(recursive=True)]:
                 try:
                     kind, memory = _kind(process, job.pid), process.memory_info()
-                    most = _most_so_far(process.pid)
+                    most = process_memory("VmHWM", process.pid)
                 except (psutil.Error, OSError, StopIteration):
                     continue  # it ended meanwhile
                 before = found.get(kind, (0, 0))
@@ -386,12 +387,6 @@ def _kind(process: psutil.Process, driver: int) -> str:
         return "driver"
     title = " ".join(process.cmdline())
     return next((kind for start, kind in KINDS.items() if start in title), "others")
-
-
-def _most_so_far(pid: int) -> int:
-    """Bytes of resident memory: Linux keeps the peak itself, so none is missed between two looks."""
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
 
 
 if __name__ == "__main__":

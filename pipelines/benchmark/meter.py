@@ -2,7 +2,6 @@
 
 import json
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -12,7 +11,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ from PIL import Image, ImageOps
 
 from litevae.errors import UserError
 from pipelines.benchmark.config import Benchmark
+from pipelines.runtime import host
 
 PACKAGES = (
     *("litevae", "torch", "torchvision", "diffusers", "ray", "pillow", "simplejpeg"),
@@ -242,33 +241,6 @@ def _stdout_is_ours() -> Iterator[Any]:
         yield out
 
 
-class Memory:
-    """The most memory since it was made, in bytes beyond what there was then: of a GPU what PyTorch allocated, of a
-    process on Linux its resident memory."""
-
-    def __init__(self, device: torch.device):
-        self._cuda = device.type == "cuda"
-        if self._cuda:
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            self._before = torch.cuda.memory_allocated()
-        else:
-            Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew
-            self._before = _status("VmRSS")
-
-    def peak(self) -> int:
-        most = torch.cuda.max_memory_allocated() if self._cuda else _status("VmHWM")
-        return max(0, most - self._before)
-
-
-def _status(name: str) -> int:
-    """Bytes of a line of /proc/self/status."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{name}:"):
-            return 1024 * int(line.split()[1])
-    raise OSError(f"/proc/self/status has no {name}")
-
-
 # --- the machine --------------------------------------------------------------------------------------------------
 
 
@@ -298,28 +270,10 @@ def _repeated(call: Callable[[], object], device: torch.device, seconds: float) 
 def environment(device: torch.device, threads: int) -> dict[str, Any]:
     """The machine and the versions that a measurement holds for."""
     return {
-        "processor": processor(),
+        "processor": host.processor(),
         "cores": os.cpu_count(),
         "threads": threads,
         "gpu": torch.cuda.get_device_name() if device.type == "cuda" else None,
         "load": [round(value, 2) for value in os.getloadavg()],
-        "python": platform.python_version(),
-        "versions": {name: number for name in PACKAGES if (number := _version(name))},
+        "versions": host.versions(PACKAGES),
     }
-
-
-def _version(name: str) -> str:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return ""
-
-
-def processor() -> str:
-    cpus = Path("/proc/cpuinfo")
-    names = (
-        [line.partition(":")[2].strip() for line in cpus.read_text().splitlines() if "model name" in line]
-        if cpus.exists()
-        else []
-    )
-    return names[0] if names else platform.machine()

@@ -34,6 +34,7 @@ from litevae.inference import best_kernels, prepared
 from litevae.precision import autocast
 from pipelines.benchmark import meter
 from pipelines.benchmark.config import Benchmark
+from pipelines.runtime.host import PeakMemory
 
 TITLES = {"sd-vae": "SD-VAE", "taesd": "TAESD", "dc-ae": "DC-AE (f = 32)", "pseudocode-B": "LiteVAE-B, pseudocode"}
 GPU_SECONDS = 0.2  # of passes for a sample
@@ -269,9 +270,9 @@ class Contender:
         x = self.input(request["batch"], request["resolution"])
         try:
             if request["do"] == "memory":
-                memory = meter.Memory(self.device)
+                memory = PeakMemory(self.device)
                 self.seconds(x, 1)
-                return {"bytes": memory.peak()}
+                return {"bytes": memory.bytes()}
             if self.device.type != "cuda":
                 return {"seconds": self.seconds(x, 1)}
             self.seconds(x, 1)  # a GPU that had nothing to do is slow at first

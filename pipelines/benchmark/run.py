@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 
+from litevae import storage
 from litevae.errors import UserError
 from pipelines.benchmark import meter
 from pipelines.benchmark.config import Benchmark
 from pipelines.benchmark.meter import Setting, Table
-from pipelines.runtime import cluster, mlflow_run, tables
+from pipelines.runtime import cluster, mlflow_run
 
 PARTS = {  # module and function; some measure beside packages that only developers have
     "encoder": ("models", "encoder"),
@@ -93,8 +94,8 @@ def _write(out: str, found: dict[str, Any]) -> None:
     versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
     text = [
         f"{where}{about['threads']} threads on {about['cores']} cores of {about['processor']}; load before "
-        f"{', '.join(map(str, about['load']))}; Python {about['python']}, {versions}",
+        f"{', '.join(map(str, about['load']))}; {versions}",
         *(Table(**table).markdown for part in found["parts"].values() for table in part["tables"]),
     ]
-    tables.write(os.path.join(out, "benchmark.md"), "\n\n".join(text).encode())
-    tables.write(os.path.join(out, "benchmark.json"), json.dumps(found, indent=1).encode())
+    storage.put(os.path.join(out, "benchmark.md"), "\n\n".join(text).encode())
+    storage.put(os.path.join(out, "benchmark.json"), json.dumps(found, indent=1).encode())

@@ -43,6 +43,7 @@ from pipelines.data.decode import Task
 from pipelines.data.sources import open_source, restore
 from pipelines.encoding.config import Encode
 from pipelines.encoding.partition import Partition
+from pipelines.runtime.host import PeakMemory
 
 MODULE = "pipelines.benchmark.scale"
 SHARD: int = Encode.model_fields["rows_per_shard"].default
@@ -262,13 +263,13 @@ class Watch:
     """Seconds of steps, and the most memory beyond what there was at first."""
 
     def __init__(self) -> None:
-        self._memory, self.found = meter.Memory(torch.device("cpu")), {}  # type: ignore[var-annotated]
+        self._memory, self.found = PeakMemory(torch.device("cpu")), {}  # type: ignore[var-annotated]
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
         start = time.perf_counter()
         yield
-        self.found |= {name: time.perf_counter() - start, "bytes": self._memory.peak()}
+        self.found |= {name: time.perf_counter() - start, "bytes": self._memory.bytes()}
 
 
 def plan(uri: str, images: int, out: str) -> dict[str, Any]:

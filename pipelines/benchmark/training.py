@@ -25,6 +25,7 @@ from litevae.perceptual import WeightsMissing, load_lpips
 from litevae.precision import autocast
 from pipelines.benchmark import meter
 from pipelines.runtime.cli import load
+from pipelines.runtime.host import PeakMemory
 from pipelines.runtime.mlflow_server import RunHandle
 from pipelines.training import ldm, vae
 from pipelines.training.config import TrainLDM, TrainVAE
@@ -363,11 +364,11 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
         device, batch, resolution = torch.device(request["device"]), request["batch"], request["resolution"]
         ours = Ours(request["words"], resolution, batch, device)
         pixels = torch.randint(0, 256, (batch, resolution, resolution, 3), dtype=torch.uint8)
-        memory = meter.Memory(device)
+        memory = PeakMemory(device)
         for _ in range(2):
             ours.step(pixels)
         _STEPPING.extend((lambda: ours.step(pixels), lambda: meter.now(device)))
-        return {"peak": memory.peak()}
+        return {"peak": memory.bytes()}
     step, now = _STEPPING
     start = now()
     step()

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from pydantic import Field
 
+from litevae import storage
 from litevae.errors import UserError
 from pipelines.encoding.config import Encode
 from pipelines.evaluation.config import Evaluate, Sample
@@ -151,7 +152,7 @@ def cut_photos(folder: Path) -> Path:
             box = _free_square(draw, photo.size, held_out)
             tile = photo.resize((TILE, TILE), Image.Resampling.BICUBIC, box=box)
             tile.save(folder / "train" / stem / f"{n:04d}.png", compress_level=1)
-    tables.write(done, json.dumps({"tiles": TILES // len(HELD_OUT) * len(HELD_OUT), "tile": TILE}).encode())
+    storage.put(str(done), json.dumps({"tiles": TILES // len(HELD_OUT) * len(HELD_OUT), "tile": TILE}).encode())
     return folder
 
 

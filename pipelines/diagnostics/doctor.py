@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from litevae import storage
 from litevae.errors import UserError, redact
 from pipelines.diagnostics.config import Doctor
 from pipelines.diagnostics.folders import folder
@@ -21,7 +22,7 @@ from pipelines.diagnostics.machine import clock, collectives, cpus, gpus, kernel
 from pipelines.diagnostics.probe import DRIVER, Ask, Finding, Findings, Nodes, State, counted, failure, on_this_machine
 from pipelines.diagnostics.services import mlflow
 from pipelines.diagnostics.workload import Speeds, estimate, model, source, weights
-from pipelines.runtime import cluster, tables
+from pipelines.runtime import cluster
 from pipelines.runtime.schema import Ray
 
 
@@ -37,7 +38,7 @@ def run(config: Doctor) -> int:
     )
     if config.report:
         summary = {"counts": dict(counts), "findings": [finding._asdict() for finding in findings]}
-        tables.write(config.report, json.dumps(summary, indent=2).encode() + b"\n")
+        storage.put(os.path.abspath(config.report), json.dumps(summary, indent=2).encode() + b"\n")
     return 1 if counts["failed"] else 0
 
 

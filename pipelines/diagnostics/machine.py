@@ -1,9 +1,7 @@
 """What doctor checks of each node: versions, CPUs, GPUs, kernels, limits, clocks, and the links between nodes."""
 
 import hashlib
-import importlib.metadata
 import os
-import platform
 import shutil
 import subprocess
 import tempfile
@@ -23,7 +21,7 @@ import torch.distributed as dist
 from litevae import native, storage
 from litevae.errors import UserError
 from pipelines.diagnostics.probe import DRIVER, Ask, Finding, Nodes, State, answered, counted, failure
-from pipelines.runtime import cluster
+from pipelines.runtime import cluster, host
 
 PACKAGES = ("torch", "ray", "litevae", "numpy", "pyarrow", "diffusers", "pillow", "simplejpeg", "s3fs", "mlflow")
 GB = 10**9
@@ -49,12 +47,8 @@ def versions(mine: dict[str, str], theirs: dict[str, Any]) -> Iterator[Finding]:
 
 
 def versions_here() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "none"
+    """Versions of `PACKAGES` ("none" where one is not installed), and a digest of this project's own code."""
+    found = dict.fromkeys(PACKAGES, "none") | host.versions(PACKAGES)
     digest = hashlib.sha256()
     for part in (native.SOURCE.parent, Path(__file__).parents[1]):
         for path in sorted(part.rglob("*.py")):

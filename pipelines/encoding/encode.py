@@ -10,15 +10,12 @@ shard and retrying its quarantine are the same work on some shards, committed as
 import gc
 import json
 import os
-import platform
 import sys
 import time
 import warnings
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from litevae import cache, storage
@@ -32,11 +29,12 @@ from pipelines.encoding.listings import inputs_of, source_of
 from pipelines.encoding.partition import Partition
 from pipelines.encoding.plan import CachePlan, make_plan
 from pipelines.encoding.totals import EncodeTotals, check_budget, listed_reasons
-from pipelines.runtime import cluster, mlflow_run, mlflow_server, prometheus, tables
+from pipelines.runtime import cluster, host, mlflow_run, mlflow_server, prometheus
 from pipelines.runtime.cluster import Placement
 from pipelines.runtime.logs import say
 from pipelines.runtime.progress import Progress
 
+LIBRARIES = ("litevae", "torch", "diffusers", "pillow", "simplejpeg", "pyarrow", "numpy", "ray")  # that decide on bytes
 RETRIES = 3  # of a shard whose process died; Ray Data's default is endless, also for one that always kills it
 WAVE = 2000  # shards a worker that Ray Data is given at a time: what the driver holds does not grow with the data
 
@@ -158,7 +156,7 @@ def encode_and_track(
         tracker.dataset(os.path.basename(out), manifest["digest"], out, "latents")
         copy = os.path.join(folder, "manifest.json")
         if storage.remote(out):
-            tables.write(copy, json.dumps(manifest, indent=1).encode())
+            storage.put(copy, json.dumps(manifest, indent=1).encode())
         tracker.artifact(copy)
         status = "FINISHED"
         return summary
@@ -184,7 +182,7 @@ def finish(
         "job": job,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "config": mlflow_run.redact(settings),
-        "versions": _versions(),
+        "versions": host.versions(LIBRARIES),
         "devices": list(devices),
         "tracking": {"experiment": handle.experiment, "run_id": handle.run_id},
     }
@@ -316,12 +314,3 @@ def print_summary(done: dict[str, Any]) -> dict[str, Any]:
     rows["run"] = done["link"]
     say("\n" + "\n".join(f"{name:<22}{text}" for name, text in rows.items()), **done)
     return done
-
-
-def _versions() -> dict[str, str]:
-    """Versions of the libraries that decide what is encoded, as far as they are installed packages."""
-    found = {"python": platform.python_version()}
-    for name in ("litevae", "torch", "diffusers", "pillow", "simplejpeg", "pyarrow", "numpy", "ray"):
-        with suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from litevae import cache, metrics
+from litevae import cache, metrics, storage
 from litevae.autoencoder import encode_latents, fingerprint, load_autoencoder
 from litevae.errors import UserError
 from litevae.images import to_tensor
@@ -57,8 +57,8 @@ def inspect(config: Inspect) -> dict[str, Any]:
     out.mkdir(parents=True, exist_ok=True)
     same = [one for one in shown if one[0].shape == shown[0][0].shape]  # a picture's rows have one shape
     picture = reconstruction_picture(*(torch.cat(column) for column in zip(*same, strict=True)))
-    tables.write(out / "inspection.png", tables.png(picture))
-    tables.write(out / "inspection.json", json.dumps(about, indent=1).encode())
+    storage.put(str(out / "inspection.png"), tables.png(picture))
+    storage.put(str(out / "inspection.json"), json.dumps(about, indent=1).encode())
     print(f"\npicture  {out}/inspection.png")
     return about
 

@@ -5,12 +5,10 @@ counts, and nothing runs beside it.
 """
 
 import os
-import platform
 import textwrap
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -33,6 +31,7 @@ from litevae.precision import autocast
 from pipelines.evaluation import config, report
 from pipelines.runtime import cluster, mlflow_run, tables
 from pipelines.runtime.actor_pool import pool, spread
+from pipelines.runtime.host import PeakMemory, processor
 from pipelines.runtime.logs import say
 
 FIXED = {"dwt": 12, "dwt-2": 48}  # latent channels of encoders that are not learned
@@ -229,10 +228,11 @@ class Meter:
         found = {"params_m": count_parameters(getattr(self.model, cfg.part)) / 1e6}
         batch, one = self._input(cfg.batch_size), self._input(1)
         try:
-            before = self._watch_memory()
+            memory = self._watch_memory()
             seconds = self._seconds(timed, batch)
-            if before is not None:
-                found["memory_mb"] = (self._peak() - before) / 1e6
+            if memory is not None:
+                loaded = memory.before if self.device.type == "cuda" else 0  # COLUMNS say what counts where
+                found["memory_mb"] = (memory.bytes() + loaded) / 1e6
         except torch.OutOfMemoryError:
             raise UserError(f"{self.plan.name}: {_TOO_LARGE.format(cfg.batch_size, cfg.resolution)}") from None
         latencies = self._seconds(timed, one)
@@ -271,34 +271,15 @@ class Meter:
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    def _watch_memory(self) -> int | None:
-        """What the peak is to be counted from, in bytes; None where the system does not tell."""
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-            return 0
+    def _watch_memory(self) -> PeakMemory | None:
+        """The peak from now on; None where the system does not tell it."""
         try:
-            Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew
-            return _status("VmRSS")
+            return PeakMemory(self.device)
         except OSError:
             return None
-
-    def _peak(self) -> int:
-        return torch.cuda.max_memory_allocated() if self.device.type == "cuda" else _status("VmHWM")
 
     def _machine(self) -> str:
         versions = f"torch {torch.__version__}"
         if self.device.type == "cuda":
             return f"{torch.cuda.get_device_name()}, {versions}, TF32 off"
-        cpu, file = platform.machine(), Path("/proc/cpuinfo")
-        if file.exists():
-            names = [line.partition(":")[2].strip() for line in file.read_text().splitlines() if "model name" in line]
-            cpu = names[0] if names else cpu
-        return f"{self.threads} thread{'s' if self.threads > 1 else ''} of {cpu}, {versions}"
-
-
-def _status(name: str) -> int:
-    """Bytes of a line of /proc/self/status."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{name}:"):
-            return 1024 * int(line.split()[1])
-    raise OSError(f"/proc/self/status has no {name}")
+        return f"{self.threads} thread{'s' if self.threads > 1 else ''} of {processor()}, {versions}"

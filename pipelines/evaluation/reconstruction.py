@@ -21,7 +21,7 @@ import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor, nn
 
-from litevae import generation, metrics
+from litevae import generation, metrics, storage
 from litevae.autoencoder import (
     count_parameters,
     downsampling,
@@ -247,7 +247,7 @@ def evaluate(cfg: config.Evaluate) -> dict[str, Any]:
             values = {f"eval/scale/{metric}": value for metric, value in each["reconstruction"].items()}
             tracker.metrics(values, step=int(pixels))
         for name, picture in pictures.items():
-            tables.write(os.path.join(out, f"{name}.png"), tables.png(picture))
+            storage.put(os.path.join(out, f"{name}.png"), tables.png(picture))
             tracker.image(name, picture, step=0)
         report.leave(summary, out, tracker)
     print(summary_text(summary, out))

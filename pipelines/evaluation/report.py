@@ -6,10 +6,10 @@ import textwrap
 from itertools import pairwise
 from typing import Any, NamedTuple
 
+from litevae import storage
 from litevae.generation import Backbone, FeatureNetwork, Inception, SqueezeNetCaffe
 from litevae.images import ImageTransform
 from litevae.perceptual import WeightsMissing
-from pipelines.runtime import tables
 from pipelines.runtime.mlflow_run import Tracker
 
 
@@ -84,7 +84,7 @@ def leave(summary: dict[str, Any], out: str, tracker: Tracker) -> None:
 def save(summary: dict[str, Any], out: str, tracker: Tracker) -> None:
     """Write metrics.json into `out`, for MLflow too."""
     path = os.path.join(out, "metrics.json")
-    tables.write(path, json.dumps(summary, indent=2).encode() + b"\n")
+    storage.put(str(path), json.dumps(summary, indent=2).encode() + b"\n")
     tracker.artifact(path)
 
 

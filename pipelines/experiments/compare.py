@@ -14,12 +14,13 @@ from typing import Any
 
 from PIL import Image
 
+from litevae import storage
 from litevae.errors import UserError
 from pipelines.experiments import paper
 from pipelines.experiments.comparison import FINISHED, Run, clean, comparison, listed
 from pipelines.experiments.config import Compare
 from pipelines.experiments.page import as_json, markdown, page, report
-from pipelines.runtime import mlflow_run, mlflow_server, tables
+from pipelines.runtime import mlflow_run, mlflow_server
 from pipelines.runtime.cluster import output_path
 
 STORED = re.compile(r"images/(.+?)[+%]step[+%](\d+)[+%]timestamp[+%]\d+[+%][^+%]*\.png$")  # a picture in MLflow ...
@@ -49,9 +50,9 @@ def compare(cfg: Compare) -> dict[str, Any]:
     result.remarks += [f"No picture ({problem}): {listed(names)}." for problem, names in without.items()]
     data = as_json(result)
     out.mkdir(parents=True, exist_ok=True)
-    tables.write(out / "comparison.html", page(result, pictures).encode())
-    tables.write(out / "comparison.md", markdown(result).encode())
-    tables.write(out / "comparison.json", json.dumps(data, allow_nan=False).encode() + b"\n")
+    storage.put(str(out / "comparison.html"), page(result, pictures).encode())
+    storage.put(str(out / "comparison.md"), markdown(result).encode())
+    storage.put(str(out / "comparison.json"), json.dumps(data, allow_nan=False).encode() + b"\n")
     print(report(result), "", *(f"{kind:9} {out}/comparison.{kind}" for kind in ("html", "md", "json")), sep="\n")
     return data
 

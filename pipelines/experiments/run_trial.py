@@ -15,12 +15,13 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
+from litevae import storage
 from pipelines.encoding.config import Encode
 from pipelines.evaluation.config import Evaluate, EvaluateSamples, Sample
 from pipelines.experiments import paper
 from pipelines.experiments.config import Sweep
 from pipelines.experiments.trials import RESULT, TRAINED, Row, Trial
-from pipelines.runtime import cluster, tables
+from pipelines.runtime import cluster
 from pipelines.runtime.logs import say
 from pipelines.runtime.schema import Tracking, validate
 from pipelines.training.config import TrainLDM, TrainVAE
@@ -115,7 +116,7 @@ def _trained(cfg: Sweep, trial: Trial, parent: str, reports: Any) -> dict[str, A
             result = train_vae(config, [_reporter(reports)])
             metrics = {key: value for key, value in result.items() if isinstance(value, int | float)}
             about = {"folder": trial.folder, "model": result["model"], "metrics": metrics, "row": row.folder}
-            tables.write(done, json.dumps(about).encode())
+            storage.put(str(done), json.dumps(about).encode())
     return json.loads(done.read_text())
 
 
@@ -146,7 +147,7 @@ def _evaluate(cfg: Sweep, values: dict[str, Any], trained: dict[str, Any], row: 
         "row": row.name, "seed": row.seed, "metrics": metrics, "model": trained["model"], "evaluation": out,
         "remarks": summary["remarks"], "run": mlflow_run.link(run), "train_vae": values,
     }  # fmt: skip
-    tables.write(os.path.join(row.folder, RESULT), json.dumps(result, indent=2).encode() + b"\n")
+    storage.put(os.path.join(row.folder, RESULT), json.dumps(result, indent=2).encode() + b"\n")
 
 
 def _diffusion(row: Row, trained: dict[str, Any]) -> str:

@@ -92,7 +92,7 @@ def _sweep(cfg: Sweep, table: paper.Table | None, sources: dict[str, Any], folde
     for row, train in ((row, each.train) for each in trials for row in each.rows):
         path = os.path.join(folder, "configs", f"{slug(row.label)}.yaml")
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        tables.write(path, dump(validate(TrainVAE, train)).encode())
+        storage.put(str(path), dump(validate(TrainVAE, train)).encode())
     count = len(trials) or cfg.trials
     say(f"sweep {name}: {count} trainings, {placement.jobs} at a time, {placement.text}")
     for left, reason in left_out.items():
@@ -105,10 +105,10 @@ def _sweep(cfg: Sweep, table: paper.Table | None, sources: dict[str, Any], folde
     try:
         failed = _tune(cfg, trials, placement, run, folder)
         results = _results(folder, trials, [*table.rows] if table else [])
-        tables.write(os.path.join(folder, "results.json"), json.dumps(results, indent=2).encode() + b"\n")
+        storage.put(os.path.join(folder, "results.json"), json.dumps(results, indent=2).encode() + b"\n")
         if best := _best(results, f"eval/reconstruction/{cfg.metric}"):
             winner = values_to_keep(validate(TrainVAE, best["train_vae"] | {"name": f"{name}-best", "root": root}))
-            tables.write(os.path.join(folder, "best.yaml"), yaml.safe_dump(winner, sort_keys=False).encode())
+            storage.put(os.path.join(folder, "best.yaml"), yaml.safe_dump(winner, sort_keys=False).encode())
         status = "FAILED" if failed else "FINISHED"
     except KeyboardInterrupt:
         status = "KILLED"
@@ -150,7 +150,7 @@ def _complexity(cfg: Sweep, table: paper.Table, folder: str) -> list[dict[str, A
             tracker.metrics(metrics, 0)
             tracker.close("FINISHED")
             results.append({"row": row.name, "seed": mine.seed, "metrics": metrics, "remarks": []})
-        tables.write(os.path.join(folder, "results.json"), json.dumps(results, indent=2).encode() + b"\n")
+        storage.put(os.path.join(folder, "results.json"), json.dumps(results, indent=2).encode() + b"\n")
         status = "FINISHED"
     finally:
         mlflow_run.finish(run, status)
@@ -242,7 +242,7 @@ def _stopped(trials: list[Trial]) -> Any:
             at = {key: trial.last_result.get(key) for key in ("images", "psnr", "ssim")}
             for row in mine.rows:
                 os.makedirs(row.folder, exist_ok=True)
-                tables.write(os.path.join(row.folder, STOPPED), json.dumps(at).encode())
+                storage.put(os.path.join(row.folder, STOPPED), json.dumps(at).encode())
                 print(f"{row.label}: stopped after {at['images']:,} images, psnr {at['psnr']:.4g}", flush=True)
 
     given = trials

@@ -1,32 +1,10 @@
-"""What a job leaves for people: files that appear whole or not at all, and tables."""
+"""What a job leaves for people: tables and pictures."""
 
 import io
-import os
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
-
-from litevae import storage
-
-
-def write(path: str | Path, data: bytes) -> None:
-    """Put a file in place in one step, in place of an older one.
-
-    Raises:
-        UserError: the disk is full.
-    """
-    partly = f"{path}.tmp"
-    try:
-        with open(partly, "wb") as file:
-            file.write(data)
-        os.replace(partly, path)
-    except OSError as error:
-        if not storage.full(error):
-            raise
-        Path(partly).unlink(missing_ok=True)
-        raise storage.unwritable(str(path), error) from error
 
 
 def png(image: np.ndarray) -> bytes:

@@ -27,7 +27,6 @@ from pydantic import BaseModel
 
 from litevae import storage
 from litevae.errors import UserError
-from pipelines.runtime import tables
 from pipelines.runtime.cluster import output_path
 from pipelines.runtime.logs import say
 from pipelines.runtime.schema import Tracked, values_to_keep
@@ -194,7 +193,7 @@ def check_longer(folder: str, field: str, now: int) -> None:
 def write_config(folder: str, config: BaseModel) -> None:
     os.makedirs(folder, exist_ok=True)
     text = yaml.safe_dump(values_to_keep(config), sort_keys=False)
-    tables.write(Path(folder) / "config.yaml", text.encode())
+    storage.put(str(Path(folder) / "config.yaml"), text.encode())
 
 
 def flatten(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
+from litevae import storage
 from litevae.errors import UserError
-from pipelines.runtime import mlflow_run, mlflow_server, shutdown, tables
+from pipelines.runtime import mlflow_run, mlflow_server, shutdown
 from pipelines.runtime.cluster import Placement
 from pipelines.runtime.logs import say
 from pipelines.runtime.schema import Ray
@@ -131,7 +132,7 @@ def work(task: Callable[..., "Task"], config: TrainVAE | TrainLDM, name: str, se
         if world == 1:
             return {"error": str(error)}
         # The other ranks may wait for this one: so all are ended, and started once more to hear of it.
-        tables.write(told, str(error).encode())
+        storage.put(str(told), str(error).encode())
         raise RuntimeError(str(error)) from None
 
 

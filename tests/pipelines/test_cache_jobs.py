@@ -17,7 +17,7 @@ from litevae.autoencoder import load_autoencoder
 from litevae.cache import LatentCache
 from litevae.errors import UserError
 from pipelines.data import decode
-from pipelines.encoding import encode, inspect, maintenance, verify
+from pipelines.encoding import inspect, maintenance, verify
 from pipelines.encoding.config import Inspect, Repair, Retry, Verify
 from pipelines.encoding.encode import encode_dataset
 from pipelines.encoding.plan import CachePlan
@@ -263,7 +263,8 @@ def test_repair_needs_the_same_model(made, copy, tmp_path):
     with pytest.raises(UserError, match="is not the model that encoded"):
         maintenance.repair(mend(Repair, copy, made, model=other))
     for action, cls in (("verify", Verify), ("repair", Repair), ("retry", Retry), ("inspect", Inspect)):
-        job = getattr(verify, action, None) or getattr(encode, action)
+        module = {"verify": verify, "inspect": inspect}.get(action, maintenance)
+        job = getattr(module, action)
         with pytest.raises(UserError, match=r"is not a latent cache|does not exist"):
             job(cls(cache=str(tmp_path / "nothing")))
         with pytest.raises(UserError, match="give a cache folder"):

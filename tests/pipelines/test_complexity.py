@@ -89,8 +89,7 @@ def test_one_model_is_measured(folder, tmp_path, monkeypatch, part):
     meter.forward = lambda x: seen.append(x) or forward(x)
     clock = Clock(9, 9, 2.0, 0.5, 1.0, 9, 9, 0.004, 0.001, 0.002)
     monkeypatch.setattr(module, "time", clock)
-    monkeypatch.setattr(meter, "_watch_memory", lambda: 5_000_000)
-    monkeypatch.setattr(meter, "_peak", lambda: 12_500_000)
+    monkeypatch.setattr(meter, "_watch_memory", lambda: SimpleNamespace(bytes=lambda: 7_500_000))
     found, machine = meter.measure()
     shape = (3, SIDE, SIDE) if part == "encoder" else (3, SIDE // 2, SIDE // 2)
     assert [tuple(x.shape) for x in seen] == [(2, *shape)] * 5 + [(1, *shape)] * 6
@@ -145,7 +144,7 @@ def test_models_are_compared_with_the_first(tmp_path, monkeypatch, capsys):
 
     workers = []
     monkeypatch.setattr(module.cluster, "start", lambda ray: workers.append(ray.workers) or "share")
-    monkeypatch.setattr(module.mlflow_run, "tracked", tracked)
+    monkeypatch.setattr(module.mlflow_run, "tracked_run", tracked)
     monkeypatch.setattr(module.mlflow_run, "link", lambda run: "a link")
     monkeypatch.setattr(module, "_measured", lambda plan, cfg, placement: (numbers[plan.name], f"machine, {placement}"))
     found = complexity(config(["sd-vae", "S"], tmp_path, ray={"workers": 3}))

@@ -32,7 +32,7 @@ from pipelines.encoding.encode import encode_dataset
 from pipelines.encoding.encoder import Encoder
 from pipelines.encoding.partition import Partition, cut
 from pipelines.encoding.plan import _content_of, make_plan
-from pipelines.runtime import cluster
+from pipelines.runtime import cluster, host
 from tests.commands import run_in_this_process
 from tests.encoding import (
     BAD,
@@ -444,9 +444,9 @@ def test_versions_of_a_working_directory_that_is_not_installed(monkeypatch):
             raise PackageNotFoundError(name)
         return version(name)
 
-    monkeypatch.setattr("pipelines.encoding.encode.version", installed)
-    assert encode._versions().keys() >= {"python", "torch", "ray"}
-    assert "litevae" not in encode._versions()
+    monkeypatch.setattr("pipelines.runtime.host.version", installed)
+    assert host.versions(encode.LIBRARIES).keys() >= {"python", "torch", "ray"}
+    assert "litevae" not in host.versions(encode.LIBRARIES)
 
 
 def test_cuts():

@@ -250,7 +250,7 @@ def test_what_it_leaves(summary, model, photos):
     assert Image.open(out / "reconstructions.png").size == (2 + 4 * 130, 16 + 2 + rows * 130)
     assert Image.open(out / "feature_maps.png").size == (2 + 6 * 130, 16 + 2 + 4 * 130)
     assert saved["pictures"] == ["reconstructions.png", "feature_maps.png"]
-    assert not list(out.glob("*.tmp"))
+    assert not list(out.glob(".tmp-*"))
 
 
 def test_it_is_logged_to_mlflow(summary):

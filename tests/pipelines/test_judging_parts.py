@@ -141,11 +141,8 @@ def test_networks_are_those_with_weights(monkeypatch):
     assert report.networks("", "b") == (["squeezenet b"], ["no weights"])
 
 
-def test_tables_have_columns(tmp_path):
+def test_tables_have_columns():
     assert tables.table([["", "one"], ["long", "2"]]) == "      one\nlong    2"
-    tables.write(tmp_path / "a", b"first")
-    tables.write(tmp_path / "a", b"second")
-    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("a", b"second")]
 
 
 # --- evaluate -----------------------------------------------------------------------------------------------------

@@ -39,6 +39,8 @@ from pipelines.training import checkpoint, compiling, loop
 from pipelines.training.config import TrainVAE
 from pipelines.training.image_feed import Images
 from pipelines.training.vae import FREE, Networks, Objective, build_model, lpips_or_warning, train_vae
+from pipelines.training.worker_setup import TrainSetup
+from tests.setups import untracked
 
 REPO = Path(__file__).resolve().parents[2]
 SMALL = [
@@ -627,7 +629,8 @@ def begin(networks, tmp_path, monkeypatch):
     def resume(folder, *more):
         nets = networks(*more)
         nets.digest = "of other data"
-        return nets, loop._resume(nets, "train_vae new", {"folder": str(tmp_path), "begin": str(folder)}, rank=0)
+        setup = TrainSetup(config={}, folder=str(tmp_path), data="", begin=str(folder), handle=untracked())
+        return nets, loop._resume(nets, "train_vae new", setup, rank=0)
 
     return resume
 

@@ -478,7 +478,8 @@ def test_what_a_killed_writer_left_is_removed_and_no_more(tmp_path):
     results = {"checkpoint_results": [{"checkpoint_dir_name": known.name}]}  # damaged since: that is to be told
     (tmp_path / "checkpoint_manager_snapshot.json").write_text(json.dumps(results))
     (tmp_path / ".model-x1").mkdir()
-    (tmp_path / "config.yaml.tmp").touch()
+    (tmp_path / "config.yaml.tmp").touch()  # an earlier version's name
+    (tmp_path / ".tmp-0123").touch()
     with checkpoint.claimed(str(tmp_path)):
         assert sorted(os.listdir(tmp_path)) == sorted(
             [known.name, whole.name, "checkpoint_manager_snapshot.json", checkpoint.DRIVER]

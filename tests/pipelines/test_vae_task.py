@@ -536,7 +536,7 @@ def test_a_run_that_goes_on_says_so_and_may_be_longer(job, tmp_path):
     longer = "stages=[{resolution: 32, images: 48, batch_size: 4}]"
     _, _, noted = job(longer)
     assert noted.started[1] == {"resume": True}
-    assert noted.fitted[1]["val"] is None
+    assert noted.fitted[1].val is None
     path = tmp_path / "runs" / "mine" / "config.yaml"
     assert yaml.safe_load(path.read_text())["stages"][0]["images"] == 48
     with pytest.raises(UserError, match="may only grow"):
@@ -548,7 +548,7 @@ def test_a_run_that_goes_on_says_so_and_may_be_longer(job, tmp_path):
 def test_workers_are_told_whether_there_is_lpips(job, tmp_path):
     path = save_squeezenet(tmp_path / "squeezenet.pth")
     _, _, noted = job("loss.lpips.weight=1", "loss.lpips.net=squeeze", f"loss.lpips.weights={path}")
-    assert noted.fitted[1]["lpips"] is True
+    assert noted.fitted[1].lpips is True
 
 
 def test_a_new_run_begins_with_a_folder_that_workers_find(job, tmp_path, monkeypatch):
@@ -556,7 +556,7 @@ def test_a_new_run_begins_with_a_folder_that_workers_find(job, tmp_path, monkeyp
     (tmp_path / "first").mkdir()
     (tmp_path / "first" / checkpoint.STATE).touch()
     _, _, noted = job("begin=first")
-    assert noted.fitted[1]["begin"] == str(tmp_path / "first")
+    assert noted.fitted[1].begin == str(tmp_path / "first")
 
 
 A, B, C = ({"resolution": side, "images": images, "batch_size": 4} for side, images in ((32, 8), (40, 8), (40, 16)))
