@@ -8,19 +8,15 @@ from pipelines.runtime.schema import Count, Positive, Tracked
 
 
 class Benchmark(Tracked):
-    """Measure this machine, side by side in one run: encoders, decoders, training steps, decoding of images, the encode
-    job, the latent loader.
+    """Measure this machine, side by side in one run: encoders, decoders, training steps, the encode job, the latent
+    loader.
     """
 
-    parts: list[
-        Literal["encoder", "decoder", "vae-step", "ldm-step", "ray"]
-        | Literal["images", "encode", "memory", "loader", "modes", "threads", "scale"]
-    ] = Field(
-        ["encoder", "decoder", "vae-step", "ldm-step", "ray", "images", "encode", "loader"],
+    parts: list[Literal["encoder", "decoder", "vae-step", "ldm-step", "ray", "encode", "memory", "loader"]] = Field(
+        ["encoder", "decoder", "vae-step", "ldm-step", "ray", "encode", "loader"],
         min_length=1,
         description="what is measured, in this order; also a,b,c; ray: what Ray Train adds to training; memory: of the "
-        "encode job's processes; modes: of train_ldm; threads: how long OpenMP's wait awake; scale: plans, commit logs "
-        "and requests of large data sets, and a model of time and cost (docs/scale.md)",
+        "encode job's processes",
     )
     models: list[str] = Field(
         ["sd-vae", "taesd", "dc-ae", "S", "B", "M", "L", "pseudocode-B"],
@@ -48,12 +44,6 @@ class Benchmark(Tracked):
         256, description="encode, memory: images a run; a GPU takes thousands for a steady rate"
     )
     loader_rows: Annotated[int, Field(ge=1000)] = Field(20_000, description="loader: latents of 8 x 32 x 32")
-    scale_rows: Annotated[int, Field(ge=10_000_000, multiple_of=10_000_000)] = Field(
-        10_000_000, description="scale: images of the largest plan that is made; others are a tenth, a hundredth ..."
-    )
-    scale_gpu_rate: Annotated[float, Field(gt=0)] = Field(
-        1000.0, description="scale: images/s that a GPU is taken to encode; measure yours by part encoder"
-    )
     step_batch: Positive = Field(4, description="images a training step of the autoencoder")
     step_resolution: Annotated[int, Field(ge=32, multiple_of=32)] = Field(128, description="and their pixels")
     gpu: Literal["auto"] | bool = Field("auto", description="auto: where there is one")

@@ -4,7 +4,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -18,24 +18,23 @@ from pipelines.benchmark.config import Benchmark
 from pipelines.benchmark.meter import Setting, Table
 from pipelines.runtime import cluster, mlflow_run
 
-PARTS = {  # module and function; some measure beside packages that only developers have
-    "encoder": ("models", "encoder"),
-    "decoder": ("models", "decoder"),
-    "vae-step": ("training", "vae_step"),
-    "ldm-step": ("training", "ldm_step"),
-    "ray": ("jobs", "ray"),
-    "images": ("images", "images"),
-    "encode": ("encoding", "encode"),
-    "memory": ("encoding", "memory"),
-    "loader": ("loader", "loader"),
-    "modes": ("modes", "modes"),
-    "threads": ("threads", "threads"),
-    "scale": ("scale", "scale"),
+PARTS = {  # where each part is measured; some beside packages that only developers have
+    "encoder": "pipelines.benchmark.models:encoder",
+    "decoder": "pipelines.benchmark.models:decoder",
+    "vae-step": "pipelines.benchmark.training:vae_step",
+    "ldm-step": "pipelines.benchmark.training:ldm_step",
+    "ray": "pipelines.benchmark.jobs:ray",
+    "encode": "pipelines.benchmark.encoding:encode",
+    "memory": "pipelines.benchmark.encoding:memory",
+    "loader": "pipelines.benchmark.loader:loader",
 }
 
 
-def benchmark(config: Benchmark) -> dict[str, Any]:
+def benchmark(config: Benchmark, parts: Mapping[str, str] = PARTS) -> dict[str, Any]:
     """Measure, and leave benchmark.md and benchmark.json in `config.out`, anew after each table.
+
+    Args:
+        parts: "module:function" of each part that the config may name; the function yields tables.
 
     Raises:
         UserError: a model, photos or a package that a part needs are missing; memory does not suffice.
@@ -58,7 +57,7 @@ def benchmark(config: Benchmark) -> dict[str, Any]:
             print(f"benchmark: {part}", flush=True)
             start = time.monotonic()
             kept = found["parts"].setdefault(part, {"tables": []})["tables"]
-            for table in _tables(part, setting):
+            for table in _tables(part, parts[part], setting):
                 print(f"\n{table.markdown}", flush=True)
                 kept.append({name: getattr(table, name) for name in ("title", "how", "head", "rows", "samples")})
                 _write(out, found)
@@ -77,10 +76,10 @@ def _device(config: Benchmark) -> torch.device:
     return torch.device("cuda" if there and config.gpu else "cpu")
 
 
-def _tables(part: str, setting: Setting) -> Iterator[Table]:
-    module, function = PARTS[part]
+def _tables(part: str, place: str, setting: Setting) -> Iterator[Table]:
+    module, _, function = place.partition(":")
     try:
-        yield from getattr(import_module(f"pipelines.benchmark.{module}"), function)(setting)
+        yield from getattr(import_module(module), function)(setting)
     except ModuleNotFoundError as error:
         raise UserError(
             f"part {part} measures beside {error.name}: pip install {error.name}, or leave it out"

@@ -14,9 +14,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from litevae.autoencoder import LiteVAE
 from litevae.errors import UserError
-from pipelines.benchmark import encoding, images, meter, models, run
+from pipelines.benchmark import encoding, meter, models, run
 from pipelines.benchmark.config import Benchmark
 from pipelines.runtime.cli import load, main
+from tests.benchmarks import images
 
 CPU = torch.device("cpu")
 
@@ -237,7 +238,7 @@ def test_profiles_are_a_table_of_their_own_without_torchvision(photos, tmp_path,
 
 
 def test_parts_as_words():
-    assert load(Benchmark, None, ["parts=images,threads"]).parts == ["images", "threads"]
+    assert load(Benchmark, None, ["parts=loader,encode"]).parts == ["loader", "encode"]
     assert load(Benchmark, None, ["models=[S]"]).models == ["S"]
     assert set(load(Benchmark).parts) < set(run.PARTS)
 
@@ -264,12 +265,12 @@ def test_what_is_measured_is_written_at_once(tmp_path, monkeypatch):
 
     monkeypatch.setattr(images, "part", part, raising=False)
     monkeypatch.setattr(images, "interrupted", interrupted, raising=False)
-    monkeypatch.setattr(run, "PARTS", {"images": ("images", "part"), "loader": ("images", "interrupted")})
+    parts = {"encode": "tests.benchmarks.images:part", "loader": "tests.benchmarks.images:interrupted"}
     with pytest.raises(KeyboardInterrupt):
-        run.benchmark(config(tmp_path, parts=["images", "loader"]))
+        run.benchmark(config(tmp_path, parts=["encode", "loader"]), parts)
     found = json.loads((tmp_path / "out" / "benchmark.json").read_text())
     assert [table["title"] for part in found["parts"].values() for table in part["tables"]] == ["First", "Second"]
-    assert found["parts"]["images"]["tables"][0]["samples"] == {"raw": [1.5]}
+    assert found["parts"]["encode"]["tables"][0]["samples"] == {"raw": [1.5]}
     assert found["environment"]["threads"] == 1
     text = (tmp_path / "out" / "benchmark.md").read_text()
     assert "### First\n\nHow.\n\n| a |\n| --- |\n| 1 |" in text

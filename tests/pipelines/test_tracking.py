@@ -21,7 +21,7 @@ from PIL import Image
 
 from litevae.errors import UserError
 from pipelines.runtime import mlflow_run, mlflow_server
-from pipelines.runtime.mlflow_run import Tracker, finish, link, redact, start_run, tracked
+from pipelines.runtime.mlflow_run import Tracker, finish, link, redact, start_run, tracked_run
 from pipelines.runtime.mlflow_server import RunHandle
 from pipelines.runtime.schema import Tracked, Tracking
 from tests import ports
@@ -351,7 +351,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 def test_a_tracked_job_ends_its_run_however_it_ends(tmp_path: Path, error: BaseException | None, status: str) -> None:
     cfg = Tracked(root=str(tmp_path))
     with contextlib.nullcontext() if error is None else pytest.raises(type(error)):  # noqa: SIM117
-        with tracked(cfg, "evaluate", "mine", str(tmp_path / "out")) as (tracker, handle):
+        with tracked_run(cfg, "evaluate", "mine", str(tmp_path / "out")) as (tracker, handle):
             tracker.metrics({"eval/psnr": 3.0}, 0)
             if error is not None:
                 raise error

@@ -1,6 +1,6 @@
 """Training a diffusion model online, while filling a cache, and from the cache, by encoders of full size.
 
-Each run is a process of its own without Ray: `python -m pipelines.benchmark.modes`.
+Each run is a process of its own without Ray: `python -m tests.benchmarks.modes`.
 """
 
 import statistics
@@ -45,7 +45,7 @@ def modes(setting: meter.Setting) -> Iterator[meter.Table]:
             given = {"encoder": name, "photos": str(photos), "folder": str(place / f"{name}-{n}")}
             # What the job's worker has: few spins, one OpenMP thread until torch wants more.
             with meter.Child(
-                "pipelines.benchmark.modes", environment={**cluster.ENVIRONMENT, "OMP_NUM_THREADS": "1"}
+                "tests.benchmarks.modes", environment={**cluster.ENVIRONMENT, "OMP_NUM_THREADS": "1"}
             ) as child:
                 runs[name].append(child.ask(**given, threads=setting.threads, device=setting.device.type))
     size = statistics.mean(path.stat().st_size for path in photos.iterdir())

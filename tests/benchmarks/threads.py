@@ -1,6 +1,6 @@
 """Seconds of a training step of the demo's autoencoder, by how long OpenMP's threads wait awake (GOMP_SPINCOUNT).
 
-Each setting is a process of its own (`python -m pipelines.benchmark.threads`): OpenMP reads it once.
+Each setting is a process of its own (`python -m tests.benchmarks.threads`): OpenMP reads it once.
 """
 
 import os
@@ -35,7 +35,7 @@ def threads(setting: meter.Setting) -> Iterator[meter.Table]:
         calls = {}
         for spins in SPINS:
             variables = {"GOMP_SPINCOUNT": None if spins is None else str(spins), "OMP_WAIT_POLICY": None}
-            child = stack.enter_context(meter.Child("pipelines.benchmark.threads", environment=variables))
+            child = stack.enter_context(meter.Child("tests.benchmarks.threads", environment=variables))
             calls["not set" if spins is None else str(spins)] = child.ask
         alone = meter.rounds(calls, steps, warmup=2)
         with _busy():

@@ -12,14 +12,14 @@ import pytest
 
 from litevae import cache, storage
 from litevae.cache import LatentCache
-from pipelines.benchmark import scale
-from pipelines.benchmark.scale import Node, Store, Work
 from pipelines.data.config import Source as SourceConfig
 from pipelines.data.decode import Task, decode_shard
 from pipelines.data.sources import open_source
 from pipelines.encoding.encoder import Encoder
 from pipelines.encoding.partition import Partition
 from pipelines.encoding.plan import make_plan
+from tests.benchmarks import scale
+from tests.benchmarks.scale import Node, Store, Work
 from tests.encoding import config, save_model
 
 # --- what is made -------------------------------------------------------------------------------------------------

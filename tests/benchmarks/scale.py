@@ -3,7 +3,7 @@ counted at the store, and a small model of time, cost and what is full first. do
 
 Made up are only a store's answers to listings of images (`Bucket`), and most files: of Parquet files, tars and shards
 one is written, and linked under as many names as it takes. What is measured runs in a process of its own:
-`python -m pipelines.benchmark.scale STEP`.
+`python -m tests.benchmarks.scale STEP`.
 """
 
 import io
@@ -45,7 +45,7 @@ from pipelines.encoding.config import Encode
 from pipelines.encoding.partition import Partition
 from pipelines.runtime.host import PeakMemory
 
-MODULE = "pipelines.benchmark.scale"
+MODULE = "tests.benchmarks.scale"
 SHARD: int = Encode.model_fields["rows_per_shard"].default
 SHAPE = (8, 32, 32)  # moments of 4 channels at 256 px
 GROUP, FILE = 500, 10_000  # images of a row group; of a Parquet file or a tar
