@@ -111,7 +111,7 @@ MUTANTS = [
         ("tests/pipelines/test_training.py::test_publish_replaces_whole_folders_or_nothing",),
     ),
     Mutant(
-        "pipelines/training/checkpoint.py",
+        "pipelines/training/run_folder.py",
         "    if now < before:",
         "    if now > before:",
         ("tests/pipelines/test_training.py::test_a_run_may_only_get_longer",),

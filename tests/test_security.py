@@ -52,7 +52,7 @@ from pipelines.experiments.config import Sweep
 from pipelines.experiments.page import page
 from pipelines.runtime import cluster
 from pipelines.runtime.cli import load, main
-from pipelines.training import checkpoint
+from pipelines.training import checkpoint, run_folder
 from pipelines.training.config import TrainVAE
 from tests import memory
 from tests.encoding import arguments, save_model
@@ -531,10 +531,10 @@ def test_yaml_runs_nothing(tmp_path):
             with pytest.raises(UserError, match="not valid YAML"):
                 load(cls, str(recipe))
     run = tmp_path / "run"
-    checkpoint.open_run(str(run), TrainVAE(), [])
+    run_folder.open_run(str(run), TrainVAE(), [])
     (run / "config.yaml").write_text(f"name: {evil}")
     with pytest.raises(UserError, match=r"config\.yaml is damaged"):
-        checkpoint.open_run(str(run), TrainVAE(), [])
+        run_folder.open_run(str(run), TrainVAE(), [])
     assert not ran.exists()
     yaml.unsafe_load(evil)
     assert ran.exists()
@@ -589,7 +589,7 @@ def test_a_tracking_servers_password_is_not_kept_or_printed(tmp_path, capsys):
         assert "mlflow:5000" in shown
         assert SECRET not in shown
     config = load(TrainVAE, None, [option])
-    checkpoint.open_run(str(tmp_path / "run"), config, [])
+    run_folder.open_run(str(tmp_path / "run"), config, [])
     assert SECRET not in (tmp_path / "run/config.yaml").read_text()
     assert main(TrainVAE, print, [f"tracking.experiment=[http://user:{SECRET}@mlflow]"]) == 2
     assert SECRET not in capsys.readouterr().err

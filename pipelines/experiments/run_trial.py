@@ -4,7 +4,6 @@
 placement group, in which nothing else would find a CPU.
 """
 
-import fcntl
 import json
 import os
 import tempfile
@@ -24,6 +23,7 @@ from pipelines.experiments.trials import RESULT, TRAINED, Row, Trial
 from pipelines.runtime import cluster
 from pipelines.runtime.logs import say
 from pipelines.runtime.schema import Tracking, validate
+from pipelines.training import run_lock
 from pipelines.training.config import TrainLDM, TrainVAE
 
 
@@ -107,8 +107,7 @@ def _trained(cfg: Sweep, trial: Trial, parent: str, reports: Any) -> dict[str, A
     """What is known of a training, which is done if it was not: its run folder, model, metrics, and whose run it is."""
     done, row = Path(trial.folder, TRAINED), trial.rows[0]
     os.makedirs(os.path.dirname(trial.folder), exist_ok=True)
-    with open(f"{trial.folder}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # another sweep may want the same one; given back however this process ends
+    with run_lock.in_turn(f"{trial.folder}.lock"):  # another sweep may want the same training
         if not done.exists():
             from pipelines.training.vae import train_vae
 

@@ -41,7 +41,7 @@ from pipelines.experiments.trials import (
 from pipelines.runtime import cluster, mlflow_run, mlflow_server, tables
 from pipelines.runtime.logs import say
 from pipelines.runtime.schema import dump, validate, values_to_keep
-from pipelines.training import checkpoint
+from pipelines.training import run_folder, run_lock
 from pipelines.training.config import TrainVAE
 
 # What may differ when a sweep goes on: rows and seeds are done one by one.
@@ -71,7 +71,7 @@ def sweep(cfg: Sweep) -> list[dict[str, Any]]:
     data = cfg.data.model_copy(update=sources)
     cfg = cfg.model_copy(update={"name": name, "root": root, "tracking": tracking, "data": data})
     folder = os.path.join(root, name)
-    with checkpoint.claimed(folder):
+    with run_lock.claimed(folder):
         return _sweep(cfg, table, sources, folder)
 
 
@@ -88,7 +88,7 @@ def _sweep(cfg: Sweep, table: paper.Table | None, sources: dict[str, Any], folde
     # A population that waits for each other's places would have nobody to learn from.
     placement = cluster.start(cfg.ray, cfg.trials if cfg.scheduler == "pbt" else cfg.concurrent)
     cluster.check_folders({"root": root}, {f"data.{name}.uri": source.uri for name, source in sources.items()})
-    checkpoint.open_run(folder, cfg, FREE)
+    run_folder.open_run(folder, cfg, FREE)
     for row, train in ((row, each.train) for each in trials for row in each.rows):
         path = os.path.join(folder, "configs", f"{slug(row.label)}.yaml")
         os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -133,7 +133,7 @@ def _complexity(cfg: Sweep, table: paper.Table, folder: str) -> list[dict[str, A
     shared = {"root": cfg.root, "ray": cfg.ray.model_dump(mode="json"), "tracking": {"enabled": False}}
     parts = paper.at_scale(cfg.scale, "evaluate_complexity"), cfg.evaluate_complexity, own, shared
     job = validate(EvaluateComplexity, paper.merged(*parts))
-    checkpoint.open_run(folder, cfg, FREE)
+    run_folder.open_run(folder, cfg, FREE)
     run = mlflow_run.start_run(cfg.tracking, cfg.root, "sweep", cfg.name, cfg.model_dump(mode="json"), folder)
     status: mlflow_server.Status = "FAILED"
     try:

@@ -24,7 +24,7 @@ from pipelines.experiments import paper
 from pipelines.experiments.config import Sweep
 from pipelines.experiments.search_space import drawn_value, fields_of, nested
 from pipelines.runtime.schema import Tracked, validate, values_to_keep
-from pipelines.training import checkpoint
+from pipelines.training import run_folder
 from pipelines.training.config import TrainLDM, TrainVAE
 
 TRAINED, RESULT = "trained.json", "result.json"  # in a training's and in a row's folder, when all of it is done
@@ -165,9 +165,9 @@ def _train(cfg: Sweep, values: dict[str, Any], seed: int, begin: str = "") -> di
         values = paper.merged(values, {"loss": {"lpips": {"weight": 0.0}}})
         return _train(cfg, values, seed, begin)
     kept = values_to_keep(config)
-    named = checkpoint.flatten(kept) | {f"data.{name}": _digest(cfg, name) for name in ("train", "val")}
+    named = run_folder.flatten(kept) | {f"data.{name}": _digest(cfg, name) for name in ("train", "val")}
     fields = {  # without what a training from before there was the field had anyway
-        k: v for k, v in sorted(named.items()) if not _is(k, NOT_WEIGHTS) and (k, v) not in checkpoint.BEFORE.items()
+        k: v for k, v in sorted(named.items()) if not _is(k, NOT_WEIGHTS) and (k, v) not in run_folder.BEFORE.items()
     }
     digest = hashlib.sha256(json.dumps(fields).encode())
     return kept | {"name": f"vae-{digest.hexdigest()[:12]}", "root": os.path.join(cfg.root, "trained")}
@@ -184,7 +184,7 @@ def check_fields(cfg: Sweep) -> None:
     """
     searched = cfg.scheduler != "none" or cfg.search == "optuna"
     for section, values in (("train_vae", cfg.train_vae), ("space", _leaves(cfg.space))):
-        for name in checkpoint.flatten(values):
+        for name in run_folder.flatten(values):
             if _is(name, RESERVED):
                 own = name.partition(".")[0]
                 raise UserError(f"{section}.{name} is the sweep's own: set {'seeds' if own == 'seed' else own}")

@@ -37,7 +37,7 @@ from pipelines.encoding.config import Encode
 from pipelines.runtime import cluster, mlflow_run
 from pipelines.runtime.logs import say
 from pipelines.runtime.schema import validate, values_to_keep
-from pipelines.training import checkpoint, compiling, launch, optimizer, step_metrics
+from pipelines.training import compiling, launch, optimizer, run_folder, run_lock, step_metrics
 from pipelines.training.config import TrainLDM
 from pipelines.training.feeds import make_feed
 from pipelines.training.latent_feeds import Batch
@@ -54,7 +54,7 @@ BUCKETS = 4  # of noise levels, whose losses are logged apart
 PICTURES = 16  # drawn at a time
 
 
-@checkpoint.exclusive
+@run_lock.exclusive
 def train_ldm(config: TrainLDM) -> dict[str, Any]:
     """Train, or go on with, the run `config.name`; its model is in root/name/model.
 
@@ -76,16 +76,16 @@ def train_ldm(config: TrainLDM) -> dict[str, Any]:
     with torch.device("meta"):
         network = build_denoiser(config.network, channels, width, config.classes)
     free = CACHED if config.mode == "cache" else FREE
-    if checkpoint.holds_something(folder):
-        checkpoint.open_run(folder, config, free)  # refuses another run's name before a cache is begun
+    if run_folder.holds_something(folder):
+        run_folder.open_run(folder, config, free)  # refuses another run's name before a cache is begun
     if config.mode == "write-through":
         latents = begin_cache(config, latents)
     placement = cluster.start(config.ray)
     cluster.check_folders({"root": os.path.dirname(folder)}, {"vae": latents.vae, "cache": latents.cache})
-    resumed = checkpoint.open_run(folder, config, free)
+    resumed = run_folder.open_run(folder, config, free)
     if resumed:
-        checkpoint.check_longer(folder, "images", config.images)
-        checkpoint.write_config(folder, config)
+        run_folder.check_longer(folder, "images", config.images)
+        run_folder.write_config(folder, config)
     say(
         f"train_ldm {config.name}: {latents.about}, {config.network} {count_parameters(network):,} parameters, "
         f"{config.images:,} images to see, {placement.text}",

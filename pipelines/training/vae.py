@@ -27,7 +27,7 @@ from pipelines.data.sources import open_source
 from pipelines.runtime import cluster, mlflow_run
 from pipelines.runtime.logs import say
 from pipelines.runtime.schema import validate, values_to_keep
-from pipelines.training import checkpoint, compiling, launch, optimizer, ranks, step_metrics
+from pipelines.training import checkpoint, compiling, launch, optimizer, ranks, run_folder, run_lock, step_metrics
 from pipelines.training.config import TrainVAE
 from pipelines.training.image_feed import Images, Picture
 from pipelines.training.worker_setup import VaeSetup
@@ -40,7 +40,7 @@ FREE = (
 PICTURES = 8  # validation images shown
 
 
-@checkpoint.exclusive
+@run_lock.exclusive
 def train_vae(config: TrainVAE, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
     """Train, or go on with, the run `config.name`; its model folder is root/name/model.
 
@@ -74,10 +74,10 @@ def train_vae(config: TrainVAE, callbacks: Sequence[Any] = ()) -> dict[str, Any]
         )
     placement = cluster.start(config.ray)
     cluster.check_folders({"root": os.path.dirname(folder)}, {"data.train.uri": source.uri})
-    resumed = checkpoint.open_run(folder, config, FREE)
+    resumed = run_folder.open_run(folder, config, FREE)
     if resumed:
         _check_stages(folder, config)
-        checkpoint.write_config(folder, config)
+        run_folder.write_config(folder, config)
     total = sum(stage.images for stage in config.stages)
     say(
         f"train_vae {config.name}: {source.units:,} images, encoder {config.model.encoder} "

@@ -19,7 +19,7 @@ from litevae.pictures import grid
 from pipelines.encoding.plan import CachePlan
 from pipelines.runtime.cli import load
 from pipelines.runtime.schema import validate, values_to_keep
-from pipelines.training import checkpoint, latent_feeds, ranks
+from pipelines.training import latent_feeds, ranks, run_folder
 from pipelines.training import ldm as module
 from pipelines.training.config import TrainLDM
 from pipelines.training.ldm import CACHED, FREE, Diffusion
@@ -422,10 +422,10 @@ STAYS = [
 @pytest.mark.parametrize("mode", ["cache", "online"])
 def test_what_may_differ_when_a_run_goes_on(tmp_path, mode):
     folder, free = str(tmp_path), CACHED if mode == "cache" else FREE
-    checkpoint.write_config(folder, load(TrainLDM, None, SMALL))
+    run_folder.write_config(folder, load(TrainLDM, None, SMALL))
     decode = ["data.decode=pillow"]
     for word in [*MAY_DIFFER, *(decode if mode == "cache" else [])]:
-        assert checkpoint.open_run(folder, load(TrainLDM, None, [*SMALL, word]), free), word
+        assert run_folder.open_run(folder, load(TrainLDM, None, [*SMALL, word]), free), word
     for word in [*STAYS, *(decode if mode == "online" else [])]:
         with pytest.raises(UserError, match=f"  {word.partition('=')[0]}: was"):
-            checkpoint.open_run(folder, load(TrainLDM, None, [*SMALL, word]), free)
+            run_folder.open_run(folder, load(TrainLDM, None, [*SMALL, word]), free)

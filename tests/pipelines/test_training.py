@@ -13,7 +13,7 @@ from litevae import order
 from litevae.errors import UserError
 from pipelines.runtime.cli import load
 from pipelines.runtime.schema import Ray
-from pipelines.training import checkpoint, compiling, launch, loop, optimizer, ranks, step_metrics
+from pipelines.training import checkpoint, compiling, launch, loop, optimizer, ranks, run_folder, step_metrics
 from pipelines.training.config import Optimizer, TrainLDM, TrainVAE
 from pipelines.training.ldm import CACHED, FREE
 
@@ -219,40 +219,40 @@ def test_a_pickle_in_a_checkpoint_is_not_run(tmp_path):
 def test_a_run_goes_on_only_with_its_own_config(tmp_path):
     folder = str(tmp_path / "run")
     first = load(TrainVAE, None, ["seed=1"])
-    assert not checkpoint.open_run(folder, first, ["loop.keep"])
-    assert checkpoint.open_run(folder, first, ["loop.keep"])
-    assert checkpoint.open_run(folder, load(TrainVAE, None, ["seed=1", "loop.keep=9"]), ["loop.keep"])
+    assert not run_folder.open_run(folder, first, ["loop.keep"])
+    assert run_folder.open_run(folder, first, ["loop.keep"])
+    assert run_folder.open_run(folder, load(TrainVAE, None, ["seed=1", "loop.keep=9"]), ["loop.keep"])
     other = load(TrainVAE, None, ["seed=2", "model.encoder=S"])
     with pytest.raises(UserError) as error:
-        checkpoint.open_run(folder, other, ["loop.keep"])
+        run_folder.open_run(folder, other, ["loop.keep"])
     assert "model.encoder: was 'B', is 'S'" in str(error.value)
     assert "seed: was 1, is 2" in str(error.value)
 
 
 @pytest.mark.parametrize("cls", [TrainVAE, TrainLDM])
 def test_a_run_from_before_there_was_a_choice_of_decoders_goes_on_with_pillow(tmp_path, cls):
-    checkpoint.write_config(str(tmp_path), load(cls, None, ["data.decode=pillow"]))
+    run_folder.write_config(str(tmp_path), load(cls, None, ["data.decode=pillow"]))
     values = yaml.safe_load((tmp_path / "config.yaml").read_text())
     assert values["data"].pop("decode") == "pillow"
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
     with pytest.raises(UserError, match=r"data\.decode: was 'pillow', is 'fast'"):
-        checkpoint.open_run(str(tmp_path), load(cls), FREE)
-    assert checkpoint.open_run(str(tmp_path), load(cls, None, ["data.decode=pillow"]), FREE)
-    assert checkpoint.open_run(str(tmp_path), load(cls), CACHED)  # what decodes nothing need not say so
+        run_folder.open_run(str(tmp_path), load(cls), FREE)
+    assert run_folder.open_run(str(tmp_path), load(cls, None, ["data.decode=pillow"]), FREE)
+    assert run_folder.open_run(str(tmp_path), load(cls), CACHED)  # what decodes nothing need not say so
 
 
 def test_a_foreign_folder_is_no_run(tmp_path):
     (tmp_path / "thesis.tex").write_text("precious")
     with pytest.raises(UserError, match="no run of this project"):
-        checkpoint.open_run(str(tmp_path), load(TrainVAE), [])
+        run_folder.open_run(str(tmp_path), load(TrainVAE), [])
     assert os.listdir(tmp_path) == ["thesis.tex"]
 
 
 def test_a_run_may_only_get_longer(tmp_path):
-    checkpoint.write_config(str(tmp_path), load(TrainVAE, None, ["val_images=10"]))
-    checkpoint.check_longer(str(tmp_path), "val_images", 11)
+    run_folder.write_config(str(tmp_path), load(TrainVAE, None, ["val_images=10"]))
+    run_folder.check_longer(str(tmp_path), "val_images", 11)
     with pytest.raises(UserError, match=r"val_images .* was 10, and is 9"):
-        checkpoint.check_longer(str(tmp_path), "val_images", 9)
+        run_folder.check_longer(str(tmp_path), "val_images", 9)
 
 
 def test_publish_replaces_whole_folders_or_nothing(tmp_path):

@@ -28,7 +28,7 @@ from pipelines.data.sources import open_source
 from pipelines.encoding import verify
 from pipelines.runtime import mlflow_run, mlflow_server
 from pipelines.runtime.cli import load, main
-from pipelines.training import checkpoint, ldm, loop
+from pipelines.training import checkpoint, ldm, loop, run_folder, run_lock
 from pipelines.training.config import TrainLDM, TrainVAE
 from pipelines.training.vae import Autoencoder, train_vae
 from tests.disks import fill, resize, small_disk
@@ -164,7 +164,7 @@ def test_what_does_not_fit_is_one_message_and_leaves_nothing(tmp_path):
         os.mkdir(disk / "run")
         fill(disk, 0)
         with pytest.raises(UserError, match=rf"{disk}/run/config.yaml can't be written: .*make room there"):
-            checkpoint.write_config(str(disk / "run"), load(TrainVAE))
+            run_folder.write_config(str(disk / "run"), load(TrainVAE))
         assert os.listdir(disk / "run") == []
 
 
@@ -399,15 +399,15 @@ def owner(tmp_path):
 def test_a_run_is_one_processs_at_a_time(owner, tmp_path):
     about = rf"process {owner.pid} on {platform.node()}, since 20\d\d-.* UTC\. Wait for it, stop it, or choose another"
     with pytest.raises(UserError, match=f"another job is at work on {tmp_path}/run: {about} name"):  # noqa: SIM117
-        with checkpoint.claimed(str(tmp_path / "run")):
+        with run_lock.claimed(str(tmp_path / "run")):
             raise AssertionError("it is another's")
-    with checkpoint.claimed(str(tmp_path / "other")):
+    with run_lock.claimed(str(tmp_path / "other")):
         owner.stdin.close()
         owner.wait(60)
     assert not any(tmp_path.iterdir())
-    with checkpoint.claimed(str(tmp_path / "run")):
+    with run_lock.claimed(str(tmp_path / "run")):
         Path(tmp_path, "run", "made").touch()
-        with pytest.raises(UserError, match=f"process {os.getpid()} on"), checkpoint.claimed(str(tmp_path / "run")):
+        with pytest.raises(UserError, match=f"process {os.getpid()} on"), run_lock.claimed(str(tmp_path / "run")):
             raise AssertionError("it is ours already")
     assert os.listdir(tmp_path / "run") == ["made"]
 
@@ -415,10 +415,10 @@ def test_a_run_is_one_processs_at_a_time(owner, tmp_path):
 def test_a_killed_owner_holds_nothing_up(owner, tmp_path):
     owner.kill()
     owner.wait()
-    assert os.listdir(tmp_path / "run") == [checkpoint.DRIVER]
-    assert not checkpoint.open_run(str(tmp_path / "run"), load(TrainVAE), [])  # what it left is no other's folder
-    with checkpoint.claimed(str(tmp_path / "run")):
-        assert f"process {os.getpid()} on" in (tmp_path / "run" / checkpoint.DRIVER).read_text()
+    assert os.listdir(tmp_path / "run") == [run_lock.DRIVER]
+    assert not run_folder.open_run(str(tmp_path / "run"), load(TrainVAE), [])  # what it left is no other's folder
+    with run_lock.claimed(str(tmp_path / "run")):
+        assert f"process {os.getpid()} on" in (tmp_path / "run" / run_lock.DRIVER).read_text()
 
 
 @pytest.mark.chaos
@@ -462,7 +462,7 @@ def test_without_locks_a_job_runs_with_a_warning(tmp_path, monkeypatch, capsys):
         raise OSError(95, "Operation not supported")
 
     monkeypatch.setattr("fcntl.flock", unknown)
-    with checkpoint.claimed(str(tmp_path / "run")):
+    with run_lock.claimed(str(tmp_path / "run")):
         assert f"warning: {tmp_path}/run: no locks here" in capsys.readouterr().out
 
 
@@ -480,9 +480,9 @@ def test_what_a_killed_writer_left_is_removed_and_no_more(tmp_path):
     (tmp_path / ".model-x1").mkdir()
     (tmp_path / "config.yaml.tmp").touch()  # an earlier version's name
     (tmp_path / ".tmp-0123").touch()
-    with checkpoint.claimed(str(tmp_path)):
+    with run_lock.claimed(str(tmp_path)):
         assert sorted(os.listdir(tmp_path)) == sorted(
-            [known.name, whole.name, "checkpoint_manager_snapshot.json", checkpoint.DRIVER]
+            [known.name, whole.name, "checkpoint_manager_snapshot.json", run_lock.DRIVER]
         )
 
 
@@ -506,4 +506,4 @@ def test_a_second_driver_is_refused_and_the_first_one_killed_goes_on(photos, und
         first.wait()
     train_vae(load(TrainVAE, None, arguments))
     assert weights(tmp_path) == weights(undisturbed)
-    assert not (tmp_path / "run" / checkpoint.DRIVER).exists()
+    assert not (tmp_path / "run" / run_lock.DRIVER).exists()

@@ -21,7 +21,7 @@ from litevae.pictures import reconstruction_picture
 from pipelines.data.sources import open_source
 from pipelines.runtime.cli import load
 from pipelines.runtime.schema import validate, values_to_keep
-from pipelines.training import checkpoint
+from pipelines.training import checkpoint, run_folder
 from pipelines.training import vae as module
 from pipelines.training.config import TrainVAE
 from pipelines.training.vae import FREE, Autoencoder, Networks, Objective, Validation, build_model, lpips_or_warning
@@ -578,7 +578,7 @@ A, B, C = ({"resolution": side, "images": images, "batch_size": 4} for side, ima
     ],
 )
 def test_stages_may_only_grow(photos, tmp_path, before, now, fits):
-    checkpoint.write_config(str(tmp_path), configured(photos, f"stages={before}"))
+    run_folder.write_config(str(tmp_path), configured(photos, f"stages={before}"))
     if fits:
         module._check_stages(str(tmp_path), configured(photos, f"stages={now}"))
     else:
@@ -600,9 +600,9 @@ STAYS = [
 
 def test_what_may_differ_when_a_run_goes_on(photos, tmp_path):
     folder = str(tmp_path)
-    checkpoint.write_config(folder, configured(photos))
+    run_folder.write_config(folder, configured(photos))
     for word in MAY_DIFFER:
-        assert checkpoint.open_run(folder, configured(photos, word), FREE), word
+        assert run_folder.open_run(folder, configured(photos, word), FREE), word
     for word in STAYS:
         with pytest.raises(UserError, match=f"  {word.partition('=')[0]}: was"):
-            checkpoint.open_run(folder, configured(photos, word), FREE)
+            run_folder.open_run(folder, configured(photos, word), FREE)
