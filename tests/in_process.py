@@ -16,7 +16,7 @@ from pipelines.encoding import encode
 from pipelines.encoding.encoder import Encoder
 from pipelines.encoding.plan import CachePlan
 from pipelines.evaluation import generated, image_batches, reconstruction, sample
-from pipelines.runtime import cluster, mlflow_run
+from pipelines.runtime import cluster, mlflow_run, paths
 from pipelines.runtime.schema import Ray
 from pipelines.training import launch, loop
 
@@ -25,9 +25,10 @@ from pipelines.training import launch, loop
 def in_process() -> Iterator[None]:
     """For encode, sample and evaluate, which then do without Ray."""
     with pytest.MonkeyPatch.context() as patch:
-        here = SimpleNamespace(**vars(cluster) | {"start": _placement, "check_folders": lambda written, read: None})
+        here = SimpleNamespace(**vars(cluster) | {"start": _placement})
         for module in (encode, sample, reconstruction, generated):
             patch.setattr(module, "cluster", here)
+        patch.setattr(paths, "check_folders", lambda written, read: None)
         patch.setattr(encode, "_pipeline", _Pipeline)
         for module in (sample, reconstruction, generated):
             patch.setattr(module, "pool", _pool)
@@ -64,7 +65,7 @@ def up_to_the_workers(result: dict[str, Any]) -> Iterator[SimpleNamespace]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cluster, "start", _placement)
-        patch.setattr(cluster, "check_folders", lambda *given: setattr(noted, "checked", given))
+        patch.setattr(paths, "check_folders", lambda *given: setattr(noted, "checked", given))
         patch.setattr(mlflow_run, "start_run", start_run)
         patch.setattr(launch, "fit", fit)
         yield noted

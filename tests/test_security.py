@@ -52,6 +52,7 @@ from pipelines.experiments.config import Sweep
 from pipelines.experiments.page import page
 from pipelines.runtime import cluster
 from pipelines.runtime.cli import load, main
+from pipelines.runtime.paths import output_path
 from pipelines.training import checkpoint, run_folder
 from pipelines.training.config import TrainVAE
 from tests import memory
@@ -573,7 +574,7 @@ def test_a_path_with_credentials_is_refused(cls, field, uri):
     config = load(cls, None, [f"{field}={uri}"])
     if field == "out":
         with pytest.raises(UserError, match="no credentials in a path|only local paths"):
-            storage.absolute(cluster.output_path("out", config.out, remote=True) if uri[:2] == "s3" else config.out)
+            storage.absolute(output_path("out", config.out, remote=True) if uri[:2] == "s3" else config.out)
     else:
         found = config.source if cls is Encode else config.data.train if cls is TrainVAE else config.data.val
         with pytest.raises(UserError) as error:

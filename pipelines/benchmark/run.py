@@ -16,7 +16,7 @@ from litevae.errors import UserError
 from pipelines.benchmark import meter
 from pipelines.benchmark.config import Benchmark
 from pipelines.benchmark.meter import Setting, Table
-from pipelines.runtime import cluster, mlflow_run
+from pipelines.runtime import mlflow_run, paths
 
 PARTS = {  # where each part is measured; some beside packages that only developers have
     "encoder": "pipelines.benchmark.models:encoder",
@@ -39,7 +39,7 @@ def benchmark(config: Benchmark, parts: Mapping[str, str] = PARTS) -> dict[str, 
     Raises:
         UserError: a model, photos or a package that a part needs are missing; memory does not suffice.
     """
-    out = cluster.output_path("out", config.out)
+    out = paths.output_path("out", config.out)
     device = _device(config)
     threads = config.threads or os.cpu_count() or 1
     torch.set_num_threads(threads)

@@ -19,7 +19,7 @@ from litevae import storage
 from litevae.errors import UserError
 from pipelines.encoding.config import Encode
 from pipelines.evaluation.config import Evaluate, Sample
-from pipelines.runtime import cluster, tables
+from pipelines.runtime import cluster, paths, tables
 from pipelines.runtime.cli import load
 from pipelines.runtime.schema import ConfigT, Job
 from pipelines.training.config import TrainLDM, TrainVAE
@@ -61,7 +61,7 @@ def demo(config: Demo) -> dict[str, Any]:
     from pipelines.training.vae import train_vae
 
     started = time.monotonic()
-    root = Path(cluster.output_path("root", config.root))
+    root = Path(paths.output_path("root", config.root))
     train, held_out = (cut_photos(root / "photos") / split for split in ("train", "val"))
     gpu = cluster.start(config.ray).gpu
     preset = config.preset or ("demo-gpu" if gpu else "demo")

@@ -22,7 +22,7 @@ from pipelines.diagnostics.machine import clock, collectives, cpus, gpus, kernel
 from pipelines.diagnostics.probe import DRIVER, Ask, Finding, Findings, Nodes, State, counted, failure, on_this_machine
 from pipelines.diagnostics.services import mlflow
 from pipelines.diagnostics.workload import Speeds, estimate, model, source, weights
-from pipelines.runtime import cluster
+from pipelines.runtime import cluster, paths
 from pipelines.runtime.schema import Ray
 
 
@@ -48,8 +48,8 @@ def doctor(config: Doctor) -> list[Finding]:
     Raises:
         UserError: paths that no job would take.
     """
-    root = cluster.output_path("root", config.root)
-    out = cluster.output_path("out", config.out, remote=True) if config.out else ""
+    root = paths.output_path("root", config.root)
+    out = paths.output_path("out", config.out, remote=True) if config.out else ""
     if config.report and not os.path.isdir(os.path.dirname(os.path.abspath(config.report))):
         raise UserError(f"report={config.report}: there is no such folder")
     findings: list[Finding] = []
@@ -150,7 +150,7 @@ def start(config: Ray) -> Started:
     if not ray.is_initialized():
         return Started(False, None, problems)
     alive = [node for node in ray.nodes() if node["Alive"]]
-    joined = "joined" if "RAY_ADDRESS" in os.environ or cluster.in_ray_job() else "started here"
+    joined = "joined" if "RAY_ADDRESS" in os.environ or paths.in_ray_job() else "started here"
     found = f"Ray {ray.__version__}, {joined}, {counted(len(alive), 'node')}"
     if placement:
         problems.append(Finding(DRIVER, "ok", f"{found}; a job gets {placement.text}"))

@@ -29,7 +29,7 @@ from pipelines.encoding.listings import inputs_of, source_of
 from pipelines.encoding.partition import Partition
 from pipelines.encoding.plan import CachePlan, make_plan
 from pipelines.encoding.totals import EncodeTotals, check_budget, listed_reasons
-from pipelines.runtime import cluster, host, mlflow_run, mlflow_server, prometheus
+from pipelines.runtime import cluster, host, mlflow_run, mlflow_server, paths, prometheus
 from pipelines.runtime.cluster import Placement
 from pipelines.runtime.logs import say
 from pipelines.runtime.progress import Progress
@@ -93,7 +93,7 @@ def plan_cache(config: Encode) -> CacheJob:
     Raises:
         UserError: as `encode_dataset`.
     """
-    out = cluster.output_path("out", config.out, remote=True)
+    out = paths.output_path("out", config.out, remote=True)
     if not config.model:
         raise UserError("model is empty; give a model folder, e.g. model=runs/vae/model")
     empty, files = _is_empty(out), storage.names(out)  # in this order: another driver may be writing its plan now
@@ -112,7 +112,7 @@ def plan_cache(config: Encode) -> CacheJob:
     if "manifest.json" in files and cache.read_manifest(out)["source"]["shards"] == len(partition):
         return CacheJob(out, plan, partition, None)
     placement = cluster.start(config.ray)
-    cluster.check_folders({"out": out}, {"source.uri": sources[0].uri, "model": config.model})
+    paths.check_folders({"out": out}, {"source.uri": sources[0].uri, "model": config.model})
     if not before:
         plan = auto.settle(plan, config, placement, partition.units)
         plan.write(out)

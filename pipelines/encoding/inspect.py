@@ -19,7 +19,7 @@ from pipelines.encoding.config import Inspect
 from pipelines.encoding.listings import open_listings
 from pipelines.encoding.partition import Partition
 from pipelines.encoding.plan import CachePlan
-from pipelines.runtime import cluster, tables
+from pipelines.runtime import paths, tables
 from pipelines.runtime.logs import say
 
 
@@ -53,7 +53,7 @@ def inspect(config: Inspect) -> dict[str, Any]:
     rows = [["shard", "rows", "PSNR (dB)", "drift"]]
     rows += [[f"{s['shard']:,}", str(s["rows"]), f"{s['psnr']:.2f}", f"{s['drift']:.2g}"] for s in about["shards"]]
     print(f"\n{tables.table(rows)}\n\ndrift: the largest difference of the latents stored to those encoded now")
-    out = Path(cluster.output_path("out", config.out))
+    out = Path(paths.output_path("out", config.out))
     out.mkdir(parents=True, exist_ok=True)
     same = [one for one in shown if one[0].shape == shown[0][0].shape]  # a picture's rows have one shape
     picture = reconstruction_picture(*(torch.cat(column) for column in zip(*same, strict=True)))

@@ -15,7 +15,7 @@ from pipelines.encoding.listings import open_listings
 from pipelines.encoding.partition import Partition
 from pipelines.encoding.plan import CachePlan
 from pipelines.encoding.totals import listed_reasons
-from pipelines.runtime import cluster
+from pipelines.runtime import cluster, paths
 from pipelines.runtime.logs import say
 
 
@@ -75,7 +75,7 @@ def _open(config: Mend) -> tuple[str, CachePlan, Partition]:
     """A cache's folder, its plan with the model where it is now, and its shards with the source where it is now."""
     if not config.cache:
         raise UserError("give a cache folder")
-    out = cluster.output_path("cache", config.cache, remote=True)
+    out = paths.output_path("cache", config.cache, remote=True)
     if "plan.json" not in storage.names(out):
         raise UserError(f"{out} is not a latent cache: it has no plan.json")
     plan, sources = CachePlan.read(out), open_listings(out, config.source)

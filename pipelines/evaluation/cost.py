@@ -29,7 +29,7 @@ from litevae.autoencoder import (
 from litevae.errors import UserError
 from litevae.precision import autocast
 from pipelines.evaluation import config, report
-from pipelines.runtime import cluster, mlflow_run, tables
+from pipelines.runtime import cluster, mlflow_run, paths, tables
 from pipelines.runtime.actor_pool import pool, spread
 from pipelines.runtime.host import PeakMemory, processor
 from pipelines.runtime.logs import say
@@ -77,7 +77,7 @@ def complexity(cfg: config.EvaluateComplexity) -> dict[str, Any]:
     Raises:
         UserError: bad config or model; a model needs more memory than there is.
     """
-    out = cluster.output_path("out", cfg.out)
+    out = paths.output_path("out", cfg.out)
     plans = list(_plans(cfg))
     placement = cluster.start(cfg.ray.model_copy(update={"workers": 1}))
     with mlflow_run.tracked_run(cfg, "evaluate", os.path.basename(out), out) as (tracker, run):

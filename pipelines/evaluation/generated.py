@@ -30,7 +30,7 @@ from pipelines.data.sources import open_source
 from pipelines.evaluation import config, image_batches, report
 from pipelines.evaluation.image_batches import Bad, Read, named, spaced
 from pipelines.evaluation.report import Score
-from pipelines.runtime import cluster, mlflow_run
+from pipelines.runtime import cluster, mlflow_run, paths
 from pipelines.runtime.actor_pool import pool
 from pipelines.runtime.progress import Progress
 
@@ -94,8 +94,8 @@ def samples(cfg: config.EvaluateSamples) -> dict[str, Any]:
     Raises:
         UserError: bad config or source, no network has weights, too few images could be read.
     """
-    out = cluster.output_path("out", cfg.out)
-    root = cluster.output_path("root", cfg.root)
+    out = paths.output_path("out", cfg.out)
+    root = paths.output_path("root", cfg.root)
     if cfg.transform.resolution < SMALLEST:
         raise UserError(f"transform.resolution={cfg.transform.resolution}: images are judged from {SMALLEST} px on")
     files = [path and os.path.abspath(path) for path in (cfg.inception, cfg.squeezenet, cfg.backbone)]

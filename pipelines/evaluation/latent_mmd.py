@@ -14,7 +14,7 @@ from litevae.errors import UserError
 from pipelines.evaluation import config, report
 from pipelines.evaluation.image_batches import spaced
 from pipelines.evaluation.report import Score
-from pipelines.runtime import cluster, mlflow_run
+from pipelines.runtime import mlflow_run, paths
 
 PART = 256  # rows read at a time
 MMD = generation.PROTOCOLS["mmd"]
@@ -27,7 +27,7 @@ def mmd(cfg: config.EvaluateLatents) -> dict[str, Any]:
     Raises:
         UserError: bad config or cache, NaN or infinite latents.
     """
-    out = cluster.output_path("out", cfg.out)
+    out = paths.output_path("out", cfg.out)
     if not cfg.cache:
         raise UserError("cache is empty; give a latent cache: evaluate.py latents FOLDER")
     cache = LatentCache(cfg.cache)

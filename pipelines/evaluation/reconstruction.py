@@ -41,7 +41,7 @@ from pipelines.data.sources import open_source
 from pipelines.evaluation import config, image_batches, latent_mmd, report
 from pipelines.evaluation.image_batches import Bad, Read, named
 from pipelines.evaluation.report import Score
-from pipelines.runtime import cluster, mlflow_run, tables
+from pipelines.runtime import cluster, mlflow_run, paths, tables
 from pipelines.runtime.actor_pool import pool, spread
 from pipelines.runtime.progress import Progress
 
@@ -168,7 +168,7 @@ def evaluate(cfg: config.Evaluate) -> dict[str, Any]:
     Raises:
         UserError: bad config, model or source; no image could be read.
     """
-    out = cluster.output_path("out", cfg.out)
+    out = paths.output_path("out", cfg.out)
     if not cfg.model:
         raise UserError("model is empty; give a model folder: model=runs/vae/model")
     side = cfg.transform.resolution
@@ -191,7 +191,7 @@ def evaluate(cfg: config.Evaluate) -> dict[str, Any]:
     remarks = list(judges.remarks)
 
     placement = cluster.start(cfg.ray)
-    cluster.check_folders({}, {"source.uri": source.uri, "model": cfg.model})
+    paths.check_folders({}, {"source.uri": source.uri, "model": cfg.model})
     with mlflow_run.tracked_run(cfg, "evaluate", os.path.basename(out), out) as (tracker, run):
         tracker.dataset(os.path.basename(source.uri), source.digest, source.uri, context="evaluation")
         actors = pool(Evaluator, placement, cfg, placement, judges.identity)

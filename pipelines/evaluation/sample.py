@@ -40,7 +40,7 @@ from litevae.pictures import grid
 from litevae.precision import autocast
 from litevae.sampling import SAMPLERS, label_numbers, sampler_of
 from pipelines.evaluation import config
-from pipelines.runtime import cluster, mlflow_run, tables
+from pipelines.runtime import cluster, mlflow_run, paths, tables
 from pipelines.runtime.actor_pool import pool, spread
 from pipelines.runtime.progress import Progress
 
@@ -74,7 +74,7 @@ def sample(cfg: config.Sample) -> dict[str, Any]:
     Raises:
         UserError: bad config or model; `cfg.out` holds another job's images, or more than are asked for.
     """
-    out = cluster.output_path("out", cfg.out, remote=True)
+    out = paths.output_path("out", cfg.out, remote=True)
     if not cfg.model:
         raise UserError("model is empty; give the folder of a latent diffusion model: model=runs/ldm/model")
     job = _job(cfg, load_ldm(cfg.model))
@@ -85,7 +85,7 @@ def sample(cfg: config.Sample) -> dict[str, Any]:
     missing = _missing(pieces, job, out)
 
     placement = cluster.start(cfg.ray)
-    cluster.check_folders({"out": out}, {"model": cfg.model})
+    paths.check_folders({"out": out}, {"model": cfg.model})
     storage.put_new(storage.join(out, "sampling.json"), _json(job))
     _check_job(job, out)  # another job may have come between
     storage.remove(storage.join(out, "samples.json"))

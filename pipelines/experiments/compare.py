@@ -21,7 +21,7 @@ from pipelines.experiments.comparison import FINISHED, Run, clean, comparison, l
 from pipelines.experiments.config import Compare
 from pipelines.experiments.page import as_json, markdown, page, report
 from pipelines.runtime import mlflow_run, mlflow_server
-from pipelines.runtime.cluster import output_path
+from pipelines.runtime.paths import output_path
 
 STORED = re.compile(r"images/(.+?)[+%]step[+%](\d+)[+%]timestamp[+%]\d+[+%][^+%]*\.png$")  # a picture in MLflow ...
 SAVED = re.compile(r"(.+)-(\d{12})\.png$")  # ... and in the run's folder

@@ -38,7 +38,7 @@ from pipelines.experiments.trials import (
     trials_of_space,
     trials_of_table,
 )
-from pipelines.runtime import cluster, mlflow_run, mlflow_server, tables
+from pipelines.runtime import cluster, mlflow_run, mlflow_server, paths, tables
 from pipelines.runtime.logs import say
 from pipelines.runtime.schema import dump, validate, values_to_keep
 from pipelines.training import run_folder, run_lock
@@ -64,7 +64,7 @@ def sweep(cfg: Sweep) -> list[dict[str, Any]]:
         raise UserError("a table's rows are all trained to their end: search and scheduler are for space.FIELD=...")
     table = paper.table(cfg.table) if cfg.table else None
     name = cfg.name or (f"table-{table.name}-{cfg.scale}" if table else "sweep")
-    root = cluster.output_path("root", cfg.root)
+    root = paths.output_path("root", cfg.root)
     sources = {name: _absolute(getattr(cfg.data, name)) for name in ("train", "val")}
     uri = mlflow_run.tracking_uri(cfg.tracking, root) if cfg.tracking.enabled else ""  # trainings have another root
     tracking = cfg.tracking.model_copy(update={"uri": uri})
@@ -87,7 +87,7 @@ def _sweep(cfg: Sweep, table: paper.Table | None, sources: dict[str, Any], folde
     trials, left_out = trials_of_table(cfg, table, folder) if table else (trials_of_space(cfg, folder), {})
     # A population that waits for each other's places would have nobody to learn from.
     placement = cluster.start(cfg.ray, cfg.trials if cfg.scheduler == "pbt" else cfg.concurrent)
-    cluster.check_folders({"root": root}, {f"data.{name}.uri": source.uri for name, source in sources.items()})
+    paths.check_folders({"root": root}, {f"data.{name}.uri": source.uri for name, source in sources.items()})
     run_folder.open_run(folder, cfg, FREE)
     for row, train in ((row, each.train) for each in trials for row in each.rows):
         path = os.path.join(folder, "configs", f"{slug(row.label)}.yaml")

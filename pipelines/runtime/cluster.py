@@ -6,26 +6,23 @@ are set from the real ones), and a cluster that we join is checked first.
 """
 
 import os
-import platform
 import secrets
 import socket
 import sys
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from litevae import storage
 from litevae.errors import UserError
 from pipelines.runtime import shutdown
 from pipelines.runtime.logs import say
+from pipelines.runtime.paths import in_ray_job
 from pipelines.runtime.schema import Ray as RayConfig
 
 if TYPE_CHECKING:
     import torch
 
 SPARE_CPUS = 2  # the training controller, and one data task beside the workers
-
 # Set before `import ray`, in the driver and through it in every process of a cluster that we start.
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
@@ -43,16 +40,13 @@ ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": str(2**30),
     "MALLOC_TRIM_THRESHOLD_": str(2**30),
 }
-
 # Set to 0, a cluster that we start is of this machine alone and listens on loopback alone; else most of its servers
 # listen on every address, whatever they are told. Ray reads it when it is imported, and on Linux too.
 _MANY_MACHINES = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
-
 # Set to 0, a training has no actor that waits for spot notices: on a machine of our own there are none. Read anew by
 # each training; what the user said about it holds.
 _NOTICES = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
 _NOTICES_ASKED = os.environ.get(_NOTICES)
-
 # With an older Ray web pages can delete a cluster's jobs (CVE-2026-27482, before 2.54), and Parquet files can run code
 # where Ray Data is imported (CVE-2026-41486, before 2.55). Ray itself refuses to join a cluster of another version.
 OLDEST = (2, 55)
@@ -126,35 +120,10 @@ class Placement:
         return f"{self.workers} worker{'s' if self.workers > 1 else ''}, {where}"
 
 
-def in_ray_job() -> bool:
-    """Whether this process was started by `ray job submit`: its working directory is a throw-away copy."""
-    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
-
-
 def _in_worker() -> bool:
     """Whether this is a process of Ray's, as a trial's training is: what labels it has the driver has decided."""
     ray = sys.modules.get("ray")
     return ray is not None and ray.is_initialized() and ray.get_runtime_context().worker.mode == ray.WORKER_MODE
-
-
-def output_path(field: str, path: str, remote: bool = False) -> str:
-    """An absolute output path. Inside a submitted job a relative one is refused: it would vanish with the copy.
-
-    Args:
-        remote: whether it may be s3://.
-    """
-    if not path:
-        raise UserError(f"{field}: give a path, e.g. {field}=/data/{field}")
-    if storage.remote(path):
-        if not remote:
-            raise UserError(f"{field}={path}: only local paths can be written here")
-        return storage.absolute(path)
-    if in_ray_job() and not os.path.isabs(path):
-        raise UserError(
-            f"{field}={path} is relative; a submitted job runs in a temporary copy of its working directory, so what "
-            f"it writes there is lost. Give an absolute path on storage that all nodes share."
-        )
-    return os.path.abspath(path)
 
 
 def anywhere() -> Any:
@@ -306,59 +275,3 @@ def _ask_for(config: RayConfig, workers: int) -> None:
     bundles = [{"CPU": 1, **gpus}] * workers + decoders
     labels = [config.worker_labels] * workers + [config.decode_labels] * len(decoders)
     request_resources(bundles=bundles, bundle_label_selectors=labels if any(labels) else None)
-
-
-def check_folders(written: dict[str, str], read: dict[str, str]) -> None:
-    """That every node sees the local folders that a job writes and reads, before it is too late.
-
-    Args:
-        written, read: folder by the field that named it; those on S3 are left to it. Written ones are made.
-
-    Raises:
-        UserError: a node does not see what this one has written, or what is to be read.
-    """
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0)]
-    mine = ray.get_runtime_context().get_node_id()
-    others = {node["NodeID"]: node["NodeName"] for node in nodes if node["NodeID"] != mine}
-    if not others:
-        return
-
-    def missing(paths: list[str]) -> list[str]:
-        return [path for path in paths if not os.path.exists(path)]
-
-    marks = {
-        field: os.path.join(folder, f".tmp-shared-{secrets.token_hex(8)}")
-        for field, folder in written.items()
-        if not storage.remote(folder)
-    }
-    paths = marks | {field: os.path.abspath(path) for field, path in read.items() if path and not storage.remote(path)}
-    try:
-        for mark in marks.values():
-            os.makedirs(os.path.dirname(mark), exist_ok=True)
-            Path(mark).touch()
-        look = ray.remote(num_cpus=0, max_retries=1)(missing)
-        asked = {
-            name: look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(
-                list(paths.values())
-            )
-            for node, name in others.items()
-        }
-        for name, found in asked.items():
-            try:
-                unseen = ray.get(found)
-            except (ray.exceptions.TaskUnschedulableError, ray.exceptions.NodeDiedError):
-                continue  # a node that has left the cluster meanwhile
-            for field, path in paths.items():
-                if path in unseen:
-                    where = (written | read)[field]
-                    raise UserError(
-                        f"{field}={where} is not shared: node {name} of the cluster does not see what is there on "
-                        f"{platform.node()}. Give a path that all nodes share"
-                        + (" (NFS, EFS ...), or s3://" if field in ("out", "source.uri") else " (NFS, EFS ...)")
-                    )
-    finally:
-        for mark in marks.values():
-            Path(mark).unlink(missing_ok=True)

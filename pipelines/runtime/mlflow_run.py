@@ -32,9 +32,9 @@ import numpy as np
 from litevae import storage
 from litevae.errors import UserError, redact
 from pipelines.runtime import mlflow_server
-from pipelines.runtime.cluster import output_path
 from pipelines.runtime.metrics_log import clear_log, mend_log, metric_name, parse_line
 from pipelines.runtime.mlflow_server import RunHandle, Status
+from pipelines.runtime.paths import output_path
 from pipelines.runtime.schema import Tracked, Tracking
 
 CLOSE_TIMEOUT = 300  # for uploads that go on; close() gives up at the first failure

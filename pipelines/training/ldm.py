@@ -34,7 +34,7 @@ from pipelines.data.source import Source
 from pipelines.data.sources import open_source
 from pipelines.encoding import encode
 from pipelines.encoding.config import Encode
-from pipelines.runtime import cluster, mlflow_run
+from pipelines.runtime import cluster, mlflow_run, paths
 from pipelines.runtime.logs import say
 from pipelines.runtime.schema import validate, values_to_keep
 from pipelines.training import compiling, launch, optimizer, run_folder, run_lock, step_metrics
@@ -62,7 +62,7 @@ def train_ldm(config: TrainLDM) -> dict[str, Any]:
         UserError: anything the user can mend, before Ray starts where it can be known then; another process is at work
             on this run.
     """
-    folder = os.path.join(cluster.output_path("root", config.root), config.name)
+    folder = os.path.join(paths.output_path("root", config.root), config.name)
     objective_of(config)
     latents = {"cache": cached_latents, "online": online_latents, "write-through": write_through_latents}[config.mode](
         config
@@ -81,7 +81,7 @@ def train_ldm(config: TrainLDM) -> dict[str, Any]:
     if config.mode == "write-through":
         latents = begin_cache(config, latents)
     placement = cluster.start(config.ray)
-    cluster.check_folders({"root": os.path.dirname(folder)}, {"vae": latents.vae, "cache": latents.cache})
+    paths.check_folders({"root": os.path.dirname(folder)}, {"vae": latents.vae, "cache": latents.cache})
     resumed = run_folder.open_run(folder, config, free)
     if resumed:
         run_folder.check_longer(folder, "images", config.images)

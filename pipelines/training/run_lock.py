@@ -19,8 +19,8 @@ from typing import IO, Concatenate, ParamSpec, TypeVar
 
 from litevae import storage
 from litevae.errors import UserError
-from pipelines.runtime.cluster import output_path
 from pipelines.runtime.logs import say
+from pipelines.runtime.paths import output_path
 from pipelines.runtime.schema import Tracked
 from pipelines.training.checkpoint import STATE
 

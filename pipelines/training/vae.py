@@ -24,7 +24,7 @@ from litevae.pictures import reconstruction_picture
 from litevae.precision import autocast
 from pipelines.data.source import Source
 from pipelines.data.sources import open_source
-from pipelines.runtime import cluster, mlflow_run
+from pipelines.runtime import cluster, mlflow_run, paths
 from pipelines.runtime.logs import say
 from pipelines.runtime.schema import validate, values_to_keep
 from pipelines.training import checkpoint, compiling, launch, optimizer, ranks, run_folder, run_lock, step_metrics
@@ -51,7 +51,7 @@ def train_vae(config: TrainVAE, callbacks: Sequence[Any] = ()) -> dict[str, Any]
         UserError: anything the user can mend, before Ray starts where it can be known then; another process is at work
             on this run.
     """
-    folder = os.path.join(cluster.output_path("root", config.root), config.name)
+    folder = os.path.join(paths.output_path("root", config.root), config.name)
     source = open_source(config.data.train, "data.train")
     val = open_source(config.data.val, "data.val") if config.data.val.uri else None
     for n, stage in enumerate(config.stages):
@@ -73,7 +73,7 @@ def train_vae(config: TrainVAE, callbacks: Sequence[Any] = ()) -> dict[str, Any]
             f"runs/<name>/checkpoint-..., which loop.keep of its run must have kept"
         )
     placement = cluster.start(config.ray)
-    cluster.check_folders({"root": os.path.dirname(folder)}, {"data.train.uri": source.uri})
+    paths.check_folders({"root": os.path.dirname(folder)}, {"data.train.uri": source.uri})
     resumed = run_folder.open_run(folder, config, FREE)
     if resumed:
         _check_stages(folder, config)

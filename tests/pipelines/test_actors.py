@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from litevae.errors import UserError
-from pipelines.runtime import cluster
+from pipelines.runtime import cluster, paths
 from pipelines.runtime.actor_pool import pool, spread
 from pipelines.runtime.schema import Ray
 
@@ -138,7 +138,7 @@ def test_a_node_that_leaves_while_folders_are_looked_for_does_not_matter(placeme
     nodes = ray.nodes()
     gone = {"NodeID": "a" * 56, "NodeName": "gone", "Alive": True, "Resources": {"CPU": 1.0}}
     monkeypatch.setattr(ray, "nodes", lambda: [*nodes, gone])
-    cluster.check_folders({"root": str(tmp_path / "runs")}, {"source.uri": str(tmp_path)})
+    paths.check_folders({"root": str(tmp_path / "runs")}, {"source.uri": str(tmp_path)})
     assert list((tmp_path / "runs").iterdir()) == []
 
 

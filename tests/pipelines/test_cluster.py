@@ -10,6 +10,7 @@ import ray
 
 from litevae.errors import UserError
 from pipelines.runtime import actor_pool, cluster, shutdown
+from pipelines.runtime.paths import check_folders, output_path
 from pipelines.runtime.schema import Ray
 
 
@@ -283,17 +284,17 @@ def test_a_cluster_that_grows_is_waited_for_and_told_how_large(init, nodes, monk
 def test_output_folders(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR", raising=False)
-    assert cluster.output_path("root", "runs") == f"{tmp_path}/runs"
-    assert cluster.output_path("out", "s3://b/c/", remote=True) == "s3://b/c"
+    assert output_path("root", "runs") == f"{tmp_path}/runs"
+    assert output_path("out", "s3://b/c/", remote=True) == "s3://b/c"
     with pytest.raises(UserError, match="^root: give a path"):
-        cluster.output_path("root", "")
+        output_path("root", "")
     with pytest.raises(UserError, match="^root=s3://b/c: only local paths"):
-        cluster.output_path("root", "s3://b/c")
+        output_path("root", "s3://b/c")
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
     with pytest.raises(UserError, match="^root=runs is relative; a submitted job"):
-        cluster.output_path("root", "runs")
-    assert cluster.output_path("root", "/data/runs") == "/data/runs"
-    assert cluster.output_path("out", "s3://b/c", remote=True) == "s3://b/c"
+        output_path("root", "runs")
+    assert output_path("root", "/data/runs") == "/data/runs"
+    assert output_path("out", "s3://b/c", remote=True) == "s3://b/c"
 
 
 @pytest.fixture
@@ -335,21 +336,21 @@ def test_all_nodes_have_to_see_what_is_written_and_read(others, tmp_path):
         {"vae": str(tmp_path), "cache": "", "s": "s3://b"},
     )
     asked = others(a=lambda look, paths: look(paths))
-    cluster.check_folders(written, read)
+    check_folders(written, read)
     (paths,) = asked.values()
     assert [os.path.dirname(path) for path in paths] == [f"{tmp_path}/runs", str(tmp_path.parent)]
     assert os.listdir(tmp_path / "runs") == []  # what was written there to be seen is gone
 
     others(a=lambda look, paths: [], b=lambda look, paths: paths[:1])
     with pytest.raises(UserError, match=rf"^root={tmp_path}/runs is not shared: node node-b .* all nodes share \(NFS"):
-        cluster.check_folders(written, read)
+        check_folders(written, read)
     assert os.listdir(tmp_path / "runs") == []
     others(b=lambda look, paths: look([*paths, "/not/there"]) and paths[1:])
     with pytest.raises(UserError, match=f"^vae={tmp_path} is not shared"):
-        cluster.check_folders(written, read)
+        check_folders(written, read)
     others(b=lambda look, paths: paths)
     with pytest.raises(UserError, match=r"out=.* is not shared.*\), or s3://$"):
-        cluster.check_folders({"out": f"{tmp_path}/runs"}, {})
+        check_folders({"out": f"{tmp_path}/runs"}, {})
 
 
 def test_a_node_that_left_is_not_asked_and_one_alone_is_not(others, tmp_path):
@@ -357,9 +358,9 @@ def test_a_node_that_left_is_not_asked_and_one_alone_is_not(others, tmp_path):
         raise ray.exceptions.TaskUnschedulableError("it left")
 
     others(a=gone, b=lambda look, paths: look(paths))
-    cluster.check_folders({"root": f"{tmp_path}/runs"}, {})
+    check_folders({"root": f"{tmp_path}/runs"}, {})
     others()
-    cluster.check_folders({"root": f"{tmp_path}/other"}, {"vae": "/not/there"})
+    check_folders({"root": f"{tmp_path}/other"}, {"vae": "/not/there"})
     assert not (tmp_path / "other").exists()
 
 

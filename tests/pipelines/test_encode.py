@@ -32,7 +32,7 @@ from pipelines.encoding.encode import encode_dataset
 from pipelines.encoding.encoder import Encoder
 from pipelines.encoding.partition import Partition, cut
 from pipelines.encoding.plan import _content_of, make_plan
-from pipelines.runtime import cluster, host
+from pipelines.runtime import cluster, host, paths
 from tests.commands import run_in_this_process
 from tests.encoding import (
     BAD,
@@ -428,7 +428,7 @@ def test_what_is_compiled_runs_channels_last_and_gives_the_same(few, model, tmp_
 def test_compiling_is_recommended_where_it_pays(few, model, tmp_path, monkeypatch, capsys):
     placement = cluster.Placement(workers=1, gpu=True, threads=1)
     monkeypatch.setattr(cluster, "start", lambda _: placement)
-    monkeypatch.setattr(cluster, "check_folders", lambda *_: None)
+    monkeypatch.setattr(paths, "check_folders", lambda *_: None)
     monkeypatch.setattr(auto, "WORTH_COMPILING", 6)
     for name, more, said in (("plain", [], True), ("compiled", ["compile=true"], False)):
         encode.plan_cache(config(few, model, tmp_path / name, "precision=bf16", *more))

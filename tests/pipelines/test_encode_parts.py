@@ -27,7 +27,7 @@ from pipelines.encoding.encoder import Encoder, _merged_rows, exact, load_encode
 from pipelines.encoding.listings import source_of
 from pipelines.encoding.partition import Partition
 from pipelines.encoding.plan import CachePlan, PlannedModel, make_plan
-from pipelines.runtime import cluster
+from pipelines.runtime import cluster, paths
 from pipelines.runtime.schema import validate
 from tests.encoding import cache_plan, plan_settings, save_model
 
@@ -444,7 +444,7 @@ def test_a_plan_settles_what_is_auto(model, tmp_path, monkeypatch):
     values = {"source": {"uri": str(photos)}, "model": model, "transform": {"resolution": 32}, "root": str(tmp_path)}
     auto = {"precision": "auto", "batch_size": "auto"}
     monkeypatch.setattr(cluster, "start", lambda ray: PLACEMENT)
-    monkeypatch.setattr(cluster, "check_folders", lambda written, read: None)
+    monkeypatch.setattr(paths, "check_folders", lambda written, read: None)
     monkeypatch.setattr("pipelines.encoding.auto.fastest_precision", lambda placement: "fp32")
     monkeypatch.setattr(
         "pipelines.encoding.auto.best_kernels", lambda device, precision: f"best for {precision} on {device}"

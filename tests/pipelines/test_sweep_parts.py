@@ -633,7 +633,7 @@ def whole(tmp_path, monkeypatch):
     found = SimpleNamespace(asked=[], finished=[], failed=[])
     listed(monkeypatch)
     monkeypatch.setattr(sweep.cluster, "start", lambda ray, jobs: found.asked.append(jobs) or PLACEMENT)
-    monkeypatch.setattr(sweep.cluster, "check_folders", lambda written, read: found.asked.append((written, read)))
+    monkeypatch.setattr(sweep.paths, "check_folders", lambda written, read: found.asked.append((written, read)))
     monkeypatch.setattr(sweep.mlflow_run, "finish", lambda run, status: found.finished.append(status))
 
     def tune_it(cfg, trials, placement, run, folder):

@@ -1,0 +1,90 @@
+"""Folders that a job writes and reads: absolute, and seen by every node of the cluster."""
+
+import os
+import platform
+import secrets
+from pathlib import Path
+
+from litevae import storage
+from litevae.errors import UserError
+
+
+def in_ray_job() -> bool:
+    """Whether this process was started by `ray job submit`: its working directory is a throw-away copy."""
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+
+
+def output_path(field: str, path: str, remote: bool = False) -> str:
+    """An absolute output path. Inside a submitted job a relative one is refused: it would vanish with the copy.
+
+    Args:
+        remote: whether it may be s3://.
+    """
+    if not path:
+        raise UserError(f"{field}: give a path, e.g. {field}=/data/{field}")
+    if storage.remote(path):
+        if not remote:
+            raise UserError(f"{field}={path}: only local paths can be written here")
+        return storage.absolute(path)
+    if in_ray_job() and not os.path.isabs(path):
+        raise UserError(
+            f"{field}={path} is relative; a submitted job runs in a temporary copy of its working directory, so what "
+            f"it writes there is lost. Give an absolute path on storage that all nodes share."
+        )
+    return os.path.abspath(path)
+
+
+def check_folders(written: dict[str, str], read: dict[str, str]) -> None:
+    """That every node sees the local folders that a job writes and reads, before it is too late.
+
+    Args:
+        written, read: folder by the field that named it; those on S3 are left to it. Written ones are made.
+
+    Raises:
+        UserError: a node does not see what this one has written, or what is to be read.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    nodes = [node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0)]
+    mine = ray.get_runtime_context().get_node_id()
+    others = {node["NodeID"]: node["NodeName"] for node in nodes if node["NodeID"] != mine}
+    if not others:
+        return
+
+    def missing(paths: list[str]) -> list[str]:
+        return [path for path in paths if not os.path.exists(path)]
+
+    marks = {
+        field: os.path.join(folder, f".tmp-shared-{secrets.token_hex(8)}")
+        for field, folder in written.items()
+        if not storage.remote(folder)
+    }
+    paths = marks | {field: os.path.abspath(path) for field, path in read.items() if path and not storage.remote(path)}
+    try:
+        for mark in marks.values():
+            os.makedirs(os.path.dirname(mark), exist_ok=True)
+            Path(mark).touch()
+        look = ray.remote(num_cpus=0, max_retries=1)(missing)
+        asked = {
+            name: look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(
+                list(paths.values())
+            )
+            for node, name in others.items()
+        }
+        for name, found in asked.items():
+            try:
+                unseen = ray.get(found)
+            except (ray.exceptions.TaskUnschedulableError, ray.exceptions.NodeDiedError):
+                continue  # a node that has left the cluster meanwhile
+            for field, path in paths.items():
+                if path in unseen:
+                    where = (written | read)[field]
+                    raise UserError(
+                        f"{field}={where} is not shared: node {name} of the cluster does not see what is there on "
+                        f"{platform.node()}. Give a path that all nodes share"
+                        + (" (NFS, EFS ...), or s3://" if field in ("out", "source.uri") else " (NFS, EFS ...)")
+                    )
+    finally:
+        for mark in marks.values():
+            Path(mark).unlink(missing_ok=True)
