@@ -61,7 +61,7 @@ os.environ.update(
 # well before test_faults.py, since both need many nodes, which can't be there at the same time.
 FIRST = (
     *("test_nodes.py", "test_train_vae.py", "test_sweep.py", "test_demo.py"),
-    *("test_autoencoder.py", "test_judge.py", "test_train_ldm.py", "test_cache_jobs.py", "test_encode.py"),
+    *("test_autoencoder.py", "test_generated.py", "test_train_ldm.py", "test_maintenance.py", "test_encode.py"),
 )
 
 

@@ -29,7 +29,7 @@ from tests.in_process import in_process
 from tests.killing import kill_driver
 from tests.networks import save_squeezenet, save_vgg19
 
-REPO = Path(__file__).resolve().parents[2]
+REPO = Path(__file__).resolve().parents[3]
 ALONE = ["ray.gpu=false", "ray.cpus_per_worker=1"]  # two threads wait for each other where another test has a core
 TINY = [  # of a space: seconds a training
     "train_vae.model.encoder=S", "train_vae.model.decoder.channels=[8,8,8,8]", "train_vae.model.decoder.layers=1",

@@ -25,7 +25,7 @@ from tests.encoding import BAD, photo_folder, save_model
 from tests.nodes import cluster
 from tests.proxy import proxied
 
-REPO = Path(__file__).resolve().parents[2]
+REPO = Path(__file__).resolve().parents[3]
 
 
 def here(function, *arguments):

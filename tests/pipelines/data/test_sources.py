@@ -27,7 +27,7 @@ from pipelines.data.config import Source as SourceConfig
 from pipelines.data.source import Item
 from pipelines.data.sources import compare, open_source, restore
 
-ORIGINALS = Path(__file__).resolve().parents[3] / "shared" / "data" / "originals"
+ORIGINALS = Path(__file__).resolve().parents[4] / "shared" / "data" / "originals"
 
 
 def source_of(uri, labels=(), **options):

@@ -21,7 +21,7 @@ from pipelines.runtime.cli import PRESETS, load, main, section_of, usage
 from pipelines.runtime.schema import dump
 from pipelines.training.config import Objective, Stage, TrainLDM, TrainVAE
 
-RECORDED = yaml.safe_load((Path(__file__).parents[1] / "data" / "configs.yaml").read_text())
+RECORDED = yaml.safe_load((Path(__file__).parents[2] / "data" / "configs.yaml").read_text())
 ROOMS = sorted(path.parent.name for path in Path(pipelines.__file__).parent.glob("*/config.py"))
 CLASSES = {
     name: cls

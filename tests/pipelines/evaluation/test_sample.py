@@ -33,7 +33,7 @@ from pipelines.runtime.schema import validate
 from tests.in_process import in_process
 from tests.killing import kill_driver
 
-JOB = Path(__file__).parents[2] / "jobs" / "sample.py"
+JOB = Path(__file__).parents[3] / "jobs" / "sample.py"
 
 
 def make_ldm(poison: bool = False, classes: int = 0, objective: Objective | None = None, seed: int = 0) -> LDM:

@@ -34,11 +34,11 @@ from pipelines.training.vae import Autoencoder, train_vae
 from tests.disks import fill, resize, small_disk
 from tests.encoding import encoded_crops
 from tests.in_process import as_worker
-from tests.pipelines.test_tracking import Server
+from tests.pipelines.runtime.test_mlflow_server import Server
 from tests.proxy import proxied
 from tests.setups import ldm_setup, vae_setup
 
-JOB = Path(__file__).resolve().parents[2] / "jobs" / "train_vae.py"
+JOB = Path(__file__).resolve().parents[3] / "jobs" / "train_vae.py"
 SMALL = [
     "model.encoder=S", "model.decoder.channels=[8, 8, 8, 8]", "model.decoder.layers=1", "loss.lpips.weight=0",
     "loss.adversarial.weight=0", "loop.precision=fp32", "ray.gpu=false", "ray.cpus_per_worker=1", "name=run",

@@ -36,7 +36,7 @@ from tests.in_process import as_worker
 from tests.killing import kill_driver
 from tests.setups import ldm_setup
 
-REPO = Path(__file__).resolve().parents[2]
+REPO = Path(__file__).resolve().parents[3]
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 CONFIG = [
     "network=tiny", "batch_size=8", "images=32", "optim.lr=1e-3", "loop.precision=fp32", "loop.ema=0.9",

@@ -42,7 +42,7 @@ from pipelines.training.vae import FREE, Networks, Objective, build_model, lpips
 from pipelines.training.worker_setup import TrainSetup
 from tests.setups import untracked
 
-REPO = Path(__file__).resolve().parents[2]
+REPO = Path(__file__).resolve().parents[3]
 SMALL = [
     "model.encoder=S", "model.levels=[3]", "model.decoder.channels=[8, 8, 8, 8]", "model.decoder.layers=1",
     "loss.lpips.weight=0", "loss.adversarial.channels=2", "loop.precision=fp32", "ray.gpu=false",

@@ -285,7 +285,7 @@ def config(place: Path, **fields) -> Benchmark:
 
 def measured(place: Path, *words: str) -> dict:
     """benchmark.json of a run of the command."""
-    command = [sys.executable, str(Path(__file__).parents[2] / "jobs" / "benchmark.py"), *words, f"out={place / 'out'}"]
+    command = [sys.executable, str(Path(__file__).parents[3] / "jobs" / "benchmark.py"), *words, f"out={place / 'out'}"]
     command += [f"root={place}", "tracking.enabled=false", "repeats=1", "gpu=false", "threads=1"]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": os.getcwd()})
     assert done.returncode == 0, done.stderr[-3000:]

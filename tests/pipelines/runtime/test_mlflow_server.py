@@ -302,7 +302,7 @@ def test_sqlite_beside_the_runs_and_a_run_killed_and_resumed(tmp_path: Path) -> 
     folder = tmp_path / "it's vae"
     first = f"""
 import os, signal, time, numpy
-from tests.pipelines.test_tracking import *
+from tests.pipelines.runtime.test_mlflow_server import *
 handle = begin(Path({str(folder)!r}))
 tracker = Tracker(handle)
 for step in range(10):

@@ -462,7 +462,7 @@ def test_cuts():
         assert np.diff(ends, prepend=0).min() >= 1
 
 
-NASTY = Path(__file__).resolve().parents[3] / "shared" / "data" / "nasty"
+NASTY = Path(__file__).resolve().parents[4] / "shared" / "data" / "nasty"
 
 
 @pytest.mark.usefixtures("in_process")
