@@ -1,6 +1,6 @@
-"""Measure this machine: encoders, decoders, training steps, decoding of images, the encode job, the latent loader.
+"""Measure encoders, decoders, training steps, decoding of images, the encode job and the latent loader on this machine.
 
-python jobs/benchmark.py                                             # everything: an hour on two cores
+python jobs/benchmark.py                                             # everything: one hour on two cores
 python jobs/benchmark.py parts=encoder models=sd-vae,B,runs/vae/model
 """
 
@@ -9,7 +9,8 @@ from pipelines.runtime.cli import main
 
 
 def run(config: Benchmark) -> None:
-    from pipelines.benchmark.run import benchmark  # takes seconds; --help and typos do without
+    # Imported here because it takes seconds, which --help and errors in the command line do without.
+    from pipelines.benchmark.run import benchmark
 
     benchmark(config)
 

@@ -1,4 +1,4 @@
-"""Compare runs: a table against a baseline, the paper's numbers beside it, curves and pictures, as one HTML page.
+"""Compare runs with a baseline and with the paper's numbers, and write tables, curves and pictures as one HTML page.
 
 python jobs/compare_runs.py                                    # the newest sweep
 python jobs/compare_runs.py sweep=table-9 out=table-9
@@ -10,7 +10,8 @@ from pipelines.runtime.cli import main
 
 
 def run(config: Compare) -> None:
-    from pipelines.experiments.compare import compare  # takes seconds; --help and typos do without
+    # Imported here because it takes seconds, which --help and errors in the command line do without.
+    from pipelines.experiments.compare import compare
 
     compare(config)
 

@@ -1,4 +1,4 @@
-"""Photos in; a trained LiteVAE, a latent cache, a diffusion model, pictures and numbers out: `make demo`.
+"""Make a trained LiteVAE, a latent cache, a diffusion model, pictures and numbers from photos (`make demo`).
 
 python jobs/demo.py root=demo
 """

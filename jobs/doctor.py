@@ -1,4 +1,4 @@
-"""Check this machine or a Ray cluster before a long run, and say what to fix; exit code 1 where something failed.
+"""Check this machine or a Ray cluster before a long run, and say what to fix. The exit code is 1 if a check failed.
 
 python jobs/doctor.py
 python jobs/doctor.py root=/shared/runs source.uri=/data/photos model=runs/vae/model out=s3://bucket/cache ray.workers=8
@@ -9,7 +9,8 @@ from pipelines.runtime.cli import main
 
 
 def run(config: Doctor) -> None:
-    from pipelines.diagnostics.doctor import run  # takes seconds; --help and typos do without
+    # Imported here because it takes seconds, which --help and errors in the command line do without.
+    from pipelines.diagnostics.doctor import run
 
     raise SystemExit(run(config))
 

@@ -1,4 +1,4 @@
-"""Encode images into a latent cache; the same command again goes on where it stopped.
+"""Encode images into a latent cache. The same command, run again, resumes where it stopped.
 
 python jobs/encode_dataset.py source.uri=/data/photos model=runs/vae/model out=/data/latents transform.resolution=256
 python jobs/encode_dataset.py verify /data/latents      # also: repair, retry, inspect
@@ -14,8 +14,9 @@ ACTIONS: dict[str, type[Section]] = {"verify": Verify, "repair": Repair, "retry"
 
 
 def run(config: Section) -> None:
+    # Imported here because it takes seconds, which --help and errors in the command line do without.
     from pipelines.encoding import (
-        encode,  # takes seconds; --help and typos do without
+        encode,
         inspect,
         maintenance,
         verify,

@@ -1,4 +1,4 @@
-"""Measure an autoencoder's reconstructions, generated images, latents, or what encoders and decoders cost.
+"""Evaluate an autoencoder's reconstructions, generated images, latents, or the cost of encoders and decoders.
 
 python jobs/evaluate.py model=runs/vae/model source.uri=/data/photos transform.resolution=256
 python jobs/evaluate.py samples samples source.uri=/data/photos transform.resolution=256   # FID, precision, recall, IS
@@ -20,10 +20,11 @@ ACTIONS: dict[str, tuple[type[Section], str]] = {
 
 
 def run(config: Section) -> None:
+    # Imported here because it takes seconds, which --help and errors in the command line do without.
     from pipelines.evaluation import (
         cost,
         generated,
-        latent_mmd,  # takes seconds; --help and typos do without
+        latent_mmd,
         reconstruction,
     )
 

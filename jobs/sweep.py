@@ -9,7 +9,8 @@ from pipelines.runtime.cli import main
 
 
 def run(config: Sweep) -> None:
-    from pipelines.experiments.sweep import sweep  # takes seconds; --help and typos do without
+    # Imported here because it takes seconds, which --help and errors in the command line do without.
+    from pipelines.experiments.sweep import sweep
 
     sweep(config)
 

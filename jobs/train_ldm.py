@@ -1,4 +1,4 @@
-"""Train a latent diffusion model on a latent cache, or on images that are encoded on the way.
+"""Train a latent diffusion model on a latent cache, or on images that are encoded during training.
 
 python jobs/train_ldm.py cache=/data/cache name=ldm
 python jobs/train_ldm.py mode=online data.source.uri=/data/photos vae=runs/vae/model data.crop=random name=ldm
@@ -9,7 +9,8 @@ from pipelines.training.config import TrainLDM
 
 
 def run(config: TrainLDM) -> None:
-    from pipelines.training.ldm import train_ldm  # takes seconds; --help and typos do without
+    # Imported here because it takes seconds, which --help and errors in the command line do without.
+    from pipelines.training.ldm import train_ldm
 
     train_ldm(config)
 

@@ -8,7 +8,8 @@ from pipelines.training.config import TrainVAE
 
 
 def run(config: TrainVAE) -> None:
-    from pipelines.training.vae import train_vae  # takes seconds; --help and typos do without
+    # Imported here because it takes seconds, which --help and errors in the command line do without.
+    from pipelines.training.vae import train_vae
 
     train_vae(config)
 

@@ -1,6 +1,7 @@
-"""LiteVAE: wavelet-based autoencoders for latent diffusion (arXiv 2405.14477). Needs neither Ray nor MLflow.
+"""LiteVAE: wavelet-based autoencoders for latent diffusion (arXiv 2405.14477). It needs neither Ray nor MLflow.
 
-The models, which diffusers finds here by name in the folders of pipelines, and how to load them.
+This module exports the models and the functions to load them. diffusers looks the models up here by name when it loads
+the folder of a pipeline.
 """
 
 from importlib import import_module
@@ -17,11 +18,14 @@ __all__ = ["DiT", "LiteVAE", "NormalizedAutoencoder", "UserError", "load_autoenc
 
 _MODULES = {"LiteVAE": "autoencoder", "load_autoencoder": "autoencoder", "DiT": "dit"}
 _MODULES |= {"NormalizedAutoencoder": "ldm", "load_ldm": "ldm"}
-_MODULES["ModelMixin"] = "autoencoder"  # what diffusers looks for in a library whose models it loads
+_MODULES["ModelMixin"] = "autoencoder"  # diffusers looks for this in a library whose models it loads
 
 
 def __getattr__(name: str) -> Any:
-    """torch and diffusers take seconds to import, and a job's --help or a typo in its config does not need them."""
+    """Import a public name when it is first used.
+
+    torch and diffusers take seconds to import, and `--help` of a job or a typo in its config does not need them.
+    """
     if name in _MODULES:
         return getattr(import_module(f"litevae.{_MODULES[name]}"), name)
     raise AttributeError(f"module 'litevae' has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""The LiteVAE autoencoder as a diffusers model; folders of it and of any other autoencoder; what an encoder gives."""
+"""The LiteVAE autoencoder as a diffusers model, and functions to load and use any image autoencoder of diffusers."""
 
 import hashlib
 import json
@@ -24,7 +24,7 @@ from litevae.layers import NORMS, bake
 from litevae.wavelet import LEVELS, check_wavelet
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-INDEX = WEIGHTS + ".index.json"  # of weights in several files
+INDEX = WEIGHTS + ".index.json"  # lists the files when the weights are split over several
 
 
 ENCODERS = (*SIZES, *SD_SIZES, "dwt", "dwt-2")
@@ -38,10 +38,10 @@ _USUAL: dict[str, Any] = {
 
 
 def _check_config(config: Mapping[str, Any]) -> None:
-    """Refuse values of `LiteVAE` that it does not know, or that do not go together.
+    """Check the arguments of `LiteVAE`.
 
     Raises:
-        UserError: the message names the first.
+        UserError: A value is unknown, or two values do not go together. The message names the first problem.
     """
     for name, known in (
         ("size", ENCODERS),
@@ -77,7 +77,7 @@ def _check_config(config: Mapping[str, Any]) -> None:
 def _build_encoder(
     size: str, latent_channels: int, wavelet: str, in_channels: int, vit_grid: int, variant: dict[str, Any]
 ) -> Encoder | SDEncoder | WaveletEncoder:
-    """The encoder of a `LiteVAE`: its own, SD-VAE's, or wavelet bands as they are."""
+    """Build the encoder of a `LiteVAE`: LiteVAE's own, SD-VAE's, or a fixed wavelet transform."""
     if size in SIZES:
         return Encoder(latent_channels, SIZES[size], wavelet, in_channels=in_channels, vit_grid=vit_grid, **variant)
     if size in SD_SIZES:
@@ -86,31 +86,36 @@ def _build_encoder(
 
 
 class LiteVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
-    """LiteVAE (arXiv 2405.14477): wavelet encoder and SD-VAE decoder, f = 8. Drops into diffusers pipelines as `vae=`.
-    With the encoders that the paper compares it with, and the variants of both halves that it ablates.
+    """LiteVAE (arXiv 2405.14477): a wavelet encoder and the SD-VAE decoder, with a downsampling factor of f = 8.
+
+    The model can be passed to diffusers pipelines as `vae=`. It also offers the encoders that the paper compares
+    LiteVAE with, and the variants of encoder and decoder that the paper ablates.
 
     Args:
-        size: encoder "S", "B", "M" or "L" (Tables 23 and 24), or one of another kind: "sd-vae", "vae-small" (Table 2b;
-            its widths are ours), or wavelet bands as they are, "dwt" (n_z = 12) and "dwt-2" (n_z = 48) (Appendix B).
-        latent_channels: n_z.
-        wavelet: "haar", or any discrete wavelet of ptwt.
-        downsample: how levels 1 and 2 come to f = 8, "conv" or "pool".
-        extractor: "unet", or "nafnet" (Table 18).
-        shared_extractor: one extractor for all levels (Table 19).
-        levels: the wavelet levels that the encoder sees (Table 21).
-        aggregator: "unet", or "vit" (Table 20).
-        vit_grid: the side of the latents that the ViT is trained for; at others its positions are interpolated.
-        conv1x1: a 1x1 convolution on the moments and one on the latent before the decoder, identities at the start
-            (Table 17).
-        block_out_channels, layers_per_block: the decoder's widths, finest first, and depth, as in diffusers.
-        decoder_norm: of the decoder's ResBlocks: "group" (SD-VAE), "smc" (Eq. 3), "batch", "instance", "layer", "rms",
-            or "none" (an SMC decoder after `bake`).
-        output: what the decoder's network gives, the "image", or its "wavelet" bands (Appendix G). `decode` gives
-            images either way.
-        scaling_factor: for diffusers pipelines, which multiply latents by it.
+        size: Encoder. "S", "B", "M" or "L" are LiteVAE's (Tables 23 and 24); "sd-vae" and "vae-small" are the baselines
+            of Table 2b (the widths of "vae-small" are our choice); "dwt" (n_z = 12) and "dwt-2" (n_z = 48) are fixed
+            wavelet transforms without parameters (Appendix B).
+        latent_channels: Number of latent channels, n_z.
+        wavelet: "haar", or the name of any discrete wavelet of ptwt.
+        downsample: How the features of wavelet levels 1 and 2 are brought down to f = 8: "conv" or "pool".
+        extractor: Feature extractor, "unet" or "nafnet" (Table 18).
+        shared_extractor: Whether all levels share one extractor (Table 19).
+        levels: Wavelet levels that the encoder sees (Table 21).
+        aggregator: "unet" or "vit" (Table 20).
+        vit_grid: Side of the latents that the ViT is trained for. For other sides its position embedding is
+            interpolated.
+        conv1x1: Whether to add a 1x1 convolution on the moments and one on the latent before the decoder, both
+            initialised to the identity (Table 17).
+        block_out_channels: Widths of the decoder, finest level first, as in diffusers.
+        layers_per_block: Depth of each decoder level, as in diffusers.
+        decoder_norm: Normalisation in the decoder's ResBlocks: "group" (SD-VAE), "smc" (self-modulated convolution,
+            Eq. 3), "batch", "instance", "layer", "rms", or "none" (an SMC decoder after `bake`).
+        output: What the decoder network predicts: the "image", or its "wavelet" bands (Appendix G). `decode` returns
+            images in both cases.
+        scaling_factor: Factor by which diffusers pipelines multiply the latents.
     """
 
-    _supports_gradient_checkpointing = True  # of ResBlocks
+    _supports_gradient_checkpointing = True  # the ResBlocks are checkpointed
 
     @register_to_config
     def __init__(
@@ -145,61 +150,74 @@ class LiteVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
             in_channels,
             wavelet if output == "wavelet" else None,
         )
-        # diffusers' names
+        # These two layers have the names that diffusers gives them.
         self.quant_conv = _identity_conv(2 * latent_channels) if conv1x1 else torch.nn.Identity()
         self.post_quant_conv = _identity_conv(latent_channels) if conv1x1 else torch.nn.Identity()
         self.use_slicing = False
 
     @property
     def deterministic(self) -> bool:
-        """Whether the encoder gives a latent instead of a posterior: that of "dwt" and "dwt-2" does."""
+        """Whether the encoder returns a latent instead of a posterior. This is so for "dwt" and "dwt-2"."""
         return isinstance(self.encoder, WaveletEncoder)
 
     @classmethod
     def from_preset(cls, size: str, latent_channels: int = 4, **config: Any) -> "LiteVAE":
-        """A randomly initialised model with the paper's encoder of this size and SD-VAE's decoder."""
+        """Build a randomly initialised model with the paper's encoder of this size and the SD-VAE decoder."""
         return cls(size=size, latent_channels=latent_channels, **config)
 
     def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
-        """Image (N, C, H, W) in [-1, 1], H and W multiples of 8 -> posterior over (N, n_z, H/8, W/8).
+        """Encode a batch of images into posteriors.
 
-        For `dwt` and `dwt-2` the posterior has zero variance: `sample()` equals `mode()`.
+        Args:
+            x: Images (N, C, H, W) in [-1, 1]. H and W must be multiples of 8.
+            return_dict: Whether to return an `AutoencoderKLOutput` instead of a tuple.
+
+        Returns:
+            The diagonal Gaussian posterior over latents (N, n_z, H/8, W/8). For `dwt` and `dwt-2` the posterior has
+            zero variance: `sample()` equals `mode()`.
         """
         moments = torch.cat([self.quant_conv(self.encoder(part)) for part in self._slices(x)])
         if self.deterministic:
-            moments = torch.cat([moments, torch.full_like(moments, -30)], dim=1)  # the least log-variance of diffusers
+            moments = torch.cat([moments, torch.full_like(moments, -30)], dim=1)  # diffusers' lowest log-variance
         posterior = DiagonalGaussianDistribution(moments, deterministic=self.deterministic)
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
 
     def decode(
         self, z: Tensor, return_dict: bool = True, generator: torch.Generator | None = None
     ) -> DecoderOutput | tuple[Tensor]:
-        """Latent (N, n_z, h, w) -> image (N, C, 8h, 8w). `generator` is unused; diffusers pipelines pass one."""
+        """Decode latents (N, n_z, h, w) into images (N, C, 8h, 8w).
+
+        `generator` is not used. It is accepted because diffusers pipelines pass one.
+        """
         sample = torch.cat([self.decoder(self.post_quant_conv(part)) for part in self._slices(z)])
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
     def forward(
         self, x: Tensor, sample_posterior: bool = True, generator: torch.Generator | None = None
     ) -> tuple[Tensor, DiagonalGaussianDistribution]:
-        """Reconstruction and posterior in one call, as a training step needs it (DDP sees only `forward`).
+        """Encode and decode images in one call. A training step needs this because DDP hooks only into `forward`.
 
         Args:
-            x: image in [-1, 1].
-            sample_posterior: False decodes the mean.
-            generator: of the posterior's draw.
+            x: Images (N, C, H, W) in [-1, 1].
+            sample_posterior: Whether to decode a sample of the posterior; False decodes its mean.
+            generator: Random generator for the sample.
+
+        Returns:
+            The reconstruction (N, C, H, W) and the posterior.
         """
         posterior = self.encode(x).latent_dist  # type: ignore[union-attr]
         z = posterior.sample(generator) if sample_posterior else posterior.mode()
         return self.decode(z).sample, posterior  # type: ignore[union-attr]
 
     def bake(self) -> "LiteVAE":
-        """Turns self-modulated convolutions into plain ones of equal output, in place, for inference and export."""
+        """Replace self-modulated convolutions by plain ones with equal output, in place, for inference and export."""
         if self.config.decoder_norm == "smc":
             bake(self.decoder)
             self.register_to_config(decoder_norm="none")
         return self
 
     def _slices(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Split a batch into single images if slicing is enabled (`enable_slicing` of diffusers)."""
         return x.split(1) if self.use_slicing else (x,)
 
 
@@ -211,11 +229,13 @@ def _identity_conv(channels: int) -> torch.nn.Conv2d:
 
 
 def load_autoencoder(folder: str | Path) -> ModelMixin:
-    """The autoencoder in a model folder, in eval mode, fp32: a LiteVAE, or any of diffusers' autoencoders of images.
+    """Load the autoencoder in a model folder, in eval mode and fp32.
+
+    The model can be a LiteVAE or any image autoencoder of diffusers.
 
     Raises:
-        UserError: no such folder, not a model folder, weights as pickles only, a class that is no autoencoder of
-            images, or weights that do not fit its config.
+        UserError: The folder does not exist or is not a model folder; it holds its weights only as pickles; its class
+            is not an image autoencoder; or its weights do not fit its config.
     """
     name = str(model_config(folder).get("_class_name", "model without a class name"))
     family = autoencoder_class(name)
@@ -225,7 +245,7 @@ def load_autoencoder(folder: str | Path) -> ModelMixin:
         )
     _weights(Path(folder))
     try:
-        # strict: a missing or renamed tensor must not become a random one
+        # The loading report is checked below, so that a missing or renamed tensor does not stay randomly initialised.
         model, report = family.from_pretrained(
             folder, output_loading_info=True, use_safetensors=True, local_files_only=True, torch_dtype=torch.float32
         )
@@ -244,7 +264,7 @@ def load_autoencoder(folder: str | Path) -> ModelMixin:
 
 
 def autoencoder_class(name: str) -> type[ModelMixin] | None:
-    """LiteVAE, or the autoencoder of diffusers of this name, if it is one."""
+    """Return the class with this name, LiteVAE or an autoencoder of diffusers; None if there is no such class."""
     if name == "LiteVAE":
         return LiteVAE
     known = name.startswith(("Autoencoder", "AsymmetricAutoencoder", "VQModel"))
@@ -252,13 +272,19 @@ def autoencoder_class(name: str) -> type[ModelMixin] | None:
 
 
 def encode_latents(model: ModelMixin, x: Tensor) -> Tensor:
-    """Images (N, 3, H, W) in [-1, 1] -> what the encoder gives, raw: neither scaled nor shifted, as `decode` takes it.
+    """Encode images into the raw output of the encoder, neither scaled nor shifted, on the scale that `decode` takes.
 
-    The posterior's moments (N, 2 n_z, h, w), mean then log-variance, or of a deterministic encoder the latents
-    (N, n_z, h, w): see `latent_content`.
+    Args:
+        model: Autoencoder from `load_autoencoder`.
+        x: Images (N, 3, H, W) in [-1, 1].
+
+    Returns:
+        The posterior's moments (N, 2 n_z, h, w), first the mean and then the log-variance; for a deterministic encoder,
+        the latents (N, n_z, h, w). `latent_content` tells which.
 
     Raises:
-        UserError: H or W is not a multiple of the model's `downsampling`; many encoders would round it away.
+        UserError: H or W is not a multiple of the model's `downsampling`. Many encoders would silently drop the
+            remaining pixels.
     """
     factor, (height, width) = downsampling(model), x.shape[-2:]
     if height % factor or width % factor:
@@ -270,7 +296,7 @@ def encode_latents(model: ModelMixin, x: Tensor) -> Tensor:
 
 
 def latent_content(model: ModelMixin) -> Literal["moments", "mean"]:
-    """What `encode_latents` gives: a posterior's "moments", or one latent, the "mean"."""
+    """Return what `encode_latents` gives for this model: a posterior's "moments", or one latent, the "mean"."""
     if isinstance(model, LiteVAE):
         return "mean" if model.deterministic else "moments"
     return "moments" if "KL" in type(model).__name__ else "mean"
@@ -280,12 +306,15 @@ _MEASURED: WeakKeyDictionary[torch.nn.Module, int] = WeakKeyDictionary()
 
 
 def downsampling(model: ModelMixin) -> int:
-    """f: the pixels that the side of a latent's element stands for. Images' sides are multiples of it."""
+    """Return the downsampling factor f of an autoencoder: one latent element covers f x f pixels.
+
+    The height and width of images must be multiples of f.
+    """
     ratio = getattr(model, "spatial_compression_ratio", None) or model.config.get("spatial_compression_ratio")
     widths = model.config.get("encoder_block_out_channels") or model.config.get("block_out_channels")
     if ratio or widths:
         return ratio or 2 ** (len(widths) - 1)
-    if model not in _MEASURED:  # nothing in its config tells
+    if model not in _MEASURED:  # the config does not tell the factor, so it is measured on a blank image
         weight = next(model.parameters())
         with torch.inference_mode():
             _MEASURED[model] = 256 // _encode(model, weight.new_zeros(1, 3, 256, 256)).shape[-1]
@@ -300,10 +329,10 @@ def _encode(model: ModelMixin, x: Tensor) -> Tensor:
 
 
 def model_config(folder: str | Path) -> dict[str, Any]:
-    """config.json of a model folder.
+    """Read the config.json of a model folder.
 
     Raises:
-        UserError: it is not a model folder, or has no safetensors.
+        UserError: The folder is not a model folder, or holds no safetensors weights.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -323,10 +352,10 @@ def model_config(folder: str | Path) -> dict[str, Any]:
 
 
 def fingerprint(folder: str | Path) -> str:
-    """sha256 over a model folder's config (without diffusers' own bookkeeping) and weights, all files of them.
+    """Return the sha256 over a model folder's config (without diffusers' own bookkeeping) and all its weight files.
 
     Raises:
-        UserError: it is not a model folder.
+        UserError: The folder is not a model folder.
     """
     config = {key: value for key, value in model_config(folder).items() if key == "_class_name" or key[0] != "_"}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
@@ -338,7 +367,11 @@ def fingerprint(folder: str | Path) -> str:
 
 
 def _weights(folder: Path) -> list[str]:
-    """Names of the files that hold the weights. An index goes before a single file, as in diffusers."""
+    """Return the names of the weight files. As in diffusers, an index counts before a single file.
+
+    Raises:
+        UserError: The index names no files, or one that is not a safetensors file of this folder.
+    """
     if not (folder / INDEX).is_file():
         return [WEIGHTS]
     files = _json(folder / INDEX).get("weight_map")
@@ -346,7 +379,7 @@ def _weights(folder: Path) -> list[str]:
         raise UserError(f"{folder}/{INDEX} names no files of weights")
     names = sorted(set(map(str, files.values())))
     for name in names:
-        # Of any other name, diffusers would load pickles, and files elsewhere.
+        # Without this check diffusers would also load pickles, and files outside the folder.
         if Path(name).name != name or not name.endswith(".safetensors") or not (folder / name).is_file():
             raise UserError(f"{folder}/{INDEX} names {name}, which is no safetensors file of this folder")
     return names
@@ -363,4 +396,5 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def count_parameters(module: torch.nn.Module) -> int:
+    """Return the number of parameters of a module, trainable or not."""
     return sum(parameter.numel() for parameter in module.parameters())

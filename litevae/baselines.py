@@ -1,4 +1,4 @@
-"""The encoders that the paper compares LiteVAE with: SD-VAE's, a small one, and fixed wavelet transforms."""
+"""The encoders that the paper compares LiteVAE with: SD-VAE's, a smaller one, and fixed wavelet transforms."""
 
 import torch
 import torch.nn.functional as F
@@ -8,19 +8,26 @@ from litevae.errors import UserError
 from litevae.layers import ResBlock, group_norm, middle, small_posterior, variance_preserving_conv
 from litevae.wavelet import LEVELS, wavelet_pyramid
 
-# Widths, finest first. Of VAE-Small the paper gives 6.75 M parameters alone (Table 2b). The widths are ours: with that
-# many at n_z = 4 (6,752,464), those nearest to SD-VAE's ratios 1:2:4:4 in multiples of 8, for even groups.
+# Widths, finest level first. For VAE-Small the paper states only the number of parameters, 6.75 M (Table 2b). The
+# widths are our choice: among the multiples of 8 (for even groups) that give this number at n_z = 4 (6,752,464), those
+# nearest to SD-VAE's ratios 1:2:4:4.
 SD_SIZES = {"sd-vae": (128, 256, 512, 512), "vae-small": (56, 104, 208, 240)}
 
 
 class SDEncoder(nn.Module):
-    """SD-VAE's encoder: image (N, C, H, W) in [-1, 1] -> moments (N, 2 n_z, H/8, W/8): mean, then log-variance.
+    """SD-VAE's encoder: images (N, C, H, W) in [-1, 1] -> moments (N, 2 n_z, H/8, W/8), mean then log-variance.
 
-    conv -> per level `layers` ResBlocks and (but for the last) a convolution of stride 2 -> ResBlock, attention,
-    ResBlock -> norm, SiLU, conv. There is no 1x1 convolution on the moments (Appendix D.2).
+    Its layers are: conv -> per level `layers` ResBlocks, followed (except in the last level) by a convolution of stride
+    2 -> ResBlock, attention, ResBlock -> norm, SiLU, conv. There is no 1x1 convolution on the moments (Appendix D.2).
+
+    Args:
+        latent_channels: Number of latent channels, n_z.
+        channels: Width of each level, finest level first.
+        layers: Number of ResBlocks per level.
+        in_channels: Number of image channels, C.
 
     Raises:
-        UserError: H or W is no multiple of 8.
+        UserError: H or W is not a multiple of 8 (raised by `forward`).
     """
 
     def __init__(self, latent_channels: int, channels: tuple[int, ...], layers: int = 2, in_channels: int = 3):
@@ -33,7 +40,7 @@ class SDEncoder(nn.Module):
             for _ in range(layers):
                 blocks.append(ResBlock(width, out))
                 width = out
-            if level < len(channels) - 1:  # as SD-VAE's, a row and a column of zeros below and to the right only
+            if level < len(channels) - 1:  # as in SD-VAE, zeros are padded only below and to the right
                 blocks.append(
                     nn.Sequential(
                         nn.ZeroPad2d((0, 1, 0, 1)), variance_preserving_conv(width, width, 3, stride=2, padding=0)
@@ -58,10 +65,15 @@ class SDEncoder(nn.Module):
 
 
 class WaveletEncoder(nn.Module):
-    """An encoder without parameters (Appendix B): image (N, C, H, W) in [-1, 1] -> latent (N, n_z, H/8, W/8).
+    """An encoder without parameters (Appendix B): images (N, C, H, W) in [-1, 1] -> latents (N, n_z, H/8, W/8).
 
-    The bands of level 3, divided by 8 (Table 11's DWT: n_z = 4C), and with `details` those of level 2 but for LL,
-    divided by 4, each 2x2 of them as channels (Table 12's DWT-2: n_z = 16C).
+    The latents are the wavelet bands of level 3, divided by 8 (DWT of Table 11, n_z = 4C).
+
+    Args:
+        details: Whether to add the bands of level 2 except LL, divided by 4, with 2x2 positions stacked as channels
+            (DWT-2 of Table 12, n_z = 16C).
+        wavelet: "haar", or the name of any discrete wavelet of ptwt.
+        in_channels: Number of image channels, C.
     """
 
     def __init__(self, details: bool, wavelet: str = "haar", in_channels: int = 3):

@@ -1,17 +1,21 @@
-"""The latent cache: plain Parquet shards of posterior moments, and the manifest that binds them to model and source.
+"""The latent cache: Parquet shards of posterior moments, and a manifest that binds them to one model and one source.
 
-    manifest.json                        written last; the only thing a reader trusts. A copy of the newest of ...
-    manifests/000001.json                ... these, one per version: appending, repairing and retrying make new ones
-    plan.json                            what the cache is of; written first
-    listing/000001.parquet               its inputs as they were listed, in order; what was appended is 000002 and on
-    shards/000012-<attempt>.parquet      rows
-    commits/000012.json                  one per shard, put-if-absent: whoever writes it first has encoded the shard.
-                                         A shard that is encoded again gets 000012.1.json, and the highest counts
-    quarantine/000012-<attempt>.parquet  images that were not encoded, and why
+    manifest.json                        written last; the only file that a reader trusts; a copy of the newest file in
+                                         manifests/
+    manifests/000001.json                one manifest per version; appending, repairing and retrying write a new one
+    plan.json                            what the cache is made of (model, source, transform ...); written first
+    listing/000001.parquet               the inputs in the order in which they were listed; appended inputs are in
+                                         000002 and so on
+    shards/000012-<attempt>.parquet      the rows
+    commits/000012.json                  one commit per shard, written only if it does not exist yet: the first writer
+                                         has encoded the shard. A shard that is encoded again gets 000012.1.json, and
+                                         the commit with the highest number counts
+    quarantine/000012-<attempt>.parquet  the images that were not encoded, each with the reason
 
-A file in shards/ or quarantine/ counts only if a commit names it, so killed or doubled writers leave at most a file
-that nobody reads. Of each row `moments` holds the posterior's (2 n_z, h, w), mean then log-variance, or `latent` the
-(n_z, h, w) of an autoencoder without one: little-endian bytes, their dtype and shape in the field's metadata.
+A file in shards/ or quarantine/ counts only if a commit names it. A writer that was killed, or that ran twice, leaves
+at most a file that nobody reads. In each row the column `moments` holds the posterior (2 n_z, h, w), first the mean and
+then the log-variance; for an autoencoder without a posterior the column `latent` holds the latent (n_z, h, w). The
+values are little-endian bytes, and the metadata of the Parquet field says their dtype and shape.
 """
 
 import contextlib
@@ -34,42 +38,42 @@ from litevae.errors import UserError
 from litevae.storage import Recent
 
 VERSION = 2
-ROW_GROUP = 128  # rows: 2 MB at 8 x 32 x 32; one is read to get at a row
-WINDOW_GROUPS = 16  # row groups a reader shuffles among each other, and holds in memory
-LOGVAR_RANGE = (-30.0, 20.0)  # as diffusers' DiagonalGaussianDistribution clips
+ROW_GROUP = 128  # rows per row group: 2 MB at 8 x 32 x 32; to read one row, a reader reads its whole row group
+WINDOW_GROUPS = 16  # row groups whose rows a reader shuffles together, and which it holds in memory
+LOGVAR_RANGE = (-30.0, 20.0)  # diffusers' DiagonalGaussianDistribution clips log-variances to the same range
 OWN_COLUMNS = pa.schema(
     [
-        pa.field("unit", pa.int64(), nullable=False),  # the input's number in the listing
-        pa.field("view", pa.int16(), nullable=False),  # of several crops and flips of an image
-        pa.field("height", pa.int32(), nullable=False),  # of the whole image, upright
+        pa.field("unit", pa.int64(), nullable=False),  # number of the input in the listing
+        pa.field("view", pa.int16(), nullable=False),  # number of the view, if an image gives several crops or flips
+        pa.field("height", pa.int32(), nullable=False),  # of the whole image, after EXIF rotation
         pa.field("width", pa.int32(), nullable=False),
         pa.field("crop_top", pa.int32(), nullable=False),  # in pixels of the resized image
         pa.field("crop_left", pa.int32(), nullable=False),
         pa.field("flip", pa.bool_(), nullable=False),
     ]
 )
-SIZE_COLUMNS = ("latent_height", "latent_width")  # where rows differ in it
+SIZE_COLUMNS = ("latent_height", "latent_width")  # only in caches whose rows differ in shape
 QUARANTINE = pa.schema(
     [("unit", pa.int64()), *((name, pa.string()) for name in ("id", "source", "stage", "error", "message"))]
 )
-DTYPES = {"float16": "<f2", "bfloat16": "<u2", "float32": "<f4"}  # NumPy has no bfloat16: its bits
+DTYPES = {"float16": "<f2", "bfloat16": "<u2", "float32": "<f4"}  # NumPy has no bfloat16; its bits are stored
 CONTENT_COLUMN = {"moments": "moments", "mean": "latent"}
 _MEND = "`encode_dataset.py verify` names all such shards, `repair` encodes them again"
 
 Shape = tuple[int, int, int]
 
 
-# --- a shard's rows -------------------------------------------------------------------------------------------
+# --- rows of a shard ------------------------------------------------------------------------------------------
 
 
 def layout(content: Literal["moments", "mean"], dtype: str, views: int = 1, one_shape: bool = True) -> dict[str, Any]:
-    """How rows are stored; the plan's `latents`.
+    """Return the description of how rows are stored, which is the `latents` entry of the plan.
 
     Args:
-        content: the posterior's "moments", or a latent ("mean").
-        dtype: float16, bfloat16 or float32.
-        views: rows an image gives.
-        one_shape: False where rows differ in shape (aspect-ratio buckets).
+        content: "moments" of the posterior, or "mean" for a latent without a log-variance.
+        dtype: "float16", "bfloat16" or "float32".
+        views: Number of rows per image.
+        one_shape: Whether all rows have the same shape. False for aspect-ratio buckets.
     """
     order = {"moments": "mean, log-variance", "mean": "latent"}[content]
     common = {"content": content, "dtype": dtype, "byte_order": "little", "order": order}
@@ -77,10 +81,10 @@ def layout(content: Literal["moments", "mean"], dtype: str, views: int = 1, one_
 
 
 def row_schema(carried: pa.Schema) -> pa.Schema:
-    """A row's columns besides its latent: our own, then what the source carries.
+    """Return the schema of a row without its latent: the cache's own columns, then those carried over from the source.
 
     Raises:
-        UserError: the source carries a column of one of our names.
+        UserError: A column of the source has the same name as a column of the cache.
     """
     ours = ("id", *CONTENT_COLUMN.values(), *SIZE_COLUMNS, *OWN_COLUMNS.names)
     if taken := [name for name in carried.names if name in ours]:
@@ -89,7 +93,10 @@ def row_schema(carried: pa.Schema) -> pa.Schema:
 
 
 def unusable(values: np.ndarray, dtype: str = "float16") -> list[str | None]:
-    """Per row (N, ...) of fp32 latents: None, or why they can't be stored: not_finite, out_of_range."""
+    """Return for each row of fp32 latents (N, ...) why it can't be stored in `dtype`.
+
+    The reason is "not_finite" or "out_of_range", or None if the row can be stored.
+    """
     axes = tuple(range(1, values.ndim))
     finite = np.isfinite(values).all(axis=axes)
     largest = torch.finfo(getattr(torch, dtype)).max
@@ -98,32 +105,35 @@ def unusable(values: np.ndarray, dtype: str = "float16") -> list[str | None]:
 
 
 def finite(values: np.ndarray, dtype: str) -> np.ndarray:
-    """Per row (N, ...) of stored latents, whether they are numbers all."""
+    """Return for each row of stored latents (N, ...) whether all its values are finite."""
     each = (values & 0x7F80) != 0x7F80 if dtype == "bfloat16" else np.isfinite(values)
     return each.reshape(len(values), -1).all(axis=1)
 
 
 def to_stored(values: np.ndarray, dtype: str) -> np.ndarray:
-    """fp32 -> the stored dtype, rounded to nearest (bfloat16 as its bits in uint16)."""
+    """Convert fp32 values to the stored dtype, rounded to nearest. bfloat16 is returned as its bits in uint16."""
     if dtype == "bfloat16":
         return torch.from_numpy(np.ascontiguousarray(values)).bfloat16().view(torch.int16).numpy().view("<u2")
     return np.ascontiguousarray(values, dtype=DTYPES[dtype])
 
 
 def from_stored(values: np.ndarray, dtype: str) -> Tensor:
-    """Undoes `to_stored`, as a tensor of that dtype."""
+    """Convert stored values (see `to_stored`) to a tensor of the stored dtype."""
     if dtype == "bfloat16":
         return torch.from_numpy(values.view(np.int16)).view(torch.bfloat16)
     return torch.from_numpy(values)
 
 
 def shard_bytes(rows: pa.Table, latents: Sequence[np.ndarray], how: dict[str, Any]) -> bytes:
-    """A shard as a Parquet file: row groups of up to `ROW_GROUP` rows, each of one shape.
+    """Return a shard as the bytes of a Parquet file.
+
+    A row group has up to `ROW_GROUP` rows, all of one shape.
 
     Args:
-        rows: columns of `row_schema`; the rows of the first array, then those of the second ...
-        latents: arrays (n, C, h, w) in the stored dtype, one per shape.
-        how: a `layout`.
+        rows: Table with the columns of `row_schema`: first the rows of the first array of `latents`, then those of the
+            second, and so on.
+        latents: Arrays (n, C, h, w) in the stored dtype, one per shape.
+        how: The storage description from `layout`.
     """
     parts, start = [], 0
     for values in latents:
@@ -156,10 +166,18 @@ def _with_latents(rows: pa.Table, values: np.ndarray, how: dict[str, Any]) -> pa
 
 
 def latents_of(table: pa.Table, shape: Sequence[int], how: dict[str, Any]) -> np.ndarray:
-    """A view (n, C, h, w), in the stored dtype, of the rows of one shape; bfloat16 as its bits.
+    """Return the latents of rows of one shape, without a copy.
+
+    Args:
+        table: Rows of a shard.
+        shape: Expected shape (C, h, w) of each row.
+        how: The storage description from `layout`.
+
+    Returns:
+        Array (n, C, h, w) in the stored dtype; for bfloat16, its bits in uint16.
 
     Raises:
-        UserError: they have another shape.
+        UserError: The rows have another shape.
     """
     column = table[CONTENT_COLUMN[how["content"]]].combine_chunks()
     dtype = np.dtype(DTYPES[how["dtype"]])
@@ -175,10 +193,13 @@ def latents_of(table: pa.Table, shape: Sequence[int], how: dict[str, Any]) -> np
 
 
 def read_shard(folder: str, commit: dict[str, Any], how: dict[str, Any]) -> tuple[pa.Table, list[np.ndarray]]:
-    """What `shard_bytes` was given, checked by its sha256 and the pages' checksums.
+    """Read a shard, and check its sha256 and the checksums of its pages.
+
+    Returns:
+        The rows and the latents, as `shard_bytes` takes them.
 
     Raises:
-        UserError: the file is missing or damaged.
+        UserError: The file is missing or damaged.
     """
     file = storage.join(folder, commit["file"])
     data = _checked(file, commit)
@@ -193,10 +214,10 @@ def read_shard(folder: str, commit: dict[str, Any], how: dict[str, Any]) -> tupl
 
 
 def read_quarantine(folder: str, commit: dict[str, Any]) -> pa.Table:
-    """Columns of `QUARANTINE`; of no rows where nothing was.
+    """Read the quarantine table of a shard, with the columns of `QUARANTINE`. It may have no rows.
 
     Raises:
-        UserError: the file is missing or damaged.
+        UserError: The file is missing or damaged.
     """
     if not commit["quarantined"]:
         return QUARANTINE.empty_table()
@@ -209,7 +230,7 @@ def read_quarantine(folder: str, commit: dict[str, Any]) -> pa.Table:
 
 @contextlib.contextmanager
 def _damage_of(file: str) -> Iterator[None]:
-    """Turns what reading a damaged Parquet file raises into a UserError."""
+    """Turn the errors that reading a missing or damaged Parquet file raises into a UserError."""
     try:
         yield
     except FileNotFoundError:
@@ -219,7 +240,7 @@ def _damage_of(file: str) -> Iterator[None]:
 
 
 def _checked(file: str, record: dict[str, Any]) -> bytes:
-    """A file's bytes, if they are those that were recorded."""
+    """Read a file and check its size and sha256 against its record in the manifest."""
     try:
         data = storage.read(file)
     except FileNotFoundError:
@@ -238,7 +259,7 @@ def _check_size(file: str, record: dict[str, Any], found: int | None) -> None:
 
 
 def _parquet(parts: Sequence[pa.Table], compression: str, **options: Any) -> bytes:
-    """The file's bytes are made in memory: a store must never be given half a file."""
+    """Return a Parquet file of these tables. It is built in memory, so that a store never gets half a file."""
     sink = pa.BufferOutputStream()
     with pq.ParquetWriter(
         sink, parts[0].schema, compression=compression, use_dictionary=False, write_page_checksum=True, **options
@@ -252,11 +273,12 @@ def _parquet(parts: Sequence[pa.Table], compression: str, **options: Any) -> byt
 
 
 def write_plan(folder: str, plan: dict[str, Any]) -> None:
-    """Put the plan where there is none; where there is one, it has to be equal, but for its `settings` and the places
-    of model and source, which may move.
+    """Write the plan if the folder has none; otherwise check that the existing plan is equal.
+
+    The `settings` and the locations of model and source are not compared, because they may change.
 
     Raises:
-        UserError: the folder holds a cache of something else; the message lists what differs.
+        UserError: The folder holds a cache of something else. The message lists the differences.
     """
     plan = {"version": VERSION, **plan}
     if storage.put_new(storage.join(folder, "plan.json"), _json(plan)):
@@ -270,22 +292,24 @@ def write_plan(folder: str, plan: dict[str, Any]) -> None:
 
 
 def read_plan(folder: str) -> dict[str, Any]:
-    """
+    """Read the plan of a cache.
+
     Raises:
-        UserError: there is none, or one of another format version.
+        UserError: There is no plan, or it has another format version.
     """
     return _read_json(storage.join(folder, "plan.json"))
 
 
 def write_listing(folder: str, number: int, listing: pa.Table) -> None:
-    """Put a source's listing, from 1 on, where there is none; of two writers the first counts."""
+    """Write listing `number` (counted from 1) if it does not exist yet. Of two writers, the first wins."""
     storage.put_new(storage.join(folder, "listing", f"{number:06d}.parquet"), _listing_bytes(listing))
 
 
 def read_listings(folder: str) -> list[pa.Table]:
-    """
+    """Read all listings of a cache, in the order of their numbers.
+
     Raises:
-        UserError: one is damaged.
+        UserError: A listing is damaged.
     """
     found = []
     for name in storage.names(storage.join(folder, "listing")):
@@ -320,15 +344,18 @@ def commit_shard(
     """Write a shard and its quarantine under names of this attempt, then the commit that makes them count.
 
     Args:
-        units: the first and the one after the last.
-        how: a `layout`.
-        rows, latents: as `shard_bytes` takes them.
-        quarantine: columns of `QUARANTINE`.
-        generation: 0; of a shard that is encoded again, the one after the last.
-        about: what else to note in the commit.
+        folder: Folder of the cache.
+        shard: Number of the shard.
+        units: Number of the first input, and that of the last input plus one.
+        how: The storage description from `layout`.
+        rows: Rows, as `shard_bytes` takes them.
+        latents: Latents, as `shard_bytes` takes them.
+        quarantine: Table with the columns of `QUARANTINE`.
+        generation: 0 for a new shard. For a shard that is encoded again, the number of its last generation plus one.
+        about: Further entries of the commit.
 
     Returns:
-        The commit, which is an earlier one's where that generation was committed already.
+        The commit that counts. If this generation was committed before, it is the earlier commit.
     """
     attempt = f"{shard:06d}-{uuid.uuid4().hex[:12]}.parquet"
     latents = [values for values in latents if len(values)]
@@ -356,11 +383,12 @@ def _put(folder: str, file: str, data: bytes) -> dict[str, Any]:
 
 
 def commit_path(folder: str, shard: int, generation: int) -> str:
+    """Return the path of the commit of one generation of a shard."""
     return storage.join(folder, "commits", f"{shard:06d}.{generation}.json" if generation else f"{shard:06d}.json")
 
 
 def committed(folder: str) -> dict[int, int]:
-    """Finished shards, and the generation of each that counts."""
+    """Return the finished shards: a dict from shard number to the newest generation, which is the one that counts."""
     found: dict[int, int] = {}
     for name in storage.names(storage.join(folder, "commits")):
         shard, _, generation = name.removesuffix(".json").partition(".")
@@ -369,24 +397,33 @@ def committed(folder: str) -> dict[int, int]:
 
 
 def read_commit(folder: str, shard: int, generation: int = 0) -> dict[str, Any]:
-    """
+    """Read the commit of one generation of a shard.
+
     Raises:
-        UserError: it is damaged.
+        UserError: The commit is missing or damaged.
     """
     return _read_json(commit_path(folder, shard, generation))
 
 
 def read_commits(folder: str, shards: dict[int, int]) -> Iterator[dict[str, Any]]:
-    """Commits of shards and generations, in the order of shards."""
+    """Read the commits of many shards, in the order of their numbers.
+
+    Args:
+        folder: Folder of the cache.
+        shards: Shard number -> generation, as `committed` returns them.
+    """
     numbers = sorted(shards)
     with ThreadPoolExecutor(32) as threads:
-        for start in range(0, len(numbers), 10_000):  # not all of millions waiting at once
+        for start in range(0, len(numbers), 10_000):  # so that millions of requests are never queued at once
             part = numbers[start : start + 10_000]
             yield from threads.map(lambda shard: read_commit(folder, shard, shards[shard]), part)
 
 
 def statistics(latents: Sequence[np.ndarray], how: dict[str, Any]) -> dict[str, Any]:
-    """Sums a channel in float64 of stored latents, from which the statistics of any union of shards follow."""
+    """Return sums per channel of stored latents, in float64.
+
+    `mean_and_std` computes the statistics of any set of shards from these sums.
+    """
     names = ("mean", "square", "variance")
     total: dict[str, Any] = {"elements": 0, **dict.fromkeys(names, 0.0)}
     for part in latents:
@@ -401,11 +438,12 @@ def statistics(latents: Sequence[np.ndarray], how: dict[str, Any]) -> dict[str, 
 
 
 def mean_and_std(parts: Iterable[dict[str, Any]]) -> tuple[list[float], list[float]]:
-    """Of each channel of the latents that are drawn: z = mean + std * eps, so E[z] = E[mean] and Var[z] = Var[mean] +
-    E[std^2].
+    """Return the mean and standard deviation of each channel of the latents that are sampled from the posteriors.
+
+    A sample is z = mean + std * eps, so E[z] = E[mean] and Var[z] = Var[mean] + E[std^2].
 
     Args:
-        parts: of `statistics`.
+        parts: Results of `statistics`, one per shard.
     """
     parts = list(parts)
     elements = sum(part["elements"] for part in parts)
@@ -419,17 +457,21 @@ def mean_and_std(parts: Iterable[dict[str, Any]]) -> tuple[list[float], list[flo
 
 
 def write_manifest(folder: str, plan: dict[str, Any], source: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
-    """Merge every shard's commit into a manifest, which makes the cache, or what was appended to it, complete.
+    """Merge the commits of all shards into a manifest. This makes the cache, or what was appended to it, complete.
 
-    Where the newest manifest says the same already, it stays the newest.
+    If the newest manifest has the same content already, no new one is written.
 
     Args:
-        plan: as given to `write_plan`.
-        source: all that was listed: `uri`, `digest`, `units`, and `shards`, how many.
-        run: who made it; not part of the digest.
+        folder: Folder of the cache.
+        plan: The plan, as it was given to `write_plan`.
+        source: Description of all listed inputs: `uri`, `digest`, `units` and the number of `shards`.
+        run: Description of the run that made the cache. It is not part of the digest.
+
+    Returns:
+        The newest manifest.
 
     Raises:
-        UserError: nothing was encoded, or shards are missing.
+        UserError: No image was encoded, or shards are missing.
     """
     shards = committed(folder)
     if missing := set(range(source["shards"])) - shards.keys():
@@ -478,12 +520,13 @@ def write_manifest(folder: str, plan: dict[str, Any], source: dict[str, Any], ru
         number += 1
         newest = {"format": "litevae-latents", "version": VERSION, "number": number, **content, "run": run}
         if not storage.put_new(storage.join(history, f"{number:06d}.json"), json.dumps(newest, indent=1).encode()):
-            newest = _manifest_of(history, number)  # another driver's
+            newest = _manifest_of(history, number)  # another driver wrote it first
     storage.put(storage.join(folder, "manifest.json"), json.dumps(newest, indent=1).encode())
     return newest
 
 
 def _manifest_of(history: str, number: int) -> dict[str, Any] | None:
+    """Return the manifest with this number; None if it is missing or damaged."""
     try:
         return _read_json(storage.join(history, f"{number:06d}.json"))
     except storage.Unavailable:
@@ -493,11 +536,15 @@ def _manifest_of(history: str, number: int) -> dict[str, Any] | None:
 
 
 def _content(manifest: dict[str, Any]) -> Any:
+    """Return the part of a manifest that decides whether two manifests have the same content."""
     return json.loads(json.dumps([manifest["digest"], manifest["shards"]]))
 
 
 def digest(manifest: dict[str, Any]) -> str:
-    """sha256 of what a cache holds, without what is chance (the attempt in file names) or place."""
+    """Return the sha256 of the content of a cache.
+
+    It does not depend on locations or on the random attempt number in file names.
+    """
     keys = ("model", "transform", "latents", "precision", "columns")
     plan: dict[str, Any] = {key: manifest[key] for key in keys if key in manifest}
     shards = [[shard["units"], shard["rows"], shard.get("sha256")] for shard in manifest["shards"]]
@@ -505,10 +552,11 @@ def digest(manifest: dict[str, Any]) -> str:
 
 
 def read_manifest(folder: str | os.PathLike[str], number: int | None = None) -> dict[str, Any]:
-    """The newest manifest, or an earlier one.
+    """Read the newest manifest, or the one with a given number.
 
     Raises:
-        UserError: no cache, an unfinished one, no manifest of that number, or one of another format version.
+        UserError: There is no cache, it is unfinished, it has no manifest with this number, or the manifest has another
+            format version.
     """
     folder = storage.absolute(os.fspath(folder))
     files = storage.names(folder)
@@ -544,7 +592,10 @@ def _read_json(path: str) -> dict[str, Any]:
 
 
 def _identity(plan: dict[str, Any]) -> dict[str, Any]:
-    """What two caches of the same content agree in: all but settings, and the places of model and source."""
+    """Return the plan without its settings and the locations of model and source.
+
+    Two caches of the same content have the same identity.
+    """
     return {
         key: {k: v for k, v in value.items() if k not in ("path", "uri")} if isinstance(value, dict) else value
         for key, value in plan.items()
@@ -553,12 +604,13 @@ def _identity(plan: dict[str, Any]) -> dict[str, Any]:
 
 
 def _compared(plan: dict[str, Any]) -> dict[str, Any]:
-    """`_identity` for people: a plan that does not say how images were decoded is of those by Pillow."""
+    """Return `_identity` with the default filled in for messages: a plan that names no decoder used Pillow."""
     found = _identity(plan)
     return found | {"transform": {"decode": "pillow"} | found["transform"]}
 
 
 def _differences(before: Any, now: Any, path: str = "") -> Iterable[str]:
+    """List the entries in which two plans differ, one line for each."""
     if isinstance(before, dict) and isinstance(now, dict):
         for key in sorted(before.keys() | now.keys()):
             yield from _differences(before.get(key), now.get(key), f"{path}.{key}" if path else key)
@@ -578,25 +630,30 @@ def _json(value: Any) -> bytes:
 
 
 class LatentCache:
-    """Read a finished cache by row.
+    """A finished latent cache, read row by row.
 
     Args:
-        path: cache folder, local or s3://.
-        verify: check what is read: that latents are finite, and where a shard is (or is brought) on a local disk, its
-            sha256 when it is first touched. Pages always have checksums.
-        version: number of an earlier manifest, to read the cache as it was before something was appended.
-        local: folder that shards of an s3:// cache are brought to, whole; without, row groups are read from the store.
+        path: Folder of the cache, local or s3://.
+        verify: Whether to check that latents are finite and, for a shard on the local disk, its sha256 when it is first
+            read. The checksums of Parquet pages are always checked.
+        version: Number of an earlier manifest, to read the cache as it was before something was appended. None reads
+            the newest.
+        local: Folder to which whole shards of an s3:// cache are copied before they are read. None reads single row
+            groups from the store.
 
     Attributes:
-        manifest: everything that is known about the cache.
-        content: "moments", or "mean" where only a latent is stored.
-        shape: of a stored row, (2 n_z, h, w), or (n_z, h, w) where only a latent is; None where rows differ in it.
-        mean, std: (n_z,), of the latents drawn over the whole cache.
-        groups: rows of each row group, `group_shapes` their rows' shape, and `window`, the rows that may be read in any
-            order at no extra cost: what an `EpochOrder` shuffles.
+        manifest: Everything that is known about the cache.
+        content: "moments", or "mean" if the cache stores only latents.
+        shape: Shape of a stored row: (2 n_z, h, w) for moments, (n_z, h, w) for latents. None if rows differ in shape.
+        mean: Mean (n_z,) of the sampled latents over the whole cache.
+        std: Standard deviation (n_z,) of the sampled latents over the whole cache.
+        groups: Number of rows of each row group.
+        group_shapes: Shape of the rows of each row group.
+        window: Number of rows that can be read in any order without reading a row group twice. `EpochOrder` shuffles
+            rows within windows of this size.
 
     Raises:
-        UserError: unfinished, of another version, a shard missing or damaged.
+        UserError: The cache is unfinished or has another format version, or a shard is missing or damaged.
     """
 
     def __init__(
@@ -617,7 +674,7 @@ class LatentCache:
         if not torch.cat([self.mean, self.std]).isfinite().all():
             raise UserError(f"{self.path} has no mean and standard deviation: some latents are not finite; {_MEND}")
         self._shards = [shard for shard in self.manifest["shards"] if shard["rows"]]
-        if not storage.remote(self.path):  # a store is asked when a row is
+        if not storage.remote(self.path):  # on S3 a shard is checked when a row of it is read
             for shard in self._shards:
                 _check_size(self._file(shard), shard, storage.size(self._file(shard)))
         size = self.manifest["row_group"]
@@ -630,10 +687,10 @@ class LatentCache:
             ]
             places += [(number, group, rows) for group, (rows, _) in enumerate(lengths)]
             self.group_shapes += [shape for _, shape in lengths]
-        self._places = np.array(places)  # shard, row group there, rows
+        self._places = np.array(places)  # per row group: its shard, its position in the shard, its rows
         self.groups = self._places[:, 2]
         largest, shapes = int(self.groups.max()), len(set(self.group_shapes))
-        self.window = max(WINDOW_GROUPS, 4 * shapes) * largest  # every shape has a window open
+        self.window = max(WINDOW_GROUPS, 4 * shapes) * largest  # each shape has its own window, all open at once
         self._starts = np.cumsum(self.groups) - self.groups
         self._checked: set[int] = set()
         self._footers = Recent(self._read_footer, limit=1024)
@@ -647,10 +704,16 @@ class LatentCache:
         return int(self.groups.sum())
 
     def moments(self, indices: Sequence[int]) -> Tensor:
-        """(n, 2 n_z, h, w) in the stored dtype: mean, then log-variance, raw and unscaled.
+        """Return the raw, unscaled moments of rows.
+
+        Args:
+            indices: Numbers of the n rows.
+
+        Returns:
+            Moments (n, 2 n_z, h, w) in the stored dtype: first the mean, then the log-variance.
 
         Raises:
-            UserError: the cache holds no moments, or these rows differ in shape.
+            UserError: The cache holds no moments, or the rows differ in shape.
         """
         if self.content != "moments":
             raise UserError(f"{self.path} holds latents without a log-variance (latents: {self.content})")
@@ -664,15 +727,22 @@ class LatentCache:
         draw: Literal["sample", "mean"] = "sample",
         normalize: bool = True,
     ) -> Tensor:
-        """float32 (n, n_z, h, w). A draw depends on (seed, epoch, the row's id and view) only.
+        """Return latents of rows, sampled from their posteriors.
+
+        The noise of a sample depends only on (seed, epoch, id and view of the row).
 
         Args:
-            epoch: of all rows, or of each.
-            draw: "sample" from the posterior, or its "mean"; the same where only a latent is stored.
-            normalize: to mean 0 and standard deviation 1 a channel over the whole cache.
+            indices: Numbers of the n rows.
+            epoch: Epoch of all rows, or one for each row.
+            seed: Seed of the noise.
+            draw: "sample" of the posterior, or its "mean". The two are the same if the cache stores only latents.
+            normalize: Whether to normalise each channel to mean 0 and standard deviation 1 over the whole cache.
+
+        Returns:
+            Latents (n, n_z, h, w) in float32.
 
         Raises:
-            UserError: these rows differ in shape.
+            UserError: The rows differ in shape.
         """
         stored, names = self._gather(indices)
         values = torch.from_numpy(_fp32(stored))
@@ -686,25 +756,32 @@ class LatentCache:
         return torch.from_numpy((mean.numpy() - next(channels)) / next(channels))
 
     def normalize(self, z: Tensor) -> Tensor:
-        """Raw latents (N, n_z, h, w) -> mean 0, standard deviation 1 a channel over the cache."""
+        """Normalise raw latents (N, n_z, h, w): each channel gets mean 0 and standard deviation 1 over the cache."""
         return (z - _broadcast(self.mean, z)) / _broadcast(self.std, z)
 
     def denormalize(self, z: Tensor) -> Tensor:
-        """Undoes `normalize`: what the autoencoder decodes."""
+        """Undo `normalize`. The result is what the autoencoder decodes."""
         return z * _broadcast(self.std, z) + _broadcast(self.mean, z)
 
     def row(self, index: int) -> dict[str, Any]:
-        """A row's other columns: id, unit, view, height, width, crop, flip, and what the source carried."""
+        """Return the other columns of a row: id, unit, view, height, width, crop, flip, and those from the source."""
         group = self._group(index)
         names = [field.name for field in self._footers(int(self._places[group, 0])).schema.to_arrow_schema()]
         wanted = [name for name in names if name not in CONTENT_COLUMN.values()]
         return self._read(group, wanted).slice(int(index - self._starts[group]), 1).to_pylist()[0]
 
     def columns(self, indices: Sequence[int], names: Sequence[str]) -> dict[str, list[Any]]:
-        """Values of other columns, e.g. label.
+        """Return the values of other columns, e.g. label.
+
+        Args:
+            indices: Numbers of the n rows.
+            names: Names of the columns.
+
+        Returns:
+            Name -> list of n values.
 
         Raises:
-            UserError: no such column.
+            UserError: The cache has no such column.
         """
         found: dict[str, list[Any]] = {name: [] for name in names}
         for index in indices:
@@ -715,6 +792,7 @@ class LatentCache:
         return found
 
     def _gather(self, indices: Sequence[int]) -> tuple[Tensor, list[str]]:
+        """Return the stored latents of rows of one shape, and for each row the name that its noise depends on."""
         rows = np.asarray(indices, dtype=np.int64)
         groups = [self._group(int(index)) for index in rows]
         shapes = {self.group_shapes[group] for group in groups}
@@ -730,12 +808,13 @@ class LatentCache:
         return from_stored(stored, self._how["dtype"]), names
 
     def _group(self, index: int) -> int:
+        """Return the number of the row group that holds a row."""
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of a cache with {len(self)}")
         return int(np.searchsorted(self._starts, index, side="right")) - 1
 
     def _load(self, group: int) -> tuple[tuple[np.ndarray, list[str]], int]:
-        """Stored latents and the names of draws of a row group, and its rows."""
+        """Load a row group: (stored latents, names that the noise of its rows depends on) and its number of rows."""
         column = CONTENT_COLUMN[self.content]
         table = self._read(group, ["id", "view", column])
         names = [
@@ -771,7 +850,7 @@ class LatentCache:
         return storage.join(self.path, shard["file"])
 
     def _checked_file(self, number: int) -> str:
-        """Where a shard is read from; one on a local disk was checked whole."""
+        """Return the path that a shard is read from. With `verify`, the sha256 of a local shard is checked once."""
         shard = self._shards[number]
         file = self._file(shard)
         if self.local is not None:
@@ -787,29 +866,36 @@ class LatentCache:
 
 
 def drawn(mean: Tensor, logvar: Tensor, seed: int, rows: Sequence[tuple[int, str]]) -> Tensor:
-    """Latents drawn from posteriors (n, n_z, h, w), fp32. Noise is that of (seed, epoch, id), so that what is encoded
-    anew is drawn as a cache's row would be.
+    """Sample fp32 latents from posteriors.
+
+    The noise depends on (seed, epoch, id), so that an image that is encoded again gets the same sample as its row in a
+    cache.
 
     Args:
-        rows: epoch and id of each.
+        mean: Means (n, n_z, h, w), fp32.
+        logvar: Log-variances (n, n_z, h, w), fp32. They are clipped to `LOGVAR_RANGE`.
+        seed: Seed of the noise.
+        rows: Epoch and id of each row.
     """
     noise = np.stack([_noise(mean.shape[1:], seed, *row) for row in rows])
     if mean.device.type != "cpu":
         return mean + (0.5 * logvar.clamp(*LOGVAR_RANGE)).exp() * torch.from_numpy(noise).to(mean.device)
-    # By NumPy, as in _fp32: this is what loaders' threads do, and with threads of torch's own in each of them OpenMP's
-    # in the training step would go to sleep at every barrier (BENCHMARKS.md).
+    # Computed by NumPy, as in _fp32, because this runs in the threads of loaders. If each of them had torch's own
+    # threads, the OpenMP threads of the training step would go to sleep at every barrier (BENCHMARKS.md).
     noise *= np.exp(0.5 * logvar.numpy().clip(*LOGVAR_RANGE))
     noise += mean.numpy()
     return torch.from_numpy(noise)
 
 
 def _fp32(stored: Tensor) -> np.ndarray:
-    if stored.dtype == torch.bfloat16:  # the upper half of an fp32
+    """Convert stored latents to fp32, without torch's threads (see `drawn`)."""
+    if stored.dtype == torch.bfloat16:  # a bfloat16 is the upper half of an fp32
         return (stored.view(torch.int16).numpy().view(np.uint16).astype(np.uint32) << 16).view(np.float32)
     return stored.numpy().astype(np.float32)
 
 
 def _noise(shape: Sequence[int], seed: int, epoch: int, row: str) -> np.ndarray:
+    """Return standard normal noise that depends only on its arguments."""
     key = hashlib.blake2b(f"{seed}\0{epoch}\0{row}".encode(), digest_size=16).digest()
     generator = np.random.Generator(np.random.Philox(key=np.frombuffer(key, dtype=np.uint64)))
     return generator.standard_normal(shape, dtype=np.float32)

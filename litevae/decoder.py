@@ -1,5 +1,8 @@
-"""The SD-VAE decoder, with GroupNorm as published, with self-modulated convolutions (paper, Section 4.2) or with other
-normalisations; of an image, or of its wavelet bands (Appendix G)."""
+"""The SD-VAE decoder, with a choice of normalisations and outputs.
+
+It has GroupNorm as published, self-modulated convolutions (paper, Section 4.2), or another normalisation. It predicts
+an image, or the wavelet bands of an image (Appendix G).
+"""
 
 import torch
 import torch.nn.functional as F
@@ -8,18 +11,25 @@ from torch import Tensor, nn
 from litevae.layers import Norm, ResBlock, Upsample, group_norm, middle, variance_preserving_conv
 from litevae.wavelet import idwt
 
-# In a decoder narrower than SD-VAE's: with 32 groups of one channel, the last normalisation would take each channel's
-# mean away, and with it the image's brightness and colour.
+# Smallest width of a group in decoders narrower than SD-VAE's. With 32 groups of one channel, the last normalisation
+# would remove the mean of each channel, and with it the brightness and colour of the image.
 GROUP_WIDTH = 16
 
 
 class Decoder(nn.Module):
-    """Latent (N, n_z, h, w) -> image (N, C, 8h, 8w), unbounded, trained towards [-1, 1].
+    """The decoder: latents (N, n_z, h, w) -> images (N, C, 8h, 8w), trained towards [-1, 1] but not clipped.
 
-    conv -> ResBlock, attention, ResBlock -> per level `layers` + 1 ResBlocks and (but for the last) nearest x2 with a
-    conv -> norm, SiLU, conv. `channels` are the widths, finest first. `norm` is that of the ResBlocks; attention and
-    the last layer keep GroupNorm. With a `wavelet`, the network leaves out the last upsampling and gives bands
-    (N, 4C, 4h, 4w), with LL on the image's scale, which the inverse transform makes the image of.
+    Its layers are: conv -> ResBlock, attention, ResBlock -> per level `layers` + 1 ResBlocks, followed (except in the
+    last level) by nearest-neighbour upsampling by 2 and a conv -> norm, SiLU, conv.
+
+    Args:
+        latent_channels: Number of latent channels, n_z.
+        channels: Width of each level, finest level first.
+        layers: Depth; each level has `layers` + 1 ResBlocks.
+        norm: Normalisation of the ResBlocks. Attention and the last layer always have GroupNorm.
+        out_channels: Number of image channels, C.
+        wavelet: None to predict images. With the name of a wavelet, the network has one upsampling less and predicts
+            bands (N, 4C, 4h, 4w), with LL on the scale of the image; the inverse transform turns them into the image.
     """
 
     def __init__(

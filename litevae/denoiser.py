@@ -1,4 +1,4 @@
-"""Presets of denoising networks: UNets of diffusers, and DiTs. They see normalised latents: mean 0, variance 1."""
+"""Presets of denoising networks: UNets of diffusers, and DiTs. They see normalised latents (mean 0, variance 1)."""
 
 from diffusers import UNet2DModel
 from torch import nn
@@ -6,16 +6,16 @@ from torch import nn
 from litevae.dit import DiT
 from litevae.errors import UserError
 
-# Width per level, ResBlocks a level, and how many of the finest levels go without attention. On the others it follows
-# every ResBlock, with heads 32 wide.
+# Width of each level, number of ResBlocks per level, and number of the finest levels that have no attention. On the
+# other levels attention follows every ResBlock, with heads of width 32. Numbers in comments are parameter counts.
 UNETS: dict[str, tuple[tuple[int, ...], int, int]] = {
     "ldm-8": ((256, 512, 1024), 2, 0),  # Rombach et al. 2022, Table 14, LDM-8 (CelebA-HQ): 257,733,124 at n_z = 4
-    "ldm-4": ((224, 448, 672, 896), 2, 1),  # ... Table 12, LDM-4 (CelebA-HQ, FFHQ): 274,056,163 at n_z = 3
+    "ldm-4": ((224, 448, 672, 896), 2, 1),  # the same, Table 12, LDM-4 (CelebA-HQ, FFHQ): 274,056,163 at n_z = 3
     "small": ((64, 128, 256), 2, 0),  # ldm-8 at a quarter of the width: 16.1 M
-    "tiny": ((64, 96), 1, 0),  # 1.9 M: minutes on a CPU, latents of 8x8 and a little more
+    "tiny": ((64, 96), 1, 0),  # 1.9 M; trains in minutes on a CPU, on latents of 8x8 or a little more
 }
 
-# Width, blocks, heads (Peebles & Xie 2023, Table 1). "/2" is the side of a patch.
+# Width, number of blocks, number of heads (Peebles & Xie 2023, Table 1). "/2" is the side of a patch.
 DITS: dict[str, tuple[int, int, int]] = {
     "dit-s/2": (384, 12, 6),  # 33 M with 1000 classes
     "dit-b/2": (768, 12, 12),  # 130 M
@@ -28,17 +28,21 @@ NETWORKS = (*UNETS, *DITS)
 
 
 def build_denoiser(network: str, channels: int, size: int, classes: int = 0) -> UNet2DModel | DiT:
-    """A fresh network for latents (N, channels, size, size), whose first prediction is zero.
+    """Build a new denoising network for latents (N, channels, size, size). At initialisation it predicts zero.
 
-    Both kinds are called as `model(sample, timestep, class_labels).sample`, with a timestep in [0, 1000], one for all
-    or (N,). One that is not whole must be a tensor: diffusers' UNet rounds a Python float down.
+    UNets and DiTs are called in the same way: `model(sample, timestep, class_labels).sample`, with a timestep in
+    [0, 1000], either one for all or (N,). A timestep that is not an integer must be a tensor, because the UNet of
+    diffusers rounds a Python float down.
 
     Args:
-        network: one of `NETWORKS`.
-        classes: 0: unconditional. Else labels (N,) are needed: below `classes`, or `null_class(classes)`.
+        network: One of `NETWORKS`.
+        channels: Number of latent channels.
+        size: Side of the latents.
+        classes: Number of classes; 0 for an unconditional network. A conditional network needs labels (N,), which are
+            below `classes`, or `null_class(classes)` for "none".
 
     Raises:
-        UserError: an unknown network, or a size that can't be halved once per level or cut into patches.
+        UserError: The network is unknown, or the size can't be halved often enough or cut into patches.
     """
     if network not in NETWORKS:
         raise UserError(f"network={network}: no such network; there are {', '.join(NETWORKS)}")
@@ -61,7 +65,7 @@ def build_denoiser(network: str, channels: int, size: int, classes: int = 0) -> 
         attention_head_dim=32,
         num_class_embeds=table,
     )
-    # As Rombach's: what a ResBlock, an attention block and the output convolution add starts at zero.
+    # As in Rombach et al., the last layers of ResBlocks and attention blocks and the output convolution start at zero.
     for name, module in unet.named_modules():
         if name == "conv_out" or name.endswith((".conv2", ".to_out.0")):
             nn.init.zeros_(module.weight)
@@ -70,8 +74,11 @@ def build_denoiser(network: str, channels: int, size: int, classes: int = 0) -> 
 
 
 def null_class(classes: int) -> int:
-    """The label of "none" in a model of so many classes. diffusers' DiTPipeline takes 1000 for it whatever the model,
-    so with fewer classes the rows between of the label table are unused."""
+    """Return the label that means "no class" in a model with this number of classes.
+
+    The DiTPipeline of diffusers always uses 1000 for it. So with fewer than 1000 classes, some rows of the label table
+    are unused.
+    """
     return max(classes, 1000)
 
 

@@ -1,6 +1,6 @@
-"""What a denoising network learns: objective, noise levels, weights of the loss, averaged weights.
+"""The training objective of diffusion models: prediction target, noise levels, loss weights, and EMA of the weights.
 
-It sees *normalised* latents: per channel zero mean and unit variance over the whole data set.
+The networks see *normalised* latents: each channel has zero mean and unit variance over the whole data set.
 """
 
 from collections.abc import Iterator, Sequence
@@ -17,20 +17,20 @@ from torch import Tensor, nn
 
 from litevae.errors import UserError
 
-STEPS = 1000  # noise levels; a network's timestep runs from 0, no noise, to 1000
+STEPS = 1000  # number of noise levels; timesteps run from 0 (no noise) to 1000
 
 Scheduler: TypeAlias = DDIMScheduler | DPMSolverMultistepScheduler
 
 
 @dataclass(frozen=True)
 class NoisedBatch:
-    """Latents with noise added, and what a network should make of them.
+    """A batch of noisy latents, and the target that the network should predict for them.
 
     Attributes:
-        noisy: (N, C, h, w), what the network sees.
-        timesteps: (N,), its noise levels: 0, no noise, to 1000.
-        target: (N, C, h, w), what it should predict.
-        weights: (N,), those of the squared errors.
+        noisy: Noisy latents (N, C, h, w), the input of the network.
+        timesteps: Noise levels (N,), from 0 (no noise) to 1000.
+        target: Target (N, C, h, w) of the prediction.
+        weights: Weights (N,) of the squared errors.
     """
 
     noisy: Tensor
@@ -41,19 +41,24 @@ class NoisedBatch:
 
 @dataclass(frozen=True)
 class Objective:
-    """What is predicted, at which noise levels, and with which weight.
+    """The training objective: what the network predicts, at which noise levels, and how errors are weighted.
+
+    For "epsilon" and "v" the noisy latent is x = a z + s epsilon, with a^2 + s^2 = 1.
 
     Args:
-        prediction: "epsilon", the noise (Rombach's, and the paper's); "v" = a epsilon - s z (arXiv 2202.00512); "flow",
-            rectified flow's epsilon - z on straight lines x = (1 - t) z + t epsilon (arXiv 2209.03003).
-        schedule: of epsilon and v: "sqrt-linear", betas 0.0015 to 0.0195 linear in the square root (Rombach), or
-            "cosine" (arXiv 2102.09672).
-        zero_snr: the schedule is moved so that its last level is noise alone (arXiv 2305.08891).
-        weighting: "none", or "min-snr": as if the error of z had the weight min(SNR, gamma) (arXiv 2303.09556).
-        times: of flow: "uniform", or "logit-normal", more often in the middle (arXiv 2403.03206).
+        prediction: "epsilon", the noise (Rombach et al., and the LiteVAE paper); "v", a epsilon - s z
+            (arXiv 2202.00512); or "flow", rectified flow's epsilon - z on straight lines x = (1 - t) z + t epsilon
+            (arXiv 2209.03003).
+        schedule: Noise schedule for epsilon and v: "sqrt-linear", whose betas go from 0.0015 to 0.0195, linear in the
+            square root (Rombach et al.), or "cosine" (arXiv 2102.09672).
+        zero_snr: Whether to rescale the schedule so that its last level is pure noise (arXiv 2305.08891).
+        weighting: "none", or "min-snr", which weights the error of z by min(SNR, gamma) (arXiv 2303.09556).
+        gamma: Upper limit of the weight for "min-snr".
+        times: Distribution of t for flow: "uniform", or "logit-normal", which samples the middle more often
+            (arXiv 2403.03206).
 
     Raises:
-        UserError: these do not go together.
+        UserError: Two of the values do not go together.
     """
 
     prediction: Literal["epsilon", "v", "flow"] = "epsilon"
@@ -75,10 +80,10 @@ class Objective:
             raise UserError("times=logit-normal is for prediction=flow; epsilon and v take weighting=min-snr")
 
     def scheduler(self) -> Scheduler:
-        """diffusers' scheduler of these noise levels, which samplers start from.
+        """Return the diffusers scheduler with these noise levels. Samplers are built from it.
 
-        Sampling begins at the noisiest level and ends without noise ("trailing" spacing, arXiv 2305.08891); Rombach's
-        sampler begins up to 1000/steps below it.
+        Sampling begins at the noisiest level and ends without noise ("trailing" spacing, arXiv 2305.08891). The sampler
+        of Rombach et al. begins up to 1000/steps timesteps below the noisiest level.
         """
         if self.prediction == "flow":
             return DPMSolverMultistepScheduler(
@@ -92,22 +97,28 @@ class Objective:
             "timestep_spacing": "trailing",
         }
         if self.prediction == "epsilon" and self.schedule == "cosine":
-            # Its noisiest level multiplies an error of epsilon by 20,000, and diffusers' DDIM can't begin below it.
+            # The noisiest level of this schedule multiplies an error of epsilon by 20,000, and diffusers' DDIM can't
+            # begin at a lower level.
             return DPMSolverMultistepScheduler(STEPS, final_sigmas_type="zero", lambda_min_clipped=-5.1, **levels)
         return DDIMScheduler(
             STEPS,
             rescale_betas_zero_snr=self.zero_snr,
-            clip_sample=False,  # latents have no bound
+            clip_sample=False,  # latents are unbounded
             set_alpha_to_one=True,
             **levels,
         )
 
     @cached_property
     def _copies(self) -> dict[torch.device, Tensor]:
+        """The copies that `_alphas` has made, by device."""
         return {}
 
     def _alphas(self, device: torch.device) -> Tensor:
-        """Copied to a device once: a step that copies from the host waits for all that the device has to do."""
+        """Return the cumulative alphas (a^2 of each level) on a device.
+
+        They are copied to each device only once, because a copy from the host makes the training step wait until the
+        device has finished all its work.
+        """
         if device not in self._copies:
             self._copies[device] = self.scheduler().alphas_cumprod.to(device)
         return self._copies[device]
@@ -116,9 +127,9 @@ class Objective:
         """Add noise to latents.
 
         Args:
-            z: normalised latents (N, C, h, w).
-            noise: standard normal, (N, C, h, w).
-            u: uniform numbers (N,) in [0, 1), which choose the noise levels.
+            z: Normalised latents (N, C, h, w).
+            noise: Standard normal noise (N, C, h, w).
+            u: Uniform random numbers (N,) in [0, 1), which choose the noise levels.
         """
         if self.prediction == "flow":
             t = torch.special.ndtri(u.double()).sigmoid().float() if self.times == "logit-normal" else u
@@ -131,7 +142,10 @@ class Objective:
         return NoisedBatch(a * z + s * noise, timesteps, target, self._weights(squared / (1 - squared)))
 
     def _weights(self, snr: Tensor) -> Tensor:
-        """An error of epsilon is one of z times the SNR; of v, times SNR + 1."""
+        """Return the weights (N,) of the squared errors for these signal-to-noise ratios.
+
+        The squared error of epsilon is that of z times the SNR; the squared error of v is that of z times SNR + 1.
+        """
         if self.weighting == "none":
             return torch.ones_like(snr)
         return snr.clamp(max=self.gamma) / (snr + 1 if self.prediction == "v" else snr)
@@ -139,13 +153,18 @@ class Objective:
     def loss(
         self, network: nn.Module, z: Tensor, noise: Tensor, u: Tensor, labels: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Of each image (N,), in fp32: the weighted squared error of the prediction, the error without its weight, and
-        the noise level in [0, 1].
+        """Return the loss of each image.
 
         Args:
-            z: normalised latents (N, C, h, w).
-            noise, u: as `draws` gives them.
-            labels: int64 (N,), of a class-conditional network.
+            network: The denoising network; see `litevae.denoiser.build_denoiser` for how it is called.
+            z: Normalised latents (N, C, h, w).
+            noise: Standard normal noise (N, C, h, w), from `draws`.
+            u: Uniform random numbers (N,) in [0, 1), from `draws`.
+            labels: Class labels (N,), int64, for a class-conditional network.
+
+        Returns:
+            Three tensors (N,) in fp32: the weighted squared error of the prediction, the squared error without its
+            weight, and the noise level in [0, 1].
         """
         batch = self.noised(z, noise, u)
         predicted = network(batch.noisy, batch.timesteps, **({} if labels is None else {"class_labels": labels})).sample
@@ -154,9 +173,20 @@ class Objective:
 
 
 def draws(seed: int, positions: Sequence[int], shape: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """What chance adds to images at these positions of a run: noise (n, *shape) and two uniform numbers in [0, 1), for
-    the noise level (n,) and for dropping the label (n,). Each depends on (seed, position) alone, so that neither the
-    number of workers nor of micro-batches changes what is learned from an image."""
+    """Draw the random numbers of a training step for the images at these positions of a run.
+
+    All numbers of an image depend only on (seed, position). So what is learned from an image depends neither on the
+    number of workers nor on the number of micro-batches.
+
+    Args:
+        seed: Seed of the run.
+        positions: Positions of the n images in the order of the run.
+        shape: Shape (C, h, w) of a latent.
+
+    Returns:
+        Standard normal noise (n, *shape), and two tensors (n,) of uniform numbers in [0, 1): one for the noise level,
+        one for dropping the label.
+    """
     noise, numbers = np.empty((len(positions), *shape), np.float32), np.empty((len(positions), 2), np.float32)
     for n, position in enumerate(positions):
         generator = np.random.Generator(np.random.Philox(np.random.SeedSequence((seed, position, 2))))
@@ -167,11 +197,14 @@ def draws(seed: int, positions: Sequence[int], shape: Sequence[int]) -> tuple[Te
 
 
 class EMA:
-    """Exponential moving average of a module's weights: parameters, and the running statistics of batch normalisation,
-    which go with them.
+    """Exponential moving average of a module's weights, and of the running statistics of its batch normalisation.
 
-    The n-th update (from 0) keeps min(decay, (1 + n) / (10 + n)) of the average, so that a young average is not
-    held back by the random start.
+    Update n (counted from 0) keeps min(decay, (1 + n) / (10 + n)) of the average, so that the random initial weights
+    are soon forgotten.
+
+    Args:
+        model: The module.
+        decay: Upper limit of the share of the average that an update keeps.
     """
 
     def __init__(self, model: nn.Module, decay: float):
@@ -181,14 +214,17 @@ class EMA:
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """Call once after each optimizer step."""
+        """Update the average with the current weights. Call this once after each optimizer step."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         torch._foreach_lerp_(list(self.average.values()), self._weights(model), 1 - decay)
         self.updates += 1
 
     @contextmanager
     def swapped(self, model: nn.Module) -> Iterator[None]:
-        """The averaged weights in `model`; its own come back on leaving, also by an exception."""
+        """Put the averaged weights into `model` within a `with` block, and restore its own weights at the end.
+
+        The weights are restored after an exception too.
+        """
         weights = self._weights(model)
         own = [value.clone() for value in weights]
         with torch.no_grad():
@@ -200,9 +236,15 @@ class EMA:
                 torch._foreach_copy_(weights, own)
 
     def state_dict(self) -> dict[str, Any]:
+        """Return the number of updates and the averaged weights."""
         return {"updates": self.updates, "average": dict(self.average)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore a state from `state_dict`.
+
+        Raises:
+            UserError: The state is of another model.
+        """
         if state["average"].keys() != self.average.keys():
             raise UserError("the averaged weights are those of another model")
         for name, value in state["average"].items():
@@ -210,5 +252,6 @@ class EMA:
         self.updates = state["updates"]
 
     def _weights(self, model: nn.Module) -> list[Tensor]:
+        """Return the weights of `model` in the order of the average."""
         weights = model.state_dict()
         return [weights[name] for name in self.average]

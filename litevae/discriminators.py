@@ -1,4 +1,4 @@
-"""Discriminators: an image batch to a tuple of logits, one tensor per head."""
+"""Discriminators, which map a batch of images to a tuple of logits, one tensor per head."""
 
 import math
 from collections.abc import Sequence
@@ -13,22 +13,22 @@ from litevae.layers import pooled_conv, upsampled_conv
 
 
 class Discriminator(nn.Module):
-    """(N, in_channels, H, W) in [-1, 1] -> logits, a tuple of one tensor per head.
+    """Base class of discriminators: images (N, in_channels, H, W) in [-1, 1] -> logits, a tuple of one tensor per head.
 
     Attributes:
-        mixes_images: whether the images of a batch influence each other's logits. Real and made images then take a
-            forward each, or each would tell the other.
+        mixes_images: Whether the images of a batch influence each other's logits. If so, real and generated images must
+            go through separate forward passes; in one batch, one kind would reveal the other.
     """
 
     mixes_images: ClassVar[bool]
 
 
 class SpectralConv2d(nn.Conv2d):
-    """A convolution whose weight is divided by its spectral norm (Miyato et al. 2018), orthogonal at the start.
+    """A convolution whose weight is divided by its spectral norm (Miyato et al. 2018), with orthogonal initialisation.
 
-    Each training forward takes one step of power iteration on the buffer `u`, the only state. The division is in
-    fp32 under autocast too, and graphs hold copies of `u`, so several forwards may precede one backward and DDP
-    may broadcast the buffer in between.
+    Each forward pass in training mode does one step of power iteration on the buffer `u`, the only state. The division
+    is done in fp32, under autocast too. Graphs hold copies of `u`, so there may be several forward passes before one
+    backward pass, and DDP may broadcast the buffer in between.
     """
 
     u: Tensor
@@ -39,6 +39,7 @@ class SpectralConv2d(nn.Conv2d):
         self.register_buffer("u", F.normalize(torch.randn(out_channels), dim=0))
 
     def normalized_weight(self) -> Tensor:
+        """Return the weight divided by its spectral norm; in training mode, also update `u`."""
         with torch.autocast(self.weight.device.type, enabled=False):
             matrix = self.weight.flatten(1)
             with torch.no_grad():
@@ -53,8 +54,10 @@ class SpectralConv2d(nn.Conv2d):
 
 
 class Block(nn.Module):
-    """BigGAN's residual block: two 3x3 convolutions, 1x1 on the skip, ReLU before each convolution except, in the
-    network's first block, before the first."""
+    """BigGAN's residual block: two 3x3 convolutions, and a 1x1 convolution on the skip connection.
+
+    Both 3x3 convolutions have a ReLU before them, except the first one in the first block of the network.
+    """
 
     def __init__(self, in_channels: int, out_channels: int, first: bool = False) -> None:
         super().__init__()
@@ -65,9 +68,9 @@ class Block(nn.Module):
 
 
 class DownBlock(Block):
-    """Means of 2x2 positions at the end: (N, C, H, W) -> (N, out, H / 2, W / 2), rounded up.
+    """A `Block` followed by 2x2 average pooling: (N, C, H, W) -> (N, out, H / 2, W / 2), rounded up.
 
-    A 1x1 convolution of means is the mean of the convolutions, and cheaper.
+    The 1x1 convolution of the skip connection is applied after pooling: the result is the same, and it is cheaper.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -80,9 +83,10 @@ class DownBlock(Block):
 
 
 class UpBlock(Block):
-    """Nearest upsampling at the start, to `size` of twice x's, or one less: (N, C, h, w) -> (N, out, *size).
+    """A `Block` after nearest-neighbour upsampling: (N, C, h, w) -> (N, out, *size).
 
-    A pixel's 1x1 convolution comes before its copies.
+    Each side in `size` is twice that of x, or one less. The 1x1 convolution of the skip connection is applied before
+    upsampling: the result is the same, and it is cheaper.
     """
 
     def forward(self, x: Tensor, size: Sequence[int]) -> Tensor:
@@ -96,13 +100,14 @@ class UpBlock(Block):
 class UNetDiscriminator(Discriminator):
     """UNet discriminator with a global and a per-pixel head: our fixed-depth variant of Schonfeld et al. (2020).
 
-    (N, in_channels, H, W) -> logits ((N, 1), (N, 1, H, W)).
+    It maps images (N, in_channels, H, W) to logits ((N, 1), (N, 1, H, W)).
 
-    Their 128-pixel network (five levels of 1, 2, 4, 8 and 16 times `channels`, BigGAN's blocks, average pooling,
-    nearest upsampling, concatenated skips, spectral norm on all but the last 1x1 convolution, orthogonal start)
-    serves every resolution here, where theirs grows a level at 256; the global head takes 16 times the mean of the
-    features instead of their sum, which is the same at 128 pixels and no larger elsewhere. Any size works;
-    multiples of 32 pool evenly. 31,481,602 parameters at 64 channels.
+    It is their network for 128 pixels, used at every resolution, while theirs has one more level at 256. It has five
+    levels of 1, 2, 4, 8 and 16 times `channels`, BigGAN's blocks, average pooling, nearest-neighbour upsampling,
+    concatenated skips, spectral norm on all but the last 1x1 convolution, and orthogonal initialisation. The global
+    head takes 16 times the mean of the features instead of their sum. The two are equal at 128 pixels, and the mean
+    does not grow with the size of the image. Any size works; multiples of 32 pool evenly. At 64 channels it has
+    31,481,602 parameters.
     """
 
     mixes_images = False
@@ -116,7 +121,7 @@ class UNetDiscriminator(Discriminator):
             DownBlock(*width, first=not n) for n, width in enumerate(zip(inputs, widths, strict=True))
         )
         outputs = [*widths[-2::-1], channels]
-        inputs = [widths[-1], *(2 * width for width in outputs[:-1])]  # with the skips
+        inputs = [widths[-1], *(2 * width for width in outputs[:-1])]  # twice the width, because skips are concatenated
         self.up = nn.ModuleList(UpBlock(*width) for width in zip(inputs, outputs, strict=True))
         self.global_head = SpectralConv2d(widths[-1], 1, 1)
         self.pixel_head = nn.Conv2d(channels, 1, 1)
@@ -127,24 +132,26 @@ class UNetDiscriminator(Discriminator):
         for block in self.down:
             skips.append(block(skips[-1]))
         h = skips.pop()
-        features = 16 * F.relu(h).mean((2, 3), keepdim=True)  # 16 positions at 128 pixels
+        features = 16 * F.relu(h).mean((2, 3), keepdim=True)  # 16 is the number of positions at 128 pixels
         for block in self.up:
             skip = skips.pop()
             h = block(h, skip.shape[-2:])
-            if skips:  # the image itself is not one
+            if skips:  # the last one is the image itself, which is not concatenated
                 h = torch.cat([h, skip], dim=1)
         return self.global_head(features).flatten(1), self.pixel_head(h)
 
 
 class PatchDiscriminator(Discriminator):
-    """PatchGAN of Isola et al. (2017) with three strided layers, as Esser et al. (2021) use it.
+    """PatchGAN discriminator of Isola et al. (2017) with three strided layers, as Esser et al. (2021) use it.
 
-    (N, in_channels, H, W) -> logits ((N, 1, h, w),), each of a patch of 70 pixels; h is H / 8 - 2 where 8 divides H,
-    which is 24 at least. 4x4 convolutions of 1, 2, 4 and 8 times `channels`, batch norm on all but the first and the
-    last, leaky ReLU of slope 0.2, weights from N(0, 0.02) at the start. 2,765,633 parameters at 64 channels.
+    It maps images (N, in_channels, H, W) to logits ((N, 1, h, w),), each for a patch with a side of 70 pixels. H must
+    be at least 24; if it is a multiple of 8, h is H / 8 - 2. The network has 4x4 convolutions of 1, 2, 4 and 8 times
+    `channels`, batch normalisation on all but the first and the last layer, leaky ReLU of slope 0.2, and weights that
+    are initialised from N(0, 0.02). At 64 channels it has 2,765,633 parameters.
 
-    Batch norm knows the batch's statistics only, those of one worker, in eval mode too: theirs keeps running ones,
-    which no training step reads, and which DDP would overwrite between a forward and its backward.
+    Batch normalisation uses only the statistics of the current batch on one worker, in eval mode too. The network of
+    Esser et al. keeps running statistics, but no training step reads them, and DDP would overwrite them between a
+    forward pass and its backward pass.
     """
 
     mixes_images = True
@@ -171,8 +178,10 @@ class PatchDiscriminator(Discriminator):
 
 
 class EqualizedConv2d(nn.Conv2d):
-    """A convolution of equalised learning rate (Karras et al. 2018): weights start from N(0, 1) and are divided by
-    the square root of their fan-in at run time; biases start at 0."""
+    """A convolution with equalised learning rate (Karras et al. 2018).
+
+    Weights are initialised from N(0, 1) and divided by the square root of their fan-in at run time. Biases start at 0.
+    """
 
     def __init__(
         self,
@@ -191,7 +200,7 @@ class EqualizedConv2d(nn.Conv2d):
 
 
 class EqualizedLinear(nn.Linear):
-    """The same of a fully connected layer."""
+    """A fully connected layer with equalised learning rate, as `EqualizedConv2d`."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features)
@@ -212,7 +221,7 @@ def _equalized(weight: Tensor) -> Tensor:
 
 
 class ResidualBlock(nn.Module):
-    """StyleGAN2's residual block of its discriminator: half the size, blurred before each strided layer."""
+    """The residual block of StyleGAN2's discriminator. It halves the size, with a blur before each strided layer."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
@@ -227,15 +236,15 @@ class ResidualBlock(nn.Module):
 
 
 def leaky(x: Tensor) -> Tensor:
-    """Leaky ReLU of slope 0.2 and StyleGAN2's gain."""
+    """Apply leaky ReLU with slope 0.2 and StyleGAN2's gain of sqrt(2)."""
     return F.leaky_relu(x, 0.2) * math.sqrt(2)
 
 
 def binomial_blur(x: Tensor, padding: int, stride: int = 1) -> Tensor:
-    """The filter [1, 3, 3, 1] / 8 along both axes, after `padding` (at most 3) zeros on every side.
+    """Apply the filter [1, 3, 3, 1] / 8 along both axes, after padding with `padding` (at most 3) zeros on every side.
 
-    It is the mean of two neighbours three times over: no kernel to keep as a buffer, which DDP would overwrite
-    between a forward and its backward.
+    The filter is computed as the mean of two neighbours, three times in a row. So no kernel must be kept as a buffer,
+    which DDP would overwrite between a forward pass and its backward pass.
     """
     for n in range(3):
         x = F.avg_pool2d(x, 2, stride if n == 2 else 1, padding=int(n < padding))
@@ -243,9 +252,15 @@ def binomial_blur(x: Tensor, padding: int, stride: int = 1) -> Tensor:
 
 
 def minibatch_deviation(x: Tensor, most: int = 4) -> Tensor:
-    """Mean standard deviation of features over a group of images (Karras et al. 2018): (N, C, H, W) to (N, 1, 1, 1).
+    """Return the mean standard deviation of features over groups of images (Karras et al. 2018), in fp32.
 
-    Groups are as large as divides N, up to `most`, and stride over the batch as in StyleGAN2. In fp32.
+    Args:
+        x: Features (N, C, H, W).
+        most: Largest size of a group. The size is the largest divisor of N up to this number. As in StyleGAN2, a group
+            takes its images from the batch at equal distances.
+
+    Returns:
+        The deviation (N, 1, 1, 1) of the group of each image.
     """
     size = max(size for size in range(1, most + 1) if len(x) % size == 0)
     groups = x.float().unflatten(0, (size, -1))
@@ -256,17 +271,17 @@ def minibatch_deviation(x: Tensor, most: int = 4) -> Tensor:
 class StyleGANDiscriminator(Discriminator):
     """The residual discriminator of StyleGAN2 (Karras et al. 2020): our fixed-depth variant.
 
-    (N, in_channels, H, W), from 32 pixels a side -> logits ((N, 1),).
+    It maps images (N, in_channels, H, W) with sides of at least 32 pixels to logits ((N, 1),).
 
-    Its 128-pixel network (five residual blocks of 4, then 8 times `channels`, blurred downsampling, leaky ReLU,
-    equalised learning rate, minibatch standard deviation at 4x4) serves every resolution here, where theirs grows
-    a block at 256: what is left of other sizes is averaged to 4x4 (repeated below 128 pixels). 28,389,121 parameters
-    at 64 channels.
+    It is their network for 128 pixels, used at every resolution, while theirs has one more block at 256. It has five
+    residual blocks of 4, then 8 times `channels`, blurred downsampling, leaky ReLU, equalised learning rate, and the
+    minibatch standard deviation at 4x4. For other sizes the last feature map is averaged to 4x4 (below 128 pixels its
+    values are repeated). At 64 channels it has 28,389,121 parameters.
     """
 
     mixes_images = True
     MULTIPLES: ClassVar[tuple[int, ...]] = (4, 8, 8, 8, 8, 8)
-    SIDE = 4  # of the map that the head takes
+    SIDE = 4  # side of the feature map that the head takes
 
     def __init__(self, channels: int = 64, in_channels: int = 3) -> None:
         super().__init__()
@@ -293,14 +308,14 @@ KINDS: dict[str, type[UNetDiscriminator | PatchDiscriminator | StyleGANDiscrimin
 
 
 def build_discriminator(kind: str, channels: int = 64) -> Discriminator:
-    """A discriminator of RGB images, its weights drawn from torch's global generator.
+    """Build a discriminator of RGB images. Its weights are drawn from torch's global generator.
 
     Args:
-        kind: ``unet`` (Schonfeld et al. 2020), ``patch`` (Isola et al. 2017) or ``stylegan`` (Karras et al. 2020).
-        channels: base width; 64 as published.
+        kind: "unet" (Schonfeld et al. 2020), "patch" (Isola et al. 2017) or "stylegan" (Karras et al. 2020).
+        channels: Base width; 64 in the published networks.
 
     Raises:
-        UserError: there is no such kind.
+        UserError: There is no such kind.
     """
     if kind not in KINDS:
         raise UserError(f"unknown discriminator {kind!r}; one of {', '.join(KINDS)}")

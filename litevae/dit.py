@@ -1,6 +1,6 @@
 """DiT (Peebles & Xie, arXiv 2212.09748) with adaLN-Zero, as a diffusers model.
 
-diffusers' own DiTTransformer2DModel keeps an embedder of timestep and label in every block; the paper has one.
+The DiTTransformer2DModel of diffusers has an embedder of timestep and label in every block; the paper has only one.
 """
 
 import torch
@@ -13,12 +13,15 @@ from torch import Tensor, nn
 
 from litevae.errors import UserError
 
-_FREQUENCIES = 256  # of the timestep, half cosines and half sines
+_FREQUENCIES = 256  # size of the timestep encoding, half cosines and half sines
 
 
 class DiTBlock(nn.Module):
-    """Attention and MLP, each between a shift and scale of its input and a gate of its output, which come from the
-    condition. The gates start at zero, so that a fresh block is the identity."""
+    """A transformer block with adaLN-Zero: attention, then an MLP.
+
+    The condition gives a shift and a scale for the input of each, and a gate for its output. The gates start at zero,
+    so that a new block is the identity.
+    """
 
     def __init__(self, hidden_size: int, heads: int):
         super().__init__()
@@ -32,7 +35,7 @@ class DiTBlock(nn.Module):
         self.modulation = nn.Linear(hidden_size, 6 * hidden_size)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        """Tokens (N, T, D) -> (N, T, D); condition (N, D), after its SiLU."""
+        """Apply the block to tokens (N, T, D) under a condition (N, D), to which SiLU is already applied."""
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(condition).unsqueeze(1).chunk(6, dim=-1)
         x = x + gate1 * self._attention(self.norm1(x) * (1 + scale1) + shift1)
         return x + gate2 * self.mlp(self.norm2(x) * (1 + scale2) + shift2)
@@ -43,22 +46,28 @@ class DiTBlock(nn.Module):
 
 
 class DiT(ModelMixin, ConfigMixin):
-    """A transformer on patches of latents (N, in_channels, sample_size, sample_size), conditional on a class or not.
+    """DiT: a transformer on patches of latents (N, in_channels, sample_size, sample_size), with or without classes.
 
-    The position embedding is fixed (sines and cosines) and no parameter; it follows from the config and is not saved.
-    The paper's table (33 M, 130 M, 458 M, 675 M) does not count it either. The authors' code does: it keeps it as a
-    frozen parameter, so XL/2 at 256 px has 675,129,632 there, 294,912 of them the position embedding.
+    The position embedding is fixed (sines and cosines) and not a parameter. It follows from the config and is not
+    saved. The paper's table (33 M, 130 M, 458 M, 675 M) does not count it either. The authors' code counts it as a
+    frozen parameter: there XL/2 at 256 px has 675,129,632 parameters, of which 294,912 are the position embedding.
 
-    Labels are never dropped here: who trains for guidance puts the label of "none" in (`litevae.denoiser.null_class`).
+    The model never drops labels. To train for guidance, the caller replaces some labels by the label of "no class"
+    (`litevae.denoiser.null_class`).
 
     Args:
-        sample_size: side of the latents; no other size fits.
-        out_channels: 2 in_channels in the paper, which also predicts a variance.
-        hidden_size: D, a multiple of 4 and of the number of heads.
-        num_class_embeds: rows of the label table, that of "none" included; None: unconditional.
+        sample_size: Side of the latents. Latents of other sizes are refused.
+        in_channels: Number of latent channels.
+        out_channels: Number of output channels. It is 2 * in_channels in the paper, which also predicts a variance.
+        hidden_size: Width D of the tokens, a multiple of 4 and of the number of heads.
+        num_layers: Number of blocks.
+        num_attention_heads: Number of attention heads.
+        patch_size: Side of a patch.
+        num_class_embeds: Number of rows of the label table, including that of "no class". None for an unconditional
+            model.
 
     Raises:
-        UserError: sizes that do not divide.
+        UserError: `sample_size` is not a multiple of `patch_size`, or `hidden_size` not of 4 and the number of heads.
     """
 
     _supports_gradient_checkpointing = True
@@ -98,7 +107,7 @@ class DiT(ModelMixin, ConfigMixin):
         self._initialise()
 
     def _initialise(self) -> None:
-        """As the authors' code does."""
+        """Initialise the weights as in the authors' code."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -116,17 +125,19 @@ class DiT(ModelMixin, ConfigMixin):
         class_labels: Tensor | None = None,
         return_dict: bool = True,
     ) -> Transformer2DModelOutput | tuple[Tensor]:
-        """
+        """Predict the target for noisy latents.
+
         Args:
-            sample: (N, in_channels, sample_size, sample_size).
-            timestep: one for all or (N,), in [0, 1000], whole or not.
-            class_labels: (N,), int64, below `num_class_embeds`; None for an unconditional model.
+            sample: Noisy latents (N, in_channels, sample_size, sample_size).
+            timestep: Noise level in [0, 1000], one for all or (N,). It need not be an integer.
+            class_labels: Labels (N,), int64, below `num_class_embeds`. None for an unconditional model.
+            return_dict: Whether to return a `Transformer2DModelOutput` instead of a tuple.
 
         Returns:
-            `.sample` (N, out_channels, sample_size, sample_size).
+            The prediction (N, out_channels, sample_size, sample_size), as `.sample` or in a tuple.
 
         Raises:
-            UserError: latents of another shape; labels missing, or given to an unconditional model.
+            UserError: The latents have another shape; or labels are missing, or given to an unconditional model.
         """
         config = self.config
         shape = (config.in_channels, config.sample_size, config.sample_size)
@@ -139,7 +150,7 @@ class DiT(ModelMixin, ConfigMixin):
 
         p, grid = config.patch_size, config.sample_size // config.patch_size
         patches = F.pixel_unshuffle(sample, p).flatten(2).transpose(1, 2)
-        # In the weights' type: so tokens stay fp32 under autocast, and a model loaded as bf16 is bf16 throughout.
+        # Cast to the dtype of the weights: tokens stay fp32 under autocast, and a model loaded as bf16 runs in bf16.
         x = self.patch_embed(patches) + self.pos_embed.to(self.dtype)  # (N, T, D)
         timesteps = torch.as_tensor(timestep, device=sample.device).expand(len(sample))
         condition = self.time_embedding(self.time_proj(timesteps).to(self.dtype))

@@ -1,4 +1,4 @@
-"""The LiteVAE encoder: wavelet bands -> a feature extractor per level -> aggregation to moments (Section 4.1)."""
+"""The LiteVAE encoder: wavelet transform, one feature extractor per level, and aggregation to moments (Section 4.1)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +15,14 @@ from litevae.wavelet import LEVELS, check_wavelet, wavelet_pyramid
 
 @dataclass(frozen=True)
 class EncoderSize:
-    """Widths of the UNets (paper, Tables 23 and 24)."""
+    """The widths of the UNets of an encoder (paper, Tables 23 and 24).
+
+    Attributes:
+        extractor_channels: Base width of the feature extractors.
+        extractor_mults: Multiples of the base width, one per level of an extractor.
+        aggregator_channels: Base width of the aggregator.
+        aggregator_mults: Multiples of the base width, one per level of the aggregator.
+    """
 
     extractor_channels: int
     extractor_mults: tuple[int, ...]
@@ -35,17 +42,22 @@ AGGREGATORS = ("unet", "vit")
 
 
 class Encoder(nn.Module):
-    """Image (N, C, H, W) in [-1, 1] -> moments (N, 2 n_z, H/8, W/8): mean, then log-variance.
+    """The LiteVAE encoder: images (N, C, H, W) in [-1, 1] -> moments (N, 2 n_z, H/8, W/8), mean then log-variance.
 
-    H and W must be multiples of 8. Three separate extractors see the bands of levels 1, 2, 3; levels 1 and 2 come
-    down to f = 8 by a learned 3x3 convolution of stride 4 and 2 ("conv") or by average pooling ("pool").
+    H and W must be multiples of 8. By default three separate extractors see the wavelet bands of levels 1, 2 and 3.
 
     Args:
+        latent_channels: Number of latent channels, n_z.
+        size: Widths of the networks.
+        wavelet: "haar", or the name of any discrete wavelet of ptwt.
+        downsample: How the features of levels 1 and 2 are brought down to f = 8: "conv", a learned 3x3 convolution of
+            stride 4 and 2; or "pool", average pooling.
+        in_channels: Number of image channels, C.
         extractor: "unet", or "nafnet" (Table 18).
-        shared_extractor: one for all levels (Table 19).
-        levels: some of 1, 2, 3, in this order; the others are not seen (Table 21).
-        aggregator: "unet", or "vit" (Table 20), of 4 times the UNet's base width.
-        vit_grid: the side of a latent for which the ViT has positions.
+        shared_extractor: Whether all levels share one extractor (Table 19).
+        levels: Levels that the encoder sees: some of 1, 2, 3, in this order (Table 21).
+        aggregator: "unet", or "vit" (Table 20), which is 4 times as wide as the base width of the UNet.
+        vit_grid: Side of the latents for which the ViT has a position embedding.
     """
 
     def __init__(
@@ -90,6 +102,7 @@ class Encoder(nn.Module):
 
 
 def _downsampler(channels: int, stride: int, kind: str) -> nn.Module:
+    """Build the layer that brings the features of a level down to f = 8."""
     if stride == 1:
         return nn.Identity()
     return variance_preserving_conv(channels, channels, 3, stride) if kind == "conv" else nn.AvgPool2d(stride)

@@ -1,14 +1,14 @@
-"""The one exception that means "the user can mend this", and what no message shows."""
+"""The exception for mistakes that the user can correct, and the removal of secrets from messages."""
 
 import re
 from typing import Any
 
 
 class UserError(ValueError):
-    """A mistake in what the user gave: a config value, a path, an image, a checkpoint, a cache.
+    """A mistake in what the user gave: a config value, a path, an image, a checkpoint or a cache.
 
-    The message says what is wrong, where, and what to do. The jobs print it alone, without a
-    traceback, and exit with code 2. Secrets in URIs are left out of it.
+    The message says what is wrong, where, and what to do. Jobs print only the message, without a traceback, and exit
+    with code 2. Secrets in URIs are removed from the message.
     """
 
     def __init__(self, message: str):
@@ -16,7 +16,11 @@ class UserError(ValueError):
 
 
 def redact(value: Any) -> Any:
-    """The same value without secrets: user:password@ in URIs, and key, token, signature or password parameters."""
+    """Return the same value with secrets replaced by ***.
+
+    Secrets are user:password@ in URIs, and URI parameters such as keys, tokens, signatures and passwords. Strings in
+    dicts, lists and tuples are replaced too.
+    """
     if isinstance(value, dict):
         return {key: redact(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""The encoder's networks over wavelet bands, for extraction and aggregation. None of them changes the resolution."""
+"""The networks of the encoder, for feature extraction and aggregation. None of them changes the resolution."""
 
 import torch
 import torch.nn.functional as F
@@ -8,8 +8,17 @@ from litevae.layers import LayerNorm2d, ResBlock, variance_preserving_conv
 
 
 class FlatUNet(nn.Module):
-    """ADM's UNet without down- or upsampling (Appendix G): the width follows channels * mults down and up again, with
-    skips by concatenation. (N, in, H, W) -> (N, out, H, W)."""
+    """ADM's UNet without down- or upsampling (Appendix G): (N, in, H, W) -> (N, out, H, W).
+
+    Its width goes through `channels` * `mults` and back. Skip connections are concatenated.
+
+    Args:
+        in_channels: Number of input channels.
+        out_channels: Number of output channels.
+        channels: Base width.
+        mults: Multiples of the base width, one per level.
+        blocks: Number of ResBlocks per level.
+    """
 
     def __init__(self, in_channels: int, out_channels: int, channels: int, mults: tuple[int, ...], blocks: int = 2):
         super().__init__()
@@ -31,7 +40,7 @@ class FlatUNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
-        skips = []  # conv_in's own output is no skip: two blocks a level pop what two blocks pushed
+        skips = []  # the output of conv_in is no skip, so the blocks of `up` pop exactly what those of `down` push
         for block in self.down:
             x = block(x)
             skips.append(x)
@@ -42,8 +51,11 @@ class FlatUNet(nn.Module):
 
 
 class NAFNet(nn.Module):
-    """NAFNet's blocks in the place of `FlatUNet` (Appendix D.3): as wide as it is at its widest, and as many as it has
-    ResBlocks, in a row. The paper names the network and no sizes. (N, in, H, W) -> (N, out, H, W)."""
+    """A row of NAFNet blocks that replaces `FlatUNet` (Appendix D.3): (N, in, H, W) -> (N, out, H, W).
+
+    The paper names the network but gives no sizes. Here it has the largest width of the `FlatUNet` with the same
+    arguments, and as many blocks as that has ResBlocks.
+    """
 
     def __init__(self, in_channels: int, out_channels: int, channels: int, mults: tuple[int, ...], blocks: int = 2):
         super().__init__()
@@ -57,9 +69,12 @@ class NAFNet(nn.Module):
 
 
 class NAFBlock(nn.Module):
-    """Chen et al. 2022: gates, products of two halves of the channels, instead of activations. Two residual branches:
-    norm -> 1x1 -> depthwise 3x3 -> gate -> scales from the map's means -> 1x1, and norm -> 1x1 -> gate -> 1x1. As
-    there, each starts at zero."""
+    """The block of NAFNet (Chen et al. 2022), which has gates instead of activations.
+
+    A gate is the product of the two halves of the channels. The block has two residual branches: norm -> 1x1 ->
+    depthwise 3x3 -> gate -> scale by a function of the channel means -> 1x1, and norm -> 1x1 -> gate -> 1x1. As in
+    Chen et al., each branch starts at zero.
+    """
 
     def __init__(self, channels: int):
         super().__init__()
@@ -89,9 +104,17 @@ def _gate(x: Tensor) -> Tensor:
 class ViT(nn.Module):
     """A vision transformer on patches of one element (Appendix D.5): (N, in, H, W) -> (N, out, H, W).
 
-    Positions are learned on a `grid` x `grid` and interpolated for other sizes, so that it runs at any; but it is
-    trained for one, and the paper calls it resolution-dependent for that. The paper gives nothing but 0.84 M
-    parameters at 24 outputs. 4 layers of width 128 with a 3x3 convolution at the end, as in U-ViT, have them.
+    The position embedding is learned on a `grid` x `grid` and interpolated for other sizes. So the network runs at any
+    size, but it is trained for one; therefore the paper calls it resolution-dependent. The paper states only the number
+    of parameters, 0.84 M at 24 outputs. 4 layers of width 128 with a 3x3 convolution at the end, as in U-ViT, have this
+    number.
+
+    Args:
+        in_channels: Number of input channels.
+        out_channels: Number of output channels.
+        width: Width of the tokens. Attention heads have width 32.
+        grid: Side of the map that the position embedding is learned for.
+        depth: Number of layers.
     """
 
     def __init__(self, in_channels: int, out_channels: int, width: int, grid: int = 16, depth: int = 4):

@@ -1,7 +1,7 @@
-"""Judging generated images by features of frozen networks, and latents by their distance to a Gaussian.
+"""Metrics of generated images, on features of frozen networks, and the distance of latents to a Gaussian.
 
-Networks take weights from local files and nowhere else. A number carries the name of the network it was computed with:
-only the Inception of the FID literature makes an FID.
+Weights are read only from local files. Each number carries the name of the network that it was computed with: only the
+Inception of the FID literature gives an FID.
 """
 
 import hashlib
@@ -21,7 +21,8 @@ from litevae.errors import UserError
 from litevae.images import to_tensor
 from litevae.perceptual import BackboneFeatures, SqueezeNetFeatures, WeightsMissing, load_state
 
-# The same file under the names that torch-fidelity and pytorch-fid give it; their last part begins its SHA-256.
+# The same file under the names of torch-fidelity and pytorch-fid. The last part of a name is the beginning of the
+# file's SHA-256.
 INCEPTION_FILES = ("weights-inception-2015-12-05-6726825d.pth", "pt_inception-2015-12-05-6726825d.pth")
 INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILES[0]}"
 SPLITS, NEIGHBOURS, SUBSET = 10, 3, 1000
@@ -43,14 +44,14 @@ PROTOCOLS = {
 
 
 class FeatureNetwork(nn.Module, ABC):
-    """Images to feature vectors, in fp32 under autocast too; nothing is trainable.
+    """Base class of networks that map images to feature vectors, in fp32, under autocast too. Nothing is trainable.
 
     Attributes:
-        name: of the network; part of the name of every number that comes of it. "inception" are the literature's
-            weights only.
-        protocol: library, weights and resize, for people.
-        sha256: of the weights' file.
-        dimension: of the features.
+        name: Name of the network, which is part of the name of every number computed with it. "inception" is used only
+            for the weights of the FID literature.
+        protocol: Description of library, weights and resizing, for people.
+        sha256: SHA-256 of the file of the weights.
+        dimension: Number of features, D.
     """
 
     name: str
@@ -60,23 +61,32 @@ class FeatureNetwork(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, pixels: np.ndarray) -> tuple[Tensor, Tensor | None]:
-        """uint8 (N, H, W, 3) -> float32 features (N, D), and class logits (N, K) where the network has classes."""
+        """Compute the features of images.
+
+        Args:
+            pixels: Images (N, H, W, 3), uint8.
+
+        Returns:
+            Features (N, D), float32, and class logits (N, K), or None if the network has no classes.
+        """
 
     @property
     def device(self) -> torch.device:
+        """The device of the weights."""
         return next(self.parameters()).device
 
 
 class Inception(FeatureNetwork):
-    """The Inception v3 of FID and Inception Score (2015-12-05, converted from TensorFlow), as torch-fidelity has it:
-    2,048 features of the last pooling, 1,008 logits without bias.
+    """The Inception v3 of FID and Inception Score (2015-12-05, converted from TensorFlow), from torch-fidelity.
+
+    It gives the 2,048 features of the last pooling layer, and 1,008 logits without bias.
 
     Args:
-        weights: the checkpoint; empty: the file that torch hub keeps of it.
+        weights: The checkpoint. Empty uses the file in the folder of torch hub.
 
     Raises:
-        WeightsMissing: `weights` is empty and torch hub has no such file. Nothing is fetched.
-        UserError: the file at `weights` does not exist or holds something else; torch-fidelity is not installed.
+        WeightsMissing: `weights` is empty, and torch hub has no such file. Nothing is downloaded.
+        UserError: The file at `weights` does not exist or holds something else, or torch-fidelity is not installed.
     """
 
     dimension = 2048
@@ -89,7 +99,7 @@ class Inception(FeatureNetwork):
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
         state = io.BytesIO()
-        torch.save(load_state(path), state)  # torch-fidelity unpickles what it is given: so not the file itself
+        torch.save(load_state(path), state)  # saved again, because torch-fidelity would unpickle the original file
         state.seek(0)
         try:
             self.network = FeatureExtractorInceptionV3("inception", ["2048", "logits_unbiased"], state)
@@ -112,6 +122,7 @@ class Inception(FeatureNetwork):
 
 
 def _inception_in_hub() -> Path:
+    """Return the path of the Inception weights in the folder of torch hub."""
     folder = Path(torch.hub.get_dir()) / "checkpoints"
     for name in INCEPTION_FILES:
         if (folder / name).is_file():
@@ -124,7 +135,10 @@ def _inception_in_hub() -> Path:
 
 
 class SqueezeNetCaffe(FeatureNetwork):
-    """The original Caffe SqueezeNet 1.1 (torchvision's names): its last 512 feature maps, averaged over positions.
+    """The original Caffe SqueezeNet 1.1. The features are its last 512 feature maps, averaged over positions.
+
+    Args:
+        weights: State dict with the names of torchvision's model.
 
     Raises:
         UserError: `weights` does not exist or holds something else.
@@ -145,15 +159,19 @@ class SqueezeNetCaffe(FeatureNetwork):
             return self.network.features(self.network.standardized(x)).mean((2, 3)), None
 
     def distance(self, x: Tensor, y: Tensor) -> Tensor:
-        """As `SqueezeNetFeatures`: (N, 3, H, W) twice, in [-1, 1] -> (N,)."""
+        """Return the distances (N,) of `SqueezeNetFeatures` between images (N, 3, H, W) in [-1, 1]."""
         return self.network(x, y)
 
 
 class Backbone(FeatureNetwork):
-    """A classifier of torchvision that `BackboneFeatures` knows: its last feature maps, averaged over positions.
+    """A torchvision classifier. The features are its last feature maps, averaged over positions.
+
+    Args:
+        model: Name of a model, as `BackboneFeatures` takes it.
+        weights: State dict of the model.
 
     Raises:
-        UserError: `weights` does not exist or holds something else, or `model` is not known.
+        UserError: `weights` does not exist or holds something else, or the model is unknown.
     """
 
     def __init__(self, model: str, weights: str | Path) -> None:
@@ -172,7 +190,7 @@ class Backbone(FeatureNetwork):
             return self.network.maps(x)[-1].mean((2, 3)), None
 
     def distance(self, x: Tensor, y: Tensor) -> Tensor:
-        """As `BackboneFeatures`: (N, 3, H, W) twice, in [-1, 1] -> (N,)."""
+        """Return the distances (N,) of `BackboneFeatures` between images (N, 3, H, W) in [-1, 1]."""
         return self.network.distance(x, y)
 
 
@@ -185,8 +203,14 @@ def _sha256(path: Path) -> str:
 
 
 class FrechetStatistics:
-    """Of features (N, D): count, sum (D,) and sum of outer products (D, D) in float64, which is all that a Frechet
-    distance needs: memory does not grow with N, and parts merge."""
+    """The statistics of features (N, D) that a Frechet distance needs, in float64.
+
+    They are the count, the sum (D,) and the sum of outer products (D, D). So the memory does not grow with N, and
+    statistics of parts can be merged.
+
+    Args:
+        dimension: Number of features, D.
+    """
 
     def __init__(self, dimension: int) -> None:
         self.count = 0
@@ -194,9 +218,10 @@ class FrechetStatistics:
         self.outer = torch.zeros(dimension, dimension, dtype=torch.float64)
 
     def add(self, features: Tensor) -> None:
-        """
+        """Add a batch of features (N, D).
+
         Raises:
-            UserError: features are NaN or infinite.
+            UserError: A feature is NaN or infinite.
         """
         values = features.detach().cpu().double()
         if not values.isfinite().all():
@@ -206,20 +231,22 @@ class FrechetStatistics:
         self.outer += values.T @ values
 
     def merge(self, other: "FrechetStatistics") -> None:
+        """Add the statistics of other features."""
         self.count += other.count
         self.sum += other.sum
         self.outer += other.outer
 
     @property
     def mean(self) -> Tensor:
+        """The mean (D,) of the features."""
         return self.sum / self.count
 
     @property
     def covariance(self) -> Tensor:
-        """(D, D), of N - 1 degrees of freedom.
+        """The covariance (D, D) of the features, with N - 1 degrees of freedom.
 
         Raises:
-            UserError: there are fewer than two.
+            UserError: There are fewer than two images.
         """
         if self.count < 2:
             raise UserError(f"a covariance takes at least 2 images, not {self.count}")
@@ -227,9 +254,10 @@ class FrechetStatistics:
 
 
 def frechet_distance(a: FrechetStatistics, b: FrechetStatistics) -> float:
-    """Squared Frechet distance of two Gaussians (Heusel et al. 2017); also where covariances are singular.
+    """Return the squared Frechet distance of two Gaussians (Heusel et al. 2017). Covariances may be singular.
 
-    The eigenvalues of C1 C2 are those of C1^(1/2) C2 C1^(1/2), which is symmetric: no complex roots, no unstable ones.
+    The eigenvalues of C1 C2 are those of C1^(1/2) C2 C1^(1/2). This matrix is symmetric, so there are no complex or
+    unstable square roots.
     """
     first, second = a.covariance, b.covariance
     values, vectors = torch.linalg.eigh(first)
@@ -240,11 +268,17 @@ def frechet_distance(a: FrechetStatistics, b: FrechetStatistics) -> float:
 
 
 def inception_score(logits: Tensor, splits: int = SPLITS) -> tuple[float, float]:
-    """Inception Score (Salimans et al. 2016) of logits (N, K): mean and population standard deviation over parts, which
-    are cut as torch-fidelity does.
+    """Return the Inception Score (Salimans et al. 2016).
+
+    Args:
+        logits: Class logits (N, K) of the images.
+        splits: Number of parts. The images are shuffled and divided as in torch-fidelity.
+
+    Returns:
+        Mean and population standard deviation of the scores of the parts.
 
     Raises:
-        UserError: fewer images than parts.
+        UserError: There are fewer images than parts.
     """
     if len(logits) < splits:
         raise UserError(f"an Inception Score of {splits} parts takes at least {splits} images, not {len(logits)}")
@@ -261,14 +295,16 @@ def inception_score(logits: Tensor, splits: int = SPLITS) -> tuple[float, float]
 def precision_recall(
     reference: Tensor, generated: Tensor, k: int = NEIGHBOURS, chunk: int = 1024
 ) -> tuple[float, float]:
-    """Improved precision and recall (Kynkaanniemi et al. 2019) of features (M, D) and (N, D).
+    """Return improved precision and recall (Kynkaanniemi et al. 2019).
 
     Args:
-        k: an image's neighbourhood reaches to its k-th nearest other image of the same set.
-        chunk: images whose distances to all others are in memory at a time.
+        reference: Features (M, D) of the reference images.
+        generated: Features (N, D) of the generated images.
+        k: The neighbourhood of an image reaches to its k-th nearest other image in the same set.
+        chunk: Number of images whose distances to all others are in memory at a time.
 
     Raises:
-        UserError: a set has no k-th neighbours.
+        UserError: A set has too few images for a k-th neighbour.
     """
     if min(len(reference), len(generated)) <= k:
         raise UserError(
@@ -276,10 +312,12 @@ def precision_recall(
         )
 
     def radii(features: Tensor) -> Tensor:
+        """Return the squared distance of each image to its k-th neighbour."""
         parts = (_squared_distances(part, features) for part in features.split(chunk))
         return torch.cat([part.kthvalue(k + 1, dim=1).values for part in parts])  # the nearest is the image itself
 
     def covered(points: Tensor, centres: Tensor) -> float:
+        """Return the share of points that lie in the neighbourhood of some centre."""
         reach = radii(centres)
         within = [(_squared_distances(part, centres) <= reach).any(1) for part in points.split(chunk)]
         return torch.cat(within).double().mean().item()
@@ -289,7 +327,7 @@ def precision_recall(
 
 
 def _squared_distances(x: Tensor, y: Tensor) -> Tensor:
-    """(N, D), (M, D) float64 -> (N, M). Equal rows are 0 apart: what is left by rounding is taken away."""
+    """Return the squared distances (N, M) of (N, D) and (M, D), float64. Rounding errors of equal rows are set to 0."""
     norms = x.square().sum(1)[:, None] + y.square().sum(1)
     distances = norms - 2 * x @ y.T
     return distances.where(distances > 1e-12 * norms, 0)
@@ -301,20 +339,25 @@ def _squared_distances(x: Tensor, y: Tensor) -> Tensor:
 def mmd(
     latents: Tensor, sigmas: Sequence[float] = SIGMAS, subset: int = SUBSET, seed: int = 0
 ) -> dict[float, tuple[float, float | None]]:
-    """Squared maximum mean discrepancy (Gretton et al. 2012) of latents and a standard Gaussian, by bandwidth: mean and
-    standard deviation over N // subset subsets; None where there is one. See PROTOCOLS.
+    """Return the squared maximum mean discrepancy (Gretton et al. 2012) between latents and a standard Gaussian.
 
-    What speaks for the choices that the paper leaves open: its Table 6 falls by 3.9 (LiteVAE) and 4.0 (SD-VAE) from
-    bandwidth 250 to 500, as a squared MMD does for wide kernels where means differ. It prints up to 28.9 and a squared
-    MMD is at most 2, so its numbers have a factor, which may be 100.
+    `PROTOCOLS` has the exact definition. The paper leaves some choices open. Its Table 6 supports those made here: from
+    bandwidth 250 to 500 its values fall by a factor of 3.9 (LiteVAE) and 4.0 (SD-VAE), as a squared MMD does for wide
+    kernels if the means differ. The table has values up to 28.9, but a squared MMD is at most 2, so its values are
+    multiplied by a factor, which may be 100.
 
     Args:
-        latents: (N, ...), N >= 2, flattened.
-        subset: latents a subset; at most N.
-        seed: of subsets and Gaussian draws.
+        latents: Latents (N, ...) with N >= 2. They are flattened.
+        sigmas: Bandwidths of the kernel.
+        subset: Number of latents in a subset, at most N.
+        seed: Seed of the subsets and of the Gaussian samples.
+
+    Returns:
+        Bandwidth -> (mean, standard deviation) over the N // subset subsets. With only one subset, the standard
+        deviation is None.
 
     Raises:
-        UserError: fewer than 2 latents, or NaN or infinite ones.
+        UserError: There are fewer than 2 latents, or some are NaN or infinite.
     """
     x = latents.flatten(1)
     size = min(subset, len(x))

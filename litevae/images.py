@@ -1,8 +1,9 @@
-"""From encoded bytes to pixels: the one image transform, and its identity.
+"""The image transform, which turns encoded image files into pixels, and its identity.
 
-EXIF orientation -> sRGB -> alpha on white -> antialiased bicubic resize -> crop -> flip. Pillow does it all, which is
-the reference; or simplejpeg (libjpeg-turbo) decodes JPEGs, Pillow the rest, and PyTorch resizes, which agrees to 60 dB
-and takes less than half the time. Pixels are uint8 RGB HWC until they reach the model's device.
+The steps: EXIF orientation -> sRGB -> alpha on white -> antialiased bicubic resize -> crop -> flip. In the reference
+version Pillow does all of them. In the fast version simplejpeg (libjpeg-turbo) decodes JPEGs, Pillow decodes all other
+formats, and PyTorch resizes; it agrees with the reference to 60 dB and takes less than half the time. Pixels are uint8
+RGB HWC until they reach the device of the model.
 """
 
 import io
@@ -23,29 +24,34 @@ from torch.nn import functional as F
 from litevae.errors import UserError
 
 Image.init()
-# Not Pillow's whole list: some of its plugins start other programs (EPS) or are no image formats of photos.
+# This is not Pillow's whole list: some of its plugins start other programs (EPS) or are not formats for photos.
 FORMATS: list[str] = [
     name
     for name in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "MPO", "AVIF", "JPEG2000", "PPM", "PSD")
     if name in Image.OPEN
 ]
 _SRGB = ImageCms.createProfile("sRGB")
-_STRIP = 64  # rows at once, where whole images would take several copies of what may be 180 million pixels
-# Of decode="scaled": a side is decoded to at least so many times its resized length. From twice on it is 46 dB and more
-# to the full decode, at 1.1 times 35 dB; less would hardly be faster, since entropy decoding is most of what is left.
+_STRIP = 64  # rows to process at once; a whole image may have 180 million pixels, too many for several copies
+# For decode="scaled": a side is decoded to at least this many times its resized length. From 2 on, the result agrees
+# with the full decode to 46 dB and more; at 1.1, to 35 dB. A smaller factor would hardly be faster, because entropy
+# decoding takes most of the remaining time.
 OVERSAMPLING = 2
-# JPEGs are decoded to so many eighths: what libjpeg-turbo has fast code for. 3/8 takes longer than 4/8, 5/8 than 8/8.
+# The scales, in eighths, to which JPEGs are decoded: those for which libjpeg-turbo has fast code. 3/8 takes longer than
+# 4/8, and 5/8 longer than 8/8.
 _EIGHTHS = (1, 2, 4, 8)
-_STRETCHED = 4  # times a view's pixels: of an image that would have more when it is resized only the views are
+# If the resized image would have more than this many times the pixels of a view, only the views are resized.
+_STRETCHED = 4
 
-Size = tuple[int, int]  # height, width
+Size = tuple[int, int]  # (height, width)
 
 
 class ImageError(UserError):
-    """An image that can't be used.
+    """An image can't be used.
 
-    `reason` is its class: empty, not_an_image, too_large, corrupt, unsupported, too_small, out_of_memory; a source adds
-    missing and unreadable, an encoder not_finite and out_of_range.
+    Attributes:
+        reason: The kind of problem: "empty", "not_an_image", "too_large", "corrupt", "unsupported", "too_small" or
+            "out_of_memory". Sources also use "missing" and "unreadable"; encoders also use "not_finite" and
+            "out_of_range".
     """
 
     def __init__(self, reason: str, message: str):
@@ -58,8 +64,16 @@ class ImageError(UserError):
 
 @dataclass(frozen=True)
 class Transformed:
-    """pixels: uint8 (H, W, 3), one of the transform's `sizes`; height, width: of the whole image, upright; crop_top,
-    crop_left: in pixels of the resized image, before the flip."""
+    """A view of an image, as `ImageTransform` returns it.
+
+    Attributes:
+        pixels: Pixels (H, W, 3), uint8. (H, W) is one of the `sizes` of the transform.
+        height: Height of the whole image in pixels, after EXIF rotation.
+        width: Width of the whole image in pixels, after EXIF rotation.
+        crop_top: Top edge of the crop, in pixels of the resized image, before the flip.
+        crop_left: Left edge of the crop, in pixels of the resized image, before the flip.
+        flip: Whether the view is mirrored.
+    """
 
     pixels: np.ndarray
     height: int
@@ -71,20 +85,23 @@ class Transformed:
 
 @dataclass(frozen=True)
 class ImageTransform:
-    """Encoded image -> uint8 pixels, square or of the bucket that fits best; one view of it or several.
+    """The transform from an encoded image to one or more views of uint8 pixels.
+
+    Views are square, or have the size of the aspect-ratio bucket that fits the image best.
 
     Args:
-        resolution: side in pixels; of buckets, the side of the square one.
-        resize: "shorter" side to the resolution (with buckets: until they are covered); "none" crops the original
-            pixels.
-        crop: "center", or "random" from the seed of the call.
-        flip: mirror half of the views, by the same seed.
-        crops: random crops an image.
-        both: every crop also mirrored, as a view of its own.
-        buckets: keep aspect ratios, see `sizes`; an image goes to the one of the nearest ratio.
-        bucket_step: sides of buckets are multiples of it.
-        decode: "pillow" alone; "fast": JPEGs by simplejpeg and the resize by PyTorch, which agrees with it to 60 dB;
-            "scaled": as fast, with large JPEGs decoded to a half, a quarter or an eighth of their sides (46 dB).
+        resolution: Side of the views in pixels. With buckets, the side of the square bucket.
+        resize: "shorter" resizes the shorter side to the resolution (with buckets: until the bucket is covered); "none"
+            crops the original pixels.
+        crop: "center", or "random", which depends on the seed of the call.
+        flip: Whether to mirror a random half of the views, with the same seed.
+        crops: Number of random crops per image.
+        both: Whether to return each crop twice, as it is and mirrored.
+        buckets: Whether to keep aspect ratios (see `sizes`). An image goes to the bucket with the nearest ratio.
+        bucket_step: Sides of buckets are multiples of this number of pixels.
+        decode: "pillow" uses only Pillow. "fast" decodes JPEGs by simplejpeg and resizes by PyTorch, and agrees with
+            "pillow" to 60 dB. "scaled" is like "fast", but decodes large JPEGs at a half, a quarter or an eighth of
+            their sides (46 dB).
     """
 
     resolution: int
@@ -109,50 +126,59 @@ class ImageTransform:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """Everything that the pixels depend on; images with equal identities compare."""
+        """Everything that the pixels depend on. Images can be compared if the identities of their transforms agree."""
         steps = "exif, srgb, alpha on white, bicubic antialiased, crop, flip"
         fields = asdict(self)
         libraries: dict[str, Any] = {"Pillow": PIL.__version__, "libjpeg-turbo": features.version("libjpeg_turbo")}
-        if fields.pop("decode") != "pillow":  # which caches of before there was a choice say nothing of
+        if fields.pop("decode") != "pillow":  # not named, as in caches from before there was a choice
             libraries["decode"] = self.decode
-            libraries["simplejpeg"] = simplejpeg.__version__  # which has a libjpeg-turbo of its own
-            libraries["PyTorch"] = torch.__version__.split("+")[0]  # +cpu, +cu130: this is on the CPU
+            libraries["simplejpeg"] = simplejpeg.__version__  # it contains its own libjpeg-turbo
+            libraries["PyTorch"] = torch.__version__.split("+")[0]  # without +cpu or +cu130: resizing runs on the CPU
         if self.decode == "scaled":
             libraries["oversampling"] = OVERSAMPLING
         return {"steps": steps, **fields, **libraries}
 
     @property
     def views(self) -> int:
-        """How many an image gives."""
+        """The number of views per image."""
         return self.crops * (2 if self.both else 1)
 
     @property
     def sizes(self) -> list[tuple[int, int]]:
-        """(height, width) that views can have, sorted.
+        """The sizes (height, width) that views can have, sorted.
 
-        Buckets have sides that are multiples of the step, an area of at most resolution^2 and a ratio of sides of at
-        most 2, and are as large as that allows.
+        The sides of buckets are multiples of `bucket_step`, their area is at most resolution^2, and the ratio of their
+        sides is at most 2. Buckets are as large as these rules allow.
         """
         side = self.resolution
         return [*_buckets(side, self.bucket_step)] if self.buckets else [(side, side)]
 
     def __call__(self, data: bytes, seed: int | None = None) -> Transformed:
-        """The first view.
+        """Return the first view of an encoded image.
+
+        Args:
+            data: The bytes of the image file.
+            seed: Seed of random crops and flips.
 
         Raises:
-            ImageError: the image can't be read, or is smaller than the crop.
+            ImageError: The image can't be read, or is smaller than the crop.
         """
         return next(self._views(data, seed))
 
     def all(self, data: bytes, seed: int | None = None) -> list[Transformed]:
-        """Every view: crop 0, crop 0 mirrored, crop 1, ... The image is decoded once.
+        """Return all views of an encoded image: crop 0, crop 0 mirrored, crop 1, and so on. The image is decoded once.
+
+        Args:
+            data: The bytes of the image file.
+            seed: Seed of random crops and flips.
 
         Raises:
-            ImageError: the image can't be read, or is smaller than the crop.
+            ImageError: The image can't be read, or is smaller than the crop.
         """
         return list(self._views(data, seed))
 
     def _views(self, data: bytes, seed: int | None) -> Iterator[Transformed]:
+        """Yield the views of an encoded image one by one."""
         try:
             height, width, cut = self._read(data)
         except (MemoryError, RuntimeError) as error:
@@ -176,8 +202,8 @@ class ImageTransform:
                 yield Transformed(view, height, width, top, left, flip)
 
     def _fit(self, height: int, width: int) -> tuple[Size, Size]:
-        """Of an image: the (height, width) of its views, and that of the whole, resized."""
-        # The nearest ratio on a logarithmic scale.
+        """Return the size of the views of an image with these sides, and the size of the whole resized image."""
+        # Choose the size whose aspect ratio is nearest on a logarithmic scale.
         ratio = {size: (size[1] * height, size[0] * width) for size in self.sizes}
         size = min(ratio, key=lambda size: max(ratio[size]) / min(ratio[size]))
         if self.resize == "none":
@@ -186,10 +212,13 @@ class ImageTransform:
         return size, (max(size[0], round(height * scale)), max(size[1], round(width * scale)))
 
     def _read(self, data: bytes) -> tuple[int, int, Callable[[int, int], np.ndarray]]:
-        """An image's height and width, and what gives a view of it by its top and left in the resized image.
+        """Decode an image.
+
+        Returns:
+            Its height, its width, and a function that returns the view at (top, left) of the resized image.
 
         Raises:
-            ImageError: it can't be read.
+            ImageError: The image can't be read.
         """
         if self.decode != "pillow" and (jpeg := _jpeg(data)):
             size, resized = self._fit(*jpeg.upright)
@@ -205,7 +234,10 @@ class ImageTransform:
         return height, width, partial(_crop, whole, size)
 
     def _cut_first(self, size: Size, resized: Size) -> bool:
-        """Whether views alone are resized, not the whole: a strip of 1 x 1000 pixels would become 256 x 256,000."""
+        """Return whether to resize only the views instead of the whole image.
+
+        This limits memory: resized as a whole, a strip of 1 x 1000 pixels would become 256 x 256,000.
+        """
         return self.resize == "shorter" and resized[0] * resized[1] > _STRETCHED * size[0] * size[1]
 
 
@@ -214,7 +246,7 @@ def _buckets(resolution: int, step: int) -> tuple[tuple[int, int], ...]:
     area, sizes = resolution**2, set()
     for short in range(step, resolution + 1, step):
         long = min(area // short, 2 * short) // step * step
-        if (short + step) * long > area:  # else the short side could grow
+        if (short + step) * long > area:  # otherwise the short side could be larger
             sizes |= {(short, long), (long, short)}
     return tuple(sorted(sizes))
 
@@ -223,18 +255,18 @@ def _buckets(resolution: int, step: int) -> tuple[tuple[int, int], ...]:
 
 
 def decode(data: bytes) -> Image.Image:
-    """By Pillow: the first frame, upright, in sRGB, on white.
+    """Decode an image by Pillow: the first frame, upright, in sRGB, with transparent parts on white.
 
     Raises:
-        ImageError: empty, not an image, damaged, above Pillow's pixel limit, or of a kind that is not read.
+        ImageError: The file is empty, not an image, damaged, above Pillow's pixel limit, or of an unsupported kind.
     """
     with _reasons(data):
-        return _on_white(_to_srgb(_upright(data)))  # no names: what one step is done with is free in the next
+        return _on_white(_to_srgb(_upright(data)))  # calls are nested so that the input of each step is freed early
 
 
 @contextmanager
 def _reasons(data: bytes) -> Iterator[None]:
-    """What is raised in reading these bytes, as an ImageError."""
+    """Turn all errors that are raised while these bytes are read into an ImageError."""
     if not data:
         raise ImageError("empty", "zero bytes")
     try:
@@ -245,21 +277,29 @@ def _reasons(data: bytes) -> Iterator[None]:
         raise _unidentified(data) from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageError("too_large", str(error)) from error
-    except Exception as error:  # Pillow's plugins raise whatever damaged bytes provoke in them
+    except Exception as error:  # damaged bytes can make Pillow's plugins raise any error
         if _is_of_memory(error):
             raise ImageError("out_of_memory", str(error) or "decoding takes more than there is") from error
-        bomb = "data too large" in str(error)  # compressed text in a PNG
+        bomb = "data too large" in str(error)  # raised for compressed text in a PNG
         raise ImageError("too_large" if bomb else "corrupt", f"{type(error).__name__}: {error}") from error
 
 
 def _is_of_memory(error: Exception) -> bool:
-    return isinstance(error, MemoryError) or "can't allocate memory" in str(error)  # as PyTorch says
+    """Return whether an error means that memory ran out."""
+    return isinstance(error, MemoryError) or "can't allocate memory" in str(error)  # PyTorch's message
 
 
 @dataclass(frozen=True)
 class _Jpeg:
-    """A JPEG, and what Pillow says of it: (height, width) as stored, EXIF's number of the orientation, if it is gray,
-    the ICC profile."""
+    """A JPEG, and what Pillow reads from its header.
+
+    Attributes:
+        data: The bytes of the file.
+        stored: Size (height, width) as it is stored, before EXIF rotation.
+        orientation: EXIF orientation, 1 to 8.
+        gray: Whether the image is gray.
+        profile: The ICC profile, if there is one.
+    """
 
     data: bytes
     stored: Size
@@ -269,12 +309,22 @@ class _Jpeg:
 
     @property
     def upright(self) -> Size:
+        """Size (height, width) after EXIF rotation."""
         return self.stored if self.orientation < 5 else self.stored[::-1]
 
     def resized(self, resized: Size, size: Size, scaled: bool) -> np.ndarray | None:
-        """All of it, upright, uint8 (*resized, 3), for views of a size; None where Pillow has to decide."""
+        """Decode and resize the whole image.
+
+        Args:
+            resized: Size (height, width) of the result.
+            size: Size of the views that will be cut from it.
+            scaled: Whether a large JPEG may be decoded at a reduced scale.
+
+        Returns:
+            Upright pixels (*resized, 3), uint8; None if Pillow has to read the image instead.
+        """
         rows_first = _rows_first(*self.upright, size)
-        if self.orientation >= 5:  # it is turned when it is small
+        if self.orientation >= 5:  # the image is resized first and rotated afterwards, when it is small
             resized, rows_first = resized[::-1], not rows_first
         eighths = _eighths(self.stored, resized) if scaled else 8
         pixels = self._pixels(eighths)
@@ -284,20 +334,24 @@ class _Jpeg:
         return _turned(_resized(pixels, (height, width), resized, rows_first), self.orientation)
 
     def _pixels(self, eighths: int) -> np.ndarray | None:
-        """By libjpeg-turbo, as stored, uint8 (H, W, 3) in sRGB, sides scaled and rounded up; None where it finds fault:
-        Pillow then reads on, or says what is wrong."""
+        """Decode the JPEG by libjpeg-turbo, with sides scaled to `eighths` / 8 and rounded up.
+
+        Returns:
+            Pixels (H, W, 3), uint8, in sRGB, in the stored orientation; None if libjpeg-turbo finds a fault. Pillow
+            then reads the image, or says what is wrong.
+        """
         size = tuple(-(-side * eighths // 8) for side in self.stored)
         try:
             if simplejpeg.decode_jpeg_header(self.data)[:2] != self.stored:
-                return None  # or more memory could be taken than Pillow's limit allows
+                return None  # otherwise decoding could take more memory than Pillow's limit allows
             pixels = simplejpeg.decode_jpeg(
                 self.data,
-                "GRAY" if self.gray and self.profile else "RGB",  # a profile of gray is for gray
-                fastdct=False,  # as Pillow has it ...
+                "GRAY" if self.gray and self.profile else "RGB",  # a gray profile applies only to gray pixels
+                fastdct=False,  # this and the next are Pillow's settings
                 fastupsample=False,
                 min_height=size[0],
                 min_width=size[1],
-                strict=True,  # ... but it says no more of damage than that there is some
+                strict=True,  # raise for any damage; the message does not say which
             )
         except ValueError:
             return None
@@ -311,10 +365,10 @@ class _Jpeg:
 
 
 def _jpeg(data: bytes) -> _Jpeg | None:
-    """Of a JPEG as cameras and the web have them; None for all that Pillow reads alone: other formats, CMYK.
+    """Read the header of a usual gray or RGB JPEG. Return None for what only Pillow reads: other formats, and CMYK.
 
     Raises:
-        ImageError: Pillow can't read its header, or it is above its pixel limit.
+        ImageError: Pillow can't read the header, or the image is above Pillow's pixel limit.
     """
     if not data.startswith(b"\xff\xd8"):
         return None
@@ -323,7 +377,7 @@ def _jpeg(data: bytes) -> _Jpeg | None:
         exif = image.getexif()
         orientation = exif.get(ExifTags.Base.Orientation, 1)
         if orientation in _TURNS and "exif" in image.info:
-            exif.tobytes()  # which Pillow does when it turns an image, and refuses those where it can't
+            exif.tobytes()  # Pillow does this when it rotates an image, and refuses images where it fails
         if image.format not in ("JPEG", "MPO") or image.mode not in ("L", "RGB"):
             return None
         upright = orientation if orientation in _TURNS else 1
@@ -331,19 +385,22 @@ def _jpeg(data: bytes) -> _Jpeg | None:
 
 
 def _eighths(stored: Size, resized: Size) -> int:
-    """The fewest that a JPEG can be decoded to."""
+    """Return the smallest scale, in eighths, at which a JPEG can be decoded for this resized size."""
     wanted = [min(OVERSAMPLING * small, whole) for whole, small in zip(stored, resized, strict=True)]
     return next(n for n in _EIGHTHS if all(w * n >= 8 * s for w, s in zip(stored, wanted, strict=True)))
 
 
 def _unidentified(data: bytes) -> ImageError:
-    """Why: Pillow says the same of a text file and of a damaged JPEG; the format's own plugin knows more."""
+    """Find out why Pillow could not identify an image.
+
+    Pillow raises the same error for a text file and for a damaged JPEG; the plugin of the format knows more.
+    """
     if data[4:8] == b"ftyp" and data[8:11] in (b"hei", b"hev", b"mif") and b"av01" not in data[:4096]:
         return ImageError("unsupported", "a HEIC image; convert it to JPEG, PNG or AVIF")
     for name in FORMATS:
         plugin, accepts = Image.OPEN[name]
         accepted = accepts(data[:16]) if accepts else False
-        if isinstance(accepted, str):  # Pillow was built without the format's library
+        if isinstance(accepted, str):  # the reason: Pillow was built without the library of this format
             return ImageError("unsupported", accepted)
         if not accepted:
             continue
@@ -353,14 +410,15 @@ def _unidentified(data: bytes) -> ImageError:
                 return ImageError("too_large", f"an AVIF image of {width}x{height} pixels")
         try:
             plugin(io.BytesIO(data), "")
-        except (SyntaxError, IndexError, TypeError, struct.error) as error:  # those that Image.open keeps silent
-            if not str(error).startswith("not a "):  # else text that happens to begin like one
-                reason = "unsupported" if "bit layers" in str(error) else "corrupt"  # JPEG with 12 bits a sample
+        except (SyntaxError, IndexError, TypeError, struct.error) as error:  # Image.open hides these errors
+            if not str(error).startswith("not a "):  # otherwise it is text that happens to begin like this format
+                reason = "unsupported" if "bit layers" in str(error) else "corrupt"  # bit layers: a 12-bit JPEG
                 return ImageError(reason, f"begins as {name}, but: {error}")
     return ImageError("not_an_image", f"can't be identified as an image (first bytes: {data[:8]!r})")
 
 
 def _upright(data: bytes) -> Image.Image:
+    """Decode an image and rotate it as EXIF says."""
     image = Image.open(io.BytesIO(data), formats=FORMATS)
     image.load()
     ImageOps.exif_transpose(image, in_place=True)
@@ -368,7 +426,7 @@ def _upright(data: bytes) -> Image.Image:
 
 
 def _to_srgb(image: Image.Image) -> Image.Image:
-    """RGB, or RGBA where parts are transparent."""
+    """Convert an image to sRGB, in mode RGB, or RGBA if it has transparency."""
     profile = image.info.get("icc_profile")
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         image = _from_16_bits(image)  # Pillow's own conversion clips at 255
@@ -385,24 +443,28 @@ def _to_srgb(image: Image.Image) -> Image.Image:
                 return _gray_with_alpha(image, profile)
             return _converted(image, profile, target)
         except (ImageCms.PyCMSError, OSError):
-            # A damaged profile, or one of another colour space than the pixels: viewers ignore it, and so do we.
+            # The profile is damaged or is for another colour space than the pixels. Viewers ignore it, and so do we.
             return _as(image, target)
     return _as(image, target)
 
 
 def _converted(image: Image.Image, profile: bytes, mode: str) -> Image.Image:
+    """Convert an image from an ICC profile to sRGB."""
     return _conversion(profile, image.mode, mode).apply(image)
 
 
-@lru_cache(maxsize=64)  # of a camera's or a program's many images; to build one takes longer than to apply it
+@lru_cache(maxsize=64)  # many images share a profile, and building a conversion takes longer than applying it
 def _conversion(profile: bytes, mode: str, target: str) -> ImageCms.ImageCmsTransform:
     return ImageCms.buildTransform(io.BytesIO(profile), _SRGB, mode, target)
 
 
 @lru_cache(maxsize=64)
 def _is_srgb(profile: bytes) -> bool:
-    """Whether it changes colours by a level at most, and hardly any by that: most profiles are sRGB's own, and to apply
-    one takes longer than to decode the image. Below 0.01 it is 68 dB."""
+    """Return whether a profile is so close to sRGB that it need not be applied.
+
+    It may change a colour by at most one level, with a mean squared change of at most 0.01 (68 dB). Most profiles are
+    sRGB itself, and applying one takes longer than decoding the image.
+    """
     levels = np.linspace(0, 255, 33).round().astype(np.uint8)
     colours = np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(33, -1, 3)
     try:
@@ -418,7 +480,7 @@ def _is_gray(profile: bytes) -> bool:
 
 
 def _gray_with_alpha(image: Image.Image, profile: bytes) -> Image.Image:
-    """Of RGBA pixels that were gray ones in the file: Pillow has no profiles of gray with alpha."""
+    """Apply a gray profile to RGBA pixels that are gray in the file. Pillow has no profiles for gray with alpha."""
     red, green, blue, alpha = image.split()
     if not red.tobytes() == green.tobytes() == blue.tobytes():
         return image
@@ -428,12 +490,13 @@ def _gray_with_alpha(image: Image.Image, profile: bytes) -> Image.Image:
 
 
 def _as(image: Image.Image, mode: str) -> Image.Image:
-    return image if image.mode == mode else image.convert(mode)  # which copies also where there is nothing to do
+    return image if image.mode == mode else image.convert(mode)  # convert copies even if the mode is the same
 
 
 def _from_16_bits(image: Image.Image) -> Image.Image:
+    """Convert a gray image with up to 16 bits per pixel to 8 bits."""
     bits = 16
-    if image.format == "TIFF":  # 12-bit samples are not spread over 16 bits
+    if image.format == "TIFF":  # in a TIFF, 12-bit samples are not scaled up to 16 bits
         bits = min(16, int(image.tag_v2.get(258, (16,))[0]))  # type: ignore[attr-defined]  # 258: BitsPerSample
     values = np.asarray(image)
     gray = np.empty(values.shape, dtype=np.uint8)
@@ -444,6 +507,7 @@ def _from_16_bits(image: Image.Image) -> Image.Image:
 
 
 def _on_white(image: Image.Image) -> Image.Image:
+    """Put an RGBA image on a white background; return other images as they are."""
     if image.mode != "RGBA":
         return image
     result = Image.new("RGB", image.size)
@@ -458,6 +522,7 @@ def _on_white(image: Image.Image) -> Image.Image:
 
 
 def _crop_and_resize(image: Image.Image, size: Size, resized: Size, top: int, left: int) -> np.ndarray:
+    """Return the view at (top, left) of the resized image, without resizing the rest of the image."""
     width, height = image.size
     bottom, right = top + size[0], left + size[1]
     box = (
@@ -470,27 +535,35 @@ def _crop_and_resize(image: Image.Image, size: Size, resized: Size, top: int, le
 
 
 def _crop(whole: np.ndarray, size: Size, top: int, left: int) -> np.ndarray:
-    return whole[top : top + size[0], left : left + size[1]].copy()  # which does not keep the whole
+    return whole[top : top + size[0], left : left + size[1]].copy()  # a slice would keep the whole image in memory
 
 
 def _rows_first(height: int, width: int, size: Size) -> bool:
-    """Whether Pillow (13) would resize rows before columns on the way to views of a size. What is between the two is
-    rounded, so that in the other order 54 dB come of 70."""
+    """Return whether Pillow (13) would resize rows before columns for views of this size.
+
+    The intermediate image is rounded, so in the other order the agreement with Pillow would be 54 dB instead of 70 dB.
+    """
     fewer = height - size[0]
     return fewer > 0 and fewer > 2 * (width - size[1])
 
 
 def _resized(pixels: np.ndarray, whole: tuple[float, float], resized: Size, rows_first: bool) -> np.ndarray:
-    """uint8 (H, W, 3) -> (*resized, 3), antialiased bicubic, by PyTorch, on this thread alone.
+    """Resize an image by antialiased bicubic interpolation with PyTorch, only on this thread.
 
     Args:
-        whole: the image's (height, width) in these pixels: H and W, or a little less where the last ones are cut by its
-            edge.
+        pixels: Pixels (H, W, 3), uint8.
+        whole: Height and width of the image in these pixels: H and W, or a little less if the edge of the image lies
+            within the last row or column.
+        resized: Size (height, width) of the result.
+        rows_first: Whether to resize rows before columns.
+
+    Returns:
+        Pixels (*resized, 3), uint8.
     """
     if pixels.shape[:2] == resized:
         return pixels
-    images = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)  # channels last in memory: twice as fast
-    # A trifle more, because sizes are rounded down.
+    images = torch.from_numpy(pixels)[None].permute(0, 3, 1, 2)  # channels last in memory is twice as fast
+    # The factors are a tiny bit larger, because PyTorch rounds sizes down.
     down, across = (small / side * (1 + 1e-12) for small, side in zip(resized, whole, strict=True))
     if rows_first:
         images = F.interpolate(images, scale_factor=(down, 1.0), mode="bicubic", antialias=True)[:, :, : resized[0]]
@@ -499,7 +572,7 @@ def _resized(pixels: np.ndarray, whole: tuple[float, float], resized: Size, rows
     return images[0].permute(1, 2, 0).numpy()[: resized[0], : resized[1]]
 
 
-# How an image is seen, by the orientation that EXIF says it is stored in.
+# EXIF orientation -> function that makes the stored pixels upright
 _TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     2: np.fliplr,
     3: lambda pixels: np.rot90(pixels, 2),
@@ -519,7 +592,7 @@ def _turned(pixels: np.ndarray, orientation: int) -> np.ndarray:
 
 
 def _array(image: Image.Image) -> np.ndarray:
-    """uint8 (H, W, 3) of an RGB image."""
+    """Return the pixels of an RGB image as uint8 (H, W, 3)."""
     pixels = np.empty((image.height, image.width, 3), dtype=np.uint8)
     for top in range(0, image.height, _STRIP):
         strip = image.crop((0, top, image.width, min(top + _STRIP, image.height)))
@@ -530,13 +603,16 @@ def _array(image: Image.Image) -> np.ndarray:
 def to_tensor(
     pixels: np.ndarray | torch.Tensor, memory_format: torch.memory_format = torch.contiguous_format
 ) -> torch.Tensor:
-    """uint8 NHWC -> float32 NCHW in [-1, 1], on the device where the pixels are. `channels_last` saves a copy."""
+    """Convert pixels uint8 NHWC to float32 NCHW in [-1, 1], on the device of the pixels.
+
+    `torch.channels_last` as `memory_format` saves a copy.
+    """
     if isinstance(pixels, np.ndarray):
         pixels = torch.from_numpy(pixels if pixels.flags.writeable else pixels.copy())
     return pixels.permute(0, 3, 1, 2).float().div_(127.5).sub_(1).contiguous(memory_format=memory_format)
 
 
 def to_uint8(images: torch.Tensor) -> np.ndarray:
-    """float NCHW in [-1, 1] (clipped) -> uint8 NHWC."""
+    """Convert images, float NCHW in [-1, 1], to pixels uint8 NHWC. Values outside the range are clipped."""
     values = images.detach().float().clamp(-1, 1).add(1).mul(127.5).round()
     return values.to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()

@@ -1,4 +1,4 @@
-"""Running a trained model as fast as its device can: memory format, kernels, slices."""
+"""Functions to run a trained model as fast as possible on its device: memory format, kernels and slicing."""
 
 from typing import Literal, TypeVar
 
@@ -14,7 +14,14 @@ Model = TypeVar("Model", bound=ModelMixin)
 
 
 def best_kernels(device: torch.device | str, precision: str = "auto") -> Kernels:
-    """ "native", the project's own, where they are of use, in fp32 on CPUs, and can be compiled; else "torch"."""
+    """Return the fastest kernels for a device.
+
+    The result is "native" (the kernels of `litevae.native`) in fp32 on CPUs if they can be compiled, otherwise "torch".
+
+    Args:
+        device: The device.
+        precision: "fp32", "bf16" or "auto", as in `litevae.precision.autocast`.
+    """
     kind = torch.device(device).type
     with autocast(kind, precision):
         reduced = torch.is_autocast_enabled(kind)
@@ -22,26 +29,32 @@ def best_kernels(device: torch.device | str, precision: str = "auto") -> Kernels
 
 
 def memory_format(device: torch.device | str, compiled: bool) -> torch.memory_format:
-    """Of images, features and convolutions' weights, for inference.
+    """Return the best memory format of images, features and convolution weights for inference.
 
-    Tensor cores want channels last; but PyTorch's group normalisation for GPUs turns them round, and back, so that
-    channels first are faster (BENCHMARKS.md) unless the normalisation is compiled, too.
+    Tensor cores work best with channels last. But PyTorch's group normalisation on GPUs converts its input to channels
+    first and back, so channels first is faster (BENCHMARKS.md), unless the normalisation is compiled too.
     """
     first = torch.device(device).type == "cuda" and not compiled
     return torch.contiguous_format if first else torch.channels_last
 
 
 def prepared(model: Model, device: torch.device | str, kernels: Kernels, compiled: bool = False) -> Model:
-    """A model on its device, for inference: in the memory format that suits it, by these kernels; in place.
+    """Move a model to its device and prepare it for inference, in place: memory format, kernels, no gradients.
 
-    With native kernels an autoencoder takes image by image: what passes from layer to layer then stays in the cache,
-    and what an image gives does not depend on the others of its batch.
+    With native kernels an autoencoder processes the images of a batch one by one. Then the tensors between layers stay
+    in the CPU cache, and the result for an image does not depend on the other images of its batch.
 
     Args:
-        compiled: it is going to be run by torch.compile.
+        model: The model.
+        device: The device.
+        kernels: "native" or "torch"; see `best_kernels`.
+        compiled: Whether the model will be compiled by torch.compile.
+
+    Returns:
+        The same model.
 
     Raises:
-        NoKernels: kernels="native" can't be had here.
+        NoKernels: `kernels` is "native", and they can't be compiled or loaded on this machine.
     """
     model.to(device=device, memory_format=memory_format(device, compiled)).requires_grad_(False)
     if kernels == "native":

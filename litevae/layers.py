@@ -1,5 +1,4 @@
-"""Building blocks of the encoders and the decoder: ResBlock and its normalisations, self-modulated convolution,
-attention."""
+"""Building blocks of the encoders and the decoder: ResBlock, normalisations, self-modulated convolution, attention."""
 
 import math
 from collections.abc import Callable
@@ -15,8 +14,12 @@ NORMS: tuple[str, ...] = get_args(Norm)
 
 
 class SMC(nn.Module):
-    """Self-modulated convolution (paper, Eq. 3): weights scaled per input map by a learned s, then demodulated to unit
-    norm per output map, with one learned gain. Nothing depends on the data: one weight serves the batch. In fp32."""
+    """Self-modulated convolution (paper, Eq. 3).
+
+    The weights are scaled by a learned s per input map, then demodulated to unit norm per output map, and multiplied by
+    one learned gain. The scales do not depend on the data, so the whole batch uses the same weight. The weight is
+    computed in fp32.
+    """
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 3):
         super().__init__()
@@ -25,6 +28,7 @@ class SMC(nn.Module):
         self.gain = nn.Parameter(torch.ones(1))
 
     def weight(self) -> Tensor:
+        """Return the modulated and demodulated weight in fp32."""
         with torch.autocast(self.conv.weight.device.type, enabled=False):
             w = self.conv.weight.float() * self.scales.float().view(1, -1, 1, 1)
             return w * torch.rsqrt(w.square().sum(dim=(1, 2, 3), keepdim=True) + 1e-8) * self.gain.float()
@@ -34,7 +38,7 @@ class SMC(nn.Module):
 
     @torch.no_grad()
     def bake(self) -> nn.Conv2d:
-        """A plain convolution with equal output."""
+        """Return a plain convolution with equal output."""
         plain = nn.utils.skip_init(
             nn.Conv2d,
             self.conv.in_channels,
@@ -52,8 +56,11 @@ class SMC(nn.Module):
 def variance_preserving_conv(
     in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, padding: int | None = None
 ) -> nn.Conv2d:
-    """A convolution outside the residual branches, on the path that carries the signal. It starts out keeping the
-    variance; PyTorch's default shrinks it threefold, and there are a dozen in a row between image and image."""
+    """Build a convolution that keeps the variance of its input at initialisation.
+
+    It is for the main path, outside the residual branches. PyTorch's default initialisation divides the variance by
+    three, and there are a dozen such convolutions in a row between the input image and its reconstruction.
+    """
     conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, kernel_size // 2 if padding is None else padding)
     nn.init.normal_(conv.weight, std=(in_channels * kernel_size**2) ** -0.5)
     nn.init.zeros_(conv.get_parameter("bias"))
@@ -61,21 +68,23 @@ def variance_preserving_conv(
 
 
 def small_posterior(conv: nn.Conv2d) -> None:
-    """Lets a layer that gives moments start with a posterior of std e^-3: at 1, noise drowns the mean until training
-    has found that out."""
+    """Initialise the bias of a layer that outputs moments, so that the posterior starts with std e^-3.
+
+    With std 1, noise would hide the mean until training has learned to reduce it.
+    """
     nn.init.constant_(conv.get_parameter("bias")[conv.out_channels // 2 :], -6.0)
 
 
-# Positions of a batch (of the smaller map) below which summing a convolution's weights takes longer than it saves; on
-# a CPU, where it was measured, from 128 to 512.
+# With fewer positions in a batch (of the smaller map), summing the weights of a convolution takes longer than it saves.
+# Measured on a CPU, the limit lies between 128 and 512.
 MIN_POSITIONS_FOR_FUSION = 256
 
 
 def upsampled_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """A 3x3 convolution of nearest x2: (N, C, h, w) -> (N, out, 2h, 2w), with 4/9 of its products.
+    """Apply nearest-neighbour upsampling by 2 and a 3x3 convolution: (N, C, h, w) -> (N, out, 2h, 2w).
 
-    An output pixel sees but 2x2 pixels of `x`. With the weights that meet the same one summed, it is a transposed 4x4
-    convolution of stride 2.
+    It takes 4/9 of the multiplications. An output pixel sees only 2x2 pixels of `x`, so the weights that apply to the
+    same pixel can be summed. The result is a transposed 4x4 convolution of stride 2.
     """
     if x.shape[0] * x.shape[2] * x.shape[3] < MIN_POSITIONS_FOR_FUSION:
         return F.conv2d(F.interpolate(x, scale_factor=2.0), weight, bias, padding=1)
@@ -83,56 +92,65 @@ def upsampled_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def pooled_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """2x2 means of a 3x3 convolution: (N, C, 2h, 2w) -> (N, out, h, w), with 4/9 of its products: a 4x4 convolution of
-    stride 2. H and W are even."""
+    """Apply a 3x3 convolution and 2x2 average pooling: (N, C, 2h, 2w) -> (N, out, h, w).
+
+    It takes 4/9 of the multiplications, because both together are a 4x4 convolution of stride 2. The height and width
+    of `x` must be even.
+    """
     if x.shape[0] * x.shape[2] * x.shape[3] < 4 * MIN_POSITIONS_FOR_FUSION:
         return F.avg_pool2d(F.conv2d(x, weight, bias, padding=1), 2)
     return F.conv2d(x, _neighbours(weight) / 4, bias, stride=2, padding=1)
 
 
 def _neighbours(weight: Tensor) -> Tensor:
-    """Sums of neighbours, borders among them: 3x3 -> 4x4."""
+    """Sum each 2x2 neighbourhood of a kernel that is padded with zeros: 3x3 -> 4x4."""
     weight = F.pad(weight, (1, 1, 1, 1))
     weight = weight[:, :, 1:] + weight[:, :, :-1]
     return weight[..., 1:] + weight[..., :-1]
 
 
 class Upsample(nn.Sequential):
-    """Nearest x2, then a convolution that keeps the width: (N, C, h, w) -> (N, C, 2h, 2w)."""
+    """Nearest-neighbour upsampling by 2 and a 3x3 convolution: (N, C, h, w) -> (N, C, 2h, 2w)."""
 
     def __init__(self, width: int):
         super().__init__(nn.Upsample(scale_factor=2), variance_preserving_conv(width, width, 3))
 
     def forward(self, x: Tensor) -> Tensor:
         conv = self[1]
-        if type(conv) is not nn.Conv2d:  # another kernel took its place
+        if type(conv) is not nn.Conv2d:  # it was replaced, e.g. by a faster kernel
             return super().forward(x)
         return upsampled_conv(x, conv.weight, conv.bias)
 
 
 class LayerNorm2d(nn.LayerNorm):
-    """Over the channels of each position of (N, C, H, W)."""
+    """Layer normalisation over the channels of each position of (N, C, H, W)."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.movedim(1, -1)).movedim(-1, 1)
 
 
 class RMSNorm2d(nn.RMSNorm):
-    """Over the channels of each position of (N, C, H, W)."""
+    """RMS normalisation over the channels of each position of (N, C, H, W)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.to(self.weight.dtype)  # autocast brings the other normalisations to fp32, and not this one
+        x = x.to(self.weight.dtype)  # autocast runs the other normalisations in fp32, but not this one
         return super().forward(x.movedim(1, -1)).movedim(-1, 1)
 
 
 def group_norm(channels: int, group_width: int = 1, eps: float = 1e-6) -> nn.GroupNorm:
-    """32 groups as in SD-VAE and ADM; fewer where they would be uneven or, below SD-VAE's 128 channels, narrower than
-    `group_width`."""
+    """Build a group normalisation with 32 groups, as in SD-VAE and ADM.
+
+    There are fewer groups if the channels do not divide evenly; or if there are fewer than 128 channels (the least in
+    SD-VAE) and 32 groups would be narrower than `group_width`.
+    """
     return nn.GroupNorm(math.gcd(32, channels if channels >= 128 else max(1, channels // group_width)), channels, eps)
 
 
 def normalisation(norm: Norm, channels: int, group_width: int = 1, eps: float = 1e-6) -> nn.Module:
-    """Over (N, C, H, W), with learned scales, and shifts but for RMS. Nothing for "smc" and "none"."""
+    """Build a normalisation of (N, C, H, W) with learned scales and, except for "rms", learned shifts.
+
+    For "smc" and "none" it is the identity.
+    """
     if norm == "group":
         return group_norm(channels, group_width, eps)
     if norm == "batch":
@@ -145,13 +163,19 @@ def normalisation(norm: Norm, channels: int, group_width: int = 1, eps: float = 
 
 
 class ResBlock(nn.Module):
-    """(norm) -> SiLU -> conv3x3, twice, plus the input, through a 1x1 conv where the width changes (Appendix G).
+    """Residual block: twice (norm -> SiLU -> 3x3 convolution), plus the input (Appendix G).
 
-    norm="smc": no normalisation, both convolutions self-modulated; norm="none": what bake() makes of it.
-    `group_width` is the least width of a normalisation group.
+    If the number of channels changes, the input is passed through a 1x1 convolution.
+
+    Args:
+        in_channels: Number of input channels.
+        out_channels: Number of output channels.
+        norm: Normalisation. "smc" uses none and makes both convolutions self-modulated; "none" is the same block after
+            `bake`.
+        group_width: Smallest width of a group of the group normalisation.
     """
 
-    gradient_checkpointing = False  # diffusers' switch: keep the input alone, and compute the block again to go back
+    gradient_checkpointing = False  # set by diffusers: keep only the input, and compute the block again in backward
     _gradient_checkpointing_func: Callable[..., Tensor]
 
     def __init__(self, in_channels: int, out_channels: int, norm: Norm = "group", group_width: int = 1):
@@ -166,7 +190,8 @@ class ResBlock(nn.Module):
         self.skip = (
             nn.Identity() if in_channels == out_channels else variance_preserving_conv(in_channels, out_channels, 1)
         )
-        # As in ADM, a block adds nothing at the start. (A demodulated weight has no size of its own; its gain has.)
+        # As in ADM, a block adds zero at initialisation. For SMC this needs a gain of zero, because demodulation
+        # removes the scale of the weight.
         start = (self.conv2.gain, self.conv2.conv.bias) if isinstance(self.conv2, SMC) else self.conv2.parameters()
         for parameter in start:
             nn.init.zeros_(parameter)  # type: ignore[arg-type]
@@ -183,7 +208,7 @@ class ResBlock(nn.Module):
 
 
 class Attention(nn.Module):
-    """Single-head self-attention over positions, with a residual (SD-VAE's mid block)."""
+    """Single-head self-attention over positions, with a residual connection, as in SD-VAE's mid block."""
 
     def __init__(self, channels: int, group_width: int = 1):
         super().__init__()
@@ -202,7 +227,7 @@ class Attention(nn.Module):
 
 
 def middle(width: int, norm: Norm = "group", group_width: int = 1) -> nn.Sequential:
-    """ResBlock, attention, ResBlock: the middle of SD-VAE's encoder and decoder."""
+    """Build the middle of SD-VAE's encoder and decoder: ResBlock, attention, ResBlock."""
     return nn.Sequential(
         ResBlock(width, width, norm, group_width),
         Attention(width, group_width),
@@ -211,7 +236,7 @@ def middle(width: int, norm: Norm = "group", group_width: int = 1) -> nn.Sequent
 
 
 def bake(module: nn.Module) -> None:
-    """Replaces every SMC below `module` by a plain convolution of equal output, in place."""
+    """Replace every `SMC` within `module` by a plain convolution with equal output, in place."""
     for name, child in module.named_children():
         if isinstance(child, SMC):
             setattr(module, name, child.bake())

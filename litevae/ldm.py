@@ -1,4 +1,4 @@
-"""A latent diffusion model with all that sampling needs, and its folder, which is a pipeline of diffusers."""
+"""A latent diffusion model with everything that sampling needs, saved in a folder as a diffusers pipeline."""
 
 import hashlib
 import inspect
@@ -27,18 +27,24 @@ from litevae.sampling import Seed, sample_latents
 FORMAT = 2
 NETWORK_CLASSES = {"UNet2DModel": UNet2DModel, "DiT": DiT}
 SCHEDULERS = {"DDIMScheduler": DDIMScheduler, "DPMSolverMultistepScheduler": DPMSolverMultistepScheduler}
-# diffusers' pipeline without and with classes, and what it calls the network and the autoencoder.
+# Whether the model has classes -> pipeline class of diffusers, and its names for the network and the autoencoder.
 PIPELINES = {False: ("LDMPipeline", "unet", "vqvae"), True: ("DiTPipeline", "transformer", "vae")}
 
 
 class NormalizedAutoencoder(ModelMixin, AutoencoderMixin, ConfigMixin):
-    """An autoencoder behind the normalisation of its latents: mean 0 and standard deviation 1 in each channel over the
-    data set, which is what diffusion models learn. diffusers' pipelines know one factor for all channels only; with
-    this as their autoencoder that is 1.
+    """An autoencoder that decodes normalised latents, which have mean 0 and standard deviation 1 in each channel.
+
+    Diffusion models learn latents that are normalised over the data set. diffusers pipelines know only one scaling
+    factor for all channels. With this class as their autoencoder, that factor is 1.
 
     Args:
-        autoencoder_config: of a LiteVAE or of one of diffusers' autoencoders, `_class_name` included.
-        latents_mean, latents_std: of each channel of its latents, raw.
+        autoencoder_config: Config of a LiteVAE or of a diffusers autoencoder, including `_class_name`.
+        latents_mean: Mean of each channel of the raw latents.
+        latents_std: Standard deviation of each channel of the raw latents.
+        scaling_factor: Factor by which diffusers pipelines divide the latents before decoding.
+
+    Raises:
+        UserError: The class in the config is not an autoencoder.
     """
 
     @register_to_config
@@ -60,8 +66,14 @@ class NormalizedAutoencoder(ModelMixin, AutoencoderMixin, ConfigMixin):
 
     @classmethod
     def of(cls, autoencoder: ModelMixin, mean: Tensor, std: Tensor) -> "NormalizedAutoencoder":
-        """Around this very autoencoder."""
-        known = inspect.signature(type(autoencoder)).parameters  # AutoencoderTiny adds what it does not take
+        """Wrap an existing autoencoder.
+
+        Args:
+            autoencoder: The autoencoder. It is used as it is, not copied.
+            mean: Mean of each channel of its raw latents.
+            std: Standard deviation of each channel of its raw latents.
+        """
+        known = inspect.signature(type(autoencoder)).parameters  # AutoencoderTiny adds entries that it does not take
         own = {key: value for key, value in autoencoder.config.items() if key in known}
         own["_class_name"] = type(autoencoder).__name__
         with torch.device("meta"):
@@ -71,61 +83,76 @@ class NormalizedAutoencoder(ModelMixin, AutoencoderMixin, ConfigMixin):
 
     @property
     def mean(self) -> Tensor:
-        """(1, C, 1, 1)"""
+        """The mean of the raw latents, (1, C, 1, 1)."""
         return torch.tensor(self.config.latents_mean).view(1, -1, 1, 1)
 
     @property
     def std(self) -> Tensor:
-        """(1, C, 1, 1)"""
+        """The standard deviation of the raw latents, (1, C, 1, 1)."""
         return torch.tensor(self.config.latents_std).view(1, -1, 1, 1)
 
     def decode(
         self, z: Tensor, return_dict: bool = True, generator: torch.Generator | None = None
     ) -> DecoderOutput | tuple[Tensor]:
-        """Normalised latents (N, C, h, w) -> images (N, 3, f h, f w). `generator` is unused; pipelines may pass one."""
+        """Decode normalised latents (N, C, h, w) into images (N, 3, f h, f w).
+
+        `generator` is not used. It is accepted because diffusers pipelines may pass one.
+        """
         sample = self.autoencoder.decode(z * self.std.to(z) + self.mean.to(z), return_dict=False)[0]
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
 
 @dataclass
 class LDM:
-    """A latent diffusion model."""
+    """A latent diffusion model with everything that sampling needs.
+
+    Attributes:
+        network: The denoising network.
+        scheduler: The noise levels of the objective that the network was trained with.
+        vae: The autoencoder of the latents.
+        classes: Number of classes; 0 for an unconditional model.
+        info: Where the model comes from: digest of the data, config of the run and so on.
+    """
 
     network: UNet2DModel | DiT
-    scheduler: Scheduler  # of the objective that it learned
+    scheduler: Scheduler
     vae: NormalizedAutoencoder
-    classes: int = 0  # 0: unconditional
-    info: dict[str, Any] = field(default_factory=dict)  # whence it comes: digest of the data, config of the run, ...
+    classes: int = 0
+    info: dict[str, Any] = field(default_factory=dict)
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """Of one latent."""
+        """The shape (C, h, w) of one latent."""
         config = self.network.config
         return config.in_channels, config.sample_size, config.sample_size
 
     def to(self, device: torch.device | str) -> "LDM":
+        """Move the network and the autoencoder to a device, in place."""
         self.network.to(device)
         self.vae.to(device)
         return self
 
     def sample(self, seeds: Sequence[Seed], **options: Any) -> Tensor:
-        """Images (N, 3, f h, f w) in [-1, 1]; `options` are those of `sample_latents`."""
+        """Sample images (N, 3, f h, f w) in [-1, 1], one per seed. `options` are those of `sample_latents`."""
         return self.decode(
             sample_latents(self.network, self.scheduler, self.shape, seeds, classes=self.classes, **options)
         )
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Normalised latents to images (N, 3, f h, f w) in [-1, 1]."""
+        """Decode normalised latents (N, C, h, w) into images (N, 3, f h, f w), clipped to [-1, 1]."""
         return self.vae.decode(latents, return_dict=False)[0].float().clamp(-1, 1)
 
 
 def save_ldm(folder: str | Path, ldm: LDM) -> None:
-    """Write the folder of a diffusers pipeline, `LDMPipeline` or with classes `DiTPipeline`: `model_index.json`, a
-    folder for each part, and `ldm.json` last: without it there is no model. A process that loads it with
-    `DiffusionPipeline.from_pretrained` has to import litevae before.
+    """Save a model as the folder of a diffusers pipeline: `LDMPipeline`, or `DiTPipeline` if it has classes.
 
-    DiTPipeline guides away from class 1000 whatever the model, so guidance there needs one of at most 1000 classes."""
+    The folder has `model_index.json`, a folder for each part, and `ldm.json`, which is written last and marks a
+    complete model. A process must import litevae before it loads the folder with `DiffusionPipeline.from_pretrained`.
+
+    DiTPipeline always uses class 1000 as "no class" for guidance, so guidance there needs a model with at most 1000
+    classes.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     marker = folder / "ldm.json"
@@ -144,10 +171,11 @@ def save_ldm(folder: str | Path, ldm: LDM) -> None:
 
 
 def load_ldm(folder: str | Path) -> LDM:
-    """The model of `save_ldm`, in eval mode, on the CPU.
+    """Load a model that `save_ldm` wrote, in eval mode, on the CPU.
 
     Raises:
-        UserError: no such folder, one not written to its end, of another format, or with another autoencoder.
+        UserError: The folder does not exist, is incomplete or damaged, has another format, or its autoencoder was
+            changed.
     """
     folder = Path(folder)
     marker = folder / "ldm.json"
@@ -175,10 +203,12 @@ def load_ldm(folder: str | Path) -> LDM:
 
 
 def ldm_fingerprint(folder: str | Path) -> str:
-    """sha256 over all that decides what is drawn: network, noise levels, autoencoder and normalisation, classes.
+    """Return the sha256 over everything that samples depend on.
+
+    These are the network, the noise levels, the autoencoder with its normalisation, and the number of classes.
 
     Raises:
-        UserError: the folder is incomplete or damaged.
+        UserError: The folder is incomplete or damaged.
     """
     folder = Path(folder)
     try:
@@ -192,6 +222,7 @@ def ldm_fingerprint(folder: str | Path) -> str:
 
 
 def _class(config: Path, known: dict[str, Any]) -> Any:
+    """Return the class that a config file names, which must be one of `known`."""
     try:
         name = json.loads(config.read_text())["_class_name"]
         return known[name]
@@ -202,6 +233,7 @@ def _class(config: Path, known: dict[str, Any]) -> Any:
 
 
 def _load(family: Any, folder: Path) -> Any:
+    """Load a model of a class from its folder, in eval mode and fp32."""
     try:
         model, report = family.from_pretrained(
             folder, local_files_only=True, use_safetensors=True, output_loading_info=True, torch_dtype=torch.float32
@@ -210,6 +242,6 @@ def _load(family: Any, folder: Path) -> Any:
         raise
     except (OSError, RuntimeError, TypeError, ValueError, LookupError, AttributeError, SafetensorError) as error:
         raise UserError(f"{folder} is incomplete or damaged: {error}") from error
-    if wrong := [key for keys in report.values() for key in keys]:  # else diffusers leaves such tensors random
+    if wrong := [key for keys in report.values() for key in keys]:  # otherwise diffusers leaves them random
         raise UserError(f"{folder}: the weights do not fit config.json, e.g. {wrong[0]} ({len(wrong)} tensors)")
     return model.eval()

@@ -1,4 +1,4 @@
-"""Batches of a latent cache for training: the same global order for any number of workers, from any position on."""
+"""Shuffled training batches of a latent cache, in the same global order for any number of workers."""
 
 import contextlib
 from collections import deque
@@ -17,38 +17,46 @@ from litevae.storage import Recent
 P = TypeVar("P")
 T = TypeVar("T")
 
-Place = tuple[Shape, list[int], list[int], int]  # this rank's rows, their epochs, the position after their batch
+Place = tuple[Shape, list[int], list[int], int]  # shape, this rank's rows, their epochs, position after the batch
 
 
 class LatentLoader:
-    """Shuffled batches of a cache, loaded ahead by threads; the position is all its state.
+    """Shuffled batches of a cache, which threads load ahead. The position is the whole state of the loader.
 
-    Rows come in an `EpochOrder`. Where they differ in shape (aspect-ratio buckets), each shape has an order of its own
-    and each batch one shape. The batches that begin in an epoch are mixed evenly, a shape's share being its share of
-    the rows. All batches are whole, so one may hold the end of a shape's epoch and the beginning of its next: after any
-    number of epochs every row has come as often, and of each shape at most the rest of a batch once more.
+    Rows come in an `EpochOrder`. If rows differ in shape (aspect-ratio buckets), each shape has its own order, and all
+    rows of a batch have one shape. The batches of the shapes are mixed evenly within an epoch, in proportion to the
+    rows of each shape. All batches are full, so one batch may hold the end of a shape's epoch and the beginning of its
+    next one. After any number of epochs every row has come equally often, except that up to one batch of each shape may
+    already have begun the next epoch.
 
-    Iterating goes on from `position`, also a second time. A batch is a dict:
-        latents: float32 (n, n_z, h, w), as `LatentCache.latents` draws them
-        index: int64 (n,), rows of the cache
-        epoch: int64 (n,), of each row
-        and a list of n values for each of `columns`.
+    Iteration starts at `position`; a second loop continues where the first one ended. A batch is a dict:
+        latents: float32 (n, n_z, h, w), as `LatentCache.latents` returns them
+        index: int64 (n,), row numbers in the cache
+        epoch: int64 (n,), epoch of each row
+        and, for each of `columns`, a list of n values.
 
     Args:
-        batch_size: rows over all ranks.
-        rank, world: this rank takes rows rank, rank + world, ... of each batch: fewer than others where the batch does
-            not divide by the ranks, maybe none of a short one.
-        draw, normalize: as in `LatentCache.latents`.
-        threads: that load, a batch each; 0: the caller itself, nothing ahead.
-        prefetch: batches to load ahead.
-        epochs: to stop after: each row comes exactly so often, and a shape's last batch may be short. None: endless.
+        cache: The cache.
+        batch_size: Rows per batch, over all ranks.
+        seed: Seed of the order and of the sampled latents.
+        rank: Number of this rank. It takes rows rank, rank + world, ... of each batch. If the batch size is not a
+            multiple of the number of ranks, some ranks get fewer rows, and for a short batch possibly none.
+        world: Number of ranks.
+        draw: "sample" or "mean", as in `LatentCache.latents`.
+        normalize: Whether to normalise latents, as in `LatentCache.latents`.
+        columns: Names of further columns to load.
+        threads: Number of threads; each loads one batch at a time. With 0 the caller loads batches itself, and nothing
+            is loaded ahead.
+        prefetch: Number of batches to load ahead.
+        epochs: Number of epochs after which to stop. Each row then comes exactly so often, and the last batch of a
+            shape may be short. None never stops.
 
     Attributes:
-        position: rows that were handed out so far, over all ranks.
+        position: Number of rows that were handed out so far, over all ranks.
 
     Raises:
-        UserError: no such rank, or columns of a batch's own names; in iteration what `LatentCache` raises, when the
-            batch's turn comes.
+        UserError: The rank does not exist or would get no rows, or a column has the name of an entry of the batch.
+            Iteration raises the errors of `LatentCache`, when the batch in question is due.
     """
 
     def __init__(
@@ -87,15 +95,18 @@ class LatentLoader:
                 yield batch
 
     def state_dict(self) -> dict[str, Any]:
-        """After the last batch that was handed out, whatever was loaded ahead; plain JSON, the same on all ranks."""
+        """Return the state after the last batch that was handed out; batches that were loaded ahead do not count.
+
+        It is plain JSON, and the same on all ranks.
+        """
         about = {"seed": self.seed, "batch_size": self.batch_size, "digest": self.cache.manifest["digest"]}
         return {"position": self.position, **about}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from there, with any number of ranks.
+        """Continue from a state. The number of ranks may have changed.
 
         Raises:
-            UserError: the state is of another cache or seed, or of another batch size where rows differ in shape.
+            UserError: The state is of another cache or seed; or it is of another batch size, and rows differ in shape.
         """
         now = self.state_dict()
         if state["digest"] != now["digest"]:
@@ -109,6 +120,7 @@ class LatentLoader:
         self.position = state["position"]
 
     def _load(self, place: Place) -> tuple[int, dict[str, Any]]:
+        """Load this rank's part of a batch; return the position after the batch, and the part."""
         (_, height, width), rows, epochs, position = place
         latents = torch.empty(0, len(self.cache.mean), height, width)
         if rows:
@@ -118,17 +130,22 @@ class LatentLoader:
         return position, {"latents": latents, **numbers, **columns}
 
     def _places(self, position: int) -> Iterator[Place]:
+        """Yield this rank's part of each batch from a position on."""
         while (found := self._batch(position)) is not None:
             shape, batch, position = found
             mine = batch[self._rank :: self._world]
             yield shape.shape, [shape.row(p) for p in mine], [shape.order.epoch(p) for p in mine], position
 
     def _batch(self, position: int) -> "tuple[_Shape, range, int] | None":
-        """The batch at a position: its shape, its part of that shape's order, the position after it."""
+        """Find the batch at a position; None if the last epoch is over.
+
+        Returns:
+            The shape, the positions of the batch in the order of that shape, and the position after the batch.
+        """
         number, start = 0, position
         if len(self._shapes) > 1:
             place = position // self.batch_size
-            epoch = position // sum(self._rows)  # or an earlier one
+            epoch = position // sum(self._rows)  # an upper limit; the loop finds the epoch
             while (first := sum(self._begun(epoch))) > place:
                 epoch -= 1
             if self._epochs is not None and epoch >= self._epochs:
@@ -142,34 +159,40 @@ class LatentLoader:
         return self._shapes[number], range(start, end), end if len(self._shapes) == 1 else position + self.batch_size
 
     def _begun(self, epoch: int) -> list[int]:
-        """Batches of each shape that begin before an epoch."""
+        """Return for each shape the number of batches that begin before an epoch."""
         return [-(-epoch * rows // self.batch_size) for rows in self._rows]
 
     def _mix(self, epoch: int) -> tuple[tuple[np.ndarray, np.ndarray], int]:
-        """Of the batches that begin in an epoch, in order: the shape's number, and where in its order it begins."""
+        """Mix the batches that begin in an epoch.
+
+        Returns:
+            For each batch, in order, the number of its shape and its first position in the order of that shape; and 1,
+            the size of this entry for `Recent`.
+        """
         begun = np.array(self._begun(epoch))
         counts = np.array(self._begun(epoch + 1)) - begun
         shapes = np.repeat(np.arange(len(counts)), counts)
         turns = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-        # Each in its part of the epoch, at random there: evenly mixed, and a shape's batches stay in order.
+        # Each shape divides the epoch into as many equal parts as it has batches, and each batch comes at a random time
+        # within its part. So shapes are mixed evenly, and the batches of a shape stay in order.
         bits = np.random.PCG64(np.random.SeedSequence((self.seed, epoch, 0, 1))).random_raw(len(turns))
         order = np.argsort((turns + (bits >> np.uint64(11)) * 2.0**-53) / counts[shapes], kind="stable")
         return (shapes[order], (begun[shapes] + turns)[order] * self.batch_size), 1
 
 
 class _Shape:
-    """The order of the rows of one shape."""
+    """The order of those rows of a cache that have one shape."""
 
     def __init__(self, cache: LatentCache, shape: Shape, groups: np.ndarray, seed: int):
         self.shape = shape
         sizes = cache.groups[groups]
-        self._starts = np.cumsum(sizes) - sizes  # of each group: among the rows of this shape ...
-        self._first = (np.cumsum(cache.groups) - cache.groups)[groups]  # ... and among all
-        # All shapes' windows are open at once, and share the rows that the cache holds.
+        self._starts = np.cumsum(sizes) - sizes  # first row of each group, counted among the rows of this shape
+        self._first = (np.cumsum(cache.groups) - cache.groups)[groups]  # the same, counted among all rows of the cache
+        # The windows of all shapes are open at once, and share the rows that the cache keeps in memory.
         self.order = EpochOrder(sizes, seed, int(cache.window * sizes.sum() / len(cache)))
 
     def row(self, position: int) -> int:
-        """The cache's row at a position of the order."""
+        """Return the row number in the cache of a position of the order."""
         index = self.order.index(position)
         group = int(np.searchsorted(self._starts, index, side="right")) - 1
         return int(self._first[group]) + index - int(self._starts[group])
@@ -178,9 +201,15 @@ class _Shape:
 def stream(
     load: Callable[[P], T], batches: Iterable[list[P]], threads: int, ahead: int = 2
 ) -> Generator[list[T], None, None]:
-    """`load` of every item of every batch, in order, by threads that work `ahead` batches early.
+    """Apply `load` to every item of every batch with threads, and yield the results batch by batch, in order.
 
-    Decoding releases the interpreter's lock, so threads do, and need neither the memory nor the forks of processes.
+    Decoding releases the interpreter's lock, so threads are enough; processes would need more memory, and forks.
+
+    Args:
+        load: Function that loads an item.
+        batches: Batches of items.
+        threads: Number of threads. With 0 the caller loads the items, and nothing is loaded ahead.
+        ahead: Number of batches to load ahead.
     """
     if not threads:
         for batch in batches:

@@ -1,5 +1,4 @@
-"""Image quality under named protocols, one value per image, and their exact mean over a data set; marks that an
-autoencoder leaves of its own."""
+"""Image quality metrics with named protocols, their exact mean over a data set, and artefacts of an autoencoder."""
 
 import math
 from fractions import Fraction
@@ -28,10 +27,10 @@ PROTOCOLS = {
 
 
 def quantize(x: Tensor) -> Tensor:
-    """Float images in [-1, 1] to uint8, rounded to the nearest level; uint8 passes.
+    """Convert float images in [-1, 1] to uint8, rounded to the nearest level. uint8 images are returned unchanged.
 
     Raises:
-        UserError: a value is NaN or infinite.
+        UserError: A value is NaN or infinite.
     """
     if x.dtype == torch.uint8:
         return x
@@ -41,15 +40,25 @@ def quantize(x: Tensor) -> Tensor:
 
 
 def psnr(x: Tensor, y: Tensor) -> Tensor:
-    """PSNR in dB of each pair of images: (N, C, H, W) in [-1, 1] or uint8 -> (N,) float64."""
+    """Return the PSNR (N,) of each pair of images, in dB and float64, at most 100.
+
+    Args:
+        x: Images (N, C, H, W), float in [-1, 1] or uint8.
+        y: Images of the same shape, float in [-1, 1] or uint8.
+    """
     mse = (quantize(x).double() - quantize(y).double()).square().mean(dim=(1, 2, 3))
     return (10 * torch.log10(255**2 / mse)).clamp(max=100)
 
 
 def ssim(x: Tensor, y: Tensor) -> Tensor:
-    """SSIM (Wang et al. 2004) of each pair of images: (N, C, H, W) in [-1, 1] or uint8, at least 6x6 -> (N,) float64.
+    """Return the SSIM (N,) of each pair of images (Wang et al. 2004), in float64.
 
-    torchmetrics' value without its fp32 convolutions, which on a GPU round to TF32 what is a difference of squares.
+    The value is that of torchmetrics, but without its fp32 convolutions: on a GPU they round to TF32, which is too
+    coarse for variances, because these are differences of squares.
+
+    Args:
+        x: Images (N, C, H, W), float in [-1, 1] or uint8, of at least 6x6 pixels.
+        y: Images of the same shape, float in [-1, 1] or uint8.
     """
     x, y = quantize(x).double(), quantize(y).double()
     mean_x, mean_y, mean_xx, mean_yy, mean_xy = (blur(z, 1.5, 5) for z in (x, y, x * x, y * y, x * y))
@@ -61,26 +70,28 @@ def ssim(x: Tensor, y: Tensor) -> Tensor:
 
 
 class Mean:
-    """A mean that is the same to the last bit however the values are batched, ordered or spread over workers."""
+    """An exact mean: it does not depend on how the values are batched, ordered or distributed over workers."""
 
     def __init__(self) -> None:
         self.total, self.count = Fraction(0), 0
 
     def add(self, values: Tensor) -> None:
+        """Add all elements of a tensor."""
         self.total += sum(map(Fraction, values.double().flatten().tolist()), Fraction(0))
         self.count += values.numel()
 
     def merge(self, other: "Mean") -> None:
+        """Add the values of another mean."""
         self.total += other.total
         self.count += other.count
 
     def value(self) -> float:
-        """NaN where nothing was added."""
+        """Return the mean; NaN if nothing was added."""
         return float(self.total / self.count) if self.count else float("nan")
 
 
 def bicubic_baseline(x: Tensor, factor: int = 8) -> Tensor:
-    """What is left of an image after bicubic down- and upsampling by `factor`: (N, C, H, W) in [-1, 1] -> same."""
+    """Downsample images (N, C, H, W) in [-1, 1] by `factor` and upsample them again, both bicubic."""
     size = x.shape[-2:]
     small = (size[0] // factor, size[1] // factor)
     with torch.autocast(x.device.type, enabled=False):
@@ -89,29 +100,29 @@ def bicubic_baseline(x: Tensor, factor: int = 8) -> Tensor:
     return x.clamp(-1, 1)
 
 
-# --- an autoencoder's own marks -------------------------------------------------------------------------------
+# --- artefacts of an autoencoder ------------------------------------------------------------------------------
 
 
 def constant_colours(side: int) -> Tensor:
-    """The 8 corners of the RGB cube and mid grey: (9, 3, side, side) in [-1, 1]."""
+    """Return images (9, 3, side, side) in [-1, 1] of constant colour: the 8 corners of the RGB cube, and mid grey."""
     colours = [*product((-1.0, 1.0), repeat=3), (0.0, 0.0, 0.0)]
     return torch.tensor(colours)[:, :, None, None].expand(-1, -1, side, side).contiguous()
 
 
 def artefacts(images: Tensor, border: int) -> tuple[float, float | None]:
-    """What an autoencoder adds to images of constant colour, of which nothing is in the image.
+    """Measure the patterns that an autoencoder adds to images of constant colour.
 
     Args:
-        images: reconstructions (N, 3, H, W) in [-1, 1] of images that are constant each.
-        border: pixels of each side that are cropped away: padding makes borders different. Where it is a latent's
-            element and H and W are multiples of it, patterns of that period fall on one frequency.
+        images: Reconstructions (N, 3, H, W) in [-1, 1] of images of constant colour.
+        border: Number of pixels to crop at each side, because padding makes borders different. If it is the side of a
+            latent element and H and W are multiples of it, patterns with this period fall on exactly one frequency.
 
     Returns:
-        RMS of what is not the image's mean colour (the spectrum without its DC part), in levels of 0..255, and the
-        period in pixels of the strongest frequency; None where all is constant.
+        The RMS of the difference to the mean colour of each image (the spectrum without its DC part), in levels of
+        0..255; and the period in pixels of the strongest frequency, or None if the images are constant.
 
     Raises:
-        UserError: NaN or infinite pixels; nothing is left within the borders.
+        UserError: Pixels are NaN or infinite, or nothing is left within the borders.
     """
     height, width = (side - 2 * border for side in images.shape[-2:])
     if min(height, width) < 2:
@@ -122,7 +133,7 @@ def artefacts(images: Tensor, border: int) -> tuple[float, float | None]:
     waves = inner - inner.mean(dim=(2, 3), keepdim=True)
     rms = waves.square().mean().sqrt().item()
     power = torch.fft.rfft2(waves).abs().square().sum(dim=(0, 1))
-    if rms < 1e-6:  # rounding
+    if rms < 1e-6:  # only rounding errors
         return rms, None
     row, column = divmod(int(power.argmax()), power.shape[1])
     frequency = math.hypot(min(row, height - row) / height, column / width)
@@ -130,9 +141,18 @@ def artefacts(images: Tensor, border: int) -> tuple[float, float | None]:
 
 
 def imbalance(maps: Tensor, share: float = 0.01) -> Tensor:
-    """How much of feature maps is in few places (Section 4.2): (N, C, H, W) -> (N,) float64, the share of their squared
-    magnitude, summed over channels, that the strongest `share` of positions (at least one) hold. Of even maps it is
-    `share`; 1: there is nothing elsewhere, or nothing at all."""
+    """Return how much feature maps are concentrated in a few positions (Section 4.2).
+
+    It is the share of the squared magnitude, summed over channels, that lies in the strongest positions. It equals
+    `share` for even maps, and 1 if all other positions, or all positions, are zero.
+
+    Args:
+        maps: Feature maps (N, C, H, W).
+        share: Share of positions that count as the strongest, but at least one position.
+
+    Returns:
+        The imbalance (N,) of each image, float64.
+    """
     energy = maps.double().square().sum(1).flatten(1)
     count = max(1, round(share * energy.shape[1]))
     total = energy.sum(1)

@@ -1,8 +1,8 @@
-"""Kernels for CPUs: 3x3 convolutions by Winograd's algorithm and group normalisation fused with SiLU, in fp32.
+"""CPU kernels for inference in fp32: 3x3 convolutions by Winograd's algorithm, and group normalisation fused with SiLU.
 
-`accelerate` puts them into a model that is only to be run, not trained. They are C++ (native.cpp), compiled for this
-machine at first use, which takes seconds and a C++ compiler ($CXX, else g++), and kept in ~/.cache/litevae. Equal to
-PyTorch's layers to 1e-5 of the largest value (tested).
+`accelerate` puts them into a model that is only run, not trained. They are written in C++ (native.cpp). At first use
+they are compiled for this machine, which takes seconds and needs a C++ compiler ($CXX, or g++), and are kept in
+~/.cache/litevae. Their results equal those of PyTorch's layers to 1e-5 of the largest value (tested).
 """
 
 import ctypes
@@ -30,11 +30,11 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 class NoKernels(UserError):
-    """They can't be compiled or loaded here."""
+    """The kernels can't be compiled or loaded on this machine."""
 
 
 def available() -> bool:
-    """Whether the kernels are there, or can be compiled."""
+    """Return whether the kernels exist or can be compiled."""
     try:
         _library()
     except NoKernels:
@@ -43,12 +43,16 @@ def available() -> bool:
 
 
 def accelerate(model: Module) -> Module:
-    """Replace 3x3 convolutions and residual blocks below `model` by faster ones of equal output, in place, and return
-    it. For inference: no gradient flows through them, and later changes of weights are not seen.
+    """Replace the 3x3 convolutions and residual blocks within a model by faster ones with equal output, in place.
+
+    This is for inference: no gradient flows through the new layers, and they do not see later changes of the weights.
+
+    Returns:
+        The same model.
 
     Raises:
-        NoKernels: they can't be compiled or loaded here.
-        ValueError: the model is not in fp32 on a CPU.
+        NoKernels: The kernels can't be compiled or loaded on this machine.
+        ValueError: The model is not in fp32 on a CPU.
     """
     _library()
     if any(p.dtype != torch.float32 or p.device.type != "cpu" for p in model.parameters()):
@@ -69,19 +73,21 @@ def _replace(model: nn.Module) -> None:
 
 
 class FastConv2d(nn.Conv2d):
-    """A 3x3 convolution of stride 1 and padding 1: (N, C, H, W) -> (N, O, H, W), channels last in memory. It shares its
-    parameters with `conv`, but computes with them as they are now."""
+    """A 3x3 convolution of stride 1 and padding 1: (N, C, H, W) -> (N, O, H, W), channels last in memory.
+
+    It shares its parameters with `conv`, but it computes with the values that they have at construction.
+    """
 
     def __init__(self, conv: nn.Conv2d):
         super().__init__(conv.in_channels, conv.out_channels, 3, padding=1, device="meta")
         self.weight, self.bias = conv.weight, conv.bias
         weight = self.weight.detach().contiguous()
         sizes = _ints(self.in_channels, self.out_channels)
-        self.packed = torch.empty(_library().packed_size(*sizes))  # no buffer: a state dict has no use for it
+        self.packed = torch.empty(_library().packed_size(*sizes))  # not a buffer, to keep it out of state dicts
         _library().pack(_data(weight), *sizes, _data(self.packed))
 
     def forward(self, x: Tensor, added: Tensor | None = None) -> Tensor:
-        """The convolution, plus `added` where it is given."""
+        """Return the convolution of `x`, plus `added` if it is given."""
         x = _usable(x)
         n, _, h, w = x.shape
         y = torch.empty((n, self.out_channels, h, w), memory_format=torch.channels_last)
@@ -93,7 +99,7 @@ class FastConv2d(nn.Conv2d):
 
 
 class FastResBlock(nn.Module):
-    """A ResBlock with group normalisation: no pass over memory but for the normalisations and the convolutions."""
+    """A ResBlock with group normalisation that passes over memory only for normalisations and convolutions."""
 
     def __init__(self, block: ResBlock):
         super().__init__()
@@ -112,12 +118,12 @@ class FastResBlock(nn.Module):
         if isinstance(self.skip, nn.Identity):
             return x
         assert isinstance(self.skip, nn.Conv2d)
-        # a 1x1 convolution of pixels that lie one after the other is a product of matrices
+        # With channels last in memory, a 1x1 convolution is a matrix product.
         return F.linear(x.permute(0, 2, 3, 1), self.skip.weight.flatten(1), self.skip.bias).permute(0, 3, 1, 2)
 
 
 def norm_silu(x: Tensor, norm: nn.GroupNorm, out: Tensor | None = None) -> Tensor:
-    """SiLU of the group normalisation of (N, C, H, W), fp32, channels last. `out` may be `x`."""
+    """Apply group normalisation and SiLU to (N, C, H, W), fp32, channels last in memory. `out` may be `x`."""
     n, c, h, w = x.shape
     out = torch.empty_like(x) if out is None else out
     scale, shift, eps = norm.weight, norm.bias, ctypes.c_float(norm.eps)
@@ -127,6 +133,7 @@ def norm_silu(x: Tensor, norm: nn.GroupNorm, out: Tensor | None = None) -> Tenso
 
 
 def _replaceable(module: nn.Module) -> bool:
+    """Return whether a layer is a convolution that `FastConv2d` can compute."""
     return (
         type(module) is nn.Conv2d
         and module.kernel_size == (3, 3)
@@ -138,6 +145,7 @@ def _replaceable(module: nn.Module) -> bool:
 
 
 def _usable(x: Tensor) -> Tensor:
+    """Convert a tensor to what the kernels take: fp32, channels last in memory."""
     return x.float().contiguous(memory_format=torch.channels_last)
 
 
@@ -154,6 +162,7 @@ def _ints(*values: int) -> tuple[ctypes.c_int64, ...]:
 
 @functools.cache
 def _library() -> ctypes.CDLL:
+    """Load the compiled kernels; compile them first if needed."""
     compiler = os.environ.get("CXX") or shutil.which("g++") or ""
     if not compiler:
         raise NoKernels("there is no C++ compiler: install g++, or name one in CXX")
@@ -161,7 +170,8 @@ def _library() -> ctypes.CDLL:
         version = subprocess.run([compiler, "--version"], capture_output=True, check=True, text=True).stdout
     except (OSError, subprocess.CalledProcessError) as error:
         raise NoKernels(f"the C++ compiler {compiler} does not run: {error}") from None
-    # -march=native means another thing on another machine, with which this one may share its home folder
+    # The name depends on the processor: -march=native means something else on another machine, and the two may share a
+    # home folder.
     about = [SOURCE.read_text(), compiler, version, *FLAGS, platform.machine(), *_features()]
     name = f"native-{hashlib.sha256(chr(0).join(about).encode()).hexdigest()[:32]}.so"
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "litevae"
@@ -177,6 +187,7 @@ def _library() -> ctypes.CDLL:
 
 
 def _compile(compiler: str, path: Path) -> None:
+    """Compile the kernels in a temporary folder, then move the result to its place, so that it is never incomplete."""
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".tmp-") as folder:
         made = os.path.join(folder, path.name)
         done = subprocess.run([compiler, *FLAGS, "-shared", str(SOURCE), "-o", made], capture_output=True, text=True)
@@ -186,7 +197,7 @@ def _compile(compiler: str, path: Path) -> None:
 
 
 def _features() -> list[str]:
-    """What this processor can do."""
+    """Return the line of /proc/cpuinfo that lists the features of this processor."""
     cpus = Path("/proc/cpuinfo")
     lines = cpus.read_text().splitlines() if cpus.exists() else [platform.processor()]
     return next(([line] for line in lines if line.lower().startswith(("flags", "features"))), lines[:1])

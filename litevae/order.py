@@ -1,8 +1,8 @@
-"""An endless, deterministic order of rows that keeps neighbours in storage near each other.
+"""An endless, deterministic, shuffled order of rows, in which rows that are stored together come close together.
 
-Epoch after epoch, each a permutation: locality groups (files, row groups) are shuffled, then rows within windows of
-several groups. Any position is found directly, so the position is all the state there is: resuming continues from
-it, and rank r of w workers takes positions r, r + w, ... of the same global order, whatever w is.
+Each epoch is a permutation of the rows: locality groups (files, row groups) are shuffled, then rows within windows of
+several groups. The row at any position is computed directly, so the position is the whole state: a resumed run goes on
+from its position, and rank r of w workers takes positions r, r + w, ... of the same global order for every w.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,12 +15,12 @@ from litevae.storage import Recent
 
 @dataclass(frozen=True)
 class EpochLayout:
-    """How the groups of an epoch are shuffled, and where they are cut into windows.
+    """The shuffled groups of an epoch, and their division into windows.
 
     Attributes:
-        order: (groups,), the number of each group in the order in which they come.
-        edges: (windows,), the place in `order` of each window's first group.
-        starts: (windows,), the rows of the epoch that come before each window.
+        order: Numbers of the groups (groups,), in the order in which they come.
+        edges: Index in `order` of the first group of each window (windows,).
+        starts: Number of rows of the epoch that come before each window (windows,).
     """
 
     order: np.ndarray
@@ -28,22 +28,22 @@ class EpochLayout:
     starts: np.ndarray
 
     def window_of(self, offset: int) -> int:
-        """The number of the window that row `offset` of the epoch lies in."""
+        """Return the number of the window that holds row `offset` of the epoch."""
         return int(np.searchsorted(self.starts, offset, side="right")) - 1
 
     def groups_of(self, window: int) -> np.ndarray:
-        """The groups of a window, in order."""
+        """Return the numbers of the groups of a window, in order."""
         end = self.edges[window + 1] if window + 1 < len(self.edges) else None
         return self.order[self.edges[window] : end]
 
 
 class EpochOrder:
-    """Position -> row.
+    """The order in which rows come, epoch after epoch: a map from position to row number.
 
     Args:
-        groups: rows in each locality group; rows are numbered through the groups in order.
-        seed: of every epoch's permutation.
-        window: rows to shuffle among each other; a window ends at the end of the group that fills it.
+        groups: Number of rows in each locality group. Rows are numbered through the groups in order.
+        seed: Seed of the permutations of all epochs.
+        window: Number of rows to shuffle together. A window ends with the group that fills it.
     """
 
     def __init__(self, groups: Sequence[int] | np.ndarray, seed: int, window: int):
@@ -53,33 +53,34 @@ class EpochOrder:
         self._rows = int(self.groups.sum())
         if not self._rows:
             raise ValueError("an order of no rows")
-        # Two of each, for threads that read across an edge.
+        # Two of each are kept, for threads that read on both sides of an edge at once.
         self._layouts = Recent(self._shuffle_groups, limit=2)
         self._windows = Recent(self._shuffle_rows, limit=2)
 
     def __len__(self) -> int:
-        """Rows an epoch."""
+        """Return the number of rows in an epoch."""
         return self._rows
 
     def epoch(self, position: int) -> int:
+        """Return the number of the epoch that a position lies in."""
         return position // self._rows
 
     def index(self, position: int) -> int:
-        """The row at a position, counted from the first epoch's start."""
+        """Return the number of the row at a position. Positions are counted from the start of the first epoch."""
         epoch, offset = divmod(position, self._rows)
         layout = self._layouts(epoch)
         window = layout.window_of(offset)
         return int(self._windows((epoch, window))[offset - layout.starts[window]])
 
     def window_at(self, position: int) -> tuple[int, np.ndarray]:
-        """Where the window of a position begins, and its groups: those whose rows are shuffled among each other."""
+        """Return the first position of the window that a position lies in, and the groups of that window."""
         epoch, offset = divmod(position, self._rows)
         layout = self._layouts(epoch)
         window = layout.window_of(offset)
         return epoch * self._rows + int(layout.starts[window]), layout.groups_of(window)
 
     def _shuffle_groups(self, epoch: int) -> tuple[EpochLayout, int]:
-        """The epoch's layout, which counts as one in the store of recent ones."""
+        """Return the layout of an epoch, and 1, its size for `Recent`."""
         order = _permutation(len(self.groups), self.seed, epoch)
         sizes = self.groups[order]
         before = np.cumsum(sizes) - sizes
@@ -88,7 +89,7 @@ class EpochOrder:
         return EpochLayout(order, edges, before[edges]), 1
 
     def _shuffle_rows(self, key: tuple[int, int]) -> tuple[np.ndarray, int]:
-        """The rows of a window, in order; they count as one in the store of recent ones."""
+        """Return the row numbers of a window (key: epoch, window) in order, and 1, their size for `Recent`."""
         epoch, window = key
         groups = self._layouts(epoch).groups_of(window)
         sizes = self.groups[groups]
@@ -97,15 +98,22 @@ class EpochOrder:
 
 
 def _permutation(size: int, *key: int) -> np.ndarray:
-    """From the raw bit stream: NumPy keeps that one between versions, unlike `Generator.permutation`."""
+    """Return a random permutation that depends only on its arguments.
+
+    It sorts raw random bits, because NumPy keeps the raw bit stream the same between versions, but not the result of
+    `Generator.permutation`.
+    """
     return np.argsort(np.random.PCG64(np.random.SeedSequence(key)).random_raw(size), kind="stable")
 
 
 def seed_for(*key: int) -> int:
-    """A seed from (seed of the run, position, rank ...), without correlation between neighbours."""
+    """Return a seed for a key such as (seed of the run, position, rank). Neighbouring keys get uncorrelated seeds."""
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def batch_positions(start: int, end: int, batch_size: int) -> Iterator[range]:
-    """Global batches from position `start` on; the last one is whole too, so that every step has the same size."""
+    """Yield the positions of global batches from `start` to `end`.
+
+    The last batch is full too, even if it goes beyond `end`, so that every step has the same size.
+    """
     return (range(position, position + batch_size) for position in range(start, end, batch_size))

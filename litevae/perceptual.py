@@ -1,4 +1,4 @@
-"""Perceptual distances of images on frozen backbones, whose weights come from local files and nowhere else."""
+"""Perceptual distances between images, on features of frozen backbones. Weights are read only from local files."""
 
 import hashlib
 import importlib.util
@@ -16,13 +16,15 @@ from litevae.errors import UserError
 
 
 class WeightsMissing(UserError):
-    """No weights for a perceptual backbone where they are looked for. The term can be left out."""
+    """The weights of a perceptual backbone are not where they are looked for. The loss term can be left out."""
 
 
 class BackboneSpec(NamedTuple):
-    model: str  # torchvision's name
-    file: str  # torch hub's name; its last part begins the file's SHA-256
-    taps: tuple[int, ...]  # layers of `.features` whose outputs are compared
+    """A backbone, the file of its published weights, and the layers that are compared."""
+
+    model: str  # name of the model in torchvision
+    file: str  # name of the file in torch hub; its last part is the beginning of the file's SHA-256
+    taps: tuple[int, ...]  # indices of the layers of `.features` whose outputs are compared
 
 
 SQUEEZENET = BackboneSpec("squeezenet1_1", "squeezenet1_1-b8a52dc0.pth", (1, 4, 7, 9, 10, 11, 12))
@@ -34,20 +36,31 @@ BACKBONES = {
 ESRGAN = BackboneSpec("vgg19", "vgg19-dcbb9e9d.pth", (34,))  # conv5_4, before its ReLU
 
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
-MODELS = ("vgg16", "vgg19", "alexnet", "squeezenet1_0", "squeezenet1_1", *RESNETS)  # of `BackboneFeatures`
-# ImageNet's mean and deviation, which torchvision's backbones are trained with, of images in [-1, 1]
+MODELS = ("vgg16", "vgg19", "alexnet", "squeezenet1_0", "squeezenet1_1", *RESNETS)  # for `BackboneFeatures`
+# Mean and standard deviation of ImageNet for images in [-1, 1]; torchvision's backbones are trained with them.
 MEAN = [2 * mean - 1 for mean in (0.485, 0.456, 0.406)]
 DEVIATION = [2 * deviation for deviation in (0.229, 0.224, 0.225)]
 
 
 class FeatureDistance(nn.Module):
-    """Squared distance of unit-length features, weighted over channels, averaged over positions, summed over layers
-    (Zhang et al. 2018): (N, 3, H, W) twice, in [-1, 1], of at least 32 pixels a side -> (N,).
+    """Perceptual distance of image pairs on the features of a frozen backbone (Zhang et al. 2018).
 
-    In fp32 under autocast too, and always in eval mode. No parameter is trainable; gradients reach the images.
+    It is the squared distance of unit-length features, weighted over channels, averaged over positions, and summed over
+    layers. It maps two batches (N, 3, H, W) in [-1, 1], with sides of at least 32 pixels, to distances (N,). It is
+    computed in fp32, under autocast too, and always in eval mode. No parameter is trainable; gradients reach the
+    images.
+
+    Args:
+        name: Name of the distance.
+        features: Layers of the backbone.
+        taps: Indices of the layers whose outputs are compared.
+        shift: Mean of each input channel, which is subtracted from the image.
+        scale: Standard deviation of each input channel, by which the image is then divided.
+        heads: Channel weights of each compared layer. None weights all layers and channels equally.
+        bgr: Whether the backbone takes the channels in the order BGR.
 
     Attributes:
-        name: what the number may be called.
+        name: Name to report the distance under.
     """
 
     shift: Tensor
@@ -80,15 +93,15 @@ class FeatureDistance(nn.Module):
         return torch.stack(layers).sum(0)
 
     def train(self, mode: bool = True) -> "FeatureDistance":
-        """A module that holds this one may train; the backbone's batch norm does not."""
+        """Stay in eval mode: batch normalisation of the backbone must not change when a parent module trains."""
         return super().train(False)
 
     def standardized(self, x: Tensor) -> Tensor:
-        """What the backbone takes: (N, 3, H, W) in [-1, 1] -> the same in its own scale and order of channels."""
+        """Convert images (N, 3, H, W) in [-1, 1] to the scale and the channel order of the backbone."""
         return ((x.flip(1) if self.bgr else x).float() - self.shift) / self.scale
 
     def maps(self, x: Tensor) -> list[Tensor]:
-        """The features that are compared, fp32 (N, C, h, w) each, of (N, 3, H, W) in [-1, 1]."""
+        """Return the features of images (N, 3, H, W) in [-1, 1] that are compared: one fp32 (N, C, h, w) per layer."""
         found = []
         with torch.autocast(x.device.type, enabled=False):
             h = self.standardized(x)
@@ -100,19 +113,20 @@ class FeatureDistance(nn.Module):
 
 
 def _unit(h: Tensor) -> Tensor:
+    """Scale the features of each position to unit length."""
     return h / (torch.linalg.vector_norm(h, dim=1, keepdim=True) + 1e-10)
 
 
 def load_lpips(net: str = "vgg", weights: str | Path = "") -> FeatureDistance:
-    """LPIPS 0.1 with the linear heads that the lpips package ships.
+    """Load LPIPS 0.1 with the linear heads that come with the lpips package.
 
     Args:
-        net: ``vgg``, ``alex`` or ``squeeze``.
-        weights: the backbone's checkpoint from torchvision; empty: the file that torch hub keeps of it.
+        net: Backbone: "vgg", "alex" or "squeeze".
+        weights: Checkpoint of the backbone from torchvision. Empty uses the file in the folder of torch hub.
 
     Raises:
-        WeightsMissing: `weights` is empty and torch hub has no such file. Nothing is fetched.
-        UserError: the file at `weights` does not exist or holds something else; lpips is not installed.
+        WeightsMissing: `weights` is empty, and torch hub has no such file. Nothing is downloaded.
+        UserError: The file at `weights` does not exist or holds something else, or lpips is not installed.
     """
     if net not in BACKBONES:
         raise UserError(f"unknown LPIPS backbone {net!r}; one of {', '.join(BACKBONES)}")
@@ -134,8 +148,12 @@ def load_lpips(net: str = "vgg", weights: str | Path = "") -> FeatureDistance:
 
 
 class SqueezeNetFeatures(FeatureDistance):
-    """Distance on the features of the original Caffe SqueezeNet 1.1 (torchvision's names, BGR in 0..255 less the
-    ImageNet mean), all channels and layers weighted equally. Not LPIPS: its heads belong to other weights.
+    """Distance on the features of the original Caffe SqueezeNet 1.1, with all channels and layers weighted equally.
+
+    The input is BGR in 0..255 minus the ImageNet mean. This is not LPIPS, whose heads belong to other weights.
+
+    Args:
+        weights: State dict with the names of torchvision's model.
 
     Raises:
         UserError: `weights` does not exist or holds something else.
@@ -153,11 +171,14 @@ class SqueezeNetFeatures(FeatureDistance):
 
 
 class EsrganFeatures(FeatureDistance):
-    """ESRGAN's perceptual loss (Wang et al. 2018; Table 14): L1 of VGG19's conv5_4 features before their ReLU, averaged
-    over channels and positions: (N, 3, H, W) twice, in [-1, 1], of at least 16 pixels a side -> (N,).
+    """ESRGAN's perceptual loss (Wang et al. 2018; Table 14).
+
+    It is the L1 distance of VGG19's conv5_4 features before their ReLU, averaged over channels and positions. It maps
+    two batches (N, 3, H, W) in [-1, 1], with sides of at least 16 pixels, to distances (N,).
 
     Args:
-        features: of torchvision's VGG19.
+        name: Name of the distance.
+        features: Layers of torchvision's VGG19.
     """
 
     def __init__(self, name: str, features: nn.Sequential) -> None:
@@ -169,13 +190,14 @@ class EsrganFeatures(FeatureDistance):
 
 
 def load_esrgan(weights: str | Path = "") -> EsrganFeatures:
-    """
+    """Load ESRGAN's perceptual loss.
+
     Args:
-        weights: torchvision's checkpoint of VGG19; empty: the file that torch hub keeps of it.
+        weights: torchvision's checkpoint of VGG19. Empty uses the file in the folder of torch hub.
 
     Raises:
-        WeightsMissing: `weights` is empty and torch hub has no such file. Nothing is fetched.
-        UserError: the file at `weights` does not exist or holds something else.
+        WeightsMissing: `weights` is empty, and torch hub has no such file. Nothing is downloaded.
+        UserError: The file at `weights` does not exist or holds something else.
     """
     path = _checkpoint("ESRGAN's loss", ESRGAN, weights)
     features = _load_features(ESRGAN.model, path)
@@ -183,17 +205,18 @@ def load_esrgan(weights: str | Path = "") -> EsrganFeatures:
 
 
 class BackboneFeatures(FeatureDistance):
-    """Distance on the last feature maps, before pooling and classifier, of a backbone of torchvision with any weights:
-    for evaluation where the published metrics' weights are missing. Not LPIPS, and not comparable between weights.
+    """Distance on the last feature maps, before pooling and classifier, of a torchvision model with any weights.
 
-    Its `name` is the model's with the first digits of the file's SHA-256; `maps` gives the one map.
+    It is for evaluation when the weights of the published metrics are missing. It is not LPIPS, and distances with
+    different weights cannot be compared. Its `name` is that of the model with the first digits of the file's SHA-256.
+    `maps` returns one map.
 
     Args:
-        model: one of `MODELS`; images are standardised by ImageNet's mean and deviation.
-        weights: a state dict of the model; what belongs to its classifier may be of any size, or missing.
+        model: One of `MODELS`. Images are standardised by the mean and standard deviation of ImageNet.
+        weights: State dict of the model. The entries of the classifier may have any size, or be missing.
 
     Raises:
-        UserError: there is no such model here, or `weights` does not exist or holds something else.
+        UserError: The model is unknown, or `weights` does not exist or holds something else.
     """
 
     def __init__(self, model: str, weights: str | Path) -> None:
@@ -211,12 +234,15 @@ class BackboneFeatures(FeatureDistance):
         return super().maps(x)
 
     def distance(self, x: Tensor, y: Tensor) -> Tensor:
-        """(N, 3, H, W) twice, in [-1, 1] -> (N,): squared distance of unit-length features averaged over positions."""
+        """Return the squared distance (N,) of unit-length features, averaged over positions.
+
+        `x` and `y` are images (N, 3, H, W) in [-1, 1].
+        """
         return self(x, y)
 
 
 def _checkpoint(what: str, backbone: BackboneSpec, weights: str | Path) -> Path:
-    """The file of a published backbone: the given one, or torch hub's."""
+    """Return the path of the weights of a published backbone: the given file, or the one in the folder of torch hub."""
     path = Path(weights or Path(torch.hub.get_dir()) / "checkpoints" / backbone.file)
     if not weights and not path.is_file():
         raise WeightsMissing(
@@ -228,7 +254,7 @@ def _checkpoint(what: str, backbone: BackboneSpec, weights: str | Path) -> Path:
 
 
 def _name(name: str, backbone: BackboneSpec, path: Path) -> str:
-    """`name` of the published weights; of others it says so."""
+    """Return `name` if the file holds the published weights; otherwise a name that says that they are others."""
     digest = _digest(path)
     published = digest.startswith(backbone.file.removesuffix(".pth").rpartition("-")[2])
     return name if published else f"{name} on other weights {digest[:8]}"
@@ -240,7 +266,10 @@ def _digest(path: Path) -> str:
 
 
 def _load_features(model: str, path: Path) -> nn.Sequential:
-    """The feature layers of a torchvision model; built without storage first, so nothing is drawn at random."""
+    """Load the feature layers of a torchvision model.
+
+    The model is built on the meta device, without storage, so that no random numbers are drawn.
+    """
     try:
         from torchvision import models
     except ImportError:
@@ -257,7 +286,7 @@ def _load_features(model: str, path: Path) -> nn.Sequential:
     try:
         features.load_state_dict(state, assign=True)
     except RuntimeError as error:
-        reason = textwrap.shorten(str(error).partition("\n")[2], 160)  # line 1 says only that something differs
+        reason = textwrap.shorten(str(error).partition("\n")[2], 160)  # the first line says only that something differs
         raise UserError(f"{path} does not hold the weights of {model}: {reason}") from None
     if not all(value.isfinite().all() for value in state.values()):
         raise UserError(f"{path} holds NaN or infinite weights; fetch the file again")
@@ -265,10 +294,10 @@ def _load_features(model: str, path: Path) -> nn.Sequential:
 
 
 def load_state(path: Path) -> dict[str, Tensor]:
-    """A PyTorch state dict, without running what else may be pickled in the file.
+    """Load a PyTorch state dict, without running code that may be pickled in the file.
 
     Raises:
-        UserError: there is no such file, or it holds something else.
+        UserError: There is no such file, or it holds something else.
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)

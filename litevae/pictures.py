@@ -1,4 +1,4 @@
-"""Pictures for people: grids of images, reconstructions beside what they came from, and feature maps."""
+"""Pictures for people: grids of images, reconstructions next to their inputs, and feature maps."""
 
 import numpy as np
 import torch
@@ -9,12 +9,12 @@ from litevae.images import to_uint8
 
 _GAP = 2  # white pixels between images
 _LABEL = 16  # height of the line of labels
-_CELL = 128  # smaller images are enlarged by a whole number, nearest neighbour, to at least this side
+_CELL = 128  # smaller images are enlarged by an integer factor (nearest neighbour) to at least this side
 ERROR_SCALE = 4
 
 
 def grid(images: np.ndarray, columns: int) -> np.ndarray:
-    """Images uint8 (N, H, W, 3), row by row, on white -> uint8 (height, width, 3)."""
+    """Arrange images (N, H, W, 3), uint8, row by row on a white sheet (height, width, 3), uint8."""
     count, height, width, _ = images.shape
     columns = min(columns, count)
     rows = -(-count // columns)
@@ -28,10 +28,17 @@ def grid(images: np.ndarray, columns: int) -> np.ndarray:
 
 
 def latents_as_rgb(latents: Tensor) -> tuple[np.ndarray, str]:
-    """Latents (N, C, h, w) -> uint8 (N, h, w, 3), and what its colours are.
+    """Show latents as colours.
 
-    From 4 channels on, red, green and blue are the first three principal components over all positions of all these
-    latents; up to 3, the channels themselves. Black and white are the 1st and 99th percentile of each.
+    With 4 or more channels, red, green and blue are the first three principal components over all positions of all
+    latents. With up to 3 channels they are the channels themselves. Black and white are the 1st and 99th percentile of
+    each component.
+
+    Args:
+        latents: Latents (N, C, h, w).
+
+    Returns:
+        Images (N, h, w, 3), uint8, and a label that says what the colours are.
     """
     latents = latents.detach().double().cpu()
     channels = latents.shape[1]
@@ -41,7 +48,7 @@ def latents_as_rgb(latents: Tensor) -> tuple[np.ndarray, str]:
         flat = points.reshape(-1, channels)
         axes = torch.linalg.eigh(flat.T @ flat).eigenvectors.flip(1)[:, :3]
         largest = axes.abs().argmax(dim=0, keepdim=True)
-        points = points @ (axes * axes.gather(0, largest).sign())  # an eigenvector's sign is arbitrary
+        points = points @ (axes * axes.gather(0, largest).sign())  # fixes the arbitrary sign
     low, high = (torch.quantile(_thinned(points.reshape(-1, points.shape[-1])), q, dim=0) for q in (0.01, 0.99))
     colours = ((points - low) / (high - low).clamp(min=1e-9)).clamp(0, 1)
     rgb = torch.full((*points.shape[:3], 3), 0.5, dtype=torch.float64)
@@ -52,13 +59,17 @@ def latents_as_rgb(latents: Tensor) -> tuple[np.ndarray, str]:
 
 
 def reconstruction_picture(x: Tensor, reconstruction: Tensor, latents: Tensor) -> np.ndarray:
-    """A row per image: input | reconstruction | latent as RGB | error, labelled -> uint8 (height, width, 3).
+    """Draw a labelled row per image: input | reconstruction | latent as RGB | error.
 
     The error is |input - reconstruction| in levels of 0..255, times 4.
 
     Args:
-        x, reconstruction: (N, 3, H, W) in [-1, 1].
-        latents: (N, C, h, w); see `latents_as_rgb`.
+        x: Images (N, 3, H, W) in [-1, 1].
+        reconstruction: Their reconstructions (N, 3, H, W) in [-1, 1].
+        latents: Their latents (N, C, h, w); see `latents_as_rgb`.
+
+    Returns:
+        The picture (height, width, 3), uint8.
     """
     before, after = to_uint8(x), to_uint8(reconstruction)
     error = np.abs(before.astype(np.int16) - after.astype(np.int16)) * ERROR_SCALE
@@ -76,22 +87,33 @@ def reconstruction_picture(x: Tensor, reconstruction: Tensor, latents: Tensor) -
 
 
 def strongest_maps(maps: Tensor, channels: int = 4) -> Tensor:
-    """Of feature maps (N, C, H, W): the mean of their magnitudes over channels, then the magnitudes of the `channels`
-    channels (at most C) with the largest maxima, the largest first -> (N, 1 + channels, H, W) float32."""
+    """Return the mean magnitude of feature maps, and the magnitudes of the channels with the largest maxima.
+
+    Args:
+        maps: Feature maps (N, C, H, W).
+        channels: Number of channels to return, at most C.
+
+    Returns:
+        Maps (N, 1 + channels, H, W), float32: the mean over all channels, then the channels, the largest first.
+    """
     found = []
-    for image in maps.detach().float().abs():  # one by one: the last maps are the largest tensors of a decoder
+    for image in maps.detach().float().abs():  # one by one, to save memory: they are a decoder's largest tensors
         order = image.amax(dim=(1, 2)).argsort(descending=True, stable=True)[:channels]
         found.append(torch.cat([image.mean(0, keepdim=True), image[order]]))
     return torch.stack(found)
 
 
 def feature_map_picture(x: Tensor, maps: Tensor) -> np.ndarray:
-    """A row per image: input | mean over channels | channel of the largest maximum | of the second largest ...,
-    labelled (Figure 3) -> uint8 (height, width, 3). Of each map black is 0 and white its own maximum.
+    """Draw a labelled row per image (Figure 3): input | mean over channels | channel with the largest maximum | ...
+
+    In each map, black is 0 and white is the maximum of the map.
 
     Args:
-        x: (N, 3, H, W) in [-1, 1].
-        maps: (N, 1 + channels, h, w); see `strongest_maps`.
+        x: Images (N, 3, H, W) in [-1, 1].
+        maps: Maps (N, 1 + channels, h, w) from `strongest_maps`.
+
+    Returns:
+        The picture (height, width, 3), uint8.
     """
     images = to_uint8(x)
     size = (images.shape[2], images.shape[1])
@@ -108,7 +130,7 @@ def _ordinal(number: int) -> str:
 
 
 def _labelled(columns: dict[str, np.ndarray]) -> np.ndarray:
-    """Columns of images uint8 (N, H, W, 3) of one size, each below its label -> uint8 (height, width, 3)."""
+    """Draw columns of images (N, H, W, 3), uint8, all of one size, each column below its label."""
     first = next(iter(columns.values()))
     height, width = first.shape[1:3]
     scale = max(1, -(-_CELL // min(height, width)))
@@ -127,5 +149,5 @@ def _resized(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def _thinned(points: Tensor, limit: int = 1_000_000) -> Tensor:
-    """At most `limit` rows, evenly spaced: torch.quantile takes 16 million values."""
+    """Return at most `limit` evenly spaced rows, because torch.quantile takes at most 16 million values."""
     return points[:: -(-len(points) // limit)]

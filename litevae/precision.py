@@ -1,4 +1,4 @@
-"""Which precision a device computes in."""
+"""The precision that a device computes in."""
 
 from contextlib import AbstractContextManager
 
@@ -6,10 +6,12 @@ import torch
 
 
 def autocast(device: torch.device | str, precision: str) -> AbstractContextManager:
-    """Autocast to bfloat16, or nothing.
+    """Return a context manager for the precision: autocast to bfloat16, or no autocast.
 
     Args:
-        precision: "fp32", "bf16", or "auto": bf16 where hardware multiplies it (GPUs from Ampere on, CPUs with AMX).
+        device: The device.
+        precision: "fp32", "bf16", or "auto". "auto" is bf16 if the hardware can multiply it (GPUs from Ampere on, CPUs
+            with AMX), and fp32 otherwise.
     """
     kind = torch.device(device).type
     if precision == "auto":

@@ -1,4 +1,7 @@
-"""Sampling latents by diffusers' schedulers: DDIM, DPM-Solver++, Euler and Heun for flow; classifier-free guidance."""
+"""Sampling of latents with diffusers' schedulers and classifier-free guidance.
+
+The samplers are DDIM and DPM-Solver++; for flow models, they are Euler, Heun and DPM-Solver++.
+"""
 
 import math
 from collections.abc import Sequence
@@ -18,32 +21,34 @@ from litevae.denoiser import null_class
 from litevae.diffusion import Scheduler
 from litevae.errors import UserError
 
-# The first is the default.
+# Prediction type -> samplers; the first one is the default.
 SAMPLERS = {"flow_prediction": ("euler", "heun", "dpm++")} | dict.fromkeys(
     ("epsilon", "v_prediction"), ("ddim", "dpm++")
 )
 
-# Below it the error of an image that is estimated from epsilon is that of epsilon times more than 160. Of the schedules
-# here only the cosine one goes there (to 2e-9). The value is what diffusers advises for DPM-Solver++ on it.
+# At a lower signal-to-noise ratio, the error of an image that is estimated from epsilon is more than 160 times that of
+# epsilon. Of the schedules here only the cosine one goes lower (to 2e-9). diffusers advises this value for DPM-Solver++
+# with the cosine schedule.
 LEAST_SNR = math.exp(2 * -5.1)
 
 Seed = int | Sequence[int]
 
 
 def sampler_of(scheduler: Scheduler, name: str = "", steps: int = 50, eta: float = 0.0) -> Any:
-    """A diffusers scheduler that is ready to take `steps` steps, of equal length in time.
+    """Return a diffusers scheduler that is ready to take `steps` steps of equal length in time.
 
-    Where the network predicts epsilon, they begin where `LEAST_SNR` is reached. On a cosine schedule with more than 250
-    steps that leaves up to 4 out.
+    If the network predicts epsilon, sampling begins at the level where `LEAST_SNR` is reached. With the cosine schedule
+    and more than 250 steps, this leaves out up to 4 steps.
 
     Args:
-        scheduler: the model's, of `Objective.scheduler`.
-        name: "ddim" (arXiv 2010.02502) and "dpm++" (DPM-Solver++ 2M, arXiv 2211.01095) for epsilon and v; "euler",
-            "heun" (two evaluations a step, but for the last) and "dpm++" for flow; empty: the first of them.
-        eta: that its steps will be given. Only ddim has one.
+        scheduler: The scheduler of the model, from `Objective.scheduler`.
+        name: Sampler. For epsilon and v: "ddim" (arXiv 2010.02502) or "dpm++" (DPM-Solver++ 2M, arXiv 2211.01095). For
+            flow: "euler", "heun" (two evaluations per step, one in the last) or "dpm++". Empty takes the first of them.
+        steps: Number of steps.
+        eta: The eta that will be passed to the steps. Only ddim supports values other than 0.
 
     Raises:
-        UserError: no such sampler for what the model predicts, or steps or eta that it can't take.
+        UserError: There is no such sampler for the prediction of the model, or it does not support `steps` or `eta`.
     """
     config = scheduler.config
     known = SAMPLERS[config.prediction_type]
@@ -67,10 +72,11 @@ def sampler_of(scheduler: Scheduler, name: str = "", steps: int = 50, eta: float
         sampler = DPMSolverMultistepScheduler.from_config(config, final_sigmas_type="zero")
         if config.prediction_type == "flow_prediction":
             sampler.set_timesteps(steps)
-        else:  # diffusers' own trailing levels are one too many for some numbers of steps, such as 61
+        else:  # for some numbers of steps, such as 61, diffusers' own trailing levels are one too many
             sampler.set_timesteps(timesteps=_levels(scheduler, steps).tolist())
     else:
-        # Of `steps` levels, for the lowest of 1000 is 1/1000: their last step would be so short, and do nothing.
+        # Built with `steps` levels instead of 1000: the lowest of 1000 levels is 1/1000, so the last step would be so
+        # short that it does nothing.
         sampler = {"euler": FlowMatchEulerDiscreteScheduler, "heun": FlowMatchHeunDiscreteScheduler}[name](steps)
         sampler.set_timesteps(steps)
     sampler.set_begin_index(0)
@@ -78,7 +84,10 @@ def sampler_of(scheduler: Scheduler, name: str = "", steps: int = 50, eta: float
 
 
 def _levels(scheduler: Scheduler, steps: int) -> np.ndarray:
-    """Timesteps int64 of epsilon and v, from the noisiest: 1000 / steps apart, the last one above 0 by as much."""
+    """Return the timesteps for epsilon and v, int64, from the noisiest on.
+
+    They are 1000 / steps apart, and the last one is as far above 0.
+    """
     squared, total = scheduler.alphas_cumprod.double(), scheduler.config.num_train_timesteps
     first = total
     if scheduler.config.prediction_type == "epsilon":
@@ -88,7 +97,7 @@ def _levels(scheduler: Scheduler, steps: int) -> np.ndarray:
 
 
 def _check_divides(total: int, steps: int) -> None:
-    """DDIM's steps are equal, and diffusers rounds silently."""
+    """Check that `steps` divides the schedule: DDIM's steps are equal, and diffusers would round silently."""
     if steps < 1 or total % steps:
         fitting = [n for n in range(1, total + 1) if total % n == 0]
         near = [*[n for n in fitting if n < steps][-1:], *[n for n in fitting if n > steps][:1]]
@@ -108,20 +117,29 @@ def sample_latents(
     classes: int = 0,
     guidance: float = 1.0,
 ) -> Tensor:
-    """Normalised latents (len(seeds), *shape), on the network's device.
+    """Sample normalised latents, one per seed.
 
-    All noise of image i comes from numpy.random.default_rng(seeds[i]) - a seed is a number or several, such as
-    (seed of the job, number of the image) - so that its batch does not matter.
+    All noise of image i comes from numpy.random.default_rng(seeds[i]), so an image does not depend on the other images
+    of its batch.
 
     Args:
-        sampler: see `sampler_of`.
-        eta: DDIM's; 0 is deterministic. Other samplers have none.
-        labels: a class for each image, of a conditional network with so many `classes`.
-        guidance: arXiv 2207.12598: 1 takes the conditional prediction, w the unconditional plus w times the difference.
+        network: The denoising network.
+        scheduler: The scheduler of the model, from `Objective.scheduler`.
+        shape: Shape (C, h, w) of a latent.
+        seeds: A seed per image. A seed is one number or several, such as (seed of the job, number of the image).
+        steps: Number of steps.
+        sampler: Name of the sampler; see `sampler_of`.
+        eta: The eta of DDIM; 0 is deterministic. Other samplers have none.
+        labels: A class per image, for a class-conditional network.
+        classes: Number of classes of the network; 0 if it is unconditional.
+        guidance: Scale w of classifier-free guidance (arXiv 2207.12598). 1 uses the conditional prediction; w uses the
+            unconditional prediction plus w times the difference of the two.
+
+    Returns:
+        Latents (len(seeds), *shape), on the device of the network.
 
     Raises:
-        UserError: see `sampler_of`; labels that are missing, not wanted or of no class; eta or guidance where there is
-            none.
+        UserError: `sampler_of` or `label_numbers` refuses the arguments.
     """
     stepper = sampler_of(scheduler, sampler, steps, eta)
     device = next(network.parameters()).device
@@ -141,22 +159,29 @@ def sample_latents(
         given, free = network(torch.cat([x, x]), time, class_labels=both).sample.float().chunk(2)
         return free + guidance * (given - free)
 
-    # Flow's are exact: diffusers has other units for some of its samplers, and rounds them down for others.
+    # The times for flow are computed from the sigmas: diffusers uses other units for some samplers, and rounds down for
+    # others.
     flow = scheduler.config.prediction_type == "flow_prediction"
     times = stepper.sigmas[:-1] * scheduler.config.num_train_timesteps if flow else stepper.timesteps
     x = noise()
     for time, step in zip(times, stepper.timesteps, strict=True):
-        # At 1, where there is next to nothing of the image, diffusers takes the root of what rounding made negative.
+        # With eta = 1, at levels with almost no signal, diffusers takes the root of a number that rounding made
+        # negative.
         more = {"eta": min(eta, 1 - 1e-6), "variance_noise": noise()} if eta else {}
         x = stepper.step(predict(x, time), step, x, **more).prev_sample
     return x
 
 
 def label_numbers(labels: Sequence[int] | None, classes: int, images: int, guidance: float = 1.0) -> list[int] | None:
-    """What `class_labels` a network is given: None for an unconditional one, and without labels that of "none".
+    """Return the class labels to pass to a network.
+
+    Returns:
+        None for an unconditional network; the given labels; or, if none are given, the label of "no class" for every
+        image.
 
     Raises:
-        UserError: see `sample_latents`.
+        UserError: The number of labels is not that of images, a label is not a class, labels or guidance are given for
+            an unconditional network, or guidance is given without labels.
     """
     if not classes:
         if labels is not None or guidance != 1:

@@ -1,12 +1,13 @@
-"""Files that appear whole or not at all, local or on S3, and what was read of them last: what the cache is built on.
+"""Atomic reading and writing of files, local or on S3, and a store of recently read values. The cache is built on it.
 
-Paths are strings: local ones, or `s3://bucket/key`. The store, its region and the credentials come from the usual AWS_*
-environment variables (AWS_ENDPOINT_URL for a store that is not Amazon's), as they are at each call.
+Paths are strings: local paths, or `s3://bucket/key`. The store, its region and the credentials come from the usual
+AWS_* environment variables (AWS_ENDPOINT_URL for a store that is not Amazon's), with their values at each call.
 
-`put_new` is the protocol's core: of several writers of one name exactly one wins, and no reader ever sees a part.
+`put_new` is the core of the protocol: if several writers write the same name, exactly one wins, and no reader ever sees
+a part of a file.
 
-What goes wrong with a store (no such bucket, refused, unreachable) is a UserError, and Unavailable where it is not of
-one file alone; a file that is not there is a FileNotFoundError.
+Problems with a store (no such bucket, refused, unreachable) raise a UserError, and Unavailable if they concern more
+than one file. A missing file raises a FileNotFoundError.
 """
 
 import contextlib
@@ -30,27 +31,27 @@ from litevae.errors import UserError, redact
 K = TypeVar("K", bound=Hashable)
 T = TypeVar("T")
 
-SILENCE = 60  # seconds without a byte from S3, after which a request is given up, and made again
+SILENCE = 60  # seconds without a byte from S3 after which a request is given up and sent again
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _MISSING = ("404", "NoSuchKey", "NotFound")
-_REFUSED = ("401", "403", "AccessDenied", "AllAccessDisabled", "InvalidObjectState")  # of one file, perhaps
+_REFUSED = ("401", "403", "AccessDenied", "AllAccessDisabled", "InvalidObjectState")  # may concern only one file
 _UNKNOWN = ("ExpiredToken", "InvalidAccessKeyId", "InvalidToken", "SignatureDoesNotMatch")
 _TAKEN = ("412", "PreconditionFailed")
-_RACE = ("409", "ConditionalRequestConflict")  # Amazon: another conditional write is under way; ask again
+_RACE = ("409", "ConditionalRequestConflict")  # from Amazon while another conditional write is under way; retried
 
 
 class Unavailable(UserError):
-    """A store that fails, can't be reached or does not know who asks: that holds for all its files, and may pass."""
+    """A store fails, can't be reached or rejects the credentials. This concerns all its files, and may be temporary."""
 
 
 def full(error: BaseException) -> bool:
-    """Whether that is a full disk; some libraries have it in their message only."""
+    """Return whether an error means that the disk is full. Some libraries say it only in their message."""
     return getattr(error, "errno", None) in _FULL or any(os.strerror(number) in str(error) for number in _FULL)
 
 
 def unwritable(path: str, error: Exception) -> UserError:
-    """What to tell of a file that can't be written."""
+    """Return the error to raise for a file that can't be written, with a hint on what to do."""
     hint = "; the file system must have hard links" if getattr(error, "errno", None) in _NO_LINKS else ""
     hint = f"; {os.path.dirname(path)} is no folder" if isinstance(error, FileExistsError) else hint
     hint = "; make room there and run again: what is done stays" if full(error) else hint
@@ -58,20 +59,20 @@ def unwritable(path: str, error: Exception) -> UserError:
 
 
 def remote(path: str) -> bool:
-    """Whether a path lies on S3."""
+    """Return whether a path lies on S3."""
     return path.startswith("s3://")
 
 
 def absolute(path: str) -> str:
-    """A path that means the same everywhere: absolute, no trailing slash.
+    """Return a path as an absolute one without a trailing slash, which means the same in every process.
 
     Raises:
-        UserError: neither a local path nor s3://.
+        UserError: The path is neither local nor s3://, names no bucket, or contains credentials.
     """
     if remote(path):
         if not _split(path)[0]:
             raise UserError(f"{path!r} names no bucket; give s3://bucket/folder")
-        if redact(path) != path:  # it would be kept with all that is made from it, and shown
+        if redact(path) != path:  # the path would be stored in all that is made from it, and shown
             raise UserError(f"{path!r}: no credentials in a path; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
         return path.rstrip("/")
     if scheme := re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", path):
@@ -80,11 +81,16 @@ def absolute(path: str) -> str:
 
 
 def join(folder: str, *parts: str) -> str:
+    """Join a folder, local or on S3, and parts of a path."""
     return "/".join([folder.rstrip("/"), *parts]) if remote(folder) else os.path.join(folder, *parts)
 
 
 def read(path: str) -> bytes:
-    """A whole file. FileNotFoundError where there is none."""
+    """Read a whole file.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+    """
     if remote(path):
         return _get(path)
     with open(path, "rb") as file:
@@ -92,7 +98,11 @@ def read(path: str) -> bytes:
 
 
 def read_range(path: str, offset: int, length: int) -> bytes:
-    """Bytes offset ... offset + length of a file; fewer where it ends before. FileNotFoundError where there is none."""
+    """Read `length` bytes of a file from `offset` on; fewer if the file ends before.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+    """
     if remote(path):
         return _get(path, offset, length) if length else b""
     with open(path, "rb") as file:
@@ -101,27 +111,29 @@ def read_range(path: str, offset: int, length: int) -> bytes:
 
 
 def size(path: str) -> int | None:
-    """Bytes of a file; None where there is none."""
+    """Return the size of a file in bytes; None if there is no such file."""
     if not remote(path):
         return os.path.getsize(path) if os.path.isfile(path) else None
     if (head := _head(path)) is None:
-        _listing(path, MaxKeys=1)  # a HEAD's 404 does not tell a missing bucket from a missing key; this does
+        _listing(path, MaxKeys=1)  # fails if the bucket is missing, which the 404 of a HEAD does not tell
         return None
     return head["ContentLength"]
 
 
 def put_new(path: str, data: bytes) -> bool:
-    """Write a file unless the name is taken. Local folders are made.
+    """Write a file unless the name is taken. Missing local folders are created.
 
-    Local: temporary file, fsync, no-replace link. S3: one PUT on condition that there is nothing (If-None-Match), up to
-    the 5 GB that a PUT may hold: parts put together afterwards would not be conditional in every store. A store that
-    does not know the condition overwrites where two writers come at the same moment.
+    A local file is written as a temporary file, synced (fsync), and then linked to its name, which fails if the name
+    exists. On S3 the file is written by one conditional PUT (If-None-Match), up to 5 GB, the limit of a PUT. Multipart
+    uploads are not used, because they are not conditional in every store. In a store that ignores the condition, one of
+    two simultaneous writers overwrites the other.
 
     Returns:
-        False where the name was taken; that file is left as it is.
+        Whether the file was written. False means that the name was taken; the existing file is left as it is.
 
     Raises:
-        UserError: it can't be written: no permission, a full disk, a file system without hard links, a store's refusal.
+        UserError: The file can't be written: no permission, a full disk, a file system without hard links, or the store
+            refuses.
     """
     if remote(path):
         return _put_new(path, data)
@@ -136,10 +148,12 @@ def put_new(path: str, data: bytes) -> bool:
 
 
 def put(path: str, data: bytes) -> None:
-    """Write a file, in place of one that may be there: readers see the old one or the new one. Local folders are made.
+    """Write a file, and replace an existing one. Missing local folders are created.
+
+    A reader sees either the whole old file or the whole new one.
 
     Raises:
-        UserError: as for `put_new`.
+        UserError: The file can't be written; see `put_new`.
     """
     if remote(path):
         bucket, key = _split(path)
@@ -151,7 +165,7 @@ def put(path: str, data: bytes) -> None:
 
 
 def remove(path: str) -> None:
-    """Delete a file. No error where there is none."""
+    """Delete a file. It is no error if there is no such file."""
     if remote(path):
         bucket, key = _split(path)
         _call(path, "delete_object", Bucket=bucket, Key=key)
@@ -165,8 +179,10 @@ def remove(path: str) -> None:
 
 
 def names(folder: str) -> list[str]:
-    """Names of the files directly within a folder, sorted; none where there is no such folder. Unfinished and other
-    hidden files (a leading dot) are left out."""
+    """Return the sorted names of the files directly within a folder.
+
+    The list is empty if there is no such folder. Unfinished and other hidden files (with a leading dot) are left out.
+    """
     if remote(folder):
         found = [key for key, _ in _keys(folder, Delimiter="/")]
     elif os.path.isdir(folder):
@@ -178,23 +194,33 @@ def names(folder: str) -> list[str]:
 
 
 def folder_exists(path: str) -> bool:
-    """Whether there is such a folder; on S3, where folders are only names, whether there is anything below it."""
+    """Return whether a folder exists. S3 has no real folders; there it means that something lies below the path."""
     if not remote(path):
         return os.path.isdir(path)
     return bool(_listing(f"{path.rstrip('/')}/", MaxKeys=1).get("Contents"))
 
 
 def walk(folder: str) -> Iterator[tuple[str, int]]:
-    """(key relative to the folder, bytes) of every object below an S3 folder, in order of the keys' UTF-8, a request
-    per thousand. The empty objects that stand for folders (a trailing slash) are left out."""
+    """Yield (key relative to the folder, size in bytes) of every object below an S3 folder.
+
+    Objects come in the order of the UTF-8 bytes of their keys, with one request per thousand. The empty objects that
+    stand for folders (with a trailing slash) are left out.
+    """
     return ((key, size) for key, size in _keys(folder) if not key.endswith("/"))
 
 
 def open_binary(path: str, size: int | None = None) -> IO[bytes]:
-    """A file to read from anywhere. FileNotFoundError where there is none.
+    """Open a file, local or on S3, for reading at any position.
 
-    On S3 a read is one request for just those bytes, none for 0; io.BufferedReader around it makes few of many small
-    ones. With `size` (bytes) the file is not looked for before it is read.
+    On S3, each read is one request for exactly those bytes, and a read of 0 bytes is none. Wrap the file in an
+    io.BufferedReader to turn many small reads into a few requests.
+
+    Args:
+        path: Path of the file.
+        size: Size in bytes, if it is known. On S3 the file is then not looked up before the first read.
+
+    Raises:
+        FileNotFoundError: There is no such file.
     """
     if not remote(path):
         return open(path, "rb")
@@ -203,11 +229,21 @@ def open_binary(path: str, size: int | None = None) -> IO[bytes]:
         if head is None:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
         size = head["ContentLength"]
-    return _Remote(path, size)  # type: ignore[return-value]  # a RawIOBase that reads all it is asked for
+    return _Remote(path, size)  # type: ignore[return-value]  # a RawIOBase whose reads are never short
 
 
 def read_footer(path: str, size: int | None = None) -> pq.FileMetaData:
-    """Of a Parquet file. FileNotFoundError where there is none; OSError or ArrowException where it is damaged."""
+    """Read the footer of a Parquet file.
+
+    Args:
+        path: Path of the file.
+        size: Size in bytes, if it is known.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        OSError: The file is damaged.
+        ArrowException: The file is damaged.
+    """
     with _arrow_file(path, size) as file:
         return pq.read_metadata(file)
 
@@ -215,9 +251,21 @@ def read_footer(path: str, size: int | None = None) -> pq.FileMetaData:
 def read_row_group(
     path: str, footer: pq.FileMetaData, group: int, columns: Sequence[str], size: int | None = None
 ) -> pa.Table:
-    """Some columns of a row group, its pages' checksums verified; from S3 with one request where they lie together.
+    """Read some columns of a row group, and verify the checksums of its pages.
 
-    Errors as those of `read_footer`.
+    From S3 they are read with one request if they lie close together.
+
+    Args:
+        path: Path of the Parquet file.
+        footer: Footer from `read_footer`.
+        group: Number of the row group.
+        columns: Names of the columns.
+        size: Size of the file in bytes, if it is known.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        OSError: The file is damaged.
+        ArrowException: The file is damaged, or a column may hold pickles.
     """
     found = footer.row_group(group)
     chunks = [found.column(n) for n in range(found.num_columns)]
@@ -231,7 +279,7 @@ def read_row_group(
     ]
     start, stop = min(start for start, _ in spans), max(start + length for start, length in spans)
     together = (start, stop - start) if stop - start <= 2 * sum(length for _, length in spans) else None
-    # In this thread alone: one of Arrow's that calls into Python while the interpreter ends aborts the process.
+    # Read in this thread only: if a thread of Arrow calls into Python while the interpreter ends, the process aborts.
     with (
         _arrow_file(path, size, together) as file,
         pq.ParquetFile(file, metadata=footer, page_checksum_verification=True, pre_buffer=False) as parquet,
@@ -240,13 +288,23 @@ def read_row_group(
 
 
 def read_table(data: bytes) -> pa.Table:
-    """Of a whole Parquet file, its pages' checksums verified. ArrowException where it is damaged."""
+    """Read a whole Parquet file from its bytes, and verify the checksums of its pages.
+
+    Raises:
+        ArrowException: The file is damaged, or a column may hold pickles.
+    """
     return refuse_pickles(pq.read_table(pa.BufferReader(data), page_checksum_verification=True))
 
 
 def refuse_pickles(table: pa.Table) -> pa.Table:
-    """The same, if no type in it is defined in Python: to read a value of such a one may be to unpickle it, as of
-    Ray's, which is known to Arrow where Ray Data is imported. ArrowInvalid where one is."""
+    """Return the table unchanged if none of its types is defined in Python.
+
+    Reading a value of such a type may unpickle it. An example are Ray's types, which Arrow knows once Ray Data is
+    imported.
+
+    Raises:
+        ArrowInvalid: A column has a type that is defined in Python.
+    """
     for field in table.schema:
         if has_pickles(field.type):
             raise pa.ArrowInvalid(f"column {field.name!r} is {field.type}: it may hold pickles, which are not read")
@@ -254,7 +312,7 @@ def refuse_pickles(table: pa.Table) -> pa.Table:
 
 
 def has_pickles(kind: pa.DataType) -> bool:
-    """Whether it is or contains a type that is defined in Python."""
+    """Return whether a type is, or contains, a type that is defined in Python."""
     if isinstance(kind, pa.ExtensionType):
         return True
     if isinstance(kind, pa.BaseExtensionType):
@@ -265,9 +323,12 @@ def has_pickles(kind: pa.DataType) -> bool:
 
 
 def _arrow_file(path: str, size: int | None, ahead: tuple[int, int] | None = None) -> pa.NativeFile:
-    """
+    """Open a file for Arrow.
+
     Args:
-        ahead: offset and length of what to get with one request from S3.
+        path: Path of the file.
+        size: Size in bytes, if it is known.
+        ahead: Offset and length of a part to read from S3 at once, with one request.
     """
     if not remote(path):
         return pa.OSFile(path)
@@ -279,7 +340,7 @@ def _arrow_file(path: str, size: int | None, ahead: tuple[int, int] | None = Non
 
 @contextlib.contextmanager
 def _temporary(path: str, data: bytes) -> Iterator[str]:
-    """A hidden file beside `path` that holds the data, on the disk; gone afterwards."""
+    """Write the data to a hidden file in the folder of `path`, and sync it. It is removed at the end of the block."""
     folder = os.path.dirname(path)
     temporary = os.path.join(folder, f".tmp-{uuid.uuid4().hex}")
     try:
@@ -297,7 +358,7 @@ def _temporary(path: str, data: bytes) -> Iterator[str]:
 
 
 def _sync(folder: str) -> None:
-    """Make the new name itself survive a power cut."""
+    """Sync a folder to disk, so that a new name in it survives a power cut."""
     descriptor = os.open(folder or ".", os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -309,8 +370,10 @@ _stores: dict[Any, Any] = {}
 
 
 def _store() -> Any:
-    """The process's S3 file system for the environment as it is. Held here: s3fs would hold one per thread and not see
-    that the environment has changed. One that a fork inherited is kept but not used: closing it is its parent's affair.
+    """Return the S3 file system of this process for the current AWS_* environment variables.
+
+    It is kept here because s3fs would keep one per thread and would not notice that the environment has changed. A file
+    system that was inherited by a fork is kept but not used, because only the parent process may close it.
     """
     key = (os.getpid(), *sorted(item for item in os.environ.items() if item[0].startswith("AWS_")))
     if key not in _stores:
@@ -320,7 +383,7 @@ def _store() -> Any:
         except ImportError as error:
             raise UserError("s3:// paths need s3fs: pip install 'litevae[s3]'") from error
         session = AioSession()
-        # nobody asks for dates; parsing them is four fifths of the time that a page of a listing takes
+        # Dates are not used, and parsing them takes four fifths of the time of a page of a listing.
         session.get_component("response_parser_factory").set_parser_defaults(timestamp_parser=str)
         store = s3fs.S3FileSystem(
             session=session,
@@ -328,30 +391,32 @@ def _store() -> Any:
                 "connect_timeout": 5,
                 "read_timeout": SILENCE,
                 "retries": {"mode": "standard", "total_max_attempts": 4},
-                "max_pool_connections": 64,  # of all threads together
+                "max_pool_connections": 64,  # shared by all threads
             },
             use_listings_cache=False,
             skip_instance_cache=True,
         )
-        store.retries = 1  # s3fs' own would multiply botocore's
+        store.retries = 1  # otherwise the retries of s3fs would multiply those of botocore
         _stores.setdefault(key, store)
     return _stores[key]
 
 
 def _split(path: str) -> tuple[str, str]:
+    """Split an s3:// path into bucket and key."""
     bucket, _, key = path.removeprefix("s3://").partition("/")
     return bucket, key
 
 
 def _call(path: str, method: str, **arguments: Any) -> Any:
-    """One S3 request; problems as the module's text says."""
+    """Send one S3 request. The errors are those in the docstring of the module."""
     with _explained(path):
         return _store().call_s3(method, **arguments)
 
 
 def _get(path: str, offset: int = 0, length: int | None = None) -> bytes:
+    """Read an S3 object, or a part of it."""
     bucket, key = _split(path)
-    # s3fs' own cat_file asks for the size first, and takes a key with "?versionId=" in it apart
+    # The cat_file of s3fs is not used: it asks for the size first, and splits a key that contains "?versionId=".
     part = {} if length is None else {"Range": f"bytes={offset}-{offset + length - 1}"}
     with _explained(path):
         store = _store()
@@ -363,7 +428,7 @@ def _get(path: str, offset: int = 0, length: int | None = None) -> bytes:
             try:
                 async with answer["Body"] as body:
                     return await body.read()
-            except S3_RETRYABLE_ERRORS:  # the connection broke in the midst of the data
+            except S3_RETRYABLE_ERRORS:  # the connection broke while data came
                 if last:
                     raise
                 return None
@@ -374,26 +439,28 @@ def _get(path: str, offset: int = 0, length: int | None = None) -> bytes:
                     return data
             raise AssertionError("the last attempt raises")
         except OSError as error:
-            if _code(error) in ("416", "InvalidRange"):  # it begins where the file ends
+            if _code(error) in ("416", "InvalidRange"):  # the offset is at or after the end of the file
                 return b""
             raise
 
 
 def _head(path: str) -> Any:
-    """What the store knows of an object; None where there is none."""
+    """Return the metadata of an S3 object; None if there is no such object."""
     bucket, key = _split(path)
     try:
         return _call(path, "head_object", Bucket=bucket, Key=key)
     except FileNotFoundError:
         return None
     except UserError as error:
-        if _code(error.__cause__ or error) == "403":  # a HEAD's answer does not say why; this one's does
+        if _code(error.__cause__ or error) == "403":  # the answer to a HEAD gives no reason; a listing does
             _listing(path, MaxKeys=1)
         raise
 
 
 def _put_new(path: str, data: bytes) -> bool:
-    if _head(path) is not None:  # spares the upload, and protects older files where the condition below is ignored
+    """Do `put_new` on S3."""
+    # This check saves the upload, and protects existing files in stores that ignore the condition below.
+    if _head(path) is not None:
         return False
     bucket, key = _split(path)
     writer = uuid.uuid4().hex
@@ -410,17 +477,20 @@ def _put_new(path: str, data: bytes) -> bool:
                 if _code(error) not in _RACE or wait is None:
                     raise
                 time.sleep(wait)
-    # Taken by another, or by us: where the answer to a first attempt was lost, it is the second one that is refused.
+    # The name is taken, by another writer or by us: if the answer to our first attempt was lost, the store refuses the
+    # second one.
     head = _head(path)
     return head is not None and head["Metadata"].get("writer") == writer
 
 
 def _listing(path: str, **arguments: Any) -> Any:
+    """Return one page of the listing of all keys that begin with the key of `path`."""
     bucket, prefix = _split(path)
     return _call(path, "list_objects_v2", Bucket=bucket, Prefix=prefix, **arguments)
 
 
 def _keys(folder: str, **arguments: Any) -> Iterator[tuple[str, int]]:
+    """Yield (key relative to the folder, size in bytes) of every object below an S3 folder."""
     path = f"{folder.rstrip('/')}/"
     start = len(_split(path)[1])
     while True:
@@ -434,15 +504,15 @@ def _keys(folder: str, **arguments: Any) -> Iterator[tuple[str, int]]:
 
 
 def _code(error: BaseException) -> str:
-    """S3's name for what went wrong, "" if it was not S3 that said so."""
+    """Return the error code of S3; "" if the error does not come from S3."""
     response = getattr(error, "response", None) or getattr(error.__cause__, "response", None) or {}
     return str(response.get("Error", {}).get("Code", "")) if isinstance(response, dict) else ""
 
 
 @contextlib.contextmanager
 def _explained(path: str) -> Iterator[None]:
-    """Turns what s3fs raises into a FileNotFoundError or a UserError."""
-    _store()  # without s3fs there is no botocore either
+    """Turn the errors that s3fs raises into a FileNotFoundError or a UserError."""
+    _store()  # raises a clear error if s3fs is not installed; without it the next imports fail
     from botocore import exceptions as botocore
     from s3fs.core import S3_RETRYABLE_ERRORS
 
@@ -475,14 +545,14 @@ def _explained(path: str) -> Iterator[None]:
 
 
 class _Remote(io.RawIOBase):
-    """An S3 object as a file: each read is a request for exactly those bytes."""
+    """An S3 object as a file. Each read is a request for exactly those bytes."""
 
     def __init__(self, path: str, size: int):
         self._path, self._size, self._position = path, size, 0
         self._held, self._from = b"", 0
 
     def hold(self, offset: int, length: int) -> None:
-        """Get these bytes at once; reads among them make no requests."""
+        """Read these bytes now, with one request. Later reads within them send no requests."""
         self._held, self._from = read_range(self._path, offset, length), offset
 
     def readable(self) -> bool:
@@ -523,11 +593,13 @@ class _Remote(io.RawIOBase):
 
 
 class Recent(Generic[K, T]):
-    """The values used last, up to a total size. Safe among threads; pickled without its values.
+    """A store of the most recently used values (LRU), up to a total size.
+
+    It is thread-safe. It is pickled without its values.
 
     Args:
-        load: key -> (value, size). One call at a time.
-        limit: of the sizes; the newest value is held in any case.
+        load: Function that returns (value, size) for a key. It is called by one thread at a time.
+        limit: Upper limit of the total size. The newest value is kept in any case.
     """
 
     def __init__(self, load: Callable[[K], tuple[T, int]], limit: int):
@@ -539,6 +611,7 @@ class Recent(Generic[K, T]):
         self._lock = threading.Lock()
 
     def __call__(self, key: K) -> T:
+        """Return the value of a key, and load it if it is not in the store."""
         with self._lock:
             if key not in self._held:
                 self._held[key] = self._load(key)

@@ -1,6 +1,7 @@
-"""Discrete wavelet transforms of images: the Haar cascade of the encoder, its inverse, and any other wavelet of ptwt.
+"""Discrete wavelet transforms of images, and their inverses: Haar, and any other wavelet of ptwt.
 
-Bands are stacked on the channel axis as [LL, H, V, D], each with all image channels, in ptwt's order and signs.
+Bands are stacked on the channel axis as [LL, H, V, D], each with all image channels, in the order and with the signs of
+ptwt.
 """
 
 import torch
@@ -8,11 +9,14 @@ from torch import Tensor
 
 from litevae.errors import UserError
 
-LEVELS = 3  # f = 8
+LEVELS = 3  # three levels give a downsampling factor of f = 8
 
 
 def haar_dwt(x: Tensor) -> Tensor:
-    """One orthonormal Haar level: (N, C, H, W) with even H, W -> (N, 4C, H/2, W/2). Differentiable."""
+    """Apply one level of the orthonormal Haar transform: (N, C, H, W) -> (N, 4C, H/2, W/2).
+
+    H and W must be even. The transform is differentiable.
+    """
     top, bottom = x[..., 0::2, :], x[..., 1::2, :]
     low, high = top + bottom, top - bottom
     return torch.cat(
@@ -27,17 +31,24 @@ def haar_dwt(x: Tensor) -> Tensor:
 
 
 def haar_idwt(bands: Tensor) -> Tensor:
-    """Inverse of `haar_dwt`: (N, 4C, H, W) -> (N, C, 2H, 2W)."""
+    """Invert `haar_dwt`: (N, 4C, H, W) -> (N, C, 2H, 2W)."""
     ll, h, v, d = bands.chunk(4, dim=1)
     rows = [torch.stack([a + b, a - b], dim=-1).flatten(-2) for a, b in ((ll + h, v + d), (ll - h, v - d))]
     return torch.stack(rows, dim=-2).flatten(-3, -2).mul(0.5)
 
 
 def dwt(x: Tensor, wavelet: str = "haar") -> Tensor:
-    """One level of any wavelet: (N, C, H, W) -> (N, 4C, H/2, W/2).
+    """Apply one level of a wavelet transform: (N, C, H, W) -> (N, 4C, H/2, W/2).
 
-    Wavelets longer than Haar see the image as periodic, and one period of ptwt's coefficients is kept, so that
-    the bands have exactly half the size and `idwt` is exact, for biorthogonal wavelets too.
+    For wavelets longer than Haar the image is continued periodically, and one period of ptwt's coefficients is kept. So
+    the bands have exactly half the size, and `idwt` is exact, also for biorthogonal wavelets.
+
+    Args:
+        x: Images (N, C, H, W), H and W even.
+        wavelet: "haar", or the name of any discrete wavelet of ptwt.
+
+    Raises:
+        UserError: The wavelet is unknown, or has more taps than the image has rows or columns.
     """
     if wavelet == "haar":
         return haar_dwt(x)
@@ -55,13 +66,13 @@ def dwt(x: Tensor, wavelet: str = "haar") -> Tensor:
 
 
 def idwt(bands: Tensor, wavelet: str = "haar") -> Tensor:
-    """Inverse of `dwt`: (N, 4C, H, W) -> (N, C, 2H, 2W)."""
+    """Invert `dwt`: (N, 4C, H, W) -> (N, C, 2H, 2W)."""
     if wavelet == "haar":
         return haar_idwt(bands)
     import ptwt
 
     bank = _bank(wavelet)
-    for axis in (-2, -1):  # the whole run of coefficients that ptwt computes from the periodic image
+    for axis in (-2, -1):  # restore all coefficients that ptwt computes from the periodic image
         size = bands.shape[axis]
         run = torch.arange((2 * size + bank.dec_len - 1) // 2, device=bands.device) - _offset(bank)
         bands = bands.index_select(axis % bands.ndim, run % size)
@@ -70,13 +81,21 @@ def idwt(bands: Tensor, wavelet: str = "haar") -> Tensor:
 
 
 def wavelet_pyramid(x: Tensor, wavelet: str = "haar", levels: int = LEVELS) -> list[Tensor]:
-    """Bands of levels 1..levels, level l divided by 2^l, so that each LL is on the image's own scale.
+    """Return the wavelet bands of levels 1 to `levels`, each on the scale of the image.
 
-    One cascade: level l + 1 transforms level l's LL, which equals separate transforms of x (paper, Appendix G).
-    (N, C, H, W) -> [(N, 4C, H/2, W/2), (N, 4C, H/4, W/4), ...]
+    Level l + 1 is the transform of the LL band of level l, which equals separate transforms of x (paper, Appendix G).
+    The bands of level l are divided by 2^l, so that each LL has the value range of the image.
+
+    Args:
+        x: Images (N, C, H, W).
+        wavelet: "haar", or the name of any discrete wavelet of ptwt.
+        levels: Number of levels.
+
+    Returns:
+        [(N, 4C, H/2, W/2), (N, 4C, H/4, W/4), ...]
 
     Raises:
-        UserError: H or W is no multiple of 2^levels.
+        UserError: H or W is not a multiple of 2^levels.
     """
     factor = 2**levels
     if x.shape[-2] % factor or x.shape[-1] % factor:
@@ -93,18 +112,23 @@ def wavelet_pyramid(x: Tensor, wavelet: str = "haar", levels: int = LEVELS) -> l
 
 
 def pad_to_multiple(x: Tensor, factor: int = 2**LEVELS) -> Tensor:
-    """Repeats the last row and column until H and W are multiples of `factor`; crop the result to undo it."""
+    """Repeat the last row and column until H and W are multiples of `factor`. Crop a reconstruction to undo it."""
     bottom, right = -x.shape[-2] % factor, -x.shape[-1] % factor
     return torch.nn.functional.pad(x, (0, right, 0, bottom), mode="replicate")
 
 
 def check_wavelet(name: str) -> None:
-    """Raises UserError where ptwt has no discrete wavelet of this name."""
+    """Check the name of a wavelet.
+
+    Raises:
+        UserError: ptwt has no discrete wavelet of this name.
+    """
     if name != "haar":
         _bank(name)
 
 
 def _bank(name: str):
+    """Return the filter bank of a wavelet."""
     import pywt
 
     if name not in pywt.wavelist(kind="discrete"):
@@ -113,4 +137,5 @@ def _bank(name: str):
 
 
 def _offset(bank) -> int:
+    """Return the index of the first coefficient that `dwt` keeps."""
     return (bank.dec_len // 2 - 1) // 2

@@ -1,1 +1,1 @@
-"""`benchmark`: what this machine does, contenders side by side in one run; a report in Markdown, and every sample."""
+"""The job `benchmark`: measure contenders in turn in one run, and write a Markdown report and every sample."""

@@ -1,4 +1,4 @@
-"""Fields of benchmark."""
+"""Config schema of the job benchmark."""
 
 from typing import Annotated, Any, Literal
 

@@ -1,4 +1,4 @@
-"""The encode job beside its two halves alone, a DataLoader loop, and plain Ray Data; and the job's peak memory.
+"""Compare the encode job with its two halves alone, a DataLoader loop, and plain Ray Data; measure its peak memory.
 
 Every run is a process of its own: `python -m pipelines.benchmark.encoding SYSTEM`, which gets its `Given` as a request.
 """
@@ -38,11 +38,11 @@ from pipelines.runtime.cli import load
 from pipelines.runtime.host import process_memory
 
 SIDE = 256
-BATCH = {"cpu": 16, "cuda": 64}  # also a shard's, so that all systems finish their files equally often
-SECONDS = 10.0  # that each half is measured alone, at most
-MOSAICS = 4  # of 24 megapixels, each again and again
+BATCH = {"cpu": 16, "cuda": 64}  # images per batch and per file, so that all systems finish files equally often
+SECONDS = 10.0  # longest measurement of each half
+MOSAICS = 4  # different images of 24 megapixels; each is used many times
 JOB = Path(__file__).resolve().parents[2] / "jobs" / "encode_dataset.py"
-TIMES = (1, 4, 16)  # so many times the images, for memory
+TIMES = (1, 4, 16)  # factors of the number of images at which memory is measured
 KINDS = {"ray::MapWorker": "encoder", "ray::Map(": "decode task", "raylet": "raylet", "gcs_server": "GCS"}
 MODULE = "pipelines.benchmark.encoding"
 
@@ -58,13 +58,15 @@ SYSTEMS = {
 
 @dataclass(frozen=True)
 class Given:
-    """What a system's process is to do.
+    """A request to the process of a system.
 
     Attributes:
         photos: folder of JPEGs.
-        out: where it writes; of the halves the cache whose plan they take.
-        decoders: processes that decode.
-        seconds: of a half.
+        model: the model folder.
+        out: folder to write to; for the two halves, the cache whose plan they use.
+        device: "cpu" or "cuda".
+        decoders: number of processes that decode.
+        seconds: how long to measure a half.
     """
 
     photos: str
@@ -76,30 +78,37 @@ class Given:
 
     @property
     def batch(self) -> int:
+        """Images per batch on this device."""
         return BATCH[self.device]
 
     @property
     def files(self) -> list[Path]:
+        """The JPEGs in order."""
         return sorted(Path(self.photos).iterdir())
 
 
-# --- the job beside others ----------------------------------------------------------------------------------------
+# --- the job and its alternatives ---------------------------------------------------------------------------------
 
 
 def encode(setting: meter.Setting) -> Iterator[meter.Table]:
-    """A table of photos, and one of images as large as cameras make them."""
+    """Measure the encode job and its alternatives: one table for photos, and one for images of a camera's size.
+
+    Raises:
+        UserError: `encode_images` is too small, or a system failed.
+    """
     count, device = setting.config.encode_images, setting.device.type
     if count < 2 * BATCH[device]:
         raise UserError(f"encode_images={count} are too few for a rate on this device: {2 * BATCH[device]} and more")
     files, place = setting.photos(), setting.place / "encode"
     place.mkdir()
-    decoders = max(1, setting.threads - 2) if device == "cuda" else 1  # one and one of a thread on a CPU: two cores
+    decoders = max(1, setting.threads - 2) if device == "cuda" else 1  # on a CPU, one that decodes and one that encodes
     model = _model(setting, place)
     sources = {
         "photos": meter.linked(files, count, place / "photos"),
         "24-megapixel JPEGs": meter.linked(meter.mosaics(files, MOSAICS, place / "mosaics"), count, place / "large"),
     }
-    plan = str(place / "first")  # the job's own, of a batch; which also compiles kernels and reads libraries
+    # The first run of the job, on one batch, makes the plan, and also compiles kernels and loads libraries.
+    plan = str(place / "first")
     warm = str(meter.linked(files, BATCH[device], place / "warm"))
     run_system("job", Given(warm, model, plan, device, decoders), plan)
     for number, (title, folder) in enumerate(sources.items()):
@@ -137,6 +146,7 @@ def _table(
 
 
 def _model(setting: meter.Setting, place: Path) -> str:
+    """Return the config's model folder, or save a LiteVAE-S with random weights and return its folder."""
     if setting.config.model:
         return os.path.abspath(setting.config.model)
     torch.manual_seed(0)
@@ -145,7 +155,7 @@ def _model(setting: meter.Setting, place: Path) -> str:
 
 
 def _round(given: Given, out: Path, seconds: float) -> dict[str, float]:
-    """Every system once: its images/s, and the seconds of a whole run."""
+    """Run every system once, and return each one's images/s and the seconds of each whole run."""
     found = halves(given, seconds)
     for system in ("job", "loop", "ray_data"):
         start = time.perf_counter()
@@ -156,7 +166,11 @@ def _round(given: Given, out: Path, seconds: float) -> dict[str, float]:
 
 
 def halves(given: Given, seconds: float) -> dict[str, float]:
-    """Images/s of decoding alone, of encoding alone, and of the slower where both go on unconnected."""
+    """Measure decoding and encoding, first alone and then at the same time but unconnected.
+
+    Returns:
+        Images/s: "decode" and "encode" alone, and "both", the slower of the two when they run at the same time.
+    """
     found: dict[str, float] = {}
     with ExitStack() as stack, ThreadPoolExecutor(given.decoders + 1) as pool:
         decoders = [stack.enter_context(meter.Child(MODULE, "decode")) for _ in range(given.decoders)]
@@ -166,7 +180,7 @@ def halves(given: Given, seconds: float) -> dict[str, float]:
             request = asdict(given) | {"seconds": seconds}
             return [answer["rate"] for answer in pool.map(lambda child: child.ask(**request), children)]
 
-        rates([*decoders, *encoders], 0.0)  # loads and warms the model
+        rates([*decoders, *encoders], 0.0)  # loads the model and warms it up
         found["decode"], found["encode"] = sum(rates(decoders, seconds)), sum(rates(encoders, seconds))
         *together, other = rates([*decoders, *encoders], seconds)
         found["both"] = min(sum(together), other)
@@ -174,10 +188,13 @@ def halves(given: Given, seconds: float) -> dict[str, float]:
 
 
 def run_system(system: str, given: Given, folder: str) -> list[tuple[float, int]]:
-    """When each file of latents was finished, and its rows.
+    """Run a system in a process of its own.
+
+    Returns:
+        For each file of latents the Unix time at which it was finished and its number of rows, in order of time.
 
     Raises:
-        UserError: it failed, or left images out.
+        UserError: the system failed, or left images out.
     """
     with meter.Child(MODULE, system) as child:
         child.ask(**asdict(given) | {"out": folder})
@@ -191,7 +208,10 @@ def run_system(system: str, given: Given, folder: str) -> list[tuple[float, int]
 
 
 def steady(done: Sequence[tuple[float, int]]) -> float:
-    """Images/s by the times at which files were finished, from a quarter of them on: all processes have started."""
+    """Return the steady images/s from the times at which files were finished.
+
+    The first quarter of the files is left out, since not all processes have started by then.
+    """
     first = len(done) // 4
     seconds = done[-1][0] - done[first][0]
     return sum(rows for _, rows in done[first + 1 :]) / seconds if seconds else 0.0
@@ -201,13 +221,15 @@ def steady(done: Sequence[tuple[float, int]]) -> float:
 
 
 class Decode:
+    """Decoding alone, in one thread."""
+
     def __call__(self, given: Given) -> dict[str, Any]:
         transform, files = _transform(given.out), given.files
         return _rate(lambda n: transform(files[n % len(files)].read_bytes()), 1, given.seconds)
 
 
 class Encoding:
-    """The encoder that the job's actor has."""
+    """Encoding alone, in one thread, with the encoder that the job's actor uses."""
 
     def __init__(self) -> None:
         self._encoder: Encoder | None = None
@@ -228,6 +250,7 @@ def _transform(out: str) -> ImageTransform:
 
 
 def _rate(work: Callable[[int], object], images: int, seconds: float) -> dict[str, Any]:
+    """Call `work`, which handles `images` images, for about this many seconds but at least once; return images/s."""
     torch.set_num_threads(1)
     start, done = time.perf_counter(), 0
     while not done or time.perf_counter() - start < seconds:
@@ -237,6 +260,7 @@ def _rate(work: Callable[[int], object], images: int, seconds: float) -> dict[st
 
 
 def job(given: Given) -> dict[str, Any]:
+    """Run the encode job with one worker of one thread."""
     sizes = [f"rows_per_shard={given.batch}", f"batch_size={given.batch}", f"transform.resolution={SIDE}"]
     shares = ["ray.workers=1", f"ray.decode_tasks={given.decoders}", "ray.cpus_per_worker=1"]
     places = [f"source.uri={given.photos}", f"model={given.model}", f"out={given.out}", f"root={given.out}-runs"]
@@ -246,7 +270,7 @@ def job(given: Given) -> dict[str, Any]:
 
 
 class Photos(torch.utils.data.Dataset):
-    """As a user would write it."""
+    """A data set for a DataLoader as a user would write it."""
 
     def __init__(self, files: list[Path]):
         self.files, self.transform = files, ImageTransform(SIDE)
@@ -256,11 +280,11 @@ class Photos(torch.utils.data.Dataset):
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, str]:
         file = self.files[index]
-        return self.transform(file.read_bytes()).pixels.copy(), file.name  # Pillow's can't be written to
+        return self.transform(file.read_bytes()).pixels.copy(), file.name  # copied because Pillow's array is read-only
 
 
 class Model:
-    """An autoencoder's encoder as plain PyTorch runs it; also the actor of plain Ray Data."""
+    """An encoder run by plain PyTorch in one thread; it is also the actor of plain Ray Data."""
 
     def __init__(self, folder: str, device: str):
         torch.set_num_threads(1)
@@ -276,6 +300,7 @@ class Model:
 
 
 def loop(given: Given) -> dict[str, Any]:
+    """Encode with a DataLoader and a plain loop, and write the latents with pyarrow."""
     model, out = Model(given.model, given.device), Path(given.out)
     out.mkdir()
     loader = torch.utils.data.DataLoader(Photos(given.files), given.batch, num_workers=given.decoders)
@@ -289,12 +314,13 @@ def loop(given: Given) -> dict[str, Any]:
 
 
 def ray_data(given: Given) -> dict[str, Any]:
+    """Encode with plain Ray Data and `write_parquet`."""
     os.environ.update(RAY_USAGE_STATS_ENABLED="0", RAY_DATA_DISABLE_PROGRESS_BARS="1", RAY_DATA_LOG_LEVEL="ERROR")
-    # Or Ray leaves a token in the home folder.
+    # With a token given here, Ray does not write one into the home folder.
     os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
     import ray.data
 
-    # As many CPUs as the job gives itself.
+    # As many CPUs as the encode job gives itself.
     cpus = max(os.cpu_count() or 1, 1 + given.decoders) + 2
     ray.init(address="local", num_cpus=cpus, include_dashboard=False, logging_level="ERROR")
     transform = ImageTransform(SIDE)
@@ -308,7 +334,7 @@ def ray_data(given: Given) -> dict[str, Any]:
         fn_constructor_args=(given.model, given.device),
         batch_size=given.batch,
         compute=ray.data.ActorPoolStrategy(size=1),
-        num_cpus=0.9,  # other resources than decoding's: or Ray puts both into the actor
+        num_cpus=0.9,  # differs from decoding's resources, or Ray would run both steps in the actor
         num_gpus=1 if given.device == "cuda" else 0,
     )
     latents.write_parquet(given.out)
@@ -328,7 +354,7 @@ SERVED: dict[str, Callable[[], Callable[[Given], dict[str, Any]]]] = {
 
 
 def memory(setting: meter.Setting) -> Iterator[meter.Table]:
-    """Peak memory of the encode job's processes, of more and more images."""
+    """Measure the peak memory of the encode job's processes for increasing numbers of images."""
     files, place, count = setting.photos(), setting.place / "memory", setting.config.encode_images
     place.mkdir()
     words = [f"model={_model(setting, place)}", f"root={place}", "tracking.enabled=false", "ray.cpus_per_worker=1"]
@@ -354,7 +380,11 @@ def memory(setting: meter.Setting) -> Iterator[meter.Table]:
 
 
 def _peaks(command: list[str]) -> dict[str, tuple[int, int]]:
-    """Of each kind of process: the most resident memory of one, and the most that was not shared, in bytes.
+    """Run the encode job, and watch the memory of its processes.
+
+    Returns:
+        For each kind of process, in bytes: the largest resident memory of one process, and the largest part of it that
+        was not shared.
 
     Raises:
         UserError: the job failed.
@@ -368,7 +398,7 @@ def _peaks(command: list[str]) -> dict[str, tuple[int, int]]:
                     kind, memory = _kind(process, job.pid), process.memory_info()
                     most = process_memory("VmHWM", process.pid)
                 except (psutil.Error, OSError, StopIteration):
-                    continue  # it ended meanwhile
+                    continue  # the process has ended meanwhile
                 before = found.get(kind, (0, 0))
                 found[kind] = max(before[0], most), max(before[1], memory.rss - memory.shared)
             try:
@@ -382,7 +412,7 @@ def _peaks(command: list[str]) -> dict[str, tuple[int, int]]:
 
 
 def _kind(process: psutil.Process, driver: int) -> str:
-    """By its title: Ray's workers name what they do."""
+    """Return the kind of a process by its title, in which Ray's workers name what they do."""
     if process.pid == driver:
         return "driver"
     title = " ".join(process.cmdline())

@@ -1,4 +1,4 @@
-"""What Ray Train adds to training: a job beside the same loop without Ray, in turn, each a process of its own."""
+"""Measure the cost of Ray Train: a training job and the same loop without Ray, in turn, each in its own process."""
 
 import json
 import os
@@ -23,9 +23,9 @@ from pipelines.runtime.mlflow_server import RunHandle
 from pipelines.training.config import TrainLDM, TrainVAE
 from pipelines.training.worker_setup import LdmSetup, VaeSetup
 
-INTERVALS = 6  # of a run; the first one warms up
+INTERVALS = 6  # intervals that a run is measured in; the first one is warm-up
 JOBS = Path(__file__).resolve().parents[2] / "jobs"
-CASES = {  # job, its settings, side of latents, images a step, steps
+CASES = {  # job, its settings, side of a latent, images per step, number of steps
     "autoencoder: LiteVAE-S, decoder (32, 64, 128, 128), GAN, 64 px": (
         "train_vae",
         "model.encoder=S model.decoder.channels=[32,64,128,128] loss.lpips.weight=0 data.crop=center "
@@ -40,7 +40,7 @@ CASES = {  # job, its settings, side of latents, images a step, steps
 
 
 def ray(setting: meter.Setting) -> Iterator[meter.Table]:
-    """images/s of either trainer's job, and of its loop alone."""
+    """Measure images/s of both training jobs, and of their loops without Ray."""
     table = meter.Table(
         "What Ray Train adds",
         f"`jobs/train_vae.py` and `jobs/train_ldm.py` beside their own loops in a process without Ray, in turn, "
@@ -72,6 +72,7 @@ def ray(setting: meter.Setting) -> Iterator[meter.Table]:
 
 
 def _data(setting: meter.Setting, job: str, folder: Path, side: int) -> list[str]:
+    """Make the data of a case, and return the config words that name them."""
     place = [f"root={folder}", "tracking.enabled=false"]
     if job == "train_vae":
         return [*place, f"data.train.uri={setting.config.source or setting.photos()[0].parent}"]
@@ -84,6 +85,7 @@ def _data(setting: meter.Setting, job: str, folder: Path, side: int) -> list[str
 
 
 def _length(job: str, batch: int, steps: int) -> list[str]:
+    """Return the config words for the length of the run, its logging and its checkpoints."""
     images = batch * steps
     every = ["loop.val_every=0", f"loop.log_every={steps // INTERVALS}", f"loop.checkpoint_every={images}"]
     if job == "train_ldm":
@@ -92,9 +94,14 @@ def _length(job: str, batch: int, steps: int) -> list[str]:
 
 
 def _run(command: Sequence[str], **environment: str) -> str:
-    """
+    """Run a command and return what it printed.
+
+    Args:
+        command: the program and its arguments.
+        environment: variables that are added to this process's.
+
     Raises:
-        UserError: it failed.
+        UserError: the command failed.
     """
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
     if done.returncode:
@@ -103,13 +110,16 @@ def _run(command: Sequence[str], **environment: str) -> str:
 
 
 def _loop_in_a_process(given: dict[str, Any], setting: meter.Setting) -> float:
-    """images/s in a process that has what the job's worker has: few spins, one OpenMP thread until torch wants more."""
+    """Return images/s of the loop without Ray, in a process with the same environment as the job's worker.
+
+    That is: OpenMP threads spin little while they wait, and there is one of them until torch asks for more.
+    """
     command = [sys.executable, "-m", __name__, json.dumps(given | {"threads": setting.threads})]
     return json.loads(_run(command, **cluster.ENVIRONMENT, OMP_NUM_THREADS="1").splitlines()[-1])
 
 
 def _job(given: dict[str, Any], folder: Path, name: str) -> dict[str, float]:
-    """images/s of the job, and the share of time in which it waited for data."""
+    """Run the job, and return its images/s and the share of time in which it waited for data."""
     _run([sys.executable, str(JOBS / f"{given['job']}.py"), *given["words"], f"name={name}"])
     lines = map(json.loads, (folder / name / "metrics.jsonl").read_text().splitlines())
     logged = [line for line in lines if "train/images_per_second" in line][1:]
@@ -118,12 +128,23 @@ def _job(given: dict[str, Any], folder: Path, name: str) -> dict[str, float]:
 
 
 def loop_rate(job: str, words: list[str], batch: int, steps: int, threads: int) -> float:
-    """images/s of a job's loop in this process."""
+    """Run a job's loop without Ray in this process.
+
+    Args:
+        job: "train_vae" or "train_ldm".
+        words: the job's config as words of a command line.
+        batch: images per step.
+        steps: number of steps.
+        threads: CPU threads of torch.
+
+    Returns:
+        The median images/s of the intervals after the first.
+    """
     from pipelines.training import ldm, vae
 
     torch.set_num_threads(threads)
     task: Any
-    with mock.patch("ray.train.torch.prepare_model", lambda model: model):  # without Ray nothing is to be prepared
+    with mock.patch("ray.train.torch.prepare_model", lambda model: model):  # there is no DDP without Ray
         if job == "train_vae":
             cfg = load(TrainVAE, None, words)
             device = _device(cfg.ray.gpu)

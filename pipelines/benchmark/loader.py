@@ -1,7 +1,7 @@
-"""Rows/s of latents in random order: our loader beside safetensors, a .npy file a row, and `datasets`.
+"""Compare the latent loader with safetensors, one .npy file per row, and `datasets`, in rows/s in random order.
 
-Every run is a process of its own (`python -m pipelines.benchmark.loader READER FOLDER ROWS`) of one thread: an epoch
-after all files were put out of the page cache (cold), then another (warm).
+Every run is a process of its own with one thread (`python -m pipelines.benchmark.loader READER FOLDER ROWS`). It reads
+one epoch after all files were removed from the page cache (cold), then another epoch (warm).
 """
 
 import os
@@ -26,23 +26,23 @@ from pipelines.benchmark import meter
 
 BATCH, SHAPE, SHARD, PART = 64, (8, 32, 32), 500, 1000
 
-Epoch = Callable[[np.ndarray], Iterator[Tensor]]  # of an order of rows: its batches
+Epoch = Callable[[np.ndarray], Iterator[Tensor]]  # takes an order of rows, and yields its batches
 
 
 def loader(setting: meter.Setting) -> Iterator[meter.Table]:
-    """Rows/s of each reader, cold and warm, and what it took from the disk."""
-    import datasets  # a package that only developers have; jobs.py makes caches without it
+    """Measure rows/s of each reader, cold and warm, and how much it read from the disk."""
+    import datasets  # only developers have this package, and jobs.py uses this module without it
 
     datasets.disable_progress_bars()
     rows, folder = setting.config.loader_rows, setting.place / "loader"
     write(folder, rows)
-    os.sync()  # what is not on the disk yet stays in the page cache
+    os.sync()  # pages that are not on the disk yet cannot be removed from the page cache
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in READERS}
     for n in range(-1, setting.config.repeats):
         for name in READERS:
             with meter.Child("pipelines.benchmark.loader", name, folder, rows) as child:
                 run = child.ask()
-            if n >= 0:  # the first warms up
+            if n >= 0:  # the first round is warm-up
                 runs[name].append(run)
     table = meter.Table(
         "The latent loader",
@@ -62,7 +62,7 @@ def loader(setting: meter.Setting) -> Iterator[meter.Table]:
 
 
 def write(folder: Path, rows: int) -> None:
-    """The same rows in every format. `datasets` reads our Parquet shards, and makes an Arrow copy of them."""
+    """Write the same rows in every format. `datasets` makes an Arrow copy of the cache's Parquet shards."""
     synthetic_cache(folder / "cache", rows, SHAPE)
     for name in ("safetensors", "npy"):
         (folder / name).mkdir()
@@ -75,7 +75,14 @@ def write(folder: Path, rows: int) -> None:
 
 
 def synthetic_cache(folder: Path, rows: int, shape: Sequence[int], **model: str) -> None:
-    """A cache of so many moments (C, h, w), normal numbers in fp16; `model` is what its manifest says of one."""
+    """Write a latent cache of random moments.
+
+    Args:
+        folder: the cache.
+        rows: the number of rows.
+        shape: shape of the moments (C, h, w), which are standard normal numbers in fp16.
+        model: the manifest's entry about the model.
+    """
     how = cache.layout("moments", "float16")
     plan = {"model": model, "transform": {}, "latents": how, "precision": "fp32", "columns": {}}
     schema = cache.row_schema(pa.schema([]))
@@ -93,11 +100,13 @@ def synthetic_cache(folder: Path, rows: int, shape: Sequence[int], **model: str)
 
 
 def ours(folder: Path) -> Epoch:
+    """Read with the latent loader; the order gives only its seed."""
     latents = LatentCache(str(folder / "cache"))
     return lambda order: (batch["latents"] for batch in _loader(latents, order))
 
 
 def moments(folder: Path) -> Epoch:
+    """Read raw moments in the latent loader's order; the given order gives only its seed."""
     latents = LatentCache(str(folder / "cache"))
     return lambda order: (latents.moments(rows) for _, rows, _, _ in _loader(latents, order)._places(0))
 
@@ -107,10 +116,13 @@ def _loader(latents: LatentCache, order: np.ndarray) -> LatentLoader:
 
 
 def anywhere(folder: Path) -> Epoch:
+    """Read raw moments from the cache in the given order."""
     return _in_order(LatentCache(str(folder / "cache")).moments)
 
 
 def safetensors(folder: Path) -> Epoch:
+    """Read slices of safetensors files in the given order."""
+
     def row(index: int) -> Tensor:
         with safe_open(folder / "safetensors" / f"{index // PART:04d}.safetensors", "pt") as file:
             return file.get_slice("latents")[index % PART : index % PART + 1]
@@ -119,10 +131,12 @@ def safetensors(folder: Path) -> Epoch:
 
 
 def npy(folder: Path) -> Epoch:
+    """Read one .npy file per row in the given order."""
     return _in_order(lambda rows: torch.from_numpy(np.stack([np.load(folder / f"npy/{n:06d}.npy") for n in rows])))
 
 
 def hugging_face(folder: Path) -> Epoch:
+    """Read with `datasets` in the given order."""
     import datasets
 
     datasets.disable_progress_bars()
@@ -138,6 +152,7 @@ def hugging_face(folder: Path) -> Epoch:
 
 
 def _in_order(batch: Callable[[Any], Tensor]) -> Epoch:
+    """Make an epoch from a function that reads one batch of rows."""
     return lambda order: (batch(order[start : start + BATCH]) for start in range(0, len(order), BATCH))
 
 
@@ -160,7 +175,19 @@ READERS: dict[str, tuple[Callable[[Path], Epoch], str, str]] = {
 
 
 def read(name: str, folder: Path, rows: int) -> dict[str, float]:
-    """Rows/s, cold and warm, and the MB that each pass took from the disk."""
+    """Read a cold and a warm epoch.
+
+    Args:
+        name: the reader, a key of `READERS`.
+        folder: the folder that `write` filled.
+        rows: the number of rows there.
+
+    Returns:
+        Rows/s ("cold", "warm"), and the MB that each epoch read from the disk ("cold MB", "warm MB").
+
+    Raises:
+        UserError: the reader returned too few rows, or other rows than were written.
+    """
     torch.set_num_threads(1)
     epoch = READERS[name][0](folder)
     found: dict[str, float] = {}
@@ -175,7 +202,7 @@ def read(name: str, folder: Path, rows: int) -> dict[str, float]:
         found |= {state: count / (time.perf_counter() - start), f"{state} MB": (_from_disk() - before) / 1e6}
         if count != length:
             raise UserError(f"{name} read {count} rows of {length}")
-    if name not in ("ours", "moments"):  # which have an order of their own
+    if name not in ("ours", "moments"):  # these two have an order of their own
         expected = LatentCache(str(folder / "cache")).moments(order[:BATCH].tolist())
         if not torch.equal(next(epoch(order)), expected):
             raise UserError(f"{name} reads other rows than were written")
@@ -183,7 +210,7 @@ def read(name: str, folder: Path, rows: int) -> dict[str, float]:
 
 
 def _from_disk() -> int:
-    """Bytes that this process has had fetched so far; what is in the page cache already does not count."""
+    """Return the bytes that this process has read from the disk so far, without reads from the page cache."""
     return int(Path("/proc/self/io").read_text().split("read_bytes:")[1].split()[0])
 
 

@@ -1,4 +1,4 @@
-"""Measuring side by side: contenders in turn, medians and ranges, processes of their own, the machine's own limits."""
+"""Tools to compare contenders: rounds in turn, medians and ranges, separate processes, and the machine's limits."""
 
 import json
 import os
@@ -29,7 +29,15 @@ PACKAGES = (
 
 @dataclass
 class Table:
-    """A table of a report: cells are shown as they are; `samples` are what they were computed from, raw."""
+    """A table of the report.
+
+    Attributes:
+        title: the title.
+        how: how it was measured.
+        head: the columns' titles.
+        rows: the cells, as they are shown.
+        samples: the raw measurements from which the cells were computed.
+    """
 
     title: str
     how: str
@@ -39,6 +47,7 @@ class Table:
 
     @property
     def markdown(self) -> str:
+        """The table with its title in Markdown."""
         lines = [self.head, ["---"] * len(self.head), *self.rows]
         cells = "\n".join("| " + " | ".join(map(str, row)) + " |" for row in lines)
         return f"### {self.title}\n\n{self.how}\n\n{cells}\n"
@@ -46,10 +55,13 @@ class Table:
 
 @dataclass(frozen=True)
 class Setting:
-    """Where a part measures.
+    """What each part of the benchmark gets.
 
     Attributes:
-        place: a folder for files that are gone afterwards.
+        config: the job's config.
+        device: the device to measure.
+        threads: CPU threads.
+        place: a folder for temporary files.
     """
 
     config: Benchmark
@@ -58,10 +70,10 @@ class Setting:
     place: Path
 
     def photos(self) -> list[Path]:
-        """JPEGs: those of `source`, or scikit-image's photos, 400 to 640 pixels wide.
+        """Return the JPEGs of `source`, or scikit-image's photos at widths from 400 to 640 pixels.
 
         Raises:
-            UserError: the source holds none.
+            UserError: the source holds no JPEGs.
         """
         if self.config.source:
             found = sorted(p for p in Path(self.config.source).rglob("*") if p.suffix.lower() in (".jpg", ".jpeg"))
@@ -82,7 +94,7 @@ class Setting:
 
 
 def linked(files: Sequence[Path], count: int, folder: Path) -> Path:
-    """A folder with so many of the files, again under other names: hard links, or copies where none can be."""
+    """Make a folder with `count` files by repeating the given ones: as hard links, or as copies if links fail."""
     folder.mkdir()
     for n in range(count):
         name, file = folder / f"{n:06d}.jpg", files[n % len(files)]
@@ -100,7 +112,15 @@ def mosaics(
     tiles: tuple[int, int] = (12, 10),
     tile: tuple[int, int] = (500, 400),
 ) -> list[Path]:
-    """JPEGs as large as cameras make them, 6000 x 4000 pixels, of 120 photos each; or of so many tiles of a size."""
+    """Make JPEGs of a camera's size (by default 6000 x 4000 pixels), each a mosaic of photos.
+
+    Args:
+        files: the photos.
+        count: the number of mosaics.
+        folder: where they are made.
+        tiles: columns and rows of photos.
+        tile: width and height of each photo in the mosaic, in pixels.
+    """
     folder.mkdir()
     (across, down), (width, height) = tiles, tile
     for n in range(count):
@@ -120,10 +140,17 @@ def rounds(
     device: str = "cpu",
     clock: Callable[[], float] | None = None,
 ) -> dict[str, list[float]]:
-    """Seconds of each call, contenders in turn (A B C A B C ...), so that a machine that drifts drifts for all.
+    """Time the calls of contenders in turn (A B C A B C ...), so that a drift of the machine affects all of them.
 
     Args:
-        clock: seconds of what is measured; None: of the device's wall time.
+        contenders: the calls by name.
+        repeats: timed rounds.
+        warmup: rounds before them that are not timed.
+        device: the device to wait for before the clock is read.
+        clock: returns the seconds to measure; None: wall time, read when the device has finished its work.
+
+    Returns:
+        The seconds of each call, by contender.
     """
     clock = clock or partial(now, device)
     found: dict[str, list[float]] = {name: [] for name in contenders}
@@ -138,18 +165,19 @@ def rounds(
 
 
 def now(device: str | torch.device = "cpu") -> float:
-    """Seconds, once the device has done all that it was given."""
+    """Wait until the device has finished its work, then return the time in seconds."""
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 def rates(seconds: Iterable[float], items: float) -> list[float]:
+    """Convert the seconds of calls that each handle `items` items to items per second."""
     return [items / value for value in seconds]
 
 
 def spread(values: Sequence[float], digits: int = 1) -> str:
-    """Median and range, or the only one."""
+    """Format values as their median and range; a single value is shown as it is."""
     low, high = min(values), max(values)
     if len(values) == 1:
         return f"{low:,.{digits}f}"
@@ -157,7 +185,7 @@ def spread(values: Sequence[float], digits: int = 1) -> str:
 
 
 def ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
-    """Of two contenders' samples of the same rounds: the median of the rounds' ratios."""
+    """Return the median of the ratios ours / theirs, where both have one sample from each round."""
     return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
 
 
@@ -165,13 +193,19 @@ def ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
 
 
 class Child:
-    """A process that answers requests, one JSON object a line: `serve` is its other end. What one contender leaves in
-    memory counts for no other, and all are there at the same time, to be measured in turn."""
+    """A process that answers requests as lines of JSON; `serve` is its other end.
+
+    Each contender has its own process. So memory that one of them leaves behind does not count for another, and all of
+    them exist at the same time and can be measured in turn.
+    """
 
     def __init__(self, module: str, *arguments: object, environment: Mapping[str, str | None] | None = None):
-        """
+        """Start the process as `python -m module arguments...`.
+
         Args:
-            environment: variables beside this process's; None: without that one.
+            module: the module to run, which calls `serve`.
+            arguments: its arguments.
+            environment: variables that are added to this process's; a value of None removes the variable.
         """
         variables = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), **(environment or {})}
         command = [sys.executable, "-m", module, *map(str, arguments)]
@@ -184,9 +218,10 @@ class Child:
         )
 
     def ask(self, **request: Any) -> dict[str, Any]:
-        """
+        """Send a request and return the answer.
+
         Raises:
-            UserError: what the process says of a request that it can't do, or that it ended.
+            UserError: the process answered with an error, or it has ended.
         """
         assert self._process.stdin is not None
         assert self._process.stdout is not None
@@ -206,8 +241,9 @@ class Child:
         return found
 
     def close(self) -> None:
+        """Let the process end; it is killed if it does not end within 30 seconds."""
         if self._process.stdin is not None:
-            with suppress(BrokenPipeError):  # it has ended, and did not read all
+            with suppress(BrokenPipeError):  # the process has ended without reading everything
                 self._process.stdin.close()
         try:
             self._process.wait(30)
@@ -223,7 +259,7 @@ class Child:
 
 
 def serve(answer: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
-    """Answer a `Child`'s requests until it closes. What is printed meanwhile goes to stderr."""
+    """Answer a `Child`'s requests until it closes. Anything that is printed in between goes to stderr."""
     with _stdout_is_ours() as out:
         for line in sys.stdin:
             try:
@@ -236,6 +272,7 @@ def serve(answer: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
 
 @contextmanager
 def _stdout_is_ours() -> Iterator[Any]:
+    """Yield a file for the real stdout, and redirect stdout itself to stderr, also for native code."""
     with os.fdopen(os.dup(1), "w") as out:
         os.dup2(2, 1)
         yield out
@@ -245,10 +282,19 @@ def _stdout_is_ours() -> Iterator[Any]:
 
 
 def limits(device: torch.device, dtype: torch.dtype = torch.float32, seconds: float = 1.0) -> dict[str, float]:
-    """What the machine can do at most, as measured: `copy`, bytes/s read and written by a copy that no cache holds, and
-    `matrix`, FLOP/s of a product of square matrices."""
+    """Measure the limits of the machine.
+
+    Args:
+        device: the device to measure.
+        dtype: type of the numbers.
+        seconds: how long each limit is measured.
+
+    Returns:
+        `copy`: bytes/s read and written by a copy that is too large for caches. `matrix`: FLOP/s of a product of square
+        matrices.
+    """
     large = torch.empty(2**28 // dtype.itemsize, dtype=dtype, device=device)  # 256 MiB
-    other = torch.empty_like(large).copy_(large.normal_())  # not zeros, which take less power, and so less time
+    other = torch.empty_like(large).copy_(large.normal_())  # not zeros, which need less power and so less time
     side = 8192 if device.type == "cuda" else 2048
     a, b = (torch.randn(side, side, dtype=dtype, device=device) for _ in range(2))
     out = torch.empty_like(a)
@@ -258,6 +304,7 @@ def limits(device: torch.device, dtype: torch.dtype = torch.float32, seconds: fl
 
 
 def _repeated(call: Callable[[], object], device: torch.device, seconds: float) -> list[float]:
+    """Time a call again and again, after one warm-up, for this many seconds but at least three times."""
     call()
     found: list[float] = []
     while sum(found) < seconds or len(found) < 3:
@@ -268,7 +315,7 @@ def _repeated(call: Callable[[], object], device: torch.device, seconds: float) 
 
 
 def environment(device: torch.device, threads: int) -> dict[str, Any]:
-    """The machine and the versions that a measurement holds for."""
+    """Describe the machine and the package versions for which a measurement is valid."""
     return {
         "processor": host.processor(),
         "cores": os.cpu_count(),

@@ -1,7 +1,7 @@
-"""Encoders and decoders beside each other: images/s, latency, peak memory, and their share of what the machine can do.
+"""Compare encoders and decoders: images/s, latency, peak memory, and their share of what the machine can do.
 
-Each contender is a process of its own (`python -m pipelines.benchmark.models NAME MODE PART PRECISION THREADS DEVICE`),
-and all of a setting are asked in turn.
+Each contender is a process of its own (`python -m pipelines.benchmark.models NAME MODE PART PRECISION THREADS DEVICE`).
+All contenders of a table are measured in turn.
 """
 
 import statistics
@@ -37,7 +37,7 @@ from pipelines.benchmark.config import Benchmark
 from pipelines.runtime.host import PeakMemory
 
 TITLES = {"sd-vae": "SD-VAE", "taesd": "TAESD", "dc-ae": "DC-AE (f = 32)", "pseudocode-B": "LiteVAE-B, pseudocode"}
-GPU_SECONDS = 0.2  # of passes for a sample
+GPU_SECONDS = 0.2  # duration of the forward passes that give one sample
 MODES = {
     "eager": "as PyTorch runs it",
     "channels-last": "the same, channels last",
@@ -47,12 +47,12 @@ MODES = {
 
 
 def encoder(setting: meter.Setting) -> Iterator[meter.Table]:
-    """A table a resolution and precision."""
+    """Measure encoders; yield one table per resolution and precision."""
     return _tables(setting, "encoder")
 
 
 def decoder(setting: meter.Setting) -> Iterator[meter.Table]:
-    """A table a resolution and precision."""
+    """Measure decoders; yield one table per resolution and precision."""
     return _tables(setting, "decoder")
 
 
@@ -130,8 +130,11 @@ def _table(setting: meter.Setting, part: str, precision: str, resolution: int, l
 
 
 def _warm(child: meter.Child, batches: Sequence[int], resolution: int, device: torch.device) -> int:
-    """Let it warm up, and return the memory of its first pass: a fresh process'. On a GPU what is compiled is so for
-    every size, which takes minutes, side by side."""
+    """Warm up a contender, and return the peak memory of its first forward pass in bytes, in a fresh process.
+
+    On a GPU, compiled models are compiled here for every batch size. That takes minutes, so contenders do it at the
+    same time.
+    """
     largest = max(batches)
     memory = child.ask(do="memory", batch=largest, resolution=resolution)["bytes"]
     for batch in batches if device.type == "cuda" else ():
@@ -141,7 +144,11 @@ def _warm(child: meter.Child, batches: Sequence[int], resolution: int, device: t
 
 
 def _has(config: Benchmark, name: str, mode: str, part: str) -> bool:
-    """The pseudocode is literal, and of the encoder alone. LiteVAE has one decoder, whatever the encoder."""
+    """Return whether a model is measured in this mode and part.
+
+    The paper's pseudocode is run only as it is printed, and describes only the encoder. LiteVAE's decoder does not
+    depend on the encoder's size, so it is measured once.
+    """
     if name == "pseudocode-B":
         return mode == "eager" and part == "encoder"
     sizes = [each for each in config.models if each in SIZES]
@@ -155,11 +162,23 @@ def _title(name: str, part: str) -> str:
 
 
 def about(name: str, part: str, resolution: int, precision: str) -> dict[str, Any]:
-    """Parameters, and of each convolution and linear layer its FLOPs for an image and the bytes that it has to move."""
+    """Count the parameters and the work of one part of a model.
+
+    Args:
+        name: the model.
+        part: "encoder" or "decoder".
+        resolution: side of the image in pixels.
+        precision: "fp32" or "bf16".
+
+    Returns:
+        `parameters`, and `layers`: for each convolution and linear layer its FLOPs for one image and the bytes that it
+        must move.
+    """
     name = "B" if name == "pseudocode-B" else name
-    loaded = None if name in TITLES or name in ENCODERS else load_autoencoder(name)  # no folder gives fake weights
+    # A model folder is loaded before fake mode starts, because a file does not give fake weights.
+    loaded = None if name in TITLES or name in ENCODERS else load_autoencoder(name)
     layers = Layers(2 if precision == "bf16" else 4)
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():  # shapes only
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():  # computes only shapes
         model: Any = loaded or build(name, "eager")
         half: nn.Module = getattr(model, part)
         with mock.patch.object(half, "forward", layers.counting(half.forward)):
@@ -170,15 +189,23 @@ def about(name: str, part: str, resolution: int, precision: str) -> dict[str, An
 
 
 class Layers(TorchDispatchMode):
-    """(FLOPs, bytes) of each product with weights, as it is computed: our up- and downsampling have fewer than their
-    modules say."""
+    """Record (FLOPs, bytes) of each convolution and matrix product that is really computed.
+
+    Counting by modules would give too much, because this project's up- and downsampling need fewer operations than
+    their modules suggest.
+
+    Args:
+        size: bytes of a number.
+    """
 
     def __init__(self, size: int):
         super().__init__()
-        self.size = size  # of a number, bytes
+        self.size = size
         self.found: list[tuple[int, int]] = []
 
     def counting(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """Wrap a forward function so that its operations are recorded."""
+
         def counted(*args: Any, **kwargs: Any) -> Any:
             with self:
                 return forward(*args, **kwargs)
@@ -189,7 +216,7 @@ class Layers(TorchDispatchMode):
         y = func(*args, **(kwargs or {}))
         if func.overloadpacket in (torch.ops.aten.convolution, torch.ops.aten.mm, torch.ops.aten.addmm):
             flops = flop_registry[func.overloadpacket](*args, **(kwargs or {}), out_val=y)
-            tensors = [each for each in (*args, y) if isinstance(each, Tensor) and each.ndim > 1]  # not biases
+            tensors = [each for each in (*args, y) if isinstance(each, Tensor) and each.ndim > 1]  # without biases
             self.found.append((flops, self.size * sum(each.numel() for each in tensors)))
         return y
 
@@ -198,9 +225,9 @@ class Layers(TorchDispatchMode):
 
 
 def build(name: str, mode: str) -> Any:
-    """A model in eval mode: of diffusers or ours, with random weights, or a model folder's."""
+    """Build a model in eval mode: diffusers' or this project's with random weights, or one from a model folder."""
     torch.manual_seed(0)
-    if name == "sd-vae" and mode != "fast":  # diffusers' own, as its users run it; "fast" is ours, equal to it
+    if name == "sd-vae" and mode != "fast":  # diffusers' model as users run it; "fast" takes this project's equal one
         from diffusers import AutoencoderKL
 
         blocks = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4}
@@ -213,7 +240,7 @@ def build(name: str, mode: str) -> Any:
         from diffusers import AutoencoderDC
 
         kinds = ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3
-        return AutoencoderDC(  # dc-ae-f32c32
+        return AutoencoderDC(  # the architecture of dc-ae-f32c32
             encoder_block_types=kinds,
             decoder_block_types=kinds,
             encoder_layers_per_block=(0, 4, 8, 2, 2, 2),
@@ -229,7 +256,7 @@ def build(name: str, mode: str) -> Any:
 
 
 class Pseudocode(Encoder):
-    """The encoder as the paper prints it: a transform from scratch for each level (Appendix G)."""
+    """The encoder as the paper prints it, with a whole wavelet transform for each level (Appendix G)."""
 
     def forward(self, x: Tensor) -> Tensor:
         import ptwt
@@ -243,6 +270,12 @@ class Pseudocode(Encoder):
 
 
 class Contender:
+    """A model in a contender's process, which answers requests for its time or its memory.
+
+    Args:
+        name, mode, part, precision, threads, device: the arguments of the command line.
+    """
+
     def __init__(self, name: str, mode: str, part: str, precision: str, threads: str, device: str):
         torch.set_num_threads(int(threads))
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
@@ -250,7 +283,8 @@ class Contender:
         self.model: Any = build(name, mode)
         self.factor = downsampling(self.model)
         self.channels: int = self.model.config["latent_channels"]
-        setattr(self.model, "decoder" if part == "encoder" else "encoder", nn.Identity())  # does not count
+        # The half that is not measured is removed, so that it takes no memory.
+        setattr(self.model, "decoder" if part == "encoder" else "encoder", nn.Identity())
         self.model.requires_grad_(False).to(self.device)
         self.forward: Callable[[Tensor], Tensor] = self._call
         compiled = mode == "compiled" or (mode == "fast" and self.device.type == "cuda")
@@ -267,6 +301,11 @@ class Contender:
         return self.model.decode(x, return_dict=False)[0]
 
     def __call__(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Answer {"do": "memory" or "time", "batch": ..., "resolution": ...} with peak bytes or seconds of a pass.
+
+        Raises:
+            UserError: the batch does not fit into the GPU's memory.
+        """
         x = self.input(request["batch"], request["resolution"])
         try:
             if request["do"] == "memory":
@@ -275,7 +314,7 @@ class Contender:
                 return {"bytes": memory.bytes()}
             if self.device.type != "cuda":
                 return {"seconds": self.seconds(x, 1)}
-            self.seconds(x, 1)  # a GPU that had nothing to do is slow at first
+            self.seconds(x, 1)  # a GPU is slow at first after it was idle
             return {"seconds": self.seconds(x, max(1, round(GPU_SECONDS / self.seconds(x, 1))))}
         except torch.OutOfMemoryError:
             raise UserError(
@@ -283,10 +322,10 @@ class Contender:
             ) from None
         finally:
             if self.device.type == "cuda":
-                torch.cuda.empty_cache()  # there are others on it
+                torch.cuda.empty_cache()  # other contenders use the same GPU
 
     def seconds(self, x: Tensor, passes: int) -> float:
-        """Of one of them."""
+        """Return the mean seconds of one forward pass, over this many passes."""
         start = meter.now(self.device)
         with torch.inference_mode(), self.autocast():
             for _ in range(passes):
@@ -294,9 +333,11 @@ class Contender:
         return (meter.now(self.device) - start) / passes
 
     def autocast(self) -> AbstractContextManager:
+        """Return the autocast context of this contender's precision."""
         return autocast(self.device, self.precision)
 
     def input(self, count: int, resolution: int) -> Tensor:
+        """Return random input: images (count, 3, resolution, resolution) in [-1, 1], or latents for a decoder."""
         generator = torch.Generator().manual_seed(0)
         if self.part == "encoder":
             pixels = torch.randint(0, 256, (count, resolution, resolution, 3), generator=generator, dtype=torch.uint8)

@@ -1,4 +1,4 @@
-"""The command: the parts that are asked for, one after the other, and what is written of them."""
+"""Run the parts of the benchmark that the config names, one after the other, and write the report."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from pipelines.benchmark.config import Benchmark
 from pipelines.benchmark.meter import Setting, Table
 from pipelines.runtime import mlflow_run, paths
 
-PARTS = {  # where each part is measured; some beside packages that only developers have
+PARTS = {  # the function that measures each part; some parts need packages that only developers have
     "encoder": "pipelines.benchmark.models:encoder",
     "decoder": "pipelines.benchmark.models:decoder",
     "vae-step": "pipelines.benchmark.training:vae_step",
@@ -31,13 +31,17 @@ PARTS = {  # where each part is measured; some beside packages that only develop
 
 
 def benchmark(config: Benchmark, parts: Mapping[str, str] = PARTS) -> dict[str, Any]:
-    """Measure, and leave benchmark.md and benchmark.json in `config.out`, anew after each table.
+    """Measure the parts, and write benchmark.md and benchmark.json to `config.out` again after each table.
 
     Args:
+        config: the job's config.
         parts: "module:function" of each part that the config may name; the function yields tables.
 
+    Returns:
+        The content of benchmark.json.
+
     Raises:
-        UserError: a model, photos or a package that a part needs are missing; memory does not suffice.
+        UserError: a model, photos or a package that a part needs are missing, or the memory is too small.
     """
     out = paths.output_path("out", config.out)
     device = _device(config)
@@ -70,6 +74,7 @@ def benchmark(config: Benchmark, parts: Mapping[str, str] = PARTS) -> dict[str, 
 
 
 def _device(config: Benchmark) -> torch.device:
+    """Return the device to measure, or raise a UserError if gpu=true and there is no GPU."""
     there = torch.cuda.is_available()
     if config.gpu is True and not there:
         raise UserError("gpu=true, but PyTorch finds no GPU here")
@@ -77,6 +82,7 @@ def _device(config: Benchmark) -> torch.device:
 
 
 def _tables(part: str, place: str, setting: Setting) -> Iterator[Table]:
+    """Yield the tables of a part, or raise a UserError if it needs a package that is not installed."""
     module, _, function = place.partition(":")
     try:
         yield from getattr(import_module(module), function)(setting)

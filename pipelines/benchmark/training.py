@@ -1,8 +1,8 @@
-"""Training steps beside the same networks in a plain torch loop: by part, compiled, with activations recomputed.
+"""Compare training steps with the same networks in a plain torch loop: by part, compiled, and with recomputation.
 
-A plain loop is what trainers in the style of diffusers' and CompVis' scripts do: NCHW, eager, torch's default AdamW,
-one forward of the autoencoder a step, a forward of the discriminator for each of the three things that it is asked,
-every number read at once; the same losses, in the same precision.
+The plain loop does what trainers in the style of diffusers' and CompVis' scripts do. It runs eagerly in NCHW with
+torch's default AdamW, with one forward pass of the autoencoder per step, and three forward passes of the discriminator
+per step. Every metric is read from the device at once. Losses and precision are the same as in this project.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -47,10 +47,10 @@ PARTS = {
 
 
 def vae_step(setting: meter.Setting) -> Iterator[meter.Table]:
-    """The autoencoder's training step: images/s, seconds of its parts, what recomputing activations saves and costs.
+    """Measure the autoencoder's training step, its parts, and what recomputing activations saves and costs.
 
     Raises:
-        UserError: the loops' losses differ, so that they would not be compared.
+        UserError: the losses of the loops differ, so that a comparison would be wrong.
     """
     config = setting.config
     shape, words = (config.step_resolution, config.step_batch), _backbone(setting.place)
@@ -59,7 +59,10 @@ def vae_step(setting: meter.Setting) -> Iterator[meter.Table]:
 
 
 def _backbone(folder: Path) -> list[str]:
-    """LPIPS' backbone: torch hub's file, or random weights, which take the same time."""
+    """Return the config words for LPIPS: none if torch hub has its weights, else those of a file of random weights.
+
+    Random weights take the same time.
+    """
     try:
         load_lpips("vgg")
     except WeightsMissing:
@@ -73,10 +76,16 @@ def _backbone(folder: Path) -> list[str]:
 
 
 def steps_of_vae(setting: meter.Setting, resolution: int, batch: int, words: list[str]) -> Iterator[meter.Table]:
-    """Of whole steps, and of their parts; also of compiled ones, where `modes` has them.
+    """Measure whole training steps of the autoencoder and their parts; also compiled ones if `modes` names them.
 
     Args:
-        words: of the job's config, e.g. ["model.encoder=B", "loop.precision=bf16"].
+        setting: device and number of rounds.
+        resolution: side of the images in pixels.
+        batch: images per step.
+        words: words of the job's config, for example ["model.encoder=B", "loop.precision=bf16"].
+
+    Raises:
+        UserError: the losses of the loops differ.
     """
     device, repeats = setting.device, setting.config.repeats
     where = f"{resolution} px, batch {batch}, {device.type}"
@@ -134,6 +143,7 @@ def steps_of_vae(setting: meter.Setting, resolution: int, batch: int, words: lis
 
 
 def _check_same(first: dict[str, dict[str, float]], rtol: float) -> None:
+    """Raise a UserError unless all contenders had the plain loop's losses in the first step."""
     wanted = first["plain loop"]
     for name, values in first.items():
         for key, value in wanted.items():
@@ -143,19 +153,30 @@ def _check_same(first: dict[str, dict[str, float]], rtol: float) -> None:
 
 @contextmanager
 def _without_ray() -> Iterator[None]:
-    """One process without a process group has nothing to prepare for."""
+    """Return a context in which Ray's `prepare_model` does nothing, since there is no process group."""
     with mock.patch("ray.train.torch.prepare_model", lambda model: model):
         yield
 
 
 def vae_config(words: Sequence[str], resolution: int, batch: int) -> TrainVAE:
+    """Return a config of train_vae with one stage, and with the adversarial loss from the start."""
     stage = f"stages=[{{resolution: {resolution}, images: {10**9}, batch_size: {batch}}}]"
     off = ["loss.adversarial.start=0", "tracking.enabled=false"]
     return load(TrainVAE, None, [*off, *words, stage])
 
 
 class Ours:
-    """`Networks` of train_vae, and their parts."""
+    """This project's training step of the autoencoder (`Networks` of train_vae), and its parts.
+
+    Args:
+        words: words of the job's config.
+        resolution: side of the images in pixels.
+        batch: images per step.
+        device: the device.
+
+    Raises:
+        UserError: the config has no UNet discriminator.
+    """
 
     def __init__(self, words: Sequence[str], resolution: int, batch: int, device: torch.device):
         self.config, self.device = vae_config(words, resolution, batch), device
@@ -167,12 +188,18 @@ class Ours:
         self.disc: nn.Module = self.nets.disc
 
     def step(self, pixels: Tensor) -> dict[str, Tensor]:
+        """Do one training step on uint8 images (N, H, W, 3), and return its losses."""
         return self.nets.step(pixels, 0)
 
-    # parts, forward and backward
+    # The parts of a step, each with its forward and backward pass.
 
     def part(self, name: str, pixels: Tensor) -> Callable[[], object]:
-        """What is measured of it."""
+        """Return the call that runs one part of the step.
+
+        Args:
+            name: a key of `PARTS`.
+            pixels: uint8 images (N, H, W, 3).
+        """
         torch.manual_seed(2)
         x = self.images(pixels)
         with self._autocast(), torch.no_grad():
@@ -195,6 +222,7 @@ class Ours:
         return autocast(self.device, self.config.loop.precision)
 
     def _both(self, forward: Callable[[], Tensor]) -> None:
+        """Run a forward and a backward pass, then drop the gradients."""
         with self._autocast():
             out = forward()
         out.float().mean().backward()
@@ -202,6 +230,7 @@ class Ours:
             module.zero_grad(set_to_none=True)
 
     def _terms(self, x: Tensor, y: Tensor, posterior: Any) -> Tensor:
+        """Return the weighted sum of the loss terms that need no network."""
         weights = self.config.loss
         return (
             weights.l1.weight * losses.l1(y, x)
@@ -211,17 +240,21 @@ class Ours:
         )
 
     def images(self, pixels: Tensor) -> Tensor:
+        """Convert uint8 images (N, H, W, 3) to (N, 3, H, W) in [-1, 1] on the device."""
         return to_tensor(pixels.to(self.device, non_blocking=True), self.nets.memory_format)
 
     def judged(self, y: Tensor) -> Tensor:
+        """Return the adversarial loss of reconstructions, for the autoencoder's step."""
         self.disc.requires_grad_(False)
         return losses.hinge_generator(self.disc(y))
 
     def judging(self, x: Tensor, y: Tensor) -> Tensor:
+        """Return the discriminator's loss on images and reconstructions."""
         self.disc.requires_grad_(True)
         return self.nets._discriminator_loss(x, y, 0, 0)[0]
 
     def optimize(self, gradients: dict[Tensor, Tensor]) -> None:
+        """Do one step of both optimizers with the given gradients."""
         for p, gradient in gradients.items():
             p.grad = gradient
         for optimizer in (self.nets.optimizer, self.nets.disc_optimizer):
@@ -229,11 +262,11 @@ class Ours:
 
 
 class Plain(Ours):
-    """The plain loop on networks of the same weights.
+    """The plain loop on networks with the same weights.
 
     Args:
-        frozen: spare the discriminator's weights their gradients in the generator's step, as Lightning does for
-            CompVis' code, and diffusers' script does not.
+        frozen: compute no gradients of the discriminator's weights in the autoencoder's step. Lightning does so for
+            CompVis' code; diffusers' script does not.
     """
 
     def __init__(self, words: Sequence[str], resolution: int, batch: int, device: torch.device, frozen: bool = False):
@@ -291,14 +324,14 @@ class Plain(Ours):
 
 
 def _plain(module: nn.Module) -> Any:
-    """Upsampling as it is written, in place."""
+    """Replace this project's fast upsampling layers by their plain modules, in place."""
     for name, child in module.named_children():
         setattr(module, name, nn.Sequential(*child) if isinstance(child, layers.Upsample) else _plain(child))
     return module
 
 
 class PlainUNet(nn.Module):
-    """The UNet discriminator's layers in BigGAN's order: means after convolutions, copies before them."""
+    """The UNet discriminator with its layers in BigGAN's order: pooling after convolutions, upsampling before them."""
 
     def __init__(self, network: UNetDiscriminator):
         super().__init__()
@@ -327,6 +360,7 @@ def _block(block: Any, x: Tensor) -> Tensor:
 
 
 def checkpointing(setting: meter.Setting, resolution: int, batch: int, words: list[str]) -> meter.Table:
+    """Measure peak memory and speed with activations kept, and with activations recomputed."""
     repeats, device = setting.config.repeats, setting.device.type
     where = f"{resolution} px, batch {batch}, {device}"
     rows: list[Sequence[str]] = []
@@ -358,7 +392,7 @@ _STEPPING: list[Callable[[], Any]] = []
 
 
 def _answer(request: dict[str, Any]) -> dict[str, Any]:
-    """In a process of its own: a first request sets up, and measures memory; further ones time a step."""
+    """Answer requests in a process of its own: the first sets up and measures memory, further ones time a step."""
     if not _STEPPING:
         torch.set_num_threads(request["threads"])
         device, batch, resolution = torch.device(request["device"]), request["batch"], request["resolution"]
@@ -378,24 +412,26 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
 # --- the diffusion model --------------------------------------------------------------------------------------------
 
 
-LDM = (("small", 32, 8), ("tiny", 8, 64))  # network, side of a latent, batch size
+LDM = (("small", 32, 8), ("tiny", 8, 64))  # network, side of its latents, batch size
 
 
 def ldm_step(setting: meter.Setting) -> Iterator[meter.Table]:
-    """The diffusion model's training step, with noise, clipping, optimizer and an average of the weights."""
+    """Measure the diffusion model's training step, with noise, clipping, optimizer and EMA."""
     return steps_of_ldm(setting, LDM)
 
 
 def steps_of_ldm(
     setting: meter.Setting, networks: Sequence[tuple[str, int, int]], words: Sequence[str] = ()
 ) -> Iterator[meter.Table]:
-    """
+    """Measure training steps of diffusion models; yield one table per network.
+
     Args:
-        networks: (network, side of a latent, batch size) each.
-        words: of the job's config.
+        setting: device and number of rounds.
+        networks: (network, side of its latents, batch size) of each table.
+        words: words of the job's config.
 
     Raises:
-        UserError: the loops' losses differ, so that they would not be compared.
+        UserError: the losses of the loops differ, so that a comparison would be wrong.
     """
     repeats, where = setting.config.repeats, setting.device
     for network, side, batch in networks:
@@ -430,7 +466,7 @@ def steps_of_ldm(
 
 
 class _Latents:
-    """A feed of latents that are there."""
+    """A feed that always gives the same latents."""
 
     digest = ""
 
@@ -442,7 +478,13 @@ class _Latents:
 
 
 class OurDiffusion:
-    """`Diffusion` of train_ldm, fed with latents that are there."""
+    """This project's training step of a diffusion model (`Diffusion` of train_ldm), on random latents.
+
+    Args:
+        words: words of the job's config.
+        side: side of the latents.
+        device: the device.
+    """
 
     def __init__(self, words: Sequence[str], side: int, device: torch.device):
         config = load(TrainLDM, None, ["tracking.enabled=false", *words])
@@ -457,13 +499,18 @@ class OurDiffusion:
         self.task.network.train()
 
     def step(self, taken: int | None = None) -> Tensor:
+        """Do one training step and return its loss.
+
+        Args:
+            taken: number of the step, from which its noise follows; None: the next one.
+        """
         taken = self.taken = self.taken + 1 if taken is None else taken
         positions = range(taken * self.config.batch_size, (taken + 1) * self.config.batch_size)
         return self.task.step(self.task._with_noise({"positions": positions, "labels": None}), 0)["loss"]
 
 
 class PlainDiffusion(OurDiffusion):
-    """The plain loop on a network of the same weights, of the same latents and noise."""
+    """The plain loop on a network with the same weights and latents, and with the same noise in the first step."""
 
     def __init__(self, words: Sequence[str], side: int, device: torch.device):
         super().__init__(words, side, device)
@@ -482,7 +529,7 @@ class PlainDiffusion(OurDiffusion):
         if taken:
             noise = torch.randn_like(self.latents)
             timesteps = torch.randint(0, 1000, (size,), device=device)
-        else:  # the first step's, to compare
+        else:  # the first step gets the same noise as the other loop's, so that the losses can be compared
             given = self.task._with_noise({"positions": range(size), "labels": None})
             noise, timesteps = given["noise"].to(device), (given["u"] * 1000).long().to(device)
         noisy = self.scheduler.add_noise(self.latents, noise, timesteps)

@@ -1,4 +1,4 @@
-"""Fields about images: where they come from, and what is cut from them."""
+"""Config fields about images: where they come from, and which views are cut from them."""
 
 from typing import Annotated, Literal
 

@@ -1,6 +1,6 @@
-"""Images of a shard as uint8 pixels: what the encode job's CPU tasks do.
+"""Decode the images of a shard into uint8 pixels. The CPU tasks of the encode job do this.
 
-A file of its own, without the models: a task that decodes is up in a third of the time, and takes less memory.
+This module does not import the models, so that a decoding task starts in a third of the time and takes less memory.
 """
 
 import hashlib
@@ -28,24 +28,37 @@ from litevae.images import ImageError, ImageTransform, Transformed
 from pipelines.data.config import Views
 from pipelines.data.source import Item, Source
 
-# Bytes that an image's decoding may take where its shard's task died once, twice, ...: any image; then less, since the
-# node, or its container, has no more, and the task died with the child that it decoded in.
+# Bytes that decoding an image may take after the task of its shard has died once, twice, or three times. The first
+# value is enough for any image. The others are smaller: if the task died again, together with the child process that
+# decoded, then the node or its container has less memory than that.
 MEMORY = (2**31, 2**29, 2**28)
-READERS = 16  # images of a shard asked for at a time where they come over a network
+READERS = 16  # images of a shard that are read at a time if they come over a network
 
 
 @dataclass(frozen=True)
 class Task:
-    """A shard to encode, for the first time or as its next generation."""
+    """A shard to encode, for the first time or as its next generation.
+
+    Attributes:
+        shard: number of the shard.
+        generation: 0, or one more than the last committed generation.
+        only: units to try again; rows of all others are taken from the previous generation. Empty: encode all units.
+    """
 
     shard: int
     generation: int = 0
-    only: tuple[int, ...] = ()  # units to try again; the others' rows are taken from the generation before
+    only: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class Shard:
-    """What a worker gets: a task, the shard's units, renumbered from 0, and the number of the first of them."""
+    """What a worker gets.
+
+    Attributes:
+        task: what to do.
+        source: the part of the source with the units of the shard, renumbered from 0.
+        first: number of the first of these units in the whole cache.
+    """
 
     task: Task
     source: Source
@@ -53,6 +66,7 @@ class Shard:
 
 
 def transform_of(config: Views) -> ImageTransform:
+    """Return the image transform that a config section describes."""
     return ImageTransform(
         config.resolution,
         config.resize,
@@ -67,21 +81,36 @@ def transform_of(config: Views) -> ImageTransform:
 
 @dataclass(frozen=True)
 class Lost:
-    """Why an image is not encoded."""
+    """Why an image is not encoded.
+
+    Attributes:
+        stage: where it failed.
+        reason: the error class, e.g. "missing", as in the counts of the manifest.
+        message: the details.
+    """
 
     stage: Literal["read", "decode", "encode"]
     reason: str
     message: str
 
 
-Decoded = tuple[int, Item, list[Transformed]] | tuple[int, None, Lost]  # a unit, and what became of it
+# A unit, with its image and the views of it, or with the reason why there are none.
+Decoded = tuple[int, Item, list[Transformed]] | tuple[int, None, Lost]
 
 
 def decode_shard(row: dict[str, Any], views: Views) -> dict[str, Any]:
-    """A shard's images as uint8 pixels, end to end in one array, with the (height, width) of each; the columns of their
-    rows, and what could not be read.
+    """Decode the images of a shard.
 
-    A UserError is returned, not raised: through Ray it would come out as pages of tracebacks.
+    The message of a UserError is returned as `error`, not raised, because Ray would print pages of tracebacks.
+
+    Args:
+        row: {"shard": the `Shard`}.
+        views: which views to cut from each image.
+
+    Returns:
+        The row that `Encoder` takes: `pixels`, all views end to end in one uint8 array; `sizes`, int32 (rows, 2), the
+        height and width of each view; `rows` and `quarantine`, Arrow tables as bytes (see `unpack`), with the columns
+        of the rows and with the images that could not be read; `decode_seconds`; `shard` and `error`.
     """
     start = time.perf_counter()
     shard: Shard = row["shard"]
@@ -121,8 +150,8 @@ def decode_shard(row: dict[str, Any], views: Views) -> dict[str, Any]:
 
 
 def decode_units(source: Source, views: Views, units: Sequence[int]) -> Iterator[Decoded]:
-    """Images of a source, in order, as the transform gives them."""
-    warnings.filterwarnings("ignore", module=r"PIL\.")  # what is wrong with an image goes into the quarantine
+    """Decode units of a source in order, and yield the views of each image, or why it can't be read or decoded."""
+    warnings.filterwarnings("ignore", module=r"PIL\.")  # problems of an image are recorded in the quarantine
     transform = transform_of(views)
     for unit, item in _items(source, units):
         if isinstance(item, ImageError):
@@ -135,8 +164,11 @@ def decode_units(source: Source, views: Views, units: Sequence[int]) -> Iterator
 
 
 def decode_carefully(source: Source, views: Views, units: Sequence[int], memory: int = MEMORY[0]) -> Iterator[Decoded]:
-    """The same in child processes, for a shard whose task died before: an image that kills its decoder, or whose
-    decoding takes more than so many bytes, is lost, and does not stop the job."""
+    """Decode as `decode_units` does, but in child processes; for a shard whose task died before.
+
+    An image that kills its decoder, or that takes more than `memory` bytes to decode, is lost but does not stop the
+    job.
+    """
     fork = multiprocessing.get_context("fork")
     left = list(units)
 
@@ -153,7 +185,7 @@ def decode_carefully(source: Source, views: Views, units: Sequence[int], memory:
         reader, writer = fork.Pipe(duplex=False)
         child = fork.Process(target=work, args=(reader, writer), daemon=True)
         child.start()
-        writer.close()  # or the end of the child's would not be seen
+        writer.close()  # otherwise the end of the child would not be noticed
         try:
             while left:
                 found = reader.recv()
@@ -173,12 +205,12 @@ def decode_carefully(source: Source, views: Views, units: Sequence[int], memory:
 
 
 def _limit(memory: int) -> None:
-    """What this process may take beyond what it has; where a node's memory ends, it is the one that the kernel ends."""
+    """Limit the memory that this process may take beyond what it has, and offer it first to the kernel's OOM killer."""
     if sys.platform != "linux":
         return
-    with suppress(OSError):  # where /proc is read-only the kernel chooses by itself: no reason to lose an image
+    with suppress(OSError):  # where /proc is read-only the kernel chooses a process: no reason to lose an image
         Path("/proc/self/oom_score_adj").write_text("1000")
-    # of what is written to: threads reserve much more than they use
+    # Limit the memory that is written to, not the reserved memory: threads reserve much more than they use.
     wanted = psutil.Process().memory_info().data + memory
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
     if soft == resource.RLIM_INFINITY or wanted < soft:
@@ -186,22 +218,22 @@ def _limit(memory: int) -> None:
 
 
 def _deaths() -> int:
-    """How often this task was begun before: its process died each time."""
+    """Return how often this task was started before. Its process died each time."""
     import ray
 
     if not ray.is_initialized():
         return 0
-    worker = ray._private.worker.global_worker.core_worker  # Ray has no public way to ask
+    worker = ray._private.worker.global_worker.core_worker  # Ray has no public API for this
     return worker.get_current_task_attempt_number()
 
 
 def seed_of(views: Views, identity: str) -> int:
-    """Of an image's random crops: by its id, so that neither order nor shards matter."""
+    """Return the seed of an image's random crops. It depends on `views.seed` and the id, not on order or shards."""
     return int.from_bytes(hashlib.blake2b(f"{views.seed}\0{identity}".encode(), digest_size=8).digest())
 
 
 def _items(source: Source, units: Sequence[int]) -> Iterator[tuple[int, Item | ImageError]]:
-    """Images as they are stored, or why they can't be read; over a network many are on their way at a time."""
+    """Yield the encoded images, or why they can't be read. Over a network, `READERS` images are read at a time."""
 
     def read(unit: int) -> Item | ImageError:
         try:
@@ -217,11 +249,13 @@ def _items(source: Source, units: Sequence[int]) -> Iterator[tuple[int, Item | I
 
 
 def quarantined(shard: Shard, unit: int, identity: str, why: Lost) -> dict[str, Any]:
+    """Return the row of the quarantine for an image that is not encoded."""
     place = {"unit": unit, "id": identity, "source": shard.source.uri}
     return place | {"stage": why.stage, "error": why.reason, "message": why.message}
 
 
 def pack(table: pa.Table) -> bytes:
+    """Serialise a table as an Arrow IPC stream."""
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table)
@@ -229,4 +263,5 @@ def pack(table: pa.Table) -> bytes:
 
 
 def unpack(data: bytes) -> pa.Table:
+    """Restore a table from the bytes that `pack` returned."""
     return pa.ipc.open_stream(data).read_all()

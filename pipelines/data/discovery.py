@@ -1,4 +1,4 @@
-"""What a source's uri stands for: files of one kind, in an order that does not depend on the file system."""
+"""Find the files that the uri of a source names: files of one kind, in an order independent of the file system."""
 
 import fnmatch
 import glob
@@ -30,8 +30,14 @@ _FILES = pa.schema([("file", pa.large_binary()), ("size", pa.int64())])
 
 @dataclass
 class Found:
-    """Files of one kind (folder, parquet, webdataset, list), sorted, named relative to `root`: images as a table of
-    `file` and `size`, others as (name, bytes)."""
+    """The files that a uri names, all of one kind and sorted.
+
+    Attributes:
+        kind: "folder" (of images), "parquet", "webdataset" or "list".
+        root: the folder that file names are relative to.
+        images: for "folder", a table of `file` (name) and `size` (bytes).
+        files: for the other kinds, (name, bytes) of each file.
+    """
 
     kind: str
     root: str
@@ -40,13 +46,14 @@ class Found:
 
 
 def find(path: str, shown: str) -> Found:
-    """
+    """Find the files that a path names.
+
     Args:
-        path: of a folder or a file, or a pattern: `*`, `?`, `[...]`, `**` and `{000..012}`.
-        shown: how messages name it.
+        path: a folder, a file, or a pattern with `*`, `?`, `[...]`, `**` or `{000..012}`.
+        shown: the name of the path in error messages.
 
     Raises:
-        UserError: there is nothing, or nothing of use, or files of several kinds.
+        UserError: if there are no files, no usable files, or files of several kinds.
     """
     if _is_folder(path):
         return _within(path, shown)
@@ -66,7 +73,7 @@ def find(path: str, shown: str) -> Found:
 
 
 def root_of(path: str) -> str:
-    """The folder that the files' names are relative to: what is above all that a path or pattern stands for."""
+    """Return the folder that file names are relative to: the deepest folder above all files that a path names."""
     if _is_folder(path):
         return path
     fixed = path if storage.size(path) is not None else _MAGIC.split(path, maxsplit=1)[0]
@@ -74,12 +81,12 @@ def root_of(path: str) -> str:
 
 
 def _is_folder(path: str) -> bool:
-    bucket = storage.remote(path) and "/" not in path.removeprefix("s3://")  # one without anything in it, too
+    bucket = storage.remote(path) and "/" not in path.removeprefix("s3://")  # an empty bucket too
     return storage.folder_exists(path) or bucket
 
 
 def _matching(pattern: str, shown: str) -> list[tuple[str, int]]:
-    """Files that a pattern stands for and their bytes, sorted. All that braces name have to be there."""
+    """Return the files that match a pattern, sorted, with their bytes. Every file that braces name must exist."""
     found: dict[str, int | None] = {}
     for each in _expand(pattern):
         if not glob.has_magic(each):
@@ -100,7 +107,7 @@ def _matching(pattern: str, shown: str) -> list[tuple[str, int]]:
 
 
 def _expand(pattern: str) -> list[str]:
-    """{000..012} written out."""
+    """Replace each {000..012} in a pattern by its numbers, and return all resulting patterns."""
     if not (braces := _BRACES.search(pattern)):
         return [pattern]
     first, last = braces.groups()
@@ -109,6 +116,7 @@ def _expand(pattern: str) -> list[str]:
 
 
 def _glob_remote(pattern: str) -> dict[str, int]:
+    """Return the files on S3 that match a pattern, with their bytes."""
     folder = _MAGIC.split(pattern, maxsplit=1)[0].rpartition("/")[0]
     parts = pattern[len(folder) + 1 :].split("/")
     return {
@@ -119,6 +127,7 @@ def _glob_remote(pattern: str) -> dict[str, int]:
 
 
 def _matches(parts: list[str], patterns: list[str]) -> bool:
+    """Return whether the parts of a path match the parts of a pattern, in which `**` stands for any number of parts."""
     if not patterns:
         return not parts
     if patterns[0] == "**":
@@ -127,13 +136,15 @@ def _matches(parts: list[str], patterns: list[str]) -> bool:
 
 
 def _within(root: str, shown: str) -> Found:
-    """All of a folder tree. Hidden names are left out: they are what systems and tools leave behind (._photo.jpg,
-    .ipynb_checkpoints)."""
+    """Find all usable files in a folder tree.
+
+    Hidden names are left out, because systems and tools create them (._photo.jpg, .ipynb_checkpoints).
+    """
     batches: list[pa.Table] = []
     others: dict[str, list[tuple[str, int]]] = {"parquet": [], "webdataset": []}
     packed = None
     found = _walk_remote(root) if storage.remote(root) else _walk(os.fsencode(root))
-    while batch := list(islice(found, _BATCH)):  # no object a file is kept
+    while batch := list(islice(found, _BATCH)):  # in batches, so that no Python object per file is kept
         images = []
         for path, size in batch:
             name = path.lower()
@@ -176,7 +187,10 @@ def _walk_remote(root: str) -> Iterator[tuple[bytes, int]]:
 
 
 def _walk(root: bytes) -> Iterator[tuple[bytes, int]]:
-    """Files of use (relative path, bytes) below a local folder. Links are followed; no folder is gone through twice."""
+    """Yield usable files below a local folder as (relative path, bytes).
+
+    Links are followed, but no folder is visited twice. A dangling link has -1 bytes.
+    """
     seen, left = set(), [b""]
     while left:
         folder = left.pop()
@@ -197,7 +211,7 @@ def _walk(root: bytes) -> Iterator[tuple[bytes, int]]:
                     elif name.lower().endswith(_ALL):
                         if entry.is_file():
                             yield folder + name, entry.stat().st_size
-                        elif entry.is_symlink():  # a dangling one
+                        elif entry.is_symlink():  # a dangling link
                             yield folder + name, -1
         except OSError as error:
             raise UserError(f"{os.fsdecode(path)} can't be listed: {error.strerror}") from error
@@ -209,5 +223,6 @@ def _hidden(path: bytes) -> bool:
 
 
 def _refuse_packed(path: str) -> None:
+    """Raise a UserError if the file is a compressed tar."""
     if path.lower().endswith(PACKED):
         raise UserError(f"{path} is compressed, which leaves no way to read one image of it; unpack it to a plain .tar")

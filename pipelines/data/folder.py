@@ -1,4 +1,4 @@
-"""A folder tree of images: one file for each unit, with the folders as classes."""
+"""A folder tree of images. Each file is a unit, and the folders are the classes."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -16,7 +16,10 @@ from pipelines.data.source import Source, about_of, locate, make_listing, read_f
 
 
 class FileSource(Source):
-    """A folder tree of images, label = the parent folder's place among all that hold images; or a list of paths."""
+    """A folder tree of images, or a list of paths. Each group of the listing is one file.
+
+    In a folder tree, the label of an image is the index of its parent folder among all folders that hold images.
+    """
 
     def __init__(self, listing: pa.Table):
         super().__init__(listing)
@@ -45,6 +48,18 @@ class FileSource(Source):
 
 
 def list_folder(found: Found, uri: str, config: SourceConfig, name: str, labels: Sequence[str]) -> Source:
+    """List a folder tree of images.
+
+    Args:
+        found: the images.
+        uri: the absolute path of the folder.
+        config: the source's config section.
+        name: the name of that section, for error messages.
+        labels: class names that have numbers already; new ones are numbered after them.
+
+    Raises:
+        UserError: if `config.columns` names a column that a folder tree does not have.
+    """
     schema = pa.schema([("label", pa.int64()), ("label_name", pa.string())])
     if unknown := sorted(set(config.columns) - set(schema.names)):
         raise UserError(f"{name}.columns: a folder carries label and label_name, not {', '.join(unknown)}")
@@ -53,10 +68,10 @@ def list_folder(found: Found, uri: str, config: SourceConfig, name: str, labels:
     coded = parents.combine_chunks().dictionary_encode()
     folders = [shown_path(folder) for folder in coded.dictionary.to_pylist()]
     numbers = {folder: number for number, folder in enumerate(dict.fromkeys([*labels, *sorted(folders)]))}
-    # the root itself is no class
+    # The root folder is not a class: images in it have no label.
     of_folder = pa.array([numbers[folder] if folder else None for folder in folders], pa.int64())
     names = pa.array([folder or None for folder in folders], pa.string())
-    # In parts: an array of strings ends at 2 GiB, which 240 million short names fill, and Arrow does not say so.
+    # In parts: an array of strings can hold 2 GiB, which 240 million short names exceed, and Arrow reports no error.
     parts = [names.take(coded.indices.slice(start, 2**20)) for start in range(0, len(coded), 2**20)]
     columns = {"label": of_folder.take(coded.indices), "label_name": pa.chunked_array(parts, pa.string())}
     about = about_of(found, uri, schema, {}, labels=list(numbers))

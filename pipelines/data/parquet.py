@@ -1,4 +1,4 @@
-"""Images in Parquet files, or their paths: a locality group is a row group."""
+"""Parquet files with images or paths of images. A locality group is a row group."""
 
 import json
 import posixpath
@@ -33,7 +33,7 @@ from pipelines.data.source import (
 
 
 class ParquetSource(Source):
-    """Parquet files with one image a row: its bytes, a struct of `bytes` and `path`, or its path."""
+    """Parquet files with one image per row: its encoded bytes, a struct of `bytes` and `path`, or its path."""
 
     def __init__(self, listing: pa.Table):
         super().__init__(listing)
@@ -54,6 +54,11 @@ class ParquetSource(Source):
         return table, len(table)
 
     def _columns_of(self, group: int, columns: list[str]) -> pa.Table:
+        """Read columns of a row group.
+
+        Raises:
+            UserError: if it can't be read, or if the file has changed since it was listed.
+        """
         path, position = storage.join(self.root, self._file(group)), self.listing["offset"][group].as_py()
         try:
             table = storage.read_row_group(path, self._footers(path), position, columns)
@@ -64,7 +69,7 @@ class ParquetSource(Source):
         return table.select(columns).combine_chunks()
 
     def _row(self, unit: int) -> tuple[pa.Table, int]:
-        """The row group of a unit, and its row there. Held are as many rows as a window can span."""
+        """Return the row group of a unit and its row there. As many rows as a window can span are kept in memory."""
         group, row = self._place(unit)
         return self._tables(group), row
 
@@ -87,10 +92,12 @@ class ParquetSource(Source):
         return ids
 
     def _number(self, group: int, row: int) -> str:
+        """Return the id of a row without an id column: the file name and the number of the row in the file."""
         return f"{shown_path(self.listing['file'][group].as_py())}/{self.listing['first'][group].as_py() + row:09d}"
 
     def _name(self, value: Any, group: int, row: int) -> str:
-        if value is None and self._id is None:  # a path that is not there
+        """Return the id of a row from the value of its id column, or of its path column if there is no id column."""
+        if value is None and self._id is None:  # the path is null
             return self._number(group, row)
         if value is None:
             number = self.listing["first"][group].as_py() + row
@@ -125,6 +132,18 @@ class ParquetSource(Source):
 
 
 def list_parquet(found: Found, uri: str, config: SourceConfig, name: str) -> Source:
+    """List Parquet files.
+
+    Args:
+        found: the files.
+        uri: the absolute path or pattern that names them.
+        config: the source's config section.
+        name: the name of that section, for error messages.
+
+    Raises:
+        UserError: if a file can't be read, if columns are missing or of an unusable type, if files differ in them, if
+            the split is missing or ambiguous, or if there are no rows.
+    """
     files = _of_split(found.files, config.split, name, config.uri)
     paths = [storage.join(found.root, file) for file, _ in files]
     with ThreadPoolExecutor(THREADS) as threads:
@@ -157,7 +176,7 @@ def list_parquet(found: Found, uri: str, config: SourceConfig, name: str) -> Sou
 
 
 def _row_groups(path: str, size: int) -> tuple[pa.Schema, list[tuple[int, int, int, int]]]:
-    """A file's schema, and its row groups: rows, number, bytes, first row."""
+    """Return the schema of a file, and (rows, number, bytes, first row) of each row group that is not empty."""
     footer = _footer(path, size)
     groups, first = [], 0
     for number in range(footer.num_row_groups):
@@ -183,7 +202,11 @@ def _footer(path: str, size: int | None = None) -> pq.FileMetaData:
 
 
 def _of_split(files: list[tuple[str, int]], split: str, name: str, uri: str) -> list[tuple[str, int]]:
-    """The files of one split, where they are named as Hugging Face names them: data/train-00000-of-00002.parquet."""
+    """Return the files of one split, for files named as Hugging Face does: data/train-00000-of-00002.parquet.
+
+    Raises:
+        UserError: if there is no such split, or if there are several and none was asked for.
+    """
     splits: dict[str, list[tuple[str, int]]] = {}
     for file, size in files:
         if match := re.search(r"(?:^|/)(\w+(?:\.\w+)*)-\d{5}-of-\d{5}[^/]*\.parquet$", file):
@@ -201,7 +224,14 @@ def _of_split(files: list[tuple[str, int]], split: str, name: str, uri: str) -> 
 
 
 def _class_names(schema: pa.Schema, config: SourceConfig) -> dict[str, tuple[str, list[str]]]:
-    """Columns `label_name` that are asked for: the column `label`, and its class names in Hugging Face's metadata."""
+    """Return the columns that are made from class names.
+
+    If the config asks for `label_name` and the files have no such column, it is made from the column `label` and its
+    class names in Hugging Face's metadata.
+
+    Returns:
+        For each such column, the column of labels and the class names by label.
+    """
     try:
         features = json.loads(schema.metadata[b"huggingface"])["info"]["features"]
         named = {label: feature["names"] for label, feature in features.items() if "names" in feature}
@@ -213,13 +243,18 @@ def _class_names(schema: pa.Schema, config: SourceConfig) -> dict[str, tuple[str
 
 
 def _stored(names: dict[str, tuple[str, list[str]]], column: str) -> str:
-    """The column of the file that a carried one is made from."""
+    """Return the column of the file that a carried column is made from."""
     return names[column][0] if column in names else column
 
 
 def _choose_columns(
     schema: pa.Schema, names: dict[str, tuple[str, list[str]]], config: SourceConfig, file: str, name: str
 ) -> tuple[str, str | None, pa.Schema]:
+    """Return the image column, the id column if there is one, and the schema of the carried columns.
+
+    Raises:
+        UserError: if a column is missing or its type can't be used.
+    """
     where = f"{file}; it has {', '.join(schema.names)}"
     for key, column in [("image_column", config.image_column), *(("columns", column) for column in config.columns)]:
         if column not in schema.names and (key == "image_column" or column not in names):

@@ -1,4 +1,4 @@
-"""A list of images: a text, CSV or JSON Lines file with a path in each row."""
+"""A list of images: a text, CSV or JSON Lines file with the path of an image in each row."""
 
 from typing import Any
 
@@ -25,10 +25,21 @@ from pipelines.data.source import (
     shown_path,
 )
 
-PATH_COLUMNS = ("image", "file_name", "path", "file", "uri", "url")  # of a list, the first that it has
+PATH_COLUMNS = ("image", "file_name", "path", "file", "uri", "url")  # the first of these that a list has
 
 
 def list_paths(found: Found, uri: str, config: SourceConfig, name: str) -> Source:
+    """Read a list of images.
+
+    Args:
+        found: the file.
+        uri: its absolute path.
+        config: the source's config section.
+        name: the name of that section, for error messages.
+
+    Raises:
+        UserError: if the list can't be read, has no paths, lacks a column, or names an image or an id twice.
+    """
     table = _read_list(uri, config)
     have, where = table.column_names, f"{uri}; it has {', '.join(table.column_names)}"
     if len(set(have)) < len(have):
@@ -72,12 +83,13 @@ def list_paths(found: Found, uri: str, config: SourceConfig, name: str) -> Sourc
 
 
 def _read_list(path: str, config: SourceConfig) -> pa.Table:
+    """Read a list as a table. A text file has one column, `path`."""
     try:
         data = storage.read(path)
         if path.lower().endswith(".txt"):
             lines = data.removeprefix(b"\xef\xbb\xbf").splitlines()
             return pa.table({"path": pa.array([line for line in lines if line.strip()], pa.large_binary())})
-        block = min(len(data) + 1, 2**31 - 1)  # all in one: types are inferred from the first block
+        block = min(len(data) + 1, 2**31 - 1)  # one block for all: types are inferred from the first
         if path.lower().endswith(".jsonl"):
             return pa.json.read_json(pa.BufferReader(data), pa.json.ReadOptions(block_size=block))
         texts = dict.fromkeys((*PATH_COLUMNS, config.image_column), pa.large_binary()) | {config.id_column: pa.string()}
@@ -92,7 +104,15 @@ def _read_list(path: str, config: SourceConfig) -> pa.Table:
 
 
 def _portable(column: pa.ChunkedArray, what: str) -> pa.ChunkedArray:
-    """In a type that Parquet gives back as it is."""
+    """Cast a column to a type that Parquet returns unchanged.
+
+    Args:
+        column: the values.
+        what: the name of the column, for error messages.
+
+    Raises:
+        UserError: if the values are nested, or bytes that are not valid text.
+    """
     if pa.types.is_nested(column.type):
         raise UserError(f"{what} is {column.type}; only plain values are carried")
     kinds = {pa.timestamp("s"): pa.timestamp("ms"), pa.time32("s"): pa.time32("ms")}
@@ -104,6 +124,7 @@ def _portable(column: pa.ChunkedArray, what: str) -> pa.ChunkedArray:
 
 
 def _refuse_repeats(column: pa.Array, path: str) -> None:
+    """Raise a UserError if a value is in two rows."""
     if len(column.unique()) == len(column):
         return
     rows: dict[Any, int] = {}
@@ -114,6 +135,6 @@ def _refuse_repeats(column: pa.Array, path: str) -> None:
 
 
 def _first(rows: pa.Array) -> int | None:
-    """The first that is true."""
+    """Return the index of the first row that is true, or None."""
     found = pc.index(rows, True).as_py()
     return None if found < 0 else found

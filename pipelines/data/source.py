@@ -1,7 +1,7 @@
-"""What a source of images is: units in a fixed order, listed once, read by index anywhere.
+"""The base class of image sources: units in a fixed order that are listed once and can be read by index anywhere.
 
-A source is its listing: an Arrow table of what lies where, small, picklable, and stored beside what is made of it. The
-driver lists; workers get the part they read.
+A source consists of its listing: an Arrow table that says where each image lies. The listing is small, can be pickled,
+and is stored with whatever is made from the source. The driver lists a source; each worker gets the part that it reads.
 """
 
 import base64
@@ -32,34 +32,49 @@ from pipelines.data.discovery import Found
 DEFAULTS = SourceConfig()
 WINDOW_GROUPS = 4
 MAX_GROUP_BYTES = 2**31 - 1
-MAX_IMAGE_BYTES = 2**30  # of a file; the largest images that are decoded, uncompressed, have as many
+MAX_IMAGE_BYTES = 2**30  # of a file; the largest images that are decoded have as many bytes uncompressed
 LISTING = pa.schema([("file", pa.large_binary()), ("rows", pa.int32()), ("offset", pa.int64()), ("size", pa.int64())])
 SCHEME, READABLE = "^[A-Za-z][A-Za-z0-9+.-]*://", "^(s3://|file:///)"
-UNREADABLE = (ValueError, TypeError, OverflowError, RecursionError)  # what a sample's metadata can provoke
+UNREADABLE = (ValueError, TypeError, OverflowError, RecursionError)  # errors that bad metadata of a sample can cause
 
 
 @dataclass(frozen=True)
 class Item:
+    """An image as it is stored.
+
+    Attributes:
+        id: stable and unique within the source.
+        data: the encoded image.
+        columns: values of the carried columns, by name.
+    """
+
     id: str
     data: bytes
     columns: dict[str, Any] = field(default_factory=dict)
 
 
 class Source(ABC):
-    """
+    """A source of images. A unit is one image; units are numbered from 0.
+
+    Args:
+        listing: the listing, as `make_listing` returns it.
+
     Attributes:
-        kind: folder, parquet, webdataset or list.
-        uri: absolute path, pattern or s3://.
-        root: the folder that the listing's files are relative to.
-        digest: sha256 over the listing and what else decides which images these are; where they lie is no part of it.
+        kind: "folder", "parquet", "webdataset" or "list".
+        uri: absolute path or pattern, or s3:// URI.
+        root: the folder that file names in the listing are relative to.
+        digest: SHA-256 of the listing and of the settings that decide which images these are. It does not depend on
+            where they are stored.
         remote: whether images come from S3.
-        units: how many images.
-        groups: rows in each locality group (1 per file; Parquet: a row group; tars: a byte range), in unit order.
-        window: rows that may be read in any order at no extra cost; what an `EpochOrder` shuffles.
-        schema: names and types of the columns carried besides id and image.
-        labels: class names by label, where folders are the classes.
-        listing: a row per group: `file`, `rows`, `offset` (tars: in bytes; Parquet: the row group's number), `size` in
-            bytes (-1: unknown), and what is known of its images by now. Everything else is in the schema's metadata.
+        units: number of images.
+        groups: number of rows in each locality group, in unit order. A group is a file with one image, a row group of
+            a Parquet file, or a byte range of a tar.
+        window: number of rows that can be read in any order at no extra cost; `EpochOrder` shuffles within a window.
+        schema: names and types of the columns that are carried in addition to id and image.
+        labels: class names by label, if folders are the classes.
+        listing: one row per group: `file`, `rows`, `offset` (tar: in bytes; Parquet: number of the row group), `size`
+            in bytes (-1: unknown), and what the listing already knows about its images. All other facts are in the
+            metadata of its schema.
     """
 
     def __init__(self, listing: pa.Table):
@@ -74,23 +89,23 @@ class Source(ABC):
         self.remote = storage.remote(self.root)
         rows = self.listing["rows"].to_numpy().astype(np.int64)
         self._starts = np.cumsum(rows) - rows
-        # A part begins and ends anywhere in its first and last group.
+        # A part can begin in the middle of its first group and end in the middle of its last one.
         self._skip, self.units = self._about.get("part", (0, int(rows.sum())))
         ends = np.minimum(self._starts + rows, self._skip + self.units)
         self.groups = ends - np.maximum(self._starts, self._skip)
         self.window = WINDOW_GROUPS * int(self.groups.max(initial=0))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _from_bytes, (type(self), _to_bytes(self.listing))  # Arrow would pickle all of what a slice is of
+        return _from_bytes, (type(self), _to_bytes(self.listing))  # Arrow would pickle the whole table of a slice
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What it is, as plain JSON."""
+        """Kind, URI, digest, number of units and settings, as JSON values."""
         own = {"kind": self.kind, "uri": self.uri, "digest": self.digest, "units": self.units}
         return own | self._about["settings"]
 
     def part(self, start: int, stop: int) -> "Source":
-        """Units start ... stop, renumbered from 0: all that a worker needs to read them."""
+        """Return a source of units `start` to `stop` (exclusive), renumbered from 0, for a worker to read."""
         if not 0 <= start < stop <= self.units:
             raise IndexError(f"units {start} ... {stop} of {self.units}")
         (first, row), (last, _) = self._place(start), self._place(stop - 1)
@@ -99,14 +114,14 @@ class Source(ABC):
         return type(self)(with_about(part, about | {"part": (row, stop - start)}))
 
     def _place(self, unit: int) -> tuple[int, int]:
-        """The group of a unit, and its row there."""
+        """Return the group of a unit, and its row in the group."""
         if not 0 <= unit < self.units:
             raise IndexError(f"unit {unit} of {self.units}")
         group = int(np.searchsorted(self._starts, unit + self._skip, side="right")) - 1
         return group, unit + self._skip - int(self._starts[group])
 
     def _spans(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
-        """Units start ... stop as (group, its first row, rows)."""
+        """Yield units `start` to `stop` (exclusive) as (group, first row in the group, number of rows)."""
         while start < stop:
             group, row = self._place(start)
             rows = min(stop - start, self.listing["rows"][group].as_py() - row)
@@ -114,46 +129,52 @@ class Source(ABC):
             start += rows
 
     def _file(self, group: int) -> str:
-        """Relative to the root, or as a list has it."""
+        """Return the path of a group's file: relative to the root, or as a list gives it."""
         return decode_path(self.listing["file"][group].as_py())
 
     @abstractmethod
     def id(self, unit: int) -> str:
-        """Stable and unique: source-relative path, or the id column."""
+        """Return the id of an image, which is stable and unique: its path within the source, or its id column."""
 
     @abstractmethod
     def ids(self, start: int, stop: int) -> list[str]:
-        """Those of units start ... stop, without reading images where ids lie apart from them."""
+        """Return the ids of units `start` to `stop` (exclusive), without reading images if ids are stored elsewhere."""
 
     @abstractmethod
     def columns(self, unit: int) -> dict[str, Any]:
-        """Values of `schema`'s columns.
+        """Return the values of the columns in `schema`, by name.
 
         Raises:
-            ImageError: they can't be read.
+            ImageError: if they can't be read.
         """
 
     @abstractmethod
     def data(self, unit: int) -> bytes:
-        """The encoded image.
+        """Return the encoded image.
 
         Raises:
-            ImageError: it is missing or can't be read.
+            ImageError: if it is missing or can't be read.
         """
 
     def read(self, unit: int) -> Item:
+        """Read an image with its id and columns.
+
+        Raises:
+            ImageError: if the image is missing, or it or its columns can't be read.
+        """
         return Item(self.id(unit), self.data(unit), self.columns(unit))
 
 
 def make_listing(
     about: dict[str, Any], file: Any, rows: Any = 1, offset: Any = 0, size: Any = -1, more: dict[str, Any] | None = None
 ) -> pa.Table:
-    """A listing with its metadata.
+    """Make a listing with its metadata and digest.
 
     Args:
-        about: what `Source` finds there, less the digest.
-        file, rows, offset, size: columns, or one value for all rows.
-        more: further columns.
+        about: the metadata that `Source` reads, without the digest; see `about_of`.
+        file: a column.
+        rows, offset, size: a column, or one value for all rows.
+        more: further columns, by name.
     """
     values = [np.full(len(file), value) if isinstance(value, int) else value for value in (rows, offset, size)]
     table = pa.table(dict(zip(LISTING.names, [file, *values], strict=True))).cast(LISTING)
@@ -163,18 +184,28 @@ def make_listing(
 
 
 def with_about(listing: pa.Table, about: dict[str, Any]) -> pa.Table:
+    """Return the listing with this metadata instead of its own."""
     return listing.replace_schema_metadata({b"source": json.dumps(about).encode()})
 
 
 def about_of(found: Found, uri: str, schema: pa.Schema, settings: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """Return the metadata of a listing, without the digest.
+
+    Args:
+        found: the files.
+        uri: absolute path, pattern or s3:// URI.
+        schema: the carried columns.
+        settings: what decides, together with the listing, which images these are.
+        more: further entries.
+    """
     packed = base64.b64encode(schema.serialize().to_pybytes()).decode()
     return {"kind": found.kind, "uri": uri, "root": found.root, "schema": packed, "settings": settings, **more}
 
 
 def digest_of(listing: pa.Table, about: dict[str, Any]) -> str:
-    """sha256 over columns' lengths and bytes, however Arrow has them in memory."""
+    """Return the SHA-256 of a listing's values and of its settings. It does not depend on Arrow's memory layout."""
     digest = hashlib.sha256(json.dumps([about["settings"], about.get("names")], sort_keys=True).encode())
-    names = LISTING.names if about["kind"] == "folder" else listing.column_names  # labels are a matter of numbering
+    names = LISTING.names if about["kind"] == "folder" else listing.column_names  # labels only number the folders
     for name in names:
         column = listing[name]
         if not pa.types.is_large_binary(column.type):
@@ -199,26 +230,36 @@ def _from_bytes(kind: type[Source], listing: bytes) -> Source:
 
 
 def locate(folder: str, path: str) -> str:
-    """A path or URI as it stands in a list or a table that lies in `folder`."""
+    """Return the absolute form of a path or URI that is written in a list or a table in `folder`.
+
+    Raises:
+        ImageError: if the URI is neither s3:// nor file:///.
+    """
     if storage.remote(path) or path.startswith("/"):
         return path
     if path.startswith("file:///"):
         return unquote(path.removeprefix("file://"))
     if is_foreign(path):
         raise ImageError("unreadable", f"{path}: only local paths and s3:// can be read")
-    if storage.remote(folder):  # where .. is a name like any other
+    if storage.remote(folder):  # S3 does not resolve .. in a key
         return "s3://" + posixpath.normpath(posixpath.join(folder.removeprefix("s3://"), path))
     return storage.join(folder, path)
 
 
 def is_foreign(path: str) -> bool:
+    """Return whether a path is a URI of a kind that can't be read, such as https://."""
     return bool(re.match(SCHEME, path)) and not re.match(READABLE, path)
 
 
 def read_file(path: str, size: int = -1) -> bytes:
-    """
+    """Read the file of an image.
+
     Args:
-        size: bytes, where they are known.
+        path: absolute path or s3:// URI.
+        size: bytes of the file; -1: unknown.
+
+    Raises:
+        ImageError: if the file is missing, too large, not a regular file, or can't be read.
     """
     try:
         if not storage.remote(path):
@@ -229,20 +270,31 @@ def read_file(path: str, size: int = -1) -> bytes:
         if size > MAX_IMAGE_BYTES:
             raise ImageError("too_large", f"a file of {size / 2**30:.1f} GiB")
         return storage.read(path)
-    except (ImageError, storage.Unavailable):  # where the store is away, that is not the image's fault
+    except (ImageError, storage.Unavailable):  # a store that is unavailable says nothing about the image
         raise
     except FileNotFoundError:
         raise ImageError("missing", "the file is gone") from None
-    except (OSError, ValueError) as error:  # ValueError: a path with a NUL
+    except (OSError, ValueError) as error:  # ValueError: the path contains NUL
         raise ImageError("unreadable", getattr(error, "strerror", None) or str(error)) from error
 
 
 def is_text(kind: pa.DataType) -> bool:
+    """Return whether an Arrow type is a string type."""
     return pa.types.is_string(kind) or pa.types.is_large_string(kind)
 
 
 def id_column_of(have: list[str], config: SourceConfig, name: str, where: str) -> str | None:
-    """None where there is none, and none was asked for."""
+    """Return the id column, or None if there is none and the config does not name one.
+
+    Args:
+        have: the columns.
+        config: the source's config section.
+        name: the name of that section, for error messages.
+        where: the file and its columns, for error messages.
+
+    Raises:
+        UserError: if the config names an id column that does not exist.
+    """
     if config.id_column in have:
         return config.id_column
     if config.id_column != DEFAULTS.id_column:
@@ -251,13 +303,15 @@ def id_column_of(have: list[str], config: SourceConfig, name: str, where: str) -
 
 
 def encode_path(path: str) -> bytes:
+    """Return a path as the bytes that the file system has."""
     return path.encode("utf-8", "surrogateescape")
 
 
 def decode_path(path: bytes) -> str:
+    """Return a path that `encode_path` encoded."""
     return path.decode("utf-8", "surrogateescape")
 
 
 def shown_path(path: bytes) -> str:
-    """A file name as valid text, whatever bytes it has."""
+    """Return a file name as valid text; bytes that are not UTF-8 become backslash escapes."""
     return path.decode("utf-8", "backslashreplace")

@@ -1,4 +1,4 @@
-"""Opens a source of any kind, restores one from its listing, and compares one with earlier listings."""
+"""Open a source of any kind, restore a source from its listing, and compare a source with earlier listings."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -22,13 +22,16 @@ from pipelines.data.webdataset import TarSource, list_tars
 
 
 def open_source(config: SourceConfig, name: str = "source", labels: Sequence[str] = ()) -> Source:
-    """
+    """List a source of any kind.
+
     Args:
-        name: the config section, for messages.
-        labels: class names that are numbered already, as `Source.labels` of an earlier listing: new ones come after.
+        config: the source's config section.
+        name: the name of that section, for error messages.
+        labels: class names that have numbers already (`Source.labels` of an earlier listing). New ones are numbered
+            after them.
 
     Raises:
-        UserError: no such path, no images in it, no such column, ...
+        UserError: if the path does not exist, holds no images, lacks a column, or can't be used for another reason.
     """
     if not config.uri:
         raise UserError(f"{name}.uri is empty; give a folder of images or Parquet file(s): {name}.uri=/data/photos")
@@ -45,9 +48,10 @@ def open_source(config: SourceConfig, name: str = "source", labels: Sequence[str
 
 
 def restore(listing: pa.Table, uri: str = "") -> Source:
-    """The source of a listing. Nothing is listed again.
+    """Return the source of a listing without listing the files again.
 
     Args:
+        listing: a source's `listing`.
         uri: where the files are now, if they were moved.
     """
     about = json.loads(listing.schema.metadata[b"source"])
@@ -68,12 +72,13 @@ def restore(listing: pa.Table, uri: str = "") -> Source:
 
 @dataclass(frozen=True)
 class Growth:
-    """What a source has become since it was listed.
+    """How a source differs from its earlier listings.
 
     Attributes:
-        new: groups that were not there, as a listing: `restore` makes a source of them.
-        changed, gone: how many groups have another size now, or are not there any more.
-        examples: files of up to 5 of these, the changed ones first.
+        new: the groups that were not listed before, as a listing that `restore` takes.
+        changed: number of groups whose size or number of rows has changed.
+        gone: number of groups that no longer exist.
+        examples: the files of up to 5 changed or missing groups, the changed ones first.
     """
 
     new: pa.Table
@@ -83,7 +88,7 @@ class Growth:
 
 
 def compare(old: list[pa.Table], new: Source) -> Growth:
-    """A source's groups against those of earlier listings; the same `file` and `offset` make the same group."""
+    """Compare the groups of a source with those of earlier listings. A group is known by its `file` and `offset`."""
     every = pa.concat_tables(
         table.select(LISTING.names)
         .cast(LISTING)
@@ -107,6 +112,6 @@ def compare(old: list[pa.Table], new: Source) -> Growth:
 
 
 def _repeats(table: pa.Table, *columns: str) -> np.ndarray:
-    """Which rows are equal to the next, in these columns."""
+    """Return, for each row but the last, whether it equals the next row in these columns."""
     equal = [pc.equal(table[name].slice(0, len(table) - 1), table[name].slice(1)).to_numpy() for name in columns]
     return np.logical_and.reduce(equal)

@@ -1,7 +1,7 @@
-"""WebDataset's tars: which bytes hold which samples.
+"""Index the tars of a WebDataset: which bytes hold which samples.
 
-Headers are read here, not by `tarfile`: it takes four times as long for each, and where a tar is damaged it ends
-without a word.
+This module parses tar headers itself. Python's `tarfile` takes four times as long per header, and stops without an
+error where a tar is damaged.
 """
 
 import io
@@ -11,21 +11,33 @@ from typing import IO, NamedTuple
 from litevae import storage
 from litevae.errors import UserError
 
-RANGE_SAMPLES = 256  # a range is read at once and held in memory ...
-RANGE_BYTES = 32 * 2**20  # ... so it ends where this many are full, too
+# A range is read at once and held in memory, so it ends when it has this many samples or this many bytes.
+RANGE_SAMPLES = 256
+RANGE_BYTES = 32 * 2**20
 _BLOCK = 512
-_RECORD = 20 * _BLOCK  # tars are filled up with zeros to a multiple of it
+_RECORD = 20 * _BLOCK  # tars are padded with zeros to a multiple of this
 _READ_AHEAD = 2 * 2**20
 
 
 class Range(NamedTuple):
+    """A byte range of a tar that holds whole samples: offset and size in bytes, and the number of samples."""
+
     offset: int
     size: int
     samples: int
 
 
 class Member(NamedTuple):
-    """A file in a tar, from `start`, its first header, to `end`. Not `regular`: a link, device, ...: no data here."""
+    """A file in a tar.
+
+    Attributes:
+        name: its path in the tar.
+        regular: False for a link, a device, or another file without data of its own here.
+        start: position of its first header.
+        offset: position of its data.
+        size: bytes of its data.
+        end: position after its data and padding.
+    """
 
     name: bytes
     regular: bool
@@ -36,17 +48,21 @@ class Member(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """Files of one name, by extension (in lower case)."""
+    """The files with one name: the name (`key`), and the files by extension in lower case."""
 
     key: str
     files: dict[str, Member]
 
 
 def list_ranges(path: str, size: int) -> list[Range]:
-    """The samples of a tar of `size` bytes, up to `RANGE_SAMPLES` a range.
+    """Divide the samples of a tar into ranges of up to `RANGE_SAMPLES` samples.
+
+    Args:
+        path: the tar.
+        size: its bytes.
 
     Raises:
-        UserError: it is damaged or cut short, or the files of a sample do not lie together.
+        UserError: if the tar is damaged or cut short, or if the files of a sample do not lie together.
     """
     ranges: list[Range] = []
     keys: set[str] = set()
@@ -69,16 +85,25 @@ def list_ranges(path: str, size: int) -> list[Range]:
 
 
 def open_tar(path: str, size: int) -> IO[bytes]:
-    """The first `size` bytes of a tar, to read headers from; on S3 by few requests."""
+    """Open the first `size` bytes of a tar to read headers; on S3 with few requests."""
     file = storage.open_binary(path, size)
     return io.BufferedReader(file, _READ_AHEAD) if storage.remote(path) else file  # type: ignore[type-var]
 
 
 def read_samples(file: IO[bytes], path: str, start: int, stop: int, whole: bool = False) -> Iterator[Sample]:
-    """Samples in the bytes start ... stop of a tar. `whole`: they go to its end, and its end has to be there.
+    """Yield the samples in bytes `start` to `stop` of a tar.
 
-    Grouped as WebDataset does it: neighbours whose names agree up to the first dot of the last part. Hidden names and
-    those without an extension are left out.
+    Files are grouped as WebDataset does it: neighbours whose names agree up to the first dot of the last path part form
+    a sample. Hidden names and names without an extension are left out.
+
+    Args:
+        file: the tar, or a part of it.
+        path: its path, for error messages.
+        start, stop: positions in `file`.
+        whole: whether `stop` is the end of the tar, so that an end-of-archive marker must be there.
+
+    Raises:
+        UserError: if the tar is damaged or cut short, or if a sample has two files with one extension.
     """
     key: bytes | None = None
     files: dict[str, Member] = {}
@@ -101,9 +126,9 @@ def read_samples(file: IO[bytes], path: str, start: int, stop: int, whole: bool 
 
 
 def _members(file: IO[bytes], path: str, start: int, stop: int, whole: bool) -> Iterator[Member]:
-    """Everything but folders."""
+    """Yield all members except folders."""
     position, first = start, start
-    extended: dict[bytes, bytes] = {}  # what headers before a member say of it: long names, sizes
+    extended: dict[bytes, bytes] = {}  # what extra headers say about the next member: name, size
     while position < stop:
         file.seek(position)
         header = file.read(_BLOCK)
@@ -140,7 +165,11 @@ def _members(file: IO[bytes], path: str, start: int, stop: int, whole: bool) -> 
 
 
 def _parse(header: bytes) -> tuple[bytes, bytes, int]:
-    """Type, name and bytes of a member."""
+    """Return the type, the name and the size in bytes of the member that a header describes.
+
+    Raises:
+        ValueError: if it is not a header, or one of a sparse file.
+    """
     if len(header) < _BLOCK:
         raise ValueError("half a header")
     if _number(header[148:156]) != sum(header) - sum(header[148:156]) + 8 * ord(" "):
@@ -154,13 +183,14 @@ def _parse(header: bytes) -> tuple[bytes, bytes, int]:
 
 
 def _number(field: bytes) -> int:
-    if field[0] == 0x80:  # more than octal digits can say
+    """Parse a number field of a header."""
+    if field[0] == 0x80:  # base-256, for numbers too large for the octal digits
         return int.from_bytes(field[1:], "big")
     return int(field.split(b"\0", 1)[0].strip() or b"0", 8)
 
 
 def _pax(content: bytes) -> dict[bytes, bytes]:
-    """Records "length key=value\\n"."""
+    """Parse the records of a pax header, each "length key=value\\n"."""
     records = {}
     while content:
         digits, _, record = content.partition(b" ")
@@ -173,4 +203,5 @@ def _pax(content: bytes) -> dict[bytes, bytes]:
 
 
 def shown_path(name: bytes) -> str:
+    """Return a name as valid text; bytes that are not UTF-8 become backslash escapes."""
     return name.decode(errors="backslashreplace")

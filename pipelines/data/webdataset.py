@@ -1,4 +1,4 @@
-"""Images in tar files with the fields of a sample beside them (WebDataset): a group is a range of bytes."""
+"""WebDataset: tar files with images and other fields of each sample. A locality group is a range of bytes."""
 
 import io
 import json
@@ -29,7 +29,7 @@ from pipelines.data.source import (
 
 
 class TarSource(Source):
-    """WebDataset's tars: a sample's image, and its other files as columns, by extension."""
+    """The tars of a WebDataset. Each sample has an image, and its other files are columns named by extension."""
 
     def __init__(self, listing: pa.Table):
         super().__init__(listing)
@@ -37,7 +37,7 @@ class TarSource(Source):
         self._ranges = Recent(self._read_range, limit=WINDOW_GROUPS + 1)
 
     def _range(self, group: int) -> tuple[str, int, int]:
-        """Path, offset and bytes of a group."""
+        """Return the path of a group's tar, and the group's offset and size in bytes."""
         offset, size = (self.listing[column][group].as_py() for column in ("offset", "size"))
         return storage.join(self.root, self._file(group)), offset, size
 
@@ -50,6 +50,11 @@ class TarSource(Source):
         return (self._samples(io.BytesIO(data), group, 0), data), 1
 
     def _samples(self, file: IO[bytes], group: int, start: int) -> list[tar_index.Sample]:
+        """Return the samples of a group, which begins at position `start` of `file`.
+
+        Raises:
+            UserError: if they are not those that were listed.
+        """
         path, _, size = self._range(group)
         try:
             samples = list(tar_index.read_samples(file, path, start, start + size))
@@ -62,7 +67,7 @@ class TarSource(Source):
         return samples
 
     def sample(self, unit: int) -> tuple[tar_index.Sample, bytes]:
-        """A sample, and the bytes that its files' offsets are in."""
+        """Return a sample, and the bytes that the offsets of its files refer to."""
         group, row = self._place(unit)
         samples, data = self._ranges(group)
         return samples[row], data
@@ -113,6 +118,18 @@ class TarSource(Source):
 
 
 def list_tars(found: Found, uri: str, config: SourceConfig, name: str) -> Source:
+    """List the tars of a WebDataset.
+
+    Args:
+        found: the files.
+        uri: the absolute path or pattern that names them.
+        config: the source's config section.
+        name: the name of that section, for error messages.
+
+    Raises:
+        UserError: if a tar is damaged, if there are no samples, or if the first samples have no image or lack a column
+            that was asked for.
+    """
     with ThreadPoolExecutor(THREADS) as threads:
         paths = [storage.join(found.root, file) for file, _ in found.files]
         ranges = list(threads.map(tar_index.list_ranges, paths, [size for _, size in found.files]))
@@ -136,7 +153,7 @@ def list_tars(found: Found, uri: str, config: SourceConfig, name: str) -> Source
 
 
 def _tar_type(samples: list[tuple[tar_index.Sample, bytes]], column: str, name: str, where: str) -> pa.DataType:
-    """A column's type, from the first samples."""
+    """Infer the type of a column from the first samples."""
     values = []
     for sample, data in samples:
         try:
@@ -155,11 +172,11 @@ def _tar_type(samples: list[tuple[tar_index.Sample, bytes]], column: str, name: 
 
 
 def _tar_value(sample: tar_index.Sample, data: bytes, column: str) -> Any:
-    """Of `cls` (int), `json.field` (what it is) or any other extension (text).
+    """Return the value of a column: `cls` as int, `json.field` as the field's JSON value, any other extension as text.
 
     Raises:
-        KeyError: there is none.
-        ValueError, RecursionError: it can't be read.
+        KeyError: if the sample does not have it.
+        ValueError, RecursionError: if it can't be parsed.
     """
     if not column.startswith("json."):
         text = _content(sample, data, column).decode()
@@ -176,7 +193,7 @@ def _content(sample: tar_index.Sample, data: bytes, extension: str) -> bytes:
 
 
 def _image_of(sample: tar_index.Sample, asked: str | None) -> str | None:
-    """The extension of its image: the one that is asked for, else the first that is an image's."""
+    """Return the extension of a sample's image: the one asked for, else the first image suffix; None if it has none."""
     if asked:
         return asked if asked in sample.files else None
     return next((extension for extension in sample.files if f".{extension}".endswith(IMAGE_SUFFIXES)), None)

@@ -1,4 +1,4 @@
-"""Fields of doctor."""
+"""Config schema of the job doctor."""
 
 from typing import Annotated
 

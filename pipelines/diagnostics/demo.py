@@ -1,7 +1,8 @@
-"""The whole pipeline in minutes, on the photos that scikit-image ships: `make demo`.
+"""Run the whole pipeline in minutes on the photos that come with scikit-image (`make demo`).
 
-Tiles are cut from the photos around held-out squares (a face, a cat, a cup ...), which become the validation images, so
-no pixel of what is judged was trained on. Then every job runs with its `demo` preset, as a user would run it.
+Held-out squares of the photos (a face, a cat, a cup ...) become the validation images. Training tiles are cut so that
+they do not touch these squares, so no pixel of a validation image is trained on. Then every job runs with its `demo`
+preset, as a user would run it.
 """
 
 import json
@@ -24,7 +25,7 @@ from pipelines.runtime.cli import load
 from pipelines.runtime.schema import ConfigT, Job
 from pipelines.training.config import TrainLDM, TrainVAE
 
-# photo -> held-out squares: left, top, side, in pixels
+# For each photo its held-out squares: left, top and side in pixels.
 HELD_OUT: dict[str, list[tuple[int, int, int]]] = {
     "astronaut.png": [(145, 5, 165), (370, 5, 130)],
     "chelsea.png": [(125, 20, 210)],
@@ -42,7 +43,7 @@ HELD_OUT: dict[str, list[tuple[int, int, int]]] = {
     "moon.png": [],
 }
 TILES = 2000
-TILE = 96  # pixels; crops of 64 are trained on
+TILE = 96  # side in pixels; training uses crops of 64 pixels
 
 
 class Demo(Job):
@@ -53,7 +54,11 @@ class Demo(Job):
 
 
 def demo(config: Demo) -> dict[str, Any]:
-    """Run everything below `config.root`; run again, it goes on where it stopped."""
+    """Run every job in `config.root`, and print a report. A second call resumes where the first one stopped.
+
+    Returns:
+        The result of each job by name, and "seconds" in all.
+    """
     from pipelines.encoding import encode
     from pipelines.evaluation.reconstruction import evaluate
     from pipelines.evaluation.sample import sample
@@ -92,6 +97,8 @@ def demo(config: Demo) -> dict[str, Any]:
 
 
 def _report(done: dict[str, Any], root: Path) -> str:
+    """Return the demo's final report: quality, speeds, numbers of parameters, and the files to look at."""
+
     def rate(value: float) -> str:
         return f"{value:.1f}" if value else "done before"
 
@@ -126,7 +133,13 @@ def _report(done: dict[str, Any], root: Path) -> str:
 
 
 def cut_photos(folder: Path) -> Path:
-    """train/<photo>/ and val/<photo>/ below `folder`, as PNG; the same files on every machine.
+    """Cut the photos into PNG files in train/<photo>/ and val/<photo>/, the same files on every machine.
+
+    Args:
+        folder: where train/ and val/ are made.
+
+    Returns:
+        `folder`.
 
     Raises:
         UserError: scikit-image is not installed.
@@ -157,6 +170,7 @@ def cut_photos(folder: Path) -> Path:
 
 
 def _shipped_photos() -> Path:
+    """Return the folder of the photos in the installed scikit-image."""
     from importlib.util import find_spec
 
     package = find_spec("skimage")
@@ -168,7 +182,16 @@ def _shipped_photos() -> Path:
 def _free_square(
     draw: np.random.Generator, size: tuple[int, int], held_out: list[tuple[int, int, int]]
 ) -> tuple[int, int, int, int]:
-    """A random square that touches no held-out one; small ones are as likely as large ones."""
+    """Draw a random square (left, top, right, bottom) that overlaps no held-out square.
+
+    The logarithm of its side is uniform, so small squares are as likely as large ones. Squares that overlap a held-out
+    one are drawn again.
+
+    Args:
+        draw: the random generator.
+        size: width and height of the photo in pixels.
+        held_out: left, top and side of each held-out square.
+    """
     while True:
         side = int(np.exp(draw.uniform(np.log(0.75 * TILE), np.log(min(size)))))
         left, top = (int(draw.integers(0, length - side + 1)) for length in size)

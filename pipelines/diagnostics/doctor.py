@@ -1,7 +1,7 @@
-"""What may spoil a long run, found before it: every check is a function that gives findings.
+"""Find problems that could spoil a long run before it is started. Every check is a function that yields findings.
 
-The driver has a process of its own on every node (`Nodes`) and asks all of them the same at a time. What raises is a
-finding too, and so is what takes too long; no check stops the others.
+The driver starts a process of its own on every node (`Nodes`), and each check asks all of them the same thing at the
+same time. An exception or a timeout also becomes a finding, and no check stops the others.
 """
 
 import json
@@ -27,7 +27,7 @@ from pipelines.runtime.schema import Ray
 
 
 def run(config: Doctor) -> int:
-    """The `doctor` job: prints a table, and returns the exit code."""
+    """Run the job `doctor`: print a table of findings, and return the exit code (1 if a check failed, else 0)."""
     findings = doctor(config)
     print(f"\n{table(findings)}\n")
     counts = Counter(finding.state for finding in findings)
@@ -43,10 +43,10 @@ def run(config: Doctor) -> int:
 
 
 def doctor(config: Doctor) -> list[Finding]:
-    """All checks.
+    """Run all checks and return their findings.
 
     Raises:
-        UserError: paths that no job would take.
+        UserError: a path in the config is one that no job would accept, or the report's folder does not exist.
     """
     root = paths.output_path("root", config.root)
     out = paths.output_path("out", config.out, remote=True) if config.out else ""
@@ -86,18 +86,23 @@ def doctor(config: Doctor) -> list[Finding]:
 
 
 def examined(function: Callable[..., Findings], *arguments: Any) -> list[Finding]:
-    """What a check finds; that it breaks off is a finding, too."""
+    """Return the findings of a check. If it raises an exception, that becomes the last finding."""
     findings: list[Finding] = []
     try:
         for finding in function(*arguments):
             findings.append(finding._replace(found=redact(finding.found)))
-    except Exception as error:  # noqa: BLE001 - the boundary: whatever goes wrong is what is looked for
+    except Exception as error:  # noqa: BLE001 - every error is a finding
         findings.append(failure(DRIVER, error))
     return findings
 
 
 def table(findings: Sequence[Finding], width: int = 0) -> str:
-    """Aligned columns, texts wrapped; nodes of which the same is to be said have one row."""
+    """Format findings as aligned columns with wrapped text; nodes with the same finding share one row.
+
+    Args:
+        findings: the findings.
+        width: width of the table in characters; 0: that of the terminal, but at least 100.
+    """
     every = {finding.node for finding in findings} - {DRIVER}
     same: dict[Finding, list[str]] = {}
     for finding in findings:
@@ -112,7 +117,7 @@ def table(findings: Sequence[Finding], width: int = 0) -> str:
     widths = [*narrow, rest * 3 // 5, rest * 2 // 5]
     lines = []
     for row in rows:
-        # paths, addresses and commands are not to be broken, or nobody could copy them
+        # Paths, addresses and commands are not broken across lines, so that they can be copied.
         cells = [
             textwrap.wrap(cell, limit, break_long_words=False, break_on_hyphens=False) or [""]
             for cell, limit in zip(row, widths, strict=True)
@@ -127,23 +132,31 @@ def table(findings: Sequence[Finding], width: int = 0) -> str:
 
 
 class Started(NamedTuple):
+    """The result of starting Ray.
+
+    Attributes:
+        up: whether Ray is running.
+        placement: the workers that a job would get; None if that could not be found out.
+        findings: the findings about Ray.
+    """
+
     up: bool
     placement: cluster.Placement | None
     findings: list[Finding]
 
 
 def start(config: Ray) -> Started:
-    """Join or start Ray as every job does."""
+    """Join or start Ray as every job does, and check the number of nodes and the authentication."""
     import ray
 
     placement: cluster.Placement | None = None
     problems: list[Finding] = []
     host, _, port = os.environ.get("RAY_ADDRESS", "").rpartition(":")
     try:
-        if host and port.isdigit() and "//" not in host:  # Ray itself would try for some four minutes
+        if host and port.isdigit() and "//" not in host:  # Ray itself would try for about four minutes
             _reach(host, int(port))
         placement = cluster.start(config)
-    except Exception as error:  # noqa: BLE001 - the boundary: the other checks go on without Ray, or without a placement
+    except Exception as error:  # noqa: BLE001 - the other checks go on without Ray or without a placement
         advice = "see that $RAY_ADDRESS is that of a running cluster, with the same RAY_AUTH_MODE and token"
         advice = "" if isinstance(error, UserError) else advice
         problems.append(failure(DRIVER, error, advice))
@@ -169,6 +182,7 @@ def start(config: Ray) -> Started:
 
 
 def _reach(host: str, port: int) -> None:
+    """Raise a UserError if nothing accepts a TCP connection at this address within 10 seconds."""
     try:
         socket.create_connection((host, port), timeout=10).close()
     except OSError as error:

@@ -1,4 +1,4 @@
-"""What doctor checks of a folder: whether all nodes share it, whether locks hold there, and how fast it is."""
+"""Doctor's checks of a folder: whether all nodes share it, whether exclusive creation works, and how fast it is."""
 
 import os
 import secrets
@@ -13,11 +13,16 @@ from litevae.errors import UserError
 from pipelines.diagnostics.machine import GB, LITTLE_DISK
 from pipelines.diagnostics.probe import DRIVER, Ask, Finding, answered, counted
 
-ROUNDS, THREADS = 4, 8  # of the race for one name, and threads of each node in it
+ROUNDS, THREADS = 4, 8  # rounds of the race to create one name, and threads per node in the race
 
 
 def folder(ask: Ask, path: str) -> Iterator[Finding]:
-    """Whether all nodes write there, see each other's files, and find one winner when they race for a name."""
+    """Check that all nodes can write to a folder and see its files, and that of many writers of one name one wins.
+
+    Args:
+        ask: calls a function on every node.
+        path: a local folder or s3://; "": the check is skipped.
+    """
     if not path:
         yield Finding(DRIVER, "skipped", "not given")
         return
@@ -47,6 +52,7 @@ def folder(ask: Ask, path: str) -> Iterator[Finding]:
 
 
 def _missing(path: str, nonce: str) -> bool:
+    """Return whether a file is missing or does not hold the expected text."""
     try:
         return storage.read(path) != nonce.encode()
     except FileNotFoundError:
@@ -54,18 +60,19 @@ def _missing(path: str, nonce: str) -> bool:
 
 
 def _clear(mark: str) -> None:
+    """Remove the check's files."""
     if storage.remote(mark):
         try:
             for name in storage.names(mark):
                 storage.remove(storage.join(mark, name))
-        except UserError as error:  # a store that fails has been told of
+        except UserError as error:  # the failure of the store has already been reported
             print(f"doctor: {mark} may have been left ({error})", file=sys.stderr)
     else:
         shutil.rmtree(mark, ignore_errors=True)
 
 
 def _reply(mark: str, nonce: str) -> str:
-    """On a node: the name of a file that it wrote; empty where it does not see the driver's."""
+    """Write a file on a node and return its name; "" if the node does not see the driver's file."""
     if _missing(storage.join(mark, DRIVER), nonce):
         return ""
     name = f"node-{secrets.token_hex(8)}"
@@ -74,6 +81,7 @@ def _reply(mark: str, nonce: str) -> str:
 
 
 def _raced(ask: Ask, mark: str, path: str) -> Iterator[Finding]:
+    """Let all nodes race to create the same names, and check that each name has exactly one winner."""
     nodes, lost = answered(ask(_race, mark))
     yield from lost
     wins = [[winner for found in nodes.values() for winner in found[number]] for number in range(ROUNDS)]
@@ -90,7 +98,11 @@ def _raced(ask: Ask, mark: str, path: str) -> Iterator[Finding]:
 
 
 def _race(mark: str) -> list[list[str]]:
-    """On a node: the threads that won each name."""
+    """Take part in the race on a node.
+
+    Returns:
+        For each round the ids of this node's threads that created the name.
+    """
     wins: list[list[str]] = []
     problems: list[BaseException] = []
     for number in range(ROUNDS):
@@ -119,6 +131,7 @@ def _race(mark: str) -> list[list[str]]:
 
 
 def _speeds(ask: Ask, mark: str, path: str) -> Iterator[Finding]:
+    """Measure how fast each node writes and reads, and check atomic replacement and free space."""
     nodes, lost = answered(ask(_throughput, mark))
     yield from lost
     for node, (write, read, torn) in nodes.items():
@@ -136,7 +149,11 @@ def _speeds(ask: Ask, mark: str, path: str) -> Iterator[Finding]:
 
 
 def _throughput(mark: str) -> tuple[float, float, int]:
-    """On a node: MB/s of a 16 MB file written and read, and how often one that is being replaced was seen in part."""
+    """Measure the folder's speed on a node with a file of 16 MiB.
+
+    Returns:
+        MB/s written, MB/s read, and how often a reader saw a part of a file while it was being replaced.
+    """
     path = storage.join(mark, f"speed-{secrets.token_hex(8)}")
     data = os.urandom(16 * 2**20)
     begun = time.perf_counter()

@@ -1,4 +1,4 @@
-"""What doctor checks of each node: versions, CPUs, GPUs, kernels, limits, clocks, and the links between nodes."""
+"""Doctor's checks of nodes: versions, CPUs, GPUs, kernels, limits, clocks, and the network between nodes."""
 
 import hashlib
 import os
@@ -25,14 +25,20 @@ from pipelines.runtime import cluster, host
 
 PACKAGES = ("torch", "ray", "litevae", "numpy", "pyarrow", "diffusers", "pillow", "simplejpeg", "s3fs", "mlflow")
 GB = 10**9
-LITTLE_DISK, LITTLE_SHM = 20 * GB, 0.9  # free space; /dev/shm against Ray's object store
-OPEN_FILES = 4096  # Ray takes some per worker, and recommends 65536
-SKEW = (2.0, 300.0)  # seconds between clocks that are told, and that S3 and tokens may take offence at
-LINK = 10.0  # MB/s between nodes, below which training waits for gradients more than it computes
+# Less free disk space than this, or a smaller ratio of /dev/shm to Ray's object store, is a warning.
+LITTLE_DISK, LITTLE_SHM = 20 * GB, 0.9
+OPEN_FILES = 4096  # a lower limit is a warning: Ray needs some files per worker, and recommends 65536
+SKEW = (2.0, 300.0)  # seconds between clocks: above the first a warning; above the second S3 and tokens may fail
+LINK = 10.0  # MB/s between nodes, below which training waits longer for gradients than it computes
 
 
 def versions(mine: dict[str, str], theirs: dict[str, Any]) -> Iterator[Finding]:
-    """Whether nodes have what the driver has."""
+    """Check that every node has the driver's versions.
+
+    Args:
+        mine: what `versions_here` returned on the driver.
+        theirs: what `versions_here` returned on each node.
+    """
     yield Finding(DRIVER, "ok", ", ".join(f"{name} {version}" for name, version in mine.items()))
     nodes, lost = answered(theirs, "install this project and its dependencies there, as constraints.txt has them")
     yield from lost
@@ -47,7 +53,7 @@ def versions(mine: dict[str, str], theirs: dict[str, Any]) -> Iterator[Finding]:
 
 
 def versions_here() -> dict[str, str]:
-    """Versions of `PACKAGES` ("none" where one is not installed), and a digest of this project's own code."""
+    """Return the versions of `PACKAGES` ("none" if not installed), and a digest of this project's code as "code"."""
     found = dict.fromkeys(PACKAGES, "none") | host.versions(PACKAGES)
     digest = hashlib.sha256()
     for part in (native.SOURCE.parent, Path(__file__).parents[1]):
@@ -57,6 +63,7 @@ def versions_here() -> dict[str, str]:
 
 
 def cpus(ask: Ask, resources: dict[str, dict[str, float]]) -> Iterator[Finding]:
+    """Check that Ray has as many CPUs on each node as there are, and that processes may use them all."""
     nodes, lost = answered(ask(_cpus))
     yield from lost
     for node, (logical, physical, usable) in nodes.items():
@@ -77,7 +84,7 @@ def cpus(ask: Ask, resources: dict[str, dict[str, float]]) -> Iterator[Finding]:
 
 
 def _cpus() -> tuple[int, int, float]:
-    """Logical, physical, and those that this process may use, by its affinity and its cgroup."""
+    """Return the number of logical CPUs, of cores, and of CPUs that affinity and cgroup let this process use."""
     logical = os.cpu_count() or 1
     usable = float(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else logical)
     quota = Path("/sys/fs/cgroup/cpu.max")
@@ -87,6 +94,7 @@ def _cpus() -> tuple[int, int, float]:
 
 
 def gpus(ask: Ask, resources: dict[str, dict[str, float]]) -> Iterator[Finding]:
+    """Check that PyTorch and Ray see every GPU, that its memory is free, and that it computes correctly."""
     nodes, lost = answered(ask(_gpus), "see the driver's log: dmesg, nvidia-smi")
     yield from lost
     for node, (there, built, devices) in nodes.items():
@@ -112,7 +120,10 @@ def gpus(ask: Ask, resources: dict[str, dict[str, float]]) -> Iterator[Finding]:
 
 
 def _gpus() -> tuple[str, str, list[tuple[str, int, int, bool, float]]]:
-    """What nvidia-smi tells, the CUDA that PyTorch was built for, and the GPUs that it sees, each with an error."""
+    """Return the output of nvidia-smi, the CUDA version that PyTorch was built for, and the GPUs that PyTorch sees.
+
+    Each GPU is (name, free bytes, total bytes, whether it has bf16, relative error of a matrix product in fp32).
+    """
     there = ""
     if smi := shutil.which("nvidia-smi"):
         query = [smi, "--query-gpu=name,driver_version", "--format=csv,noheader"]
@@ -132,6 +143,7 @@ def _gpus() -> tuple[str, str, list[tuple[str, int, int, bool, float]]]:
 
 
 def kernels(ask: Ask) -> Iterator[Finding]:
+    """Check that the project's own CPU kernels can be built on each node, and that they compute correctly."""
     for node, error in ask(_kernels).items():
         if isinstance(error, native.NoKernels):
             yield failure(node, error, "install g++: encoding on CPUs is two to three times as fast")._replace(
@@ -148,7 +160,7 @@ def kernels(ask: Ask) -> Iterator[Finding]:
 
 @torch.no_grad()
 def _kernels() -> float:
-    """The error of the native kernels, relative to the largest value."""
+    """Return the largest error of the project's own CPU kernels, relative to the largest value."""
     generator = torch.Generator().manual_seed(0)
     conv, norm = torch.nn.Conv2d(32, 32, 3, padding=1), torch.nn.GroupNorm(8, 32)
     x = torch.randn(2, 32, 25, 31, generator=generator).contiguous(memory_format=torch.channels_last)
@@ -158,6 +170,7 @@ def _kernels() -> float:
 
 
 def limits(ask: Ask, resources: dict[str, dict[str, float]]) -> Iterator[Finding]:
+    """Check each node's free disk space, its limit of open files, and the size of /dev/shm."""
     nodes, lost = answered(ask(_limits))
     yield from lost
     for node, (memory, files, temp, free, shm) in nodes.items():
@@ -178,12 +191,15 @@ def limits(ask: Ask, resources: dict[str, dict[str, float]]) -> Iterator[Finding
 
 
 def _limits() -> tuple[int, int, str, int, int]:
-    """Free memory, open files, Ray's folder and what is free there, the size of /dev/shm."""
+    """Return free memory, the limit of open files, Ray's folder, free space there, and the size of /dev/shm.
+
+    Sizes are in bytes.
+    """
     import resource
 
     import ray
 
-    node = ray._private.worker._global_node  # Ray has no public way to ask
+    node = ray._private.worker._global_node  # Ray has no public API for it
     temp = node.get_session_dir_path() if node else tempfile.gettempdir()
     shm = shutil.disk_usage("/dev/shm").total if os.path.isdir("/dev/shm") else 0
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
@@ -191,7 +207,10 @@ def _limits() -> tuple[int, int, str, int, int]:
 
 
 def clock(ask: Ask, out: str) -> Iterator[Finding]:
-    """Clocks against the driver's: of several exchanges the tightest bounds count."""
+    """Compare each node's clock, and S3's if `out` is there, with the driver's.
+
+    Each exchange gives bounds on the difference; the tightest bounds of five exchanges count.
+    """
     bounds: dict[str, list[tuple[float, float]]] = {}
     for _ in range(5):
         before = time.time()
@@ -208,29 +227,35 @@ def clock(ask: Ask, out: str) -> Iterator[Finding]:
         try:
             with urllib.request.urlopen(request, timeout=10) as answer:
                 date = answer.headers["Date"]
-        except urllib.error.HTTPError as error:  # it may well refuse; it tells the time
+        except urllib.error.HTTPError as error:  # also a refusal has the time in its header
             date = error.headers["Date"]
         except OSError as error:
             raise UserError(f"{request.full_url} can't be reached ({error}); check AWS_ENDPOINT_URL") from None
         if date:
-            there = parsedate_to_datetime(date).timestamp()  # a whole second, cut off
+            there = parsedate_to_datetime(date).timestamp()  # rounded down to a whole second
             yield from skews({"S3": (there - time.time(), there + 1 - before)})
 
 
 def skews(bounds: dict[str, tuple[float, float]]) -> Iterator[Finding]:
-    """
+    """Judge the differences between clocks.
+
     Args:
-        bounds: of how much a clock is ahead of the driver's, in seconds.
+        bounds: for each clock, bounds (low, high) of how far it is ahead of the driver's, in seconds.
     """
     for node, (low, high) in bounds.items():
-        sure = max(0.0, low, -high)  # what it is off at least
+        sure = max(0.0, low, -high)  # the smallest difference that the bounds allow
         text = f"{(low + high) / 2:+.2f} s from the driver's, within {(high - low) / 2:.2f} s"
         state: State = "failed" if sure > SKEW[1] else "warning" if sure > SKEW[0] else "ok"
         yield Finding(node, state, text, "set it by NTP (chronyd, timedatectl)" if sure > SKEW[0] else "")
 
 
 def collectives(nodes: Nodes | None, backend: Literal["gloo", "nccl"]) -> Iterator[Finding]:
-    """A process group over all nodes, as Ray Train makes one: on CPUs, or with a GPU of each node that has one."""
+    """Check a process group over all nodes, such as Ray Train makes.
+
+    Args:
+        nodes: the nodes; None if Ray is not running.
+        backend: "gloo" runs on CPUs, "nccl" on one GPU of each node that has one (two if there is only one node).
+    """
     if nodes is None:
         yield Finding(DRIVER, "skipped", "Ray is not running")
         return
@@ -257,14 +282,24 @@ def collectives(nodes: Nodes | None, backend: Literal["gloo", "nccl"]) -> Iterat
 
 
 def rank(number: int, ranks: int, address: str, backend: str, apart: bool, seconds: float) -> tuple[bool, float]:
-    """One process of a group: whether an all_reduce was right, and its bus bandwidth in MB/s.
+    """Run one process of the group.
 
     Args:
-        apart: whether ranks take GPUs of one machine, each its own.
-        seconds: how long others are waited for.
+        number: this process's rank.
+        ranks: the number of processes.
+        address: host:port on which rank 0 listens.
+        backend: "gloo" or "nccl".
+        apart: whether the ranks are on one machine, so that each takes another GPU.
+        seconds: how long to wait for the other processes.
+
+    Returns:
+        Whether all_reduce gave the right sums, and its bus bandwidth in MB/s.
+
+    Raises:
+        UserError: not all processes reach rank 0.
     """
     device = torch.device("cuda", number if apart else 0) if backend == "nccl" else torch.device("cpu")
-    size, times = 4 * 2**20, []  # 16 MB
+    size, times = 4 * 2**20, []  # 16 MiB of fp32
     limit = timedelta(seconds=seconds)
     try:
         dist.init_process_group(backend, f"tcp://{address}", timeout=limit, world_size=ranks, rank=number)
@@ -274,7 +309,7 @@ def rank(number: int, ranks: int, address: str, backend: str, apart: bool, secon
     try:
         right = True
         for _ in range(4):
-            # small: sums over a thousand ranks are exact in fp32
+            # The values are small, so that sums over a thousand ranks are exact in fp32.
             x = (torch.arange(size, device=device) % 16 * (number + 1)).float()
             dist.barrier(device_ids=None if device.index is None else [device.index])
             begun = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Asking every node of a Ray cluster the same, and what is to be said of the answers: what `doctor` is built on."""
+"""The base of `doctor`: findings, and the means to call a function on every node of a Ray cluster."""
 
 import platform
 import re
@@ -14,6 +14,16 @@ DRIVER = "driver"
 
 
 class Finding(NamedTuple):
+    """One result of a check.
+
+    Attributes:
+        node: the node's name, or `DRIVER`.
+        state: "ok", "warning", "failed" or "skipped".
+        found: what was found.
+        advice: what the user can do about it.
+        check: the check's name.
+    """
+
     node: str
     state: State
     found: str
@@ -22,38 +32,39 @@ class Finding(NamedTuple):
 
 
 Findings = Iterable[Finding]
-Ask = Callable[..., dict[str, Any]]  # (function, *arguments) -> by node what it returned there, or its exception
+# Calls function(*arguments) on every node, and returns what it returned or raised there, by node.
+Ask = Callable[..., dict[str, Any]]
 
 
 def failure(node: str, error: BaseException, advice: str = "") -> Finding:
-    """What an exception tells: of a UserError, what to do as well."""
+    """Make a finding from an exception. A UserError's message also gives the advice, unless `advice` is given."""
     if isinstance(error, UserError):
         found, *rest = re.split(r"; |\. ", str(error), maxsplit=1)
         return Finding(node, "failed", found, advice or "".join(rest))
     text, *more = f"{type(error).__name__}: {error}".strip().splitlines()
-    if more and type(error).__module__.startswith("ray."):  # of a process that could not start it tells why at the end
+    if more and type(error).__module__.startswith("ray."):  # its last line says why a process could not start
         text = f"{text} {more[-1]}"
     return Finding(node, "failed", redact(textwrap.shorten(text, 300)), advice)
 
 
 def answered(answers: dict[str, Any], advice: str = "") -> tuple[dict[str, Any], list[Finding]]:
-    """The nodes that answered, and findings about those that failed to."""
+    """Split the answers into those of nodes that answered, and findings about nodes that raised an exception."""
     lost = [failure(node, answer, advice) for node, answer in answers.items() if isinstance(answer, BaseException)]
     return {node: answer for node, answer in answers.items() if not isinstance(answer, BaseException)}, lost
 
 
 class Probe:
-    """A process on a node."""
+    """An actor on a node, which calls functions there."""
 
     def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
         return function(*arguments)
 
 
 class Nodes:
-    """A process of ours on each node of the cluster, which takes neither CPU nor GPU from others.
+    """A process on each node of the cluster, which reserves neither a CPU nor a GPU.
 
     Attributes:
-        resources: of each node, as Ray counts them.
+        resources: each node's resources, as Ray counts them, by node.
         limit: seconds that an answer may take.
     """
 
@@ -75,18 +86,29 @@ class Nodes:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         pinned = NodeAffinitySchedulingStrategy(self._ids[name], soft=False)
-        # With no GPU of its own it sees all; with threads, a call that hangs does not hold up the next.
-        quiet = {"env_vars": {"TORCH_CPP_LOG_LEVEL": "FATAL"}}  # or processes that don't find each other print stacks
+        # An actor that reserves no GPU sees all of them. With several threads, a call that hangs does not block the
+        # next one. The log level keeps processes that do not find each other from printing stack traces.
+        quiet = {"env_vars": {"TORCH_CPP_LOG_LEVEL": "FATAL"}}
         options = {"num_cpus": 0, "max_concurrency": 16, "scheduling_strategy": pinned, "runtime_env": quiet}
         return ray.remote(Probe).options(**options).remote()
 
     def ask(self, function: Callable[..., Any], *arguments: Any) -> dict[str, Any]:
-        """Of each node what `function` returns there, or what it raised."""
+        """Call function(*arguments) on every node, and return what it returned or raised there, by node."""
         return self._gather({name: probe.call.remote(function, *arguments) for name, probe in self._probes.items()})
 
     def ranks(self, names: list[str], function: Callable[..., Any], *arguments: Any) -> dict[str, Any]:
-        """The same of function(rank, ranks, address, *arguments), once on each of these nodes, twice where it is one;
-        `address` is where rank 0 can listen. In new processes: PyTorch counts the groups that each one was in."""
+        """Call function(rank, ranks, address, *arguments) once on each of these nodes, or twice if there is only one.
+
+        The calls run in new processes, because PyTorch counts the process groups that a process has been in.
+
+        Args:
+            names: the nodes.
+            function: gets its rank, the number of ranks, and the address (host:port) on which rank 0 can listen.
+            arguments: further arguments.
+
+        Returns:
+            What each call returned or raised, by node.
+        """
         import ray
 
         probes = {name: self._probe(name) for name in names}
@@ -106,6 +128,7 @@ class Nodes:
                 ray.kill(probe)
 
     def _gather(self, calls: dict[str, Any]) -> dict[str, Any]:
+        """Wait up to `limit` seconds for the calls; one that does not end in time gives a TimeoutError."""
         import ray
 
         done, _ = ray.wait(list(calls.values()), num_returns=len(calls), timeout=self.limit)
@@ -117,11 +140,12 @@ class Nodes:
                 answers[name] = ray.get(call)
             except ray.exceptions.RayTaskError as error:
                 answers[name] = error.cause if isinstance(error.cause, Exception) else error
-            except Exception as error:  # noqa: BLE001 - handed on as the answer
+            except Exception as error:  # noqa: BLE001 - returned as the answer
                 answers[name] = error
         return answers
 
     def close(self) -> None:
+        """End the processes."""
         import ray
 
         for probe in self._probes.values():
@@ -129,14 +153,15 @@ class Nodes:
 
 
 def on_this_machine(function: Callable[..., Any], *arguments: Any) -> dict[str, Any]:
-    """What `Nodes.ask` returns, for this machine only and without Ray."""
+    """Do the same as `Nodes.ask`, for this machine only and without Ray."""
     try:
         return {platform.node(): function(*arguments)}
-    except Exception as error:  # noqa: BLE001 - handed on as the answer
+    except Exception as error:  # noqa: BLE001 - returned as the answer
         return {platform.node(): error}
 
 
 def _address() -> str:
+    """Return this node's IP address with a free port."""
     import ray
 
     host = ray.util.get_node_ip_address()
@@ -146,4 +171,5 @@ def _address() -> str:
 
 
 def counted(number: int, what: str) -> str:
+    """Return a count in words, for example "1 node" or "2 nodes"."""
     return f"{number} {what}{'s' if number != 1 else ''}"

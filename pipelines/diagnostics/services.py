@@ -1,4 +1,4 @@
-"""What doctor checks of MLflow: whether a run can be opened, written to and found again."""
+"""Doctor's check of MLflow: whether a run can be created, written to and read."""
 
 import secrets
 import textwrap
@@ -13,7 +13,7 @@ from pipelines.runtime.schema import Tracked
 
 
 def mlflow(ask: Ask, config: Tracked) -> Iterator[Finding]:
-    """A run in the experiment litevae-doctor: made here, logged to by every node, read, and deleted."""
+    """Create a run in the experiment litevae-doctor, let every node log to it, read it, and delete it."""
     if not config.tracking.enabled:
         yield Finding(DRIVER, "skipped", "tracking.enabled=false")
         return
@@ -23,7 +23,7 @@ def mlflow(ask: Ask, config: Tracked) -> Iterator[Finding]:
     def asked(what: str, call: Callable[..., Any], *arguments: Any) -> Any:
         try:
             return call(*arguments)
-        except Exception as error:  # noqa: BLE001 - the boundary: whatever MLflow raises
+        except Exception as error:  # noqa: BLE001 - MLflow can raise anything
             reason = textwrap.shorten(redact(mlflow_server.cause_of(error)), 200)
             advice = "is the server up, and may this user write there? tracking.uri=..., or tracking.enabled=false"
             raise UserError(f"{redact(uri)}: {what} fails ({reason.replace('; ', ', ')}); {advice}") from None
@@ -53,11 +53,11 @@ def mlflow(ask: Ask, config: Tracked) -> Iterator[Finding]:
 
 
 def _log(uri: str, run_id: str) -> str:
-    """On a node: the name of a metric that it logged."""
+    """Log a metric from a node and return the metric's name."""
     key = f"doctor-{secrets.token_hex(8)}"
     try:
         mlflow_server.client_of(uri).log_metric(run_id, key, 1.0)
-    except Exception as error:  # noqa: BLE001 - the boundary: whatever MLflow raises
+    except Exception as error:  # noqa: BLE001 - MLflow can raise anything
         raise UserError(
             f"{redact(uri)}: logging fails ({textwrap.shorten(redact(mlflow_server.cause_of(error)), 200)})"
         ) from None

@@ -1,4 +1,4 @@
-"""What doctor checks of a job's model, weights and images, and how long the job would take."""
+"""Doctor's checks of a job's model, weights and images, and the estimate of the job's duration."""
 
 import os
 import time
@@ -24,16 +24,22 @@ from pipelines.runtime import cluster
 
 
 class Speeds:
-    """What the estimate takes: images of the source, and images/s of each node."""
+    """What the checks measured and the estimate needs.
+
+    Attributes:
+        images: the number of images in the source.
+        decode: images/s that one core decodes, for each node.
+        encode: images/s that one worker encodes, for each node.
+    """
 
     def __init__(self) -> None:
         self.images = 0
-        self.decode: list[float] = []  # by one core
-        self.encode: list[float] = []  # by one worker
+        self.decode: list[float] = []
+        self.encode: list[float] = []
 
 
 def weights(ask: Ask) -> Iterator[Finding]:
-    """What LPIPS and FID are computed with, where the jobs look for it."""
+    """Check that each node has the published weights of LPIPS and FID where the jobs look for them."""
     nodes, lost = answered(ask(_weights))
     yield from lost
     for node, found in nodes.items():
@@ -48,6 +54,7 @@ def weights(ask: Ask) -> Iterator[Finding]:
 
 
 def _weights() -> list[tuple[str, str, str]]:
+    """Return (metric, name of its network, "") or (metric, "", what is missing) for LPIPS and FID."""
     found = []
     for what, load in (("LPIPS", load_lpips), ("FID", Inception)):
         try:
@@ -58,7 +65,7 @@ def _weights() -> list[tuple[str, str, str]]:
 
 
 def model(ask: Ask, config: Doctor, placement: cluster.Placement | None, speeds: Speeds) -> Iterator[Finding]:
-    """Whether all nodes have the same model, and how fast a worker encodes with it there."""
+    """Check that all nodes have the same model, and measure how fast a worker on each node encodes with it."""
     if not config.model:
         yield Finding(DRIVER, "skipped", "not given")
         return
@@ -83,7 +90,11 @@ def model(ask: Ask, config: Doctor, placement: cluster.Placement | None, speeds:
 
 @torch.inference_mode()
 def _encode(path: str, resolution: int, batch_size: int, threads: int) -> tuple[float, str]:
-    """On a node: images/s of an encoder, and how."""
+    """Measure an encoder on a node.
+
+    Returns:
+        The median images/s, and a description of device, precision and kernels.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(threads)
     by = best_kernels(device)
@@ -93,7 +104,7 @@ def _encode(path: str, resolution: int, batch_size: int, threads: int) -> tuple[
     times: list[float] = []
     with autocast(device, "auto"):
         how = "bf16" if torch.is_autocast_enabled(device.type) else "fp32"
-        encode_latents(vae, x if device.type == "cuda" else x[:1])  # the first one takes longer
+        encode_latents(vae, x if device.type == "cuda" else x[:1])  # the first call takes longer
         while len(times) < 2 or (sum(times) < 2 and len(times) < 20):
             begun = time.perf_counter()
             encode_latents(vae, x).cpu()
@@ -103,7 +114,7 @@ def _encode(path: str, resolution: int, batch_size: int, threads: int) -> tuple[
 
 
 def source(ask: Ask, config: Doctor, speeds: Speeds) -> Iterator[Finding]:
-    """Whether all nodes can read the images, and how fast a core decodes them."""
+    """Check that all nodes can read the images, and measure how fast one core on each node decodes them."""
     if not config.source.uri:
         yield Finding(DRIVER, "skipped", "not given")
         return
@@ -135,7 +146,12 @@ def source(ask: Ask, config: Doctor, speeds: Speeds) -> Iterator[Finding]:
 
 
 def _decode(parts: list[Source], transform: ImageTransform) -> tuple[int, dict[str, int], str, float, float]:
-    """On a node: images decoded, reasons of the others and an example, seconds of reading and of decoding."""
+    """Read and decode images on a node with one thread.
+
+    Returns:
+        The number of decoded images, the reasons of the others with counts, an example of these, and the seconds spent
+        on reading and on decoding.
+    """
     torch.set_num_threads(1)
     bad: Counter[str] = Counter()
     example, good, read, decode = "", 0, 0.0, 0.0
@@ -155,7 +171,10 @@ def _decode(parts: list[Source], transform: ImageTransform) -> tuple[int, dict[s
 
 
 def estimate(placement: cluster.Placement | None, speeds: Speeds) -> Iterator[Finding]:
-    """How long encoding the source takes: on CPUs decoding and encoding share the cores, on GPUs they overlap."""
+    """Estimate how long it takes to encode the source.
+
+    On CPUs decoding and encoding share the cores, so their times add up. On GPUs they overlap, and the slower counts.
+    """
     if not (placement and speeds.images and speeds.encode and speeds.decode):
         yield Finding(DRIVER, "skipped", "takes Ray, a source and a model")
         return

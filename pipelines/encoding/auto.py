@@ -1,4 +1,4 @@
-"""What `auto` means on this machine: the precision, the kernels, the batch size, and whether compiling pays."""
+"""Choose what `auto` means on this machine: precision, kernels and batch size; and advise when compiling pays."""
 
 from dataclasses import replace
 
@@ -14,16 +14,18 @@ from pipelines.encoding.plan import CachePlan
 from pipelines.runtime.cluster import Placement
 from pipelines.runtime.logs import say
 
-AUTO_BATCH = {"cpu": 32, "cuda": 256}  # where batch_size=auto begins; beyond these nothing is gained
-WORTH_COMPILING = 200_000  # images: on an H200 compiling took 50 s, and saved LiteVAE-B 0.8 ms an image
+AUTO_BATCH = {"cpu": 32, "cuda": 256}  # what batch_size=auto tries first; larger batches gain nothing
+WORTH_COMPILING = 200_000  # images; on an H200 compiling took 50 s and saved LiteVAE-B 0.8 ms per image
 
 
 def settle(plan: CachePlan, config: Encode, placement: Placement, images: int) -> CachePlan:
-    """The plan of a new cache with numbers and names in place of "auto".
+    """Return the plan of a new cache with a number or a name in place of every "auto".
 
     Args:
+        plan: the plan as `make_plan` returned it.
+        config: the job's config.
         placement: the workers that will encode.
-        images: how many there are to encode, which decides whether compiling is advised.
+        images: how many images there are to encode, which decides whether to advise compiling.
     """
     if config.precision == "auto":
         plan = replace(plan, precision=fastest_precision(placement))
@@ -39,7 +41,7 @@ def settle(plan: CachePlan, config: Encode, placement: Placement, images: int) -
 
 
 def fastest_precision(placement: Placement) -> str:
-    """ "bf16" where the workers' hardware multiplies it, else "fp32"."""
+    """Return "bf16" if the workers' hardware multiplies in bf16, else "fp32"."""
     import ray
 
     def probe(device: str) -> str:
@@ -50,7 +52,7 @@ def fastest_precision(placement: Placement) -> str:
 
 
 def largest_batch(plan: CachePlan, placement: Placement) -> int:
-    """The batch size that fits, found where the encoders will run; on CPUs 32."""
+    """Return the largest batch size, up to 256, that fits into the GPU of a worker, found by trying; on CPUs 32."""
     import ray
 
     if not placement.gpu:

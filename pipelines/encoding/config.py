@@ -1,4 +1,4 @@
-"""Fields of encode_dataset and of the commands for a cache that is there: verify, repair, retry, inspect."""
+"""Config fields of encode_dataset and of its commands for an existing cache: verify, repair, retry and inspect."""
 
 from typing import Literal
 

@@ -1,10 +1,11 @@
-"""Images into a latent cache, on Ray Data: one row is one planned shard.
+"""Encode images into a latent cache with Ray Data. Each row of the Ray dataset is one planned shard.
 
-    shard -> decode (CPU tasks) -> uint8 pixels -> encode and commit (one actor a GPU, or a CPU worker)
+    shard -> decode (CPU tasks) -> uint8 pixels -> encode and commit (one actor per worker, on a GPU or on CPUs)
 
-Ray gives streaming, back-pressure and restarts. That every image is in the cache or in its quarantine exactly once is
-the work of the plan and the commits (litevae/cache.py), which also make a killed or doubled run harmless. Repairing a
-shard and retrying its quarantine are the same work on some shards, committed as their next generation.
+Ray provides streaming, back-pressure and restarts. The plan and the commits (litevae/cache.py) ensure that every image
+is in the cache or in its quarantine exactly once, and that a run which is killed, or started twice, does no harm.
+Repairing a shard and retrying its quarantine do the same work on some of the shards, and commit the result as the next
+generation of each.
 """
 
 import gc
@@ -34,25 +35,34 @@ from pipelines.runtime.cluster import Placement
 from pipelines.runtime.logs import say
 from pipelines.runtime.progress import Progress
 
-LIBRARIES = ("litevae", "torch", "diffusers", "pillow", "simplejpeg", "pyarrow", "numpy", "ray")  # that decide on bytes
-RETRIES = 3  # of a shard whose process died; Ray Data's default is endless, also for one that always kills it
-WAVE = 2000  # shards a worker that Ray Data is given at a time: what the driver holds does not grow with the data
+# Libraries whose versions the manifest records, because they can change the bytes of a cache.
+LIBRARIES = ("litevae", "torch", "diffusers", "pillow", "simplejpeg", "pyarrow", "numpy", "ray")
+# How often a shard is retried after its process died. Ray Data by default retries without end, even a shard that kills
+# its process every time.
+RETRIES = 3
+WAVE = 2000  # shards per worker that Ray Data gets at a time, so that the driver's memory does not grow with the data
 
 
 # --- jobs -------------------------------------------------------------------------------------------------------
 
 
 def run(config: Encode) -> dict[str, Any]:
-    """`encode_dataset`, then a table for people."""
+    """Run `encode_dataset` and print its summary as a table."""
     return print_summary(encode_dataset(config))
 
 
 def encode_dataset(config: Encode) -> dict[str, Any]:
-    """Encode a source, or what is left of it, or (`append`) what is new in it, and write the manifest.
+    """Encode the images of a source that the cache does not hold yet, and write the manifest.
+
+    An unfinished cache in `out` is continued. With `append`, inputs that are new in the source are added to a finished
+    cache.
+
+    Returns:
+        The summary that `print_summary` prints: counts, speed, and facts of the manifest.
 
     Raises:
-        UserError: nothing to encode; `out` is a cache of something else; more images than the budget allows can't be
-            read.
+        UserError: if there is nothing to encode, if `out` is a cache of something else, or if more images can't be read
+            than the error budget allows.
     """
     job = plan_cache(config)
     if job.placement is None:
@@ -62,13 +72,13 @@ def encode_dataset(config: Encode) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class CacheJob:
-    """A cache that is begun, with its plan and listing written, and what it takes to fill it.
+    """A cache whose plan and listing are written, with everything that is needed to fill it.
 
     Attributes:
-        out: the cache's folder.
+        out: the cache folder.
         plan: what the cache holds.
-        partition: how its images are cut into shards.
-        placement: the workers that Ray gives; None for a finished cache, which takes none.
+        partition: how its images are divided into shards.
+        placement: the workers that Ray provides; None for a finished cache, which needs none.
     """
 
     out: str
@@ -78,35 +88,36 @@ class CacheJob:
 
     @property
     def finished(self) -> bool:
-        """Whether every shard is committed and the manifest written."""
+        """Whether every shard is committed and the manifest is written."""
         return self.placement is None
 
     def todo(self) -> list[Task]:
-        """A task for each shard without a commit."""
+        """Return a task for each shard that has no commit yet."""
         committed = cache.committed(self.out)
         return [Task(number) for number in range(len(self.partition)) if number not in committed]
 
 
 def plan_cache(config: Encode) -> CacheJob:
-    """Begin a cache, or go on with one. Starts or joins Ray unless the cache is finished.
+    """Begin a new cache, or prepare to continue an existing one. Start or join Ray unless the cache is finished.
 
     Raises:
-        UserError: as `encode_dataset`.
+        UserError: for the same reasons as `encode_dataset`.
     """
     out = paths.output_path("out", config.out, remote=True)
     if not config.model:
         raise UserError("model is empty; give a model folder, e.g. model=runs/vae/model")
-    empty, files = _is_empty(out), storage.names(out)  # in this order: another driver may be writing its plan now
+    # `_is_empty` comes first: another driver may write its plan between the two calls.
+    empty, files = _is_empty(out), storage.names(out)
     if "plan.json" not in files and not empty:
         raise UserError(f"out={config.out} holds other files and no latent cache; give a new or empty folder")
     before = CachePlan.read(out) if "plan.json" in files else None
     sources, identity, new = inputs_of(config, out, before, finished="manifest.json" in files)
     plan = make_plan(config, sources[0], identity, before)
     if before:
-        plan.write(out)  # refuses what differs
+        plan.write(out)  # raises if the plan in the folder differs
         if new is not None:
             cache.write_listing(out, len(sources) + 1, new)
-            # what is there counts: another driver may have listed more, or less
+            # The listings in the folder count: another driver may have listed more inputs, or fewer.
             sources = [restore(listing, sources[0].uri) for listing in cache.read_listings(out)]
     partition = Partition(sources, plan.rows_per_shard)
     if "manifest.json" in files and cache.read_manifest(out)["source"]["shards"] == len(partition):
@@ -122,9 +133,10 @@ def plan_cache(config: Encode) -> CacheJob:
 
 
 def _is_empty(out: str) -> bool:
+    """Return whether the folder does not exist or, if it is local, holds nothing but temporary files."""
     if storage.remote(out) or not storage.folder_exists(out):
         return not storage.folder_exists(out)
-    return all(name.startswith(".tmp-") for name in os.listdir(out))  # left over where a driver was killed
+    return all(name.startswith(".tmp-") for name in os.listdir(out))  # left behind by a killed driver
 
 
 # --- running ------------------------------------------------------------------------------------------------
@@ -133,7 +145,17 @@ def _is_empty(out: str) -> bool:
 def encode_and_track(
     config: Encode | Mend, settings: dict[str, Any], job: CacheJob, todo: Sequence[Task]
 ) -> dict[str, Any]:
-    """Encode shards and write the manifest, as an MLflow run."""
+    """Encode shards and write the manifest, tracked as an MLflow run.
+
+    Args:
+        config: where the run is tracked (`config.tracking`, `config.root`).
+        settings: config values that MLflow and the manifest record.
+        job: the cache.
+        todo: the shards to encode.
+
+    Returns:
+        The summary that `print_summary` prints.
+    """
     out = job.out
     folder = tracking_folder(out, config.root)
     handle = mlflow_run.start_run(
@@ -177,7 +199,17 @@ def finish(
     handle: mlflow_server.RunHandle,
     devices: Sequence[str],
 ) -> dict[str, Any]:
-    """Write the manifest of a cache whose shards are all there, and say who made it."""
+    """Write the manifest of a cache whose shards are all committed, with a record of how the cache was made.
+
+    Args:
+        job: name of the job.
+        settings: config values of the job; secrets are removed.
+        handle: the MLflow run.
+        devices: names of the devices that encoded.
+
+    Returns:
+        The manifest.
+    """
     about = {
         "job": job,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -190,12 +222,12 @@ def finish(
 
 
 def tracking_folder(out: str, root: str) -> str:
-    """Where a cache's metrics are kept: within it, or for one on S3 below the root."""
+    """Return the folder for a cache's metrics: the cache itself, or a folder below `root` for a cache on S3."""
     return os.path.join(os.path.abspath(root), os.path.basename(out)) if storage.remote(out) else out
 
 
 def _encode(job: CacheJob, todo: Sequence[Task]) -> dict[str, Any]:
-    """Encode these shards; the others have commits that stay."""
+    """Encode the shards of these tasks. All other shards keep their commits."""
     import ray.data
 
     assert job.placement is not None
@@ -232,7 +264,7 @@ def _encode(job: CacheJob, todo: Sequence[Task]) -> dict[str, Any]:
                 progress.update(totals.done, quarantined=totals.reasons.total(), **percent)
     except ray.exceptions.RayError as error:
         if isinstance(error, ray.exceptions.RayTaskError):
-            raise  # an exception in our own code, with its traceback
+            raise  # an exception in this project's code: its traceback is of use
         cause = str(error).strip().splitlines()[-1]
         raise UserError(
             f"encoding stopped, {totals.done:,} of {totals.images:,} images are done; run again to go on: {cause}"
@@ -240,12 +272,12 @@ def _encode(job: CacheJob, todo: Sequence[Task]) -> dict[str, Any]:
     finally:
         progress.close()
         rows = None
-        gc.collect()  # or the actors of an execution that was broken off keep their GPUs
+        gc.collect()  # otherwise the actors of an interrupted execution keep their GPUs
     return totals.summary()
 
 
 def _pipeline(plan: CachePlan, shards: Sequence[Shard], out: str, placement: Placement) -> Any:
-    """The Ray dataset whose rows are shards that were just committed."""
+    """Return a Ray dataset that encodes these shards. Each of its rows is a shard that was just committed."""
     import ray.data
     from ray.data import ActorPoolStrategy, TaskPoolStrategy
     from ray.util.annotations import RayDeprecationWarning
@@ -253,7 +285,7 @@ def _pipeline(plan: CachePlan, shards: Sequence[Shard], out: str, placement: Pla
     ray.data.DataContext.get_current().enable_progress_bars = False
     rows = ray.data.from_items([{"shard": shard} for shard in shards], override_num_blocks=len(shards))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RayDeprecationWarning)  # retries have no other way in
+        warnings.simplefilter("ignore", RayDeprecationWarning)  # there is no other way to set retries
         pixels = rows.map(
             decode_shard,
             fn_kwargs={"views": plan.views},
@@ -271,12 +303,14 @@ def _pipeline(plan: CachePlan, shards: Sequence[Shard], out: str, placement: Pla
                 enable_true_multi_threading=True,
             ),
             max_task_retries=RETRIES,
-            # Other CPUs than decoding's: operators of equal resources are fused into one, here the actor.
+            # The number of CPUs must differ from that of decoding: Ray Data fuses operators of equal resources into
+            # one, and would then decode in the actor.
             **placement.ray_options() | {"num_cpus": 0.9},
         )
 
 
 def _summary(out: str, manifest: dict[str, Any], root: str) -> dict[str, Any]:
+    """Return the summary of a finished cache in which nothing was encoded now."""
     counts = manifest["counts"]
     stored = sum(shard.get("bytes", 0) for shard in manifest["shards"])
     return {
@@ -299,6 +333,7 @@ def _summary(out: str, manifest: dict[str, Any], root: str) -> dict[str, Any]:
 
 
 def print_summary(done: dict[str, Any]) -> dict[str, Any]:
+    """Print the summary of an encode job as a table, and return it."""
     reasons = f"  ({listed_reasons(done['reasons'])})" if done["reasons"] else ""
     latents = done["latents"]
     shape = " x ".join(map(str, done["shape"])) if done["shape"] else f"{len(latents['shapes'])} shapes of"

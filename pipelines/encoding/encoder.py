@@ -1,4 +1,4 @@
-"""The actor that encodes a shard's pixels with the model and commits the shard."""
+"""The Ray actor that encodes the pixels of a shard with the model and commits the shard."""
 
 import json
 import platform
@@ -28,11 +28,21 @@ from pipelines.data.decode import Lost, Shard, Task, quarantined, unpack
 from pipelines.encoding.plan import CachePlan
 from pipelines.runtime.logs import say
 
-Rows = tuple[pa.Table, np.ndarray]  # of latents of one shape: the other columns, and the stored (n, C, h, w)
+# Rows whose latents have one shape: all other columns, and the latents (n, C, h, w) in the stored dtype.
+Rows = tuple[pa.Table, np.ndarray]
 
 
 class Encoder:
-    """An actor with the model on its device: pixels of a shard -> latents -> commit. Two threads take turns."""
+    """A Ray actor that holds the model, encodes the pixels of a shard into latents, and commits the shard.
+
+    Ray calls it from two threads: one thread commits a shard while the other encodes the next.
+
+    Args:
+        out: the cache folder.
+        plan: the plan of the cache, with a number as its batch size.
+        gpu: whether the model runs on a GPU.
+        threads: CPU threads of PyTorch.
+    """
 
     def __init__(self, out: str, plan: CachePlan, gpu: bool, threads: int):
         assert plan.settings.batch_size != "auto", "the plan was not settled"
@@ -45,11 +55,17 @@ class Encoder:
         self._threads, self._turn = threads, threading.Lock()
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Encode and commit the shard of a row that `decode_shard` returned.
+
+        Returns:
+            The row that `EncodeTotals.add` takes: the commit as JSON, the device, seconds of each stage, and the time
+            of completion. `error` is the message of a UserError, or empty.
+        """
         error, commit, seconds = row["error"], {}, 0.0
         if not error:
             try:
                 with self._turn:
-                    torch.set_num_threads(self._threads)  # OpenMP's is each thread's own
+                    torch.set_num_threads(self._threads)  # OpenMP keeps this number per thread
                     start = time.perf_counter()
                     encoded = list(self._latents(row["pixels"], row["sizes"]))
                     seconds = time.perf_counter() - start
@@ -62,15 +78,18 @@ class Encoder:
             "device": self.name,
             "decode_seconds": row["decode_seconds"],
             "encode_seconds": seconds,
-            "finished": time.time(),  # rows reach the driver later
+            "finished": time.time(),  # the row reaches the driver later
         }
 
     def _commit(self, row: dict[str, Any], encoded: list[tuple[np.ndarray, np.ndarray]]) -> dict[str, Any]:
-        """Commit a shard, or a retried shard's next generation, and return the commit that counts.
+        """Commit a shard, or the next generation of a shard whose quarantine is retried.
 
         Args:
             row: what `decode_shard` returned.
-            encoded: what `_latents` gave.
+            encoded: what `_latents` yielded.
+
+        Returns:
+            The commit that counts for the shard.
         """
         shard: Shard = row["shard"]
         parts, quarantine = self._storable(shard, unpack(row["rows"]), unpack(row["quarantine"]), encoded)
@@ -79,7 +98,7 @@ class Encoder:
             old = cache.read_quarantine(self.out, before)
             quarantine = _merged_quarantine(old, quarantine, shard.task)
             if _reasons(quarantine).equals(_reasons(old.sort_by("unit"))):
-                return before  # the retry has changed nothing
+                return before  # the retry changed nothing
             parts += self._rows_of(before)
         table, latents = _merged_rows(parts, cache.row_schema(shard.source.schema))
         planned = self.plan.settings.batch_size
@@ -99,7 +118,7 @@ class Encoder:
     def _storable(
         self, shard: Shard, rows: pa.Table, quarantine: pa.Table, encoded: list[tuple[np.ndarray, np.ndarray]]
     ) -> tuple[list[Rows], pa.Table]:
-        """Rows whose latents the cache's dtype can hold, and the quarantine with the others added to it."""
+        """Return the rows whose latents the cache's dtype can hold, and the quarantine with all other images added."""
         parts: list[Rows] = []
         lost: list[dict[str, Any]] = []
         for places, values in encoded:
@@ -119,7 +138,7 @@ class Encoder:
         return parts, pa.concat_tables([quarantine, pa.Table.from_pylist(lost, schema=cache.QUARANTINE)])
 
     def _rows_of(self, commit: dict[str, Any]) -> list[Rows]:
-        """The rows of a committed shard."""
+        """Return the rows of a committed shard, one item per latent shape."""
         if not commit["rows"]:
             return []
         table, latents = cache.read_shard(self.out, commit, self.how)
@@ -127,7 +146,7 @@ class Encoder:
         return [(table.slice(start, len(values)), values) for start, values in zip(starts, latents, strict=False)]
 
     def _latents(self, pixels: np.ndarray, sizes: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Of each size of image: which rows have it, and their fp32 latents (n, C, h, w)."""
+        """Yield, for each image size, the indices of the rows of that size and their fp32 latents (n, C, h, w)."""
         counts = sizes.astype(np.int64).prod(axis=1) * 3
         starts = np.cumsum(counts) - counts
         for height, width in np.unique(sizes, axis=0).tolist():
@@ -136,15 +155,25 @@ class Encoder:
             yield places, self.encode(images)
 
     def close(self) -> None:
-        """Give the model's memory back; it is loaded again when it is needed."""
+        """Free the memory of the model. The next call loads it again."""
         self._model = None
 
     def encode(self, images: list[np.ndarray]) -> np.ndarray:
-        """uint8 (H, W, 3) images of one size -> fp32 (n, C, h, w).
+        """Encode images of one size into latents.
 
-        Every forward pass has the full batch size, the last one padded: it decides on kernels and so on a result's last
-        bits (but not with the native ones). Where a GPU's memory is too small for it, it is halved from there on. A GPU
-        computes while the next batch is made ready and brought to it.
+        Every forward pass has the full batch size, and the last batch is padded: the batch size decides which kernels
+        run, and so the last bits of a result. Native kernels give the same bits at any batch size, so they get no
+        padding. If the memory of a GPU is too small for a batch, the batch size is halved from then on. While a GPU
+        computes, the next batch is prepared and copied to it.
+
+        Args:
+            images: n arrays, uint8 (H, W, 3).
+
+        Returns:
+            Latents, fp32 (n, C, h, w).
+
+        Raises:
+            UserError: if not even one image fits into the memory of the GPU.
         """
         parts: list[np.ndarray] = []
         computing: tuple[torch.Tensor, int] | None = None
@@ -173,33 +202,37 @@ class Encoder:
 
     @torch.inference_mode()
     def _forward(self, batch: np.ndarray) -> torch.Tensor:
-        """uint8 (N, H, W, 3) -> fp32 (N, C, h, w) on the device, of which only the mean where only that is stored."""
+        """Encode pixels, uint8 (N, H, W, 3), into fp32 latents (N, C, h, w) on the device.
+
+        For a cache that stores only the mean, the latents are only the mean.
+        """
         if self._model is None:
             self._model = load_encoder(self.plan, self.device)
         pixels = torch.from_numpy(batch)
         if self.device.type == "cuda":
-            pixels = pixels.pin_memory()  # or the copy would wait for the batch before
+            pixels = pixels.pin_memory()  # otherwise the copy would wait for the previous batch
         with exact(), autocast(self.device, self.plan.precision):
             latents = self._model(to_tensor(pixels.to(self.device, non_blocking=True)))
         return latents.float().contiguous()
 
 
 def _fetched(latents: torch.Tensor, count: int) -> np.ndarray:
-    """The first `count`, once they are computed."""
+    """Wait until the latents are computed, and return the first `count` of them as an array."""
     return latents[:count].cpu().numpy()
 
 
 def exact() -> AbstractContextManager[None]:
-    """On a GPU, fp32 is fp32, and the same pixels give the same latents."""
+    """Return a context in which convolutions on a GPU compute fp32 without TF32, and the same pixels give the same
+    latents."""
     return torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
 
 
 def load_encoder(plan: CachePlan, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The plan's model as a function of images.
+    """Load the model of a plan as a function from images to latents.
 
     Raises:
-        UserError: the folder is not there, or holds another model than the job was started with; the plan's kernels
-            can't be had on this node.
+        UserError: if the folder does not exist or holds another model than the one that the job was started with, or if
+            the plan's kernels are not available on this node.
     """
     folder = plan.model.path
     if fingerprint(folder) != plan.model.fingerprint:
@@ -220,14 +253,14 @@ def load_encoder(plan: CachePlan, device: torch.device) -> Callable[[torch.Tenso
 
 
 def _merged_quarantine(old: pa.Table, new: pa.Table, task: Task) -> pa.Table:
-    """The quarantine after a retry: images that it tried are in it as they came out now, the others as they were."""
+    """Return the quarantine after a retry: retried images with their new result, all others unchanged."""
     tried = pa.array(task.only, pa.int64())
     others = old.filter(pa.compute.invert(pa.compute.is_in(old["unit"], value_set=tried)))
     return pa.concat_tables([others, new]).sort_by("unit")
 
 
 def _merged_rows(parts: list[Rows], schema: pa.Schema) -> tuple[pa.Table, list[np.ndarray]]:
-    """Rows and latents in blocks of equal shape, each in the order of units and views."""
+    """Join parts into one block of rows and latents per latent shape, each sorted by unit and then by view."""
     shapes = sorted({values.shape[1:] for _, values in parts if len(values)})
     tables, latents = [schema.empty_table()], []
     for shape in shapes:
@@ -240,5 +273,5 @@ def _merged_rows(parts: list[Rows], schema: pa.Schema) -> tuple[pa.Table, list[n
 
 
 def _reasons(quarantine: pa.Table) -> pa.Table:
-    """A quarantine without the source's URI, which may have moved."""
+    """Return a quarantine without the source's URI, which differs if the source was moved."""
     return quarantine.drop_columns(["source"])

@@ -1,4 +1,4 @@
-"""Shows what a cache holds: its facts, some of its rows, and what the model makes of their latents."""
+"""Show what a cache holds: its facts, some of its rows, and the images that the model decodes from their latents."""
 
 import json
 import os
@@ -24,10 +24,17 @@ from pipelines.runtime.logs import say
 
 
 def inspect(config: Inspect) -> dict[str, Any]:
-    """Print what a cache holds and comes from; decode and encode some rows again, and draw them beside their sources.
+    """Print what a cache holds and how it was made, and check some of its rows against the model and the source.
+
+    For each of these rows the latent is decoded and the source image is encoded again; inspection.png shows the
+    decoded images next to their sources.
+
+    Returns:
+        The content of inspection.json: the digest, and for each shard the mean PSNR of the decoded images in dB and
+        the drift (the largest absolute difference between latents that are stored and latents that are encoded now).
 
     Raises:
-        UserError: no finished cache; model or source are not where they were.
+        UserError: if the cache is not finished, or the model or the source is not where it was.
     """
     if not config.cache:
         raise UserError("give a cache folder")
@@ -55,7 +62,7 @@ def inspect(config: Inspect) -> dict[str, Any]:
     print(f"\n{tables.table(rows)}\n\ndrift: the largest difference of the latents stored to those encoded now")
     out = Path(paths.output_path("out", config.out))
     out.mkdir(parents=True, exist_ok=True)
-    same = [one for one in shown if one[0].shape == shown[0][0].shape]  # a picture's rows have one shape
+    same = [one for one in shown if one[0].shape == shown[0][0].shape]  # all rows of a picture have one shape
     picture = reconstruction_picture(*(torch.cat(column) for column in zip(*same, strict=True)))
     storage.put(str(out / "inspection.png"), tables.png(picture))
     storage.put(str(out / "inspection.json"), json.dumps(about, indent=1).encode())
@@ -89,7 +96,7 @@ def _print_facts(latents: cache.LatentCache) -> None:
 
 
 def _spread(items: list[int], count: int) -> list[int]:
-    """`count` of them, evenly spaced."""
+    """Return `count` of the items, evenly spaced, or all of them if there are fewer."""
     return [
         items[index] for index in np.unique(np.linspace(0, len(items) - 1, min(count, len(items))).round().astype(int))
     ]
@@ -98,7 +105,7 @@ def _spread(items: list[int], count: int) -> list[int]:
 def _rows_of(
     latents: cache.LatentCache, shard: Shard, plan: CachePlan, count: int
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Pixels (H, W, 3) of some of a shard's rows, made from the source again, and their stored latents (C, h, w)."""
+    """Return the pixels (H, W, 3) of some rows, made from the source again, and their stored latents (C, h, w)."""
     transform = transform_of(plan.views)
     if (now := transform.identity) != {key: plan.transform.get(key) for key in now}:
         say(f"note: shard {shard.task.shard}: images are not decoded here as they were: {now}", "WARNING")
@@ -116,7 +123,7 @@ def _rows_of(
 
 @torch.inference_mode()
 def _look(model: Any, pixels: np.ndarray, stored: np.ndarray, plan: CachePlan) -> dict[str, Any]:
-    """A row decoded, and its image encoded again."""
+    """Decode the latent of a row, and encode its image again."""
     how = plan.latents
     x = to_tensor(pixels[None])
     kept = cache.from_stored(stored[None].copy(), how["dtype"]).float()

@@ -1,4 +1,4 @@
-"""A cache's listings: what its source held when the cache was begun, and what was appended since."""
+"""The listings of a cache: what its source held when the cache was started, and what was appended since."""
 
 import hashlib
 from typing import Any
@@ -18,9 +18,20 @@ from pipelines.runtime.logs import say
 def inputs_of(
     config: Encode, out: str, before: CachePlan | None, finished: bool
 ) -> tuple[list[Source], dict[str, Any], pa.Table | None]:
-    """The cache's sources, their identity, and the listing of what is to be appended.
+    """Return the sources of a cache, their identity, and the listing of what is to be appended, if anything.
 
-    A started cache goes on with the listing that it began with; a finished one is compared with its source.
+    An unfinished cache continues with the listing that it was started with. A finished cache is compared with its
+    source as it is now.
+
+    Args:
+        config: the job's config.
+        out: the cache folder.
+        before: the plan of the cache; None for a new cache.
+        finished: whether the cache has a manifest.
+
+    Raises:
+        UserError: if the source can't be opened, if `out` lies within it, or if inputs have changed since they were
+            listed and `append` is set.
     """
     listings = cache.read_listings(out) if before else []
     if before and listings and before.settings.source == source_settings(config) and not finished and not config.append:
@@ -32,7 +43,7 @@ def inputs_of(
         return [fresh], fresh.identity, None
     growth = compare(listings, fresh)
     if before.settings.source != source_settings(config) and (growth.changed or growth.gone):
-        return [fresh], fresh.identity, None  # another source, which the plan refuses
+        return [fresh], fresh.identity, None  # another source, which `CachePlan.write` refuses
     if growth.changed and config.append:
         raise UserError(
             f"{growth.changed} inputs of {fresh.uri} are not what they were when they were listed "
@@ -51,16 +62,17 @@ def inputs_of(
 
 
 def open_listings(out: str, uri: str = "") -> list[Source]:
-    """What a cache is of, from its own listings.
+    """Return the sources of a cache, restored from its own listings.
 
     Args:
+        out: the cache folder.
         uri: where the source is now, if it was moved.
     """
     return [restore(listing, uri) for listing in cache.read_listings(out)]
 
 
 def source_of(partition: Partition) -> dict[str, Any]:
-    """All that was listed, as the manifest has it."""
+    """Return what the manifest says of the source: identity, digest and number of all inputs that were listed."""
     sources = partition.sources
     digests = [source.digest for source in sources]
     joined = digests[0] if len(digests) == 1 else hashlib.sha256("\n".join(digests).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""Repairing a cache's shards, and retrying the images in its quarantine."""
+"""Repair the shards of a cache, and retry the images in its quarantine."""
 
 import os
 from collections.abc import Sequence
@@ -20,10 +20,13 @@ from pipelines.runtime.logs import say
 
 
 def repair(config: Repair) -> dict[str, Any]:
-    """Encode the shards that the audit finds missing or damaged again, and remove files that belong to none.
+    """Encode again the shards that the audit finds missing or damaged, and remove files that no commit names.
+
+    Returns:
+        The summary that `print_summary` prints.
 
     Raises:
-        UserError: the plan or the listing is damaged; the model or source is not the cache's.
+        UserError: if the plan or the listing is damaged, or if the model or the source is not the one of the cache.
     """
     from pipelines.encoding.verify import audit
 
@@ -35,7 +38,7 @@ def repair(config: Repair) -> dict[str, Any]:
         say(f"{out}: nothing to repair")
     todo = [Task(number, found.generations.get(number, -1) + 1) for number in found.problems]
     done = _encode_again(config, CacheJob(out, plan, partition, cluster.start(config.ray)), todo)
-    # One that is new belongs to a driver that is about to commit it.
+    # Remove only files that both audits found: a new one belongs to a driver that is about to commit it.
     unnamed = sorted(set(found.unnamed) & set(audit(out, source=False).unnamed))
     for file in unnamed:
         storage.remove(storage.join(out, file))
@@ -45,10 +48,13 @@ def repair(config: Repair) -> dict[str, Any]:
 
 
 def retry(config: Retry) -> dict[str, Any]:
-    """Try quarantined images again; those that are encoded now take their places in their shards.
+    """Try to encode quarantined images again. Rows of those that succeed now are added to their shards.
+
+    Returns:
+        The summary that `print_summary` prints.
 
     Raises:
-        UserError: the cache is unfinished or damaged; no image was quarantined for one of these reasons.
+        UserError: if the cache is unfinished or damaged, or if nothing is quarantined for one of the given reasons.
     """
     out, plan, partition = _open(config)
     manifest = cache.read_manifest(out)
@@ -72,7 +78,7 @@ def _encode_again(config: Mend, job: CacheJob, todo: Sequence[Task]) -> dict[str
 
 
 def _open(config: Mend) -> tuple[str, CachePlan, Partition]:
-    """A cache's folder, its plan with the model where it is now, and its shards with the source where it is now."""
+    """Return the cache folder, the plan and the partition, with the model and the source where they are now."""
     if not config.cache:
         raise UserError("give a cache folder")
     out = paths.output_path("cache", config.cache, remote=True)

@@ -1,4 +1,4 @@
-"""How the images of a source are cut into shards."""
+"""Divide the images of a source into shards."""
 
 from collections.abc import Sequence
 
@@ -9,18 +9,18 @@ from pipelines.data.source import Source
 
 
 class Partition:
-    """How the images of one or several listings are cut into shards.
+    """The division of the images of one or more listings into shards.
 
-    Each shard holds up to `size` images of one listing. A row group of a Parquet file, or a range of a tar, that fits
-    into one shard is never read by two. `len()` is the number of shards.
+    Each shard holds up to `size` images of one listing. A row group of a Parquet file, or a byte range of a tar, that
+    fits into one shard is never divided between two. `len()` is the number of shards.
 
     Args:
-        sources: of each listing, in order.
-        size: images of a shard at most.
+        sources: the source of each listing, in order.
+        size: largest number of images in a shard.
 
     Attributes:
-        sizes: int64 (shards,), the images of each shard.
-        units: images of all shards.
+        sizes: int64 (shards,), number of images in each shard.
+        units: number of images in all shards.
     """
 
     def __init__(self, sources: Sequence[Source], size: int):
@@ -35,7 +35,7 @@ class Partition:
         return int(self._shards[-1])
 
     def shard(self, task: Task) -> Shard:
-        """What a worker needs for a task: the part of the source, renumbered from 0."""
+        """Return what a worker needs for a task: its part of the source, with units renumbered from 0."""
         place = int(np.searchsorted(self._shards, task.shard, side="right")) - 1
         ends, index = self._ends[place], task.shard - int(self._shards[place])
         start, end = int(ends[index - 1]) if index else 0, int(ends[index])
@@ -43,7 +43,14 @@ class Partition:
 
 
 def cut(groups: np.ndarray, size: int) -> np.ndarray:
-    """The unit after each shard's last one: whole groups as far as they fit into `size`, larger ones cut evenly."""
+    """Return where each shard ends, int64 (shards,): the number of the unit after its last one.
+
+    A shard takes whole groups as long as they fit into `size`. A group larger than `size` is cut into even pieces.
+
+    Args:
+        groups: int64 (groups,), number of units in each group.
+        size: largest number of units in a shard.
+    """
     if groups.max() == 1:
         return np.append(np.arange(size, len(groups), size), len(groups))
     ends, end, held = [], 0, 0

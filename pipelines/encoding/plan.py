@@ -1,4 +1,4 @@
-"""The plan of a cache: which images each shard has, and all that decides what is stored for them."""
+"""The plan of a cache: which images each shard has, and everything that decides what is stored for them."""
 
 import os
 from dataclasses import asdict, dataclass, fields
@@ -28,7 +28,7 @@ class PlannedModel:
 
     Attributes:
         path: its folder, which may move.
-        fingerprint: sha256 of its weights and config, which may not change.
+        fingerprint: SHA-256 of its weights and config, which must not change.
         config: the fields of its config.json.
     """
 
@@ -39,11 +39,11 @@ class PlannedModel:
 
 @dataclass(frozen=True)
 class PlanSettings:
-    """What a cache was begun with and may be changed later: it does not decide what the cache holds.
+    """Settings that a cache was started with and that may change later: they do not decide what the cache holds.
 
     Attributes:
-        source: the fields of `SourceConfig`, by which a job knows its source again.
-        batch_size: images of a forward pass; "auto" until the job has looked at its machine.
+        source: the fields of the config's source section, by which a job recognises its source.
+        batch_size: images per forward pass; "auto" until the job has examined its machine.
         error_budget: share of images, 0 to 1, that may be quarantined.
         transform: the fields of `Views`.
     """
@@ -56,19 +56,19 @@ class PlanSettings:
 
 @dataclass(frozen=True)
 class CachePlan:
-    """All that decides what a cache holds: its `plan.json`, which is written before the first image is encoded.
+    """Everything that decides what a cache holds; `plan.json`, which is written before the first image is encoded.
 
     Attributes:
         model: the autoencoder.
         transform: `ImageTransform.identity`, and the seed of random crops.
-        latents: how rows are stored, a `cache.layout`.
-        precision: "fp32" or "bf16"; "auto" until the job has looked at its machine.
-        compile: whether the encoder is compiled by torch.compile.
-        columns: the Arrow type of each column of a row besides its latent, by name.
-        rows_per_shard: images of a shard at most.
-        source: `Source.identity` of what was listed first.
-        settings: what may be changed later.
-        kernels: "native" (litevae/native.py) or "torch"; "" in plans from before there was a choice.
+        latents: how rows are stored; the result of `cache.layout`.
+        precision: "fp32" or "bf16"; "auto" until the job has examined its machine.
+        compile: whether torch.compile compiles the encoder.
+        columns: the Arrow type of each column of a row except its latent, by name.
+        rows_per_shard: largest number of images in a shard.
+        source: `Source.identity` of the first listing.
+        settings: what may change later.
+        kernels: "native" (litevae/native.py) or "torch"; "" in plans that are older than this choice.
     """
 
     model: PlannedModel
@@ -84,19 +84,23 @@ class CachePlan:
 
     @classmethod
     def read(cls, out: str) -> Self:
-        """The plan of the cache in folder `out`.
+        """Read the plan of the cache in folder `out`.
 
         Raises:
-            UserError: there is none, or it is damaged.
+            UserError: if there is no plan, or it is damaged.
         """
         return cls.from_json(cache.read_plan(out), storage.join(out, "plan.json"))
 
     @classmethod
     def from_json(cls, value: dict[str, Any], file: str) -> Self:
-        """The plan that a plan.json or manifest.json of any version holds.
+        """Return the plan that a plan.json or manifest.json of any version holds.
+
+        Args:
+            value: the content of the file.
+            file: its path, for the error message.
 
         Raises:
-            UserError: a field is missing; the message names `file`.
+            UserError: if a field is missing.
         """
         try:
             own = {field.name: value[field.name] for field in fields(cls) if field.name != "kernels"}
@@ -106,32 +110,37 @@ class CachePlan:
             raise UserError(f"{file} is damaged: {error}; bring it back from a copy") from error
 
     def to_json(self) -> dict[str, Any]:
-        """The fields as they are written to plan.json."""
+        """Return the fields as plan.json holds them."""
         written = asdict(self)
         if not self.kernels:
             del written["kernels"]
         return written
 
     def write(self, out: str) -> None:
-        """Write plan.json where there is none; a plan that is there must be this one.
+        """Write plan.json if there is none; otherwise check that the existing plan is equal to this one.
 
         Raises:
-            UserError: the folder holds a cache of something else; the message lists what differs.
+            UserError: if the folder holds a cache of something else; the message lists what differs.
         """
         cache.write_plan(out, self.to_json())
 
     @property
     def views(self) -> Views:
-        """How images become pixels. Before there was a choice of decoders it was Pillow."""
+        """The settings that turn images into pixels. Plans that are older than `decode` were decoded by Pillow."""
         return Views(**{"decode": "pillow"} | self.settings.transform)
 
 
 def make_plan(config: Encode, source: Source, identity: dict[str, Any], before: CachePlan | None) -> CachePlan:
-    """What the cache is of. What a started one has settled by itself ("auto") stays as it is there.
+    """Make the plan of a cache from the config. Values that an existing cache has chosen for "auto" are kept.
 
     Args:
-        identity: `Source.identity`, as the cache has it.
-        before: the started cache's plan.
+        config: the job's config.
+        source: the source of the first listing.
+        identity: `Source.identity` as the cache records it.
+        before: the plan of the existing cache; None for a new cache.
+
+    Raises:
+        UserError: if the model does not take images of the transform's sizes.
     """
     transform = transform_of(config.transform)
     described = {
@@ -163,10 +172,10 @@ def make_plan(config: Encode, source: Source, identity: dict[str, Any], before: 
 
 
 def _content_of(folder: str, transform: ImageTransform) -> Literal["moments", "mean"]:
-    """Whether the model gives a posterior's moments or only a latent.
+    """Return whether the model gives the moments of a posterior or only a latent.
 
     Raises:
-        UserError: it does not take images of the transform's sizes.
+        UserError: if the model does not take images of the transform's sizes.
     """
     model = load_autoencoder(folder)
     factor = downsampling(model)
@@ -180,5 +189,5 @@ def _content_of(folder: str, transform: ImageTransform) -> Literal["moments", "m
 
 
 def source_settings(config: Encode) -> dict[str, Any]:
-    """The fields of the config's source, with an absolute URI: by them a job knows the source of its cache again."""
+    """Return the fields of the config's source section, with an absolute URI. A job recognises its source by them."""
     return config.source.model_dump(mode="json") | {"uri": storage.absolute(config.source.uri)}

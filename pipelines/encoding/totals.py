@@ -1,4 +1,4 @@
-"""Running totals of an encode job, and how many images may be lost before it stops."""
+"""Running totals of an encode job, and the check that stops it when it loses too many images."""
 
 import json
 import time
@@ -14,17 +14,17 @@ STAGES = ("decode", "encode")
 
 @dataclass
 class EncodeTotals:
-    """What an encode job has done so far, from the commits of its shards.
+    """What an encode job has done so far, added up from the commits of its shards.
 
     Attributes:
-        images: images of the source.
-        slots: how many tasks or actors of each stage work at a time.
-        done: images of committed shards, those in quarantine included.
-        encoded: images that this run has encoded.
-        reasons: how many images are in quarantine, by reason.
+        images: number of images in the source.
+        slots: how many tasks ("decode") or actors ("encode") of each stage work at a time.
+        done: number of images in committed shards, including those in quarantine.
+        encoded: number of images that this run has encoded.
+        reasons: number of images in quarantine, by reason.
         devices: names of the devices that have encoded.
-        seconds: seconds that each stage has worked, over all its tasks or actors.
-        started: `time.monotonic()` at the start.
+        seconds: seconds that each stage has worked, summed over its tasks or actors.
+        started: `time.monotonic()` at the start of the run.
     """
 
     images: int
@@ -35,7 +35,7 @@ class EncodeTotals:
     devices: set[str] = field(default_factory=set)
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
     started: float = field(default_factory=lambda: time.monotonic())
-    _shards: list[tuple[float, int]] = field(default_factory=list)  # when each was finished, and its encoded images
+    _shards: list[tuple[float, int]] = field(default_factory=list)  # of each: Unix time of completion, encoded images
 
     def add_earlier(self, commit: Mapping[str, Any]) -> None:
         """Count a shard that was committed before this run."""
@@ -49,7 +49,7 @@ class EncodeTotals:
             row: what the encoder returned.
 
         Returns:
-            How many images it encoded, and how many were lost, by reason.
+            The number of images that it encoded, and the number that were lost, by reason.
         """
         commit = json.loads(row["commit"])
         encoded = commit["units"][1] - commit["units"][0] - commit["quarantined"]
@@ -62,18 +62,22 @@ class EncodeTotals:
         return encoded, commit.get("reasons", {})
 
     def busy(self, seconds: float | None = None) -> dict[str, float]:
-        """The share of the run's time, 0 to 1, in which each stage's tasks or actors worked.
+        """Return, for each stage, the share of the run's time, 0 to 1, in which its tasks or actors worked.
 
         Args:
-            seconds: how long the run took; None: until now.
+            seconds: duration of the run; None: until now.
         """
         seconds = time.monotonic() - self.started if seconds is None else seconds
         return {stage: self.seconds[stage] / self.slots[stage] / seconds for stage in STAGES}
 
     def summary(self) -> dict[str, Any]:
-        """Numbers for the job's table and its tracked run: images, seconds, images per second, busy shares, devices."""
+        """Return numbers of this run for its table and its tracked run.
+
+        They are the images, the seconds, the images per second, the share of time that each stage was busy, and the
+        devices.
+        """
         seconds = time.monotonic() - self.started
-        # The steady rate leaves out the start of the actors: it is that from the first finished shard to the last.
+        # The steady rate is measured from the first finished shard to the last, and so leaves out the actors' start.
         shards = sorted(self._shards)
         steady = sum(images for _, images in shards[1:]) / (shards[-1][0] - shards[0][0]) if shards[1:] else 0.0
         return {
@@ -90,14 +94,14 @@ def check_budget(reasons: Mapping[str, int], budget: float, out: str, total: int
     """Stop a job that loses too many images.
 
     Args:
-        reasons: how many images are in quarantine, by reason.
-        budget: the share of images, 0 to 1, that may be.
-        out: the cache's folder.
-        total: images of the source.
+        reasons: number of images in quarantine, by reason.
+        budget: the share of images, 0 to 1, that may be in quarantine.
+        out: the cache folder.
+        total: number of images in the source.
         name: the config field that sets the budget.
 
     Raises:
-        UserError: more images are in quarantine than the budget allows.
+        UserError: if more images are in quarantine than the budget allows.
     """
     quarantined = sum(reasons.values())
     if quarantined > budget * total:
@@ -109,5 +113,5 @@ def check_budget(reasons: Mapping[str, int], budget: float, out: str, total: int
 
 
 def listed_reasons(reasons: Mapping[str, int]) -> str:
-    """ "2 corrupt, 1 empty", in alphabetical order."""
+    """Format counts by reason in alphabetical order, such as "2 corrupt, 1 empty"."""
     return ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items()))

@@ -1,4 +1,4 @@
-"""What is really in a latent cache: an audit of every byte, and decoded rows beside their sources."""
+"""Audit a latent cache: compare every byte of it with its plan, its commits and its source."""
 
 import json
 import time
@@ -19,30 +19,42 @@ from pipelines.encoding.partition import Partition
 from pipelines.encoding.plan import CachePlan
 from pipelines.runtime.logs import say
 
-STALE = 3600.0  # seconds; a temporary file as old as this belongs to a killed writer
-SHOWN = 10  # problems in a message
+STALE = 3600.0  # seconds; a temporary file older than this belongs to a killed writer
+SHOWN = 10  # problems that a message lists at most
 
 
 @dataclass
 class Audit:
-    """What was found; nothing is wrong where `problems`, `general` and `missing` are empty."""
+    """The findings of an audit. The cache is sound if `problems`, `general` and `missing` are empty.
+
+    Attributes:
+        shards: number of shards in the plan.
+        rows: number of rows in the committed shards.
+        quarantined: number of images in quarantine.
+        bytes: size of the committed shards.
+        generations: the newest committed generation of each committed shard.
+        problems: what is wrong with each damaged shard, by shard; includes shards without a commit.
+        missing: in an unfinished cache, the shards that have no commit.
+        general: what is wrong with the cache as a whole.
+        unnamed: files that no commit names, left behind by attempts that were not committed.
+    """
 
     shards: int
     rows: int = 0
     quarantined: int = 0
     bytes: int = 0
     generations: dict[int, int] = field(default_factory=dict)
-    problems: dict[int, list[str]] = field(default_factory=dict)  # by shard, those without a commit too
-    missing: list[int] = field(default_factory=list)  # shards that no commit was ever made for, of an unfinished cache
+    problems: dict[int, list[str]] = field(default_factory=dict)
+    missing: list[int] = field(default_factory=list)
     general: list[str] = field(default_factory=list)
-    unnamed: list[str] = field(default_factory=list)  # files that no commit names: of attempts that came to nothing
+    unnamed: list[str] = field(default_factory=list)
 
 
 def verify(config: Verify) -> Audit:
-    """Print what the audit found.
+    """Audit a cache, and print what was found.
 
     Raises:
-        UserError: something is wrong; the message lists it.
+        UserError: if something is wrong; the message lists it.
     """
     if not config.cache:
         raise UserError("give a cache folder")
@@ -71,14 +83,19 @@ def verify(config: Verify) -> Audit:
 
 
 def audit(out: str, source: bool = True, threads: int = 8) -> Audit:
-    """Read every shard of a cache, and compare: file, bytes, sha256, pages' checksums, columns; every unit of the plan
-    in the rows or in the quarantine once; finite latents; statistics, recomputed; no id twice; the manifest.
+    """Read every shard of a cache and check it.
+
+    The checks are: the file, its size, its SHA-256, the checksums of its pages, and its columns; every unit of the plan
+    is once in the rows or in the quarantine; latents are finite; statistics agree with recomputed ones; no id is there
+    twice; the manifest agrees with the commits.
 
     Args:
-        source: compare ids with the source's too; it has to be where it was.
+        out: the cache folder.
+        source: whether to compare the ids with those of the source too, which must be where it was.
+        threads: number of shards to read at a time.
 
     Raises:
-        UserError: it is no cache, or its plan or listing is damaged.
+        UserError: if the folder is not a cache, or if its plan or listing is damaged.
     """
     files = storage.names(out)
     if "plan.json" not in files:
@@ -122,11 +139,11 @@ def audit(out: str, source: bool = True, threads: int = 8) -> Audit:
 def _check_shard(
     out: str, plan: CachePlan, shard: Shard, generation: int, source: bool
 ) -> tuple[dict[str, Any], list[str], np.ndarray]:
-    """The commit, what is wrong with the shard, and a hash of each row's id."""
+    """Return the commit of a shard, what is wrong with the shard, and a hash of the id of each image in its rows."""
     how, nothing = plan.latents, np.empty(0, np.int64)
     try:
         commit = cache.read_commit(out, shard.task.shard, generation)
-    except storage.Unavailable:  # which says nothing of the shard
+    except storage.Unavailable:  # says nothing about the shard
         raise
     except UserError as error:
         return {}, [str(error)], nothing
@@ -183,7 +200,7 @@ def _close(ours: dict[str, Any], theirs: dict[str, Any]) -> bool:
 
 
 def _duplicates(out: str, plan: CachePlan, commits: list[dict[str, Any]], keys: np.ndarray) -> list[str]:
-    """Ids that more than one image has. Equal hashes are looked up; different ids may share one."""
+    """Return a problem for each id that several images have. Different ids may share a hash, so ids are compared."""
     ordered = np.sort(keys)
     twice = set(ordered[1:][ordered[1:] == ordered[:-1]].tolist())
     seen: set[str] = set()
@@ -199,6 +216,7 @@ def _duplicates(out: str, plan: CachePlan, commits: list[dict[str, Any]], keys: 
 
 
 def _check_manifest(out: str, commits: list[dict[str, Any]]) -> list[str]:
+    """Return what is wrong with the manifest, compared with the commits of all shards."""
     try:
         manifest = cache.read_manifest(out)
     except storage.Unavailable:
@@ -220,18 +238,18 @@ def _check_manifest(out: str, commits: list[dict[str, Any]]) -> list[str]:
 
 
 def _all_commits(out: str) -> Iterator[dict[str, Any]]:
-    """Every readable commit, of earlier generations too: earlier manifests name their files."""
+    """Yield every readable commit, also of earlier generations, because earlier manifests name their files."""
     for name in storage.names(storage.join(out, "commits")):
         try:
             yield json.loads(storage.read(storage.join(out, "commits", name)))
-        except UserError:  # or files that this commit names would seem to belong to none
+        except UserError:  # not skipped: files that only this commit names would count as unnamed
             raise
         except ValueError as error:
             say(f"{out}/commits/{name} is damaged: {error}", "WARNING")
 
 
 def _stale(out: str) -> list[str]:
-    """Temporary files of writers that were killed; a store has none."""
+    """Return temporary files of killed writers. An S3 store has none."""
     if storage.remote(out):
         return []
     files = (path for path in Path(out).glob("*/.tmp-*"))

@@ -1,4 +1,4 @@
-"""Fields of sample and of evaluate's commands."""
+"""Config fields of sample and of the commands of evaluate."""
 
 from typing import Annotated, Any, Literal
 

@@ -1,7 +1,7 @@
-"""What encoders or decoders cost, beside a baseline: parameters, MACs, memory and speed (Table 3), all in one run.
+"""Measure the cost of encoders or decoders against a baseline: parameters, MACs, memory and speed (Table 3).
 
-Each model is measured in a fresh process of its own, one after the other: nothing that another has left in memory
-counts, and nothing runs beside it.
+Each model is measured in a new process, one after the other, so that nothing that another model has left in memory
+counts and nothing else runs at the same time.
 """
 
 import os
@@ -34,10 +34,12 @@ from pipelines.runtime.actor_pool import pool, spread
 from pipelines.runtime.host import PeakMemory, processor
 from pipelines.runtime.logs import say
 
-FIXED = {"dwt": 12, "dwt-2": 48}  # latent channels of encoders that are not learned
+FIXED = {"dwt": 12, "dwt-2": 48}  # latent channels of the encoders that are not learned
 
 
 class Column(NamedTuple):
+    """A measured quantity: its title, the digits to print, and how it is measured."""
+
     title: str
     digits: int
     protocol: str
@@ -64,7 +66,13 @@ COLUMNS = {
 
 
 class Plan(NamedTuple):
-    """A model to be measured: a folder, or a size of `LiteVAE`; `channels` of a latent, not of its moments."""
+    """A model to measure.
+
+    Attributes:
+        name: the absolute path of a model folder, or a size of `LiteVAE`.
+        factor: downsampling factor.
+        channels: number of channels of a latent (not of its moments).
+    """
 
     name: str
     factor: int
@@ -72,10 +80,13 @@ class Plan(NamedTuple):
 
 
 def complexity(cfg: config.EvaluateComplexity) -> dict[str, Any]:
-    """Measure, print a table, and leave metrics.json in `cfg.out`, which is returned.
+    """Measure all models, print a table, and write metrics.json into `cfg.out`.
+
+    Returns:
+        The content of metrics.json.
 
     Raises:
-        UserError: bad config or model; a model needs more memory than there is.
+        UserError: if the config or a model is wrong, or if a model needs more memory than there is.
     """
     out = paths.output_path("out", cfg.out)
     plans = list(_plans(cfg))
@@ -108,7 +119,7 @@ def complexity(cfg: config.EvaluateComplexity) -> dict[str, Any]:
 
 
 def summary_text(summary: dict[str, Any], out: str) -> str:
-    """The summary for a person."""
+    """Format the summary for people."""
 
     def cell(values: dict[str, float], key: str) -> str:
         digits = COLUMNS[key].digits
@@ -152,9 +163,10 @@ def summary_text(summary: dict[str, Any], out: str) -> str:
 
 
 def _plans(cfg: config.EvaluateComplexity) -> Iterator[Plan]:
-    """
+    """Yield the models of a config.
+
     Raises:
-        UserError: a model is neither a size nor a folder, is there twice, or takes other resolutions.
+        UserError: if a model is neither a size nor a folder, is named twice, or does not take `cfg.resolution`.
     """
     names = [each.strip() if each.strip() in ENCODERS else os.path.abspath(each.strip()) for each in cfg.models]
     for number, name in enumerate(names):
@@ -184,10 +196,10 @@ def _model(name: str, channels: int) -> torch.nn.Module:
 
 
 def _measured(plan: Plan, cfg: config.EvaluateComplexity, placement: cluster.Placement) -> tuple[dict[str, float], str]:
-    """By COLUMNS' names, those with extremes also with _low and _high; and the machine."""
+    """Run `Meter.measure` in a new process."""
     import ray
 
-    # A process is only given to actors of the same environment, and no two have this one.
+    # Ray reuses a process only for actors with the same environment, and no two have this one.
     fresh = {"env_vars": {"LITEVAE_METER": f"{plan.name} {time.time_ns()}"}}
     (actor,) = pool(Meter, placement, plan, cfg, placement, max_restarts=0, max_task_retries=0, runtime_env=fresh)
     try:
@@ -205,16 +217,16 @@ _TOO_LARGE = (
 
 
 class Meter:
-    """A worker: one model on one device."""
+    """A Ray actor that measures one model on one device."""
 
     def __init__(self, plan: Plan, cfg: config.EvaluateComplexity, placement: cluster.Placement):
         self.plan, self.cfg, self.device, self.threads = plan, cfg, placement.settle(), placement.threads
         torch.manual_seed(0)
-        torch.backends.cudnn.deterministic = False  # what a user's own run would take
+        torch.backends.cudnn.deterministic = False  # as in a user's own run
         model = _model(plan.name, plan.channels)
         setattr(
             model, "decoder" if cfg.part == "encoder" else "encoder", torch.nn.Identity()
-        )  # its weights don't count
+        )  # its weights must not count
         self.model: Any = model.to(self.device)
         self.forward: Callable[[Tensor], Tensor] = (
             partial(encode_latents, self.model) if cfg.part == "encoder" else self._decode
@@ -222,7 +234,15 @@ class Meter:
 
     @torch.no_grad()
     def measure(self) -> tuple[dict[str, float], str]:
-        """By COLUMNS' names, those with extremes also with _low and _high; and the machine."""
+        """Measure the model.
+
+        Returns:
+            The values by the names in `COLUMNS`, with the extremes of timings as <name>_low and <name>_high; and a
+            description of the machine.
+
+        Raises:
+            UserError: if the memory of the GPU is too small.
+        """
         cfg = self.cfg
         timed = torch.compile(self.forward) if cfg.compile else self.forward
         found = {"params_m": count_parameters(getattr(self.model, cfg.part)) / 1e6}
@@ -231,7 +251,7 @@ class Meter:
             memory = self._watch_memory()
             seconds = self._seconds(timed, batch)
             if memory is not None:
-                loaded = memory.before if self.device.type == "cuda" else 0  # COLUMNS say what counts where
+                loaded = memory.before if self.device.type == "cuda" else 0  # as COLUMNS describes
                 found["memory_mb"] = (memory.bytes() + loaded) / 1e6
         except torch.OutOfMemoryError:
             raise UserError(f"{self.plan.name}: {_TOO_LARGE.format(cfg.batch_size, cfg.resolution)}") from None
@@ -241,7 +261,7 @@ class Meter:
             ("latency_ms", [1000 * value for value in latencies]),
         ):
             found |= {name: median(values), f"{name}_low": min(values), f"{name}_high": max(values)}
-        # Attention as products of matrices: not every fused kernel is known to the counter.
+        # Compute attention as matrix products, because the counter does not know every fused kernel.
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
             self.forward(one)
         found["gmacs"] = counter.get_total_flops() / 2e9
@@ -258,6 +278,7 @@ class Meter:
         return self.model.decode(z, return_dict=False)[0]
 
     def _seconds(self, forward: Callable[[Tensor], Tensor], x: Tensor) -> list[float]:
+        """Return the seconds of each forward pass after the warm-up."""
         found = []
         for _ in range(self.cfg.warmup + self.cfg.repeats):
             start = self._now()
@@ -272,7 +293,7 @@ class Meter:
         return time.perf_counter()
 
     def _watch_memory(self) -> PeakMemory | None:
-        """The peak from now on; None where the system does not tell it."""
+        """Return a meter of the peak from now on, or None if the system does not report it."""
         try:
             return PeakMemory(self.device)
         except OSError:

@@ -1,7 +1,7 @@
-"""How near generated images come to a reference set.
+"""Measure how close generated images are to a reference set: FID, Inception Score, precision and recall.
 
-CPU tasks read images, actors compute their features, and the driver adds them up, in order: the numbers are the same
-for any number of workers. What comes of a reference set is kept in <root>/references.
+CPU tasks read images, actors compute their features, and the driver adds them up in order, so that the numbers are the
+same for any number of workers. The features of a reference set are kept in <root>/references.
 """
 
 import hashlib
@@ -34,18 +34,23 @@ from pipelines.runtime import cluster, mlflow_run, paths
 from pipelines.runtime.actor_pool import pool
 from pipelines.runtime.progress import Progress
 
-SMALLEST = 32  # pixels: SqueezeNet halves four times
-FEWEST = generation.SPLITS  # images, or a part of the Inception Score would be empty
-DAMAGE = (  # what NumPy and zipfile make of a damaged file
+SMALLEST = 32  # pixels, because SqueezeNet halves the size four times
+FEWEST = generation.SPLITS  # images; with fewer, a part of the Inception Score would be empty
+DAMAGE = (  # the exceptions that NumPy and zipfile raise for a damaged file
     *(OSError, EOFError, ValueError, KeyError, TypeError, NotImplementedError, RuntimeError),
     *(struct.error, zipfile.BadZipFile, zlib.error),
 )
 
 
 class AsDrawn(ImageTransform):
-    """Takes images of the resolution, and no others: a number of resized samples would be another number."""
+    """A transform that takes only images of its resolution, because scores of resized samples would be different."""
 
     def __call__(self, data: bytes, seed: int | None = None) -> Transformed:
+        """Decode an image.
+
+        Raises:
+            ImageError: if it can't be decoded; with the reason "other_size" if it does not have the resolution.
+        """
         image = super().__call__(data, seed)
         if (image.height, image.width) != (self.resolution, self.resolution):
             size = f"{image.width}x{image.height}"
@@ -55,16 +60,31 @@ class AsDrawn(ImageTransform):
 
 @dataclass
 class Features:
-    """What comes of a set of images in one network."""
+    """The features of a set of images in one network.
+
+    Attributes:
+        statistics: what a Frechet distance needs, of all images.
+        kept: batches of features (n, D) of the images for precision and recall.
+        logits: batches of logits (n, K), if the network has logits.
+    """
 
     statistics: FrechetStatistics
-    kept: list[Tensor] = field(default_factory=list)  # features for precision and recall
+    kept: list[Tensor] = field(default_factory=list)
     logits: list[Tensor] = field(default_factory=list)
 
 
 @dataclass
 class Set:
-    """A set of images: which units of its source, which of these precision and recall are of, and what came of it."""
+    """A set of images and its features.
+
+    Attributes:
+        source: where the images come from.
+        transform: how they become pixels.
+        units: which units of the source are in the set.
+        kept: which of these units precision and recall are computed of.
+        features: the features in each network, by name.
+        bad: images that could not be read.
+    """
 
     source: Source
     transform: ImageTransform
@@ -75,10 +95,12 @@ class Set:
 
     @property
     def images(self) -> int:
+        """The number of images that could be read."""
         return len(self.units) - len(self.bad)
 
     @property
     def about(self) -> dict[str, Any]:
+        """The description of the set in metrics.json."""
         return {"uri": self.source.uri, "digest": self.source.digest, "images": self.images} | {
             "unreadable": [bad._asdict() for bad in self.bad]
         }
@@ -88,11 +110,13 @@ class Set:
 
 
 def samples(cfg: config.EvaluateSamples) -> dict[str, Any]:
-    """Judge generated images, print the numbers with their protocols, and leave metrics.json in `cfg.out`, which is
-    returned.
+    """Judge generated images, print the scores with their protocols, and write metrics.json into `cfg.out`.
+
+    Returns:
+        The content of metrics.json.
 
     Raises:
-        UserError: bad config or source, no network has weights, too few images could be read.
+        UserError: if the config or a source is wrong, if no network has weights, or if too few images could be read.
     """
     out = paths.output_path("out", cfg.out)
     root = paths.output_path("root", cfg.root)
@@ -140,10 +164,13 @@ def samples(cfg: config.EvaluateSamples) -> dict[str, Any]:
 
 
 def check_networks(*weights: str) -> tuple[list[FeatureNetwork], list[str]]:
-    """As `scores.networks`.
+    """Load the networks that have weights; arguments as for `report.networks`.
+
+    Returns:
+        The networks, and a remark about what is left out.
 
     Raises:
-        UserError: there are weights of none, or a file that is named does not exist or holds something else.
+        UserError: if no network has weights, or if a file that is named does not exist or holds something else.
     """
     found, missing = report.networks(*weights)
     if not found:
@@ -155,7 +182,7 @@ def check_networks(*weights: str) -> tuple[list[FeatureNetwork], list[str]]:
 
 
 def _drawn(cfg: config.EvaluateSamples) -> Set:
-    """The generated images: a source's, or those of a sample job's folder, without the picture beside them."""
+    """Return the set of generated images: of a source, or of the folder of a sample job, without its grid.png."""
     where, side = cfg.samples, cfg.transform.resolution
     if not where.uri:
         raise UserError("samples.uri is empty; give the folder of a sample job: evaluate.py samples FOLDER")
@@ -165,7 +192,7 @@ def _drawn(cfg: config.EvaluateSamples) -> Set:
         if "samples.json" not in files:
             raise UserError(f"samples.uri={where.uri}: the sample job is not finished; run the same command again")
         parts = [part for name in ("png", "parquet") if storage.folder_exists(part := storage.join(folder, name))]
-        if len(parts) == 1:  # of two kinds the source's own message says to name one
+        if len(parts) == 1:  # if both exist, `open_source` asks to name one
             where = where.model_copy(update={"uri": parts[0]})
     source = open_source(where, "samples")
     units: Sequence[int] = range(source.units)
@@ -187,6 +214,19 @@ def _drawn(cfg: config.EvaluateSamples) -> Set:
 def _set(
     source: Source, transform: ImageTransform, images: int, kept: int, name: str, units: Sequence[int] | None = None
 ) -> Set:
+    """Return a set of `images` units (0: all), of which `kept` are for precision and recall, both evenly spaced.
+
+    Args:
+        source: where the images come from.
+        transform: how they become pixels.
+        images: number of images.
+        kept: largest number of images for precision and recall.
+        name: the config field that sets `images`, for error messages.
+        units: the units to choose from; None: all of the source.
+
+    Raises:
+        UserError: if there are fewer units than `images`.
+    """
     units = range(source.units) if units is None else units
     if images > len(units):
         raise UserError(f"{name}={images}, but {source.uri} has {len(units)}; 0 takes all")
@@ -200,10 +240,18 @@ def _set(
 def _extract(
     images: Set, networks: list[FeatureNetwork], batch_size: int, actors: list[Any], decoders: int, what: str
 ) -> None:
-    """Fill in `images.features` of these networks, and which images could not be read.
+    """Compute the features of a set in these networks, and store them and the unreadable images in the set.
+
+    Args:
+        images: the set.
+        networks: the networks.
+        batch_size: images per forward pass.
+        actors: the pool of `Extractor` actors.
+        decoders: number of reading tasks at a time.
+        what: name of the set, for the progress display.
 
     Raises:
-        UserError: fewer than `FEWEST` could.
+        UserError: if fewer than `FEWEST` images could be read.
     """
     names = [network.name for network in networks]
     found = {network.name: Features(FrechetStatistics(network.dimension)) for network in networks}
@@ -239,7 +287,11 @@ def _extract(
 
 
 class Extractor:
-    """A worker: the networks on one device."""
+    """A Ray actor that holds the networks on one device.
+
+    Raises:
+        UserError: if the weights on its node are not those of the driver.
+    """
 
     def __init__(self, placement: cluster.Placement, weights: list[str], known: dict[str, str]):
         device = placement.settle()
@@ -251,7 +303,7 @@ class Extractor:
     def extract(
         self, batches: list[Read], names: list[str]
     ) -> list[tuple[list[int], list[Bad], dict[str, tuple[np.ndarray, np.ndarray | None]]]]:
-        """Of each batch: units, unreadable images, and by network features and logits."""
+        """Return, for each batch, its units, its unreadable images, and the features and logits by network."""
         return [(batch.units, batch.bad, self._of(batch.pixels, names)) for batch in batches]
 
     def _of(self, pixels: np.ndarray, names: list[str]) -> dict[str, tuple[np.ndarray, np.ndarray | None]]:
@@ -266,7 +318,7 @@ class Extractor:
 
 
 class Kept:
-    """The file that a reference set's features in a network are kept in, named by all that they depend on."""
+    """The file that keeps the features of a reference set in one network. Its name is a hash of all they depend on."""
 
     def __init__(self, folder: str, reference: Set, network: FeatureNetwork):
         self._set, self._network = reference, network
@@ -281,6 +333,7 @@ class Kept:
         self.path = os.path.join(folder, f"{hashlib.sha256(self._key.encode()).hexdigest()[:32]}.npz")
 
     def save(self) -> None:
+        """Write the features of the set to the file."""
         found = self._set.features[self._network.name]
         file = io.BytesIO()
         np.savez(
@@ -295,9 +348,13 @@ class Kept:
         storage.put(self.path, file.getvalue())
 
     def load(self) -> str:
-        """Fill in the set's features where there is a sound file. Returns a remark where there is an unsound one."""
+        """Read the features into the set if there is a sound file.
+
+        Returns:
+            A remark if there is a damaged file, else an empty string.
+        """
         try:
-            with np.load(self.path, allow_pickle=False) as file:  # zip's checksums are checked in reading
+            with np.load(self.path, allow_pickle=False) as file:  # reading checks the checksums of the zip
                 values = {name: file[name] for name in ("key", "bad", "count", "sum", "outer", "kept")}
             if str(values["key"]) != self._key:
                 raise ValueError("it is of something else")
@@ -319,7 +376,7 @@ class Kept:
 
 
 def _scores(network: FeatureNetwork, drawn: Set, reference: Set) -> list[Score]:
-    """What can be said in a network's features."""
+    """Return all scores that the features in one network give."""
     mine, theirs = drawn.features[network.name], reference.features[network.name]
     own = network.name == "inception"
     suffix = "" if own else f"/{network.name}"
@@ -360,7 +417,7 @@ def _scores(network: FeatureNetwork, drawn: Set, reference: Set) -> list[Score]:
 
 
 def summary_text(summary: dict[str, Any], out: str) -> str:
-    """For a person: numbers, and below those of one protocol that protocol."""
+    """Format the summary for people: the scores, with each protocol below the scores that share it."""
     lines = []
     for name in ("samples", "reference"):
         about = summary[name]

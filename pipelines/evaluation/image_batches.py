@@ -1,4 +1,4 @@
-"""Pixels for those who judge images: read by CPU tasks in batches that are the same for any number of workers."""
+"""Read images for evaluation with CPU tasks, in batches that are the same for any number of workers."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ from pipelines.runtime.cluster import anywhere
 
 
 class Bad(NamedTuple):
-    """An image that was left out."""
+    """An image that was left out: its id, the error class, and the details."""
 
     id: str
     reason: str
@@ -20,7 +20,13 @@ class Bad(NamedTuple):
 
 
 class Read(NamedTuple):
-    """A batch: uint8 (n, H, W, 3) of the images that can be read, their units, and the others."""
+    """A batch of images.
+
+    Attributes:
+        pixels: uint8 (n, H, W, 3) of the images that could be read.
+        units: the units of these images.
+        bad: the images that could not be read.
+    """
 
     pixels: np.ndarray
     units: list[int]
@@ -36,11 +42,17 @@ def over(
     actors: list[Any],
     decoders: int,
 ) -> Iterator[Any]:
-    """Results of `call(actor, read, batches)` in the order of units, where `read` refers to a `Read` for each of
-    `batches`, and the result is a reference too.
+    """Read images in batches, hand them to a pool of actors, and yield the results in the order of units.
 
     Args:
-        decoders: reading tasks at a time.
+        units: the images of the source to read.
+        call: `call(actor, read, batches)` starts the work and returns an object reference to its result. `read` is an
+            object reference to a list with a `Read` for each of `batches`.
+        source: where the images come from.
+        transform: how they become pixels.
+        batch_size: images per batch.
+        actors: the pool.
+        decoders: number of reading tasks at a time.
     """
     import ray
 
@@ -52,19 +64,24 @@ def over(
 
 
 def chunks(units: Sequence[int], batch_size: int, resolution: int, workers: int) -> list[list[Sequence[int]]]:
-    """What a task reads: batches next to each other, as a Parquet row group is read as a whole; at most 64 MB of
-    pixels, and at least four chunks a worker. The batches are the same whatever the number of workers."""
+    """Group batches into chunks, each of which one task reads.
+
+    A chunk has adjacent batches, because a Parquet row group is read as a whole. It has at most 64 MiB of pixels (but
+    at least one batch), and there are at least four chunks per worker if there are enough batches. The batches are the
+    same for any number of workers.
+    """
     batches = [units[start : start + batch_size] for start in range(0, len(units), batch_size)]
     count = max(1, min(64 * 2**20 // (batch_size * resolution**2 * 3), len(batches) // (4 * workers)))
     return [batches[start : start + count] for start in range(0, len(batches), count)]
 
 
 def spaced(units: Sequence[int], count: int) -> Sequence[int]:
-    """So many of them, evenly spaced: the first ones are of a few classes where classes come one after another."""
+    """Return `count` of the units, evenly spaced: if images are ordered by class, the first ones show few classes."""
     return units if count == len(units) else [units[number * len(units) // count] for number in range(count)]
 
 
 def named(bad: list[Bad], limit: int = 5) -> str:
+    """Return a text with the first `limit` of these images and their reasons, and the number of all others."""
     names = [f"{entry.id} ({entry.reason})" for entry in bad[:limit]]
     return ", ".join(names) + (f" and {len(bad) - limit} more" if len(bad) > limit else "")
 

@@ -1,4 +1,4 @@
-"""How far a cache's latents are from a standard Gaussian."""
+"""Measure how far the latents of a cache are from a standard Gaussian, as a maximum mean discrepancy (MMD)."""
 
 import os
 from collections.abc import Sequence
@@ -21,11 +21,13 @@ MMD = generation.PROTOCOLS["mmd"]
 
 
 def mmd(cfg: config.EvaluateLatents) -> dict[str, Any]:
-    """Measure the MMD of a cache's latents, normalised and raw, print it, and leave metrics.json in `cfg.out`, which is
-    returned.
+    """Measure the MMD of a cache's latents, normalised and raw, print it, and write metrics.json into `cfg.out`.
+
+    Returns:
+        The content of metrics.json.
 
     Raises:
-        UserError: bad config or cache, NaN or infinite latents.
+        UserError: if the config or the cache is wrong, or if latents are NaN or infinite.
     """
     out = paths.output_path("out", cfg.out)
     if not cfg.cache:
@@ -65,13 +67,19 @@ def judged(
     subset: int = generation.SUBSET,
     seed: int = 0,
 ) -> list[Score]:
-    """The MMD of latents (N, C, h, w), normalised and raw, at each bandwidth, as mmd/<normalised|raw>/<bandwidth>.
+    """Return the MMD of latents, normalised and raw, at each bandwidth, as scores mmd/<normalised|raw>/<bandwidth>.
 
     Args:
-        over: what they are normalised over, and `drawn` how they came, for people.
+        raw: latents (N, C, h, w) as the autoencoder gives them.
+        normalised: the same latents, each channel with mean 0 and standard deviation 1.
+        over: what they were normalised over, for people.
+        drawn: how they were made from the encoder's output, for people.
+        sigmas: bandwidths of the kernel.
+        subset: number of latents per subset.
+        seed: seed of the subsets and of the Gaussian's draws.
 
     Raises:
-        UserError: as `generation.mmd`.
+        UserError: for the same reasons as `generation.mmd`.
     """
     size, subset = "x".join(map(str, raw.shape[1:])), min(subset, len(raw))
     count = len(raw) // subset
@@ -88,7 +96,7 @@ def judged(
 
 
 def _largest_group(cache: LatentCache) -> tuple[Shape, Sequence[int]]:
-    """The shape that most rows have, and these rows."""
+    """Return the most frequent shape of the rows, and the rows of this shape."""
     counts: dict[Shape, int] = {}
     for shape, rows in zip(cache.group_shapes, cache.groups.tolist(), strict=True):
         counts[shape] = counts.get(shape, 0) + rows

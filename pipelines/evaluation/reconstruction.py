@@ -1,11 +1,11 @@
-"""How well an autoencoder reconstructs a source of images, beside bicubic down- and upsampling by its factor.
+"""Measure how well an autoencoder reconstructs images, compared with bicubic down- and upsampling by its factor.
 
-CPU tasks read and transform images, actors with the model measure them in batches, and the driver adds up, in order:
-means of one value per image are exact, and features in frozen networks become the sums that a Frechet distance needs.
-The numbers are the same for any number of workers, and memory does not grow with the number of images.
+CPU tasks read and transform images, actors with the model measure them in batches, and the driver adds up the results
+in order. Means of one value per image are exact, and features in frozen networks become the sums that a Frechet
+distance needs. The numbers are the same for any number of workers, and memory does not grow with the number of images.
 
-A further metric is one function of originals and reconstructions, both (N, 3, H, W) in [-1, 1], that gives (N,): a line
-of METRICS, with its title and its protocol.
+To add a metric, add a line to METRICS: a title, a protocol, and a function of originals and reconstructions, both
+(N, 3, H, W) in [-1, 1], that returns (N,).
 """
 
 import os
@@ -45,17 +45,19 @@ from pipelines.runtime import cluster, mlflow_run, paths, tables
 from pipelines.runtime.actor_pool import pool, spread
 from pipelines.runtime.progress import Progress
 
-SMALLEST = 32  # pixels; SSIM's window takes 11, perceptual backbones halve four times
+SMALLEST = 32  # pixels: the window of SSIM has 11, and perceptual backbones halve the size four times
 MAPS = 4  # rows of feature_maps.png
 DISTANCE = "mean over images of squared distances of unit-length features, averaged over positions, summed over layers"
 
 
 class Metric(NamedTuple):
-    """
+    """A measure of reconstruction quality.
+
     Attributes:
-        title: for people.
-        protocol: all that it takes to tell this number from others of that title.
-        measure: originals and others (N, 3, H, W) in [-1, 1] -> (N,), of which the mean over images is the number.
+        title: the title for people.
+        protocol: everything that distinguishes this number from others with the same title.
+        measure: a function of originals and reconstructions, both (N, 3, H, W) in [-1, 1], that returns one value per
+            image (N,). The reported number is the mean over images.
     """
 
     title: str
@@ -70,10 +72,18 @@ METRICS = {
 
 
 class Judges:
-    """The metrics and the networks that there are weights for, and a line about each that is missing.
+    """The metrics, and the feature networks for which there are weights.
+
+    Args:
+        cfg: the config, which names the files of weights.
+
+    Attributes:
+        metrics: the metrics, by name.
+        networks: the networks for Frechet distances.
+        remarks: a line about each metric that is left out because its weights are missing.
 
     Raises:
-        UserError: a file that is named does not exist or holds something else.
+        UserError: if a file that is named does not exist or holds something else.
     """
 
     def __init__(self, cfg: config.Evaluate) -> None:
@@ -97,10 +107,11 @@ class Judges:
 
     @property
     def identity(self) -> dict[str, str]:
-        """What has to be the same on all nodes."""
+        """The metrics and the digests of the weights, which must be the same on all nodes."""
         return dict.fromkeys(self.metrics, "") | {network.name: network.sha256 for network in self.networks}
 
     def to(self, device: torch.device) -> "Judges":
+        """Move all networks to a device."""
         for module in self._modules:
             module.to(device)
         return self
@@ -108,8 +119,19 @@ class Judges:
 
 @dataclass
 class Measured:
-    """Of a batch: seconds, values of each image by "reconstruction/<metric>", "bicubic/<metric>" and "imbalance",
-    features of originals and of reconstructions by network, and what is shown or looked at as a whole."""
+    """The measurements of a batch.
+
+    Attributes:
+        images: number of images that were measured.
+        encode_seconds: seconds of the encoder.
+        decode_seconds: seconds of the decoder.
+        values: one value per image, by "reconstruction/<metric>", "bicubic/<metric>" and "imbalance".
+        features: features of originals and of reconstructions, by network.
+        bad: images that could not be read.
+        latents: output of the encoder for the images that the MMD is computed of.
+        pictures: inputs, reconstructions and latents to show.
+        maps: inputs, and their strongest feature maps, to show.
+    """
 
     images: int = 0
     encode_seconds: float = 0.0
@@ -117,13 +139,13 @@ class Measured:
     values: dict[str, np.ndarray] = field(default_factory=dict)
     features: dict[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
     bad: list[Bad] = field(default_factory=list)
-    latents: np.ndarray | None = None  # as the encoder gives them
-    pictures: tuple[Tensor, ...] = ()  # input, reconstruction, latent
-    maps: tuple[Tensor, ...] = ()  # input, strongest maps
+    latents: np.ndarray | None = None
+    pictures: tuple[Tensor, ...] = ()
+    maps: tuple[Tensor, ...] = ()
 
 
 class Total:
-    """The measurements of a pass over the images, added up in order."""
+    """The measurements of one pass over the images, added up in order."""
 
     def __init__(self, networks: Sequence[FeatureNetwork]) -> None:
         self.images, self.encode_seconds, self.decode_seconds = 0, 0.0, 0.0
@@ -135,6 +157,7 @@ class Total:
         self.maps: list[tuple[Tensor, ...]] = []
 
     def add(self, part: Measured) -> None:
+        """Add the measurements of the next batch."""
         self.images += part.images
         self.encode_seconds += part.encode_seconds
         self.decode_seconds += part.decode_seconds
@@ -150,7 +173,7 @@ class Total:
 
     @property
     def numbers(self) -> dict[str, dict[str, float]]:
-        """Of "reconstruction" and "bicubic", by metric. Frechet distances are the model's only."""
+        """The means by metric, for "reconstruction" and for "bicubic". Only "reconstruction" has Frechet distances."""
         found = {
             which: {name.partition("/")[2]: mean.value() for name, mean in self.means.items() if name.startswith(which)}
             for which in ("reconstruction", "bicubic")
@@ -162,11 +185,16 @@ class Total:
 
 
 def evaluate(cfg: config.Evaluate) -> dict[str, Any]:
-    """Measure, print a table, and leave metrics.json, reconstructions.png and feature_maps.png in `cfg.out`. Returns
-    metrics.json. Also in a task or an actor of a running cluster.
+    """Measure the reconstructions of an autoencoder, and print a table.
+
+    Write metrics.json, reconstructions.png and feature_maps.png into `cfg.out`. This also works in a task or an actor
+    of a running cluster.
+
+    Returns:
+        The content of metrics.json.
 
     Raises:
-        UserError: bad config, model or source; no image could be read.
+        UserError: if the config, the model or the source is wrong, or if no image could be read.
     """
     out = paths.output_path("out", cfg.out)
     if not cfg.model:
@@ -255,7 +283,7 @@ def evaluate(cfg: config.Evaluate) -> dict[str, Any]:
 
 
 def summary_text(summary: dict[str, Any], out: str) -> str:
-    """The summary for a person."""
+    """Format the summary for people."""
     titles = {name: metric.title for name, metric in METRICS.items()} | {"rfid": "rFID"}
     protocols, images = summary["protocols"], summary["protocols"]["images"]
     quality = [["", "reconstruction", f"bicubic by {summary['downsampling']}"]]
@@ -301,7 +329,7 @@ def _frechet(network: str) -> str:
 
 
 def _protocols(judges: Judges, images: int, transform: ImageTransform) -> dict[str, str]:
-    """Of every number of "reconstruction" and "bicubic", by name; what they have in common is "images"."""
+    """Return the protocol of each number of "reconstruction" and "bicubic", by name. "images" is their common part."""
     of = f"{images:,} images, {report.shown(transform)}"
     found = {name: metric.protocol for name, metric in judges.metrics.items()}
     for network in judges.networks:
@@ -316,7 +344,10 @@ def _protocols(judges: Judges, images: int, transform: ImageTransform) -> dict[s
 
 
 def _own_marks(cfg: config.Evaluate, total: Total, factor: int, actor: Any, remarks: list[str]) -> list[Score]:
-    """What the autoencoder adds to constant colour, and how even its feature maps are."""
+    """Return scores of the autoencoder without bicubic counterparts, and add a remark about each that is left out.
+
+    They are the artefacts that it adds to images of constant colour, and the imbalance of its feature maps.
+    """
     found, side = [], cfg.transform.resolution
     if side >= 4 * factor:
         ((rms, period),) = spread([actor], lambda actor, _: actor.artefacts.remote(), [None])
@@ -336,6 +367,7 @@ def _own_marks(cfg: config.Evaluate, total: Total, factor: int, actor: Any, rema
 
 
 def _mmd(cfg: config.Evaluate, total: Total, moments: bool) -> list[Score]:
+    """Return the MMD of the latents to a standard Gaussian."""
     raw = torch.cat(total.latents) if total.latents else torch.empty(0, 1, 1, 1)
     if moments:
         raw = DiagonalGaussianDistribution(raw).sample(torch.Generator().manual_seed(cfg.seed))
@@ -351,10 +383,12 @@ def _mmd(cfg: config.Evaluate, total: Total, moments: bool) -> list[Score]:
 def _measure(
     cfg: config.Evaluate, source: Source, pixels: int, actors: list[Any], decoders: int, judges: Judges
 ) -> Total:
-    """One pass over the images at a resolution; pictures, latents and feature maps at the job's own only.
+    """Measure all images once at a resolution of `pixels`.
+
+    Pictures, latents and feature maps are collected only at the resolution of the job itself.
 
     Raises:
-        UserError: none could be read.
+        UserError: if no image could be read.
     """
     whole = pixels == cfg.transform.resolution
     shown = range(0, cfg.images, -(-cfg.images // cfg.pictures)) if whole else range(0)
@@ -377,7 +411,16 @@ def _measure(
 
 
 class Evaluator:
-    """A worker: the model, the metrics and the networks on one device."""
+    """A Ray actor that holds the model, the metrics and the networks on one device.
+
+    Args:
+        cfg: the config.
+        placement: the resources of the worker.
+        known: `Judges.identity` on the driver.
+
+    Raises:
+        UserError: if the weights on its node are not those of the driver.
+    """
 
     def __init__(self, cfg: config.Evaluate, placement: cluster.Placement, known: dict[str, str]):
         self.cfg, self.device = cfg, placement.settle()
@@ -387,23 +430,26 @@ class Evaluator:
         if (here := judges.identity) != known:
             raise UserError(f"the driver has weights {known}, this node {here}. {' '.join(judges.remarks)}")
         self.judges = judges.to(self.device)
-        self.maps: Tensor | None = None  # of the decoder's last call
-        for name in ("norm_out", "conv_norm_out"):  # ours, and diffusers'
+        self.maps: Tensor | None = None  # the last feature maps of the decoder's latest call
+        for name in ("norm_out", "conv_norm_out"):  # the names in this project and in diffusers
             if isinstance(last := getattr(self.model.decoder, name, None), nn.Module):
                 last.register_forward_pre_hook(lambda _, inputs: setattr(self, "maps", inputs[0]))
         side = cfg.transform.resolution
-        self._reconstruct(torch.zeros(1, 3, side, side, device=self.device))  # what is slow the first time only
+        self._reconstruct(torch.zeros(1, 3, side, side, device=self.device))  # warm-up: the first call is slow
 
     def measure(self, batches: list[Read], pictures: list[int], whole: bool) -> list[Measured]:
-        """
+        """Measure batches.
+
         Args:
-            pictures: how many images of each batch to show.
-            whole: whether latents and feature maps are wanted, too.
+            batches: the images.
+            pictures: number of images of each batch to show.
+            whole: whether to collect latents and feature maps too.
         """
         return [self._measure(batch, shown, whole) for batch, shown in zip(batches, pictures, strict=True)]
 
     @torch.no_grad()
     def artefacts(self) -> tuple[float, float | None]:
+        """Return `metrics.artefacts` of the model's reconstructions of images of constant colour."""
         parts = metrics.constant_colours(self.cfg.transform.resolution).split(self.cfg.batch_size)
         return metrics.artefacts(
             torch.cat([self._reconstruct(part.to(self.device))[0].cpu() for part in parts]), self.factor
@@ -432,19 +478,24 @@ class Evaluator:
         return result
 
     def _look(self, batch: Read, x: Tensor, encoded: Tensor, result: Measured) -> None:
-        """At latents and feature maps."""
+        """Add latents and feature maps of a batch to its measurements."""
         units = torch.tensor(batch.units)
         if (wanted := units < self.cfg.mmd_images).any():
             result.latents = encoded.cpu()[wanted].numpy()
         if self.maps is not None:
-            each = [metrics.imbalance(image[None]) for image in self.maps]  # one by one: these are large
+            each = [metrics.imbalance(image[None]) for image in self.maps]  # one by one, because maps are large
             result.values["imbalance"] = torch.cat(each).cpu().numpy()
             if (first := (units < MAPS).to(self.device)).any():
                 result.maps = x[first].cpu(), strongest_maps(self.maps[first]).cpu()
 
     @torch.no_grad()
     def _reconstruct(self, x: Tensor) -> tuple[Tensor, Tensor, float, float]:
-        """Decoded mean of the latent, what the encoder gave, and the seconds of encoder and decoder."""
+        """Encode and decode images (N, 3, H, W).
+
+        Returns:
+            The decoded mean of the latents, (N, 3, H, W) in [-1, 1]; the output of the encoder; and the seconds of the
+            encoder and of the decoder.
+        """
         with autocast(self.device, self.cfg.precision):
             start = self._now()
             encoded = encode_latents(self.model, x)

@@ -1,4 +1,4 @@
-"""Numbers that judge something, each beside the protocol that says what it is."""
+"""Scores, each with a protocol that says how it was measured, and how they are written and printed."""
 
 import json
 import os
@@ -14,12 +14,14 @@ from pipelines.runtime.mlflow_run import Tracker
 
 
 class Score(NamedTuple):
-    """
+    """A measured number.
+
     Attributes:
-        name: for files and MLflow.
-        title: for people.
-        std: standard deviation, where there is one.
-        protocol: all that it takes to tell this number from others of that title.
+        name: the name in files and in MLflow.
+        title: the title for people.
+        value: the number.
+        std: standard deviation, if there is one.
+        protocol: everything that distinguishes this number from others with the same title.
     """
 
     name: str
@@ -32,15 +34,19 @@ class Score(NamedTuple):
 def networks(
     inception: str, squeezenet: str = "", backbone: str = "", model: str = ""
 ) -> tuple[list[FeatureNetwork], list[str]]:
-    """Networks to compare sets of images by, those that there are weights for, and a line about one that is missing.
+    """Load the networks that compare sets of images, as far as there are weights.
 
     Args:
-        inception: weights of the FID Inception; empty: torch hub's file, if it has it.
-        squeezenet: weights; empty: none.
-        backbone: weights of torchvision's `model`; empty: none.
+        inception: weights of the FID Inception; empty: the file in torch hub's cache, if it is there.
+        squeezenet: weights of the Caffe SqueezeNet; empty: not loaded.
+        backbone: weights of the torchvision model `model`; empty: not loaded.
+        model: name of the backbone in torchvision.
+
+    Returns:
+        The networks, and a remark if the weights of Inception are missing.
 
     Raises:
-        UserError: a file that is named does not exist or holds something else.
+        UserError: if a file that is named does not exist or holds something else.
     """
     found: list[FeatureNetwork] = []
     remarks = []
@@ -56,7 +62,7 @@ def networks(
 
 
 def caution(count: int, network: FeatureNetwork) -> list[str]:
-    """What is to be said of a Frechet distance of so few images, if anything."""
+    """Return a warning about a Frechet distance of too few images, if `count` does not exceed the feature dimension."""
     if count > network.dimension:
         return []
     return [
@@ -66,7 +72,7 @@ def caution(count: int, network: FeatureNetwork) -> list[str]:
 
 
 def shown(transform: ImageTransform) -> str:
-    """How images were brought to their size, for people."""
+    """Describe for people how a transform brings images to their size."""
     if transform.resize == "none":
         return f"centre crop of {transform.resolution} px, not resized"
     library = f"Pillow {transform.identity['Pillow']}"
@@ -74,7 +80,7 @@ def shown(transform: ImageTransform) -> str:
 
 
 def leave(summary: dict[str, Any], out: str, tracker: Tracker) -> None:
-    """Write metrics.json into `out`, and log its "metrics", which are scores as dicts, as eval/<name>."""
+    """Write a summary to metrics.json in `out`, and log its "metrics" (scores as dicts) to MLflow as eval/<name>."""
     for score in summary["metrics"]:
         values = {"": score["value"], "_std": score["std"]}
         tracker.metrics({f"eval/{score['name']}{end}": v for end, v in values.items() if v is not None}, step=0)
@@ -82,20 +88,20 @@ def leave(summary: dict[str, Any], out: str, tracker: Tracker) -> None:
 
 
 def save(summary: dict[str, Any], out: str, tracker: Tracker) -> None:
-    """Write metrics.json into `out`, for MLflow too."""
+    """Write a summary to metrics.json in `out`, and upload the file to MLflow."""
     path = os.path.join(out, "metrics.json")
     storage.put(str(path), json.dumps(summary, indent=2).encode() + b"\n")
     tracker.artifact(path)
 
 
 def report(summary: dict[str, Any], out: str) -> str:
-    """What `leave` wrote, for a person: the protocol stands below the scores that have it in common."""
+    """Format what `leave` wrote for people, with each protocol below the scores that share it."""
     lines = listed([Score(**score) for score in summary["metrics"]])
     return "\n".join([*lines, *summary["remarks"], f"metrics   {out}/metrics.json", f"run       {summary['run']}"])
 
 
 def listed(scores: list[Score]) -> list[str]:
-    """Lines of them, each followed by an empty one where its protocol ends."""
+    """Return scores as lines of text, with the protocol and an empty line after each group of scores that share it."""
     lines, width = [], max((len(score.title) for score in scores), default=0)
     for score, following in pairwise([*scores, None]):
         assert score is not None

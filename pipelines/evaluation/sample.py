@@ -1,17 +1,17 @@
-"""Images from a latent diffusion model, drawn by a pool of workers.
+"""Draw images from a latent diffusion model with a pool of workers.
 
-Image i of a job depends on (seed, i) alone: its noise is its own, and batches are cut by number and always full, so
-that it comes out bit for bit the same whatever the number of workers or of images, and however often the job was
-killed. Another batch size, device, or number of threads of a worker (`ray.cpus_per_worker`) changes the order of sums
-within a convolution, and with it single pixels by a level.
+Image i of a job depends only on (seed, i). Each image has its own noise, and batches are cut by image number and are
+always full. So an image is the same bit for bit for any number of workers or of images, and however often the job was
+killed. A different batch size, device, or number of threads of a worker (`ray.cpus_per_worker`) changes the order of
+sums within a convolution, and so changes single pixels by one level.
 
-    out/sampling.json   what decides each pixel; written first, so that no other job goes on with these images
+    out/sampling.json   what decides each pixel; written first, so that no other job continues with these images
     out/png/            000000.png ..., or
-    out/parquet/        part-000000.parquet ...; nothing else is in these folders, they can be a source of images
+    out/parquet/        part-000000.parquet ...; these folders hold nothing else, so they can be a source of images
     out/grid.png        the first images
     out/samples.json    written last
 
-A file is whole or not there, and what is there is not drawn again.
+A file is either complete or absent, and images that exist are not drawn again.
 """
 
 import json
@@ -44,11 +44,11 @@ from pipelines.runtime import cluster, mlflow_run, paths, tables
 from pipelines.runtime.actor_pool import pool, spread
 from pipelines.runtime.progress import Progress
 
-GRID = 64  # the first so many images, in rows of 8
-ROW_GROUP = 128  # images
-WRITERS = 16  # files at a time
+GRID = 64  # number of images in grid.png, in rows of 8
+ROW_GROUP = 128  # images per row group of a Parquet file
+WRITERS = 16  # files written at a time
 
-# As Hugging Face lays images out; its datasets then give images rather than bytes.
+# The layout that Hugging Face uses for images, so that its datasets library returns images and not bytes.
 SCHEMA = pa.schema(
     {
         "id": pa.string(),
@@ -62,17 +62,21 @@ SCHEMA = pa.schema(
 
 
 class Piece(NamedTuple):
-    """A file, and the numbers of the images in it."""
+    """A file to write: its path, and the numbers of the images in it."""
 
     path: str
     numbers: range
 
 
 def sample(cfg: config.Sample) -> dict[str, Any]:
-    """Draw what is not in `cfg.out` yet, and leave grid.png and samples.json there. Returns samples.json.
+    """Draw the images that are not in `cfg.out` yet, and write grid.png and samples.json there.
+
+    Returns:
+        The content of samples.json.
 
     Raises:
-        UserError: bad config or model; `cfg.out` holds another job's images, or more than are asked for.
+        UserError: if the config or the model is wrong, or if `cfg.out` holds images of another job, or more than are
+            asked for.
     """
     out = paths.output_path("out", cfg.out, remote=True)
     if not cfg.model:
@@ -87,7 +91,7 @@ def sample(cfg: config.Sample) -> dict[str, Any]:
     placement = cluster.start(cfg.ray)
     paths.check_folders({"out": out}, {"model": cfg.model})
     storage.put_new(storage.join(out, "sampling.json"), _json(job))
-    _check_job(job, out)  # another job may have come between
+    _check_job(job, out)  # another job may have written it first
     storage.remove(storage.join(out, "samples.json"))
     name = os.path.basename(out)
     folder = os.path.join(os.path.abspath(cfg.root), name) if storage.remote(out) else out
@@ -126,10 +130,10 @@ def sample(cfg: config.Sample) -> dict[str, Any]:
 
 
 def _job(cfg: config.Sample, ldm: LDM) -> dict[str, Any]:
-    """All that decides the bytes of an image.
+    """Return everything that decides the bytes of an image, as sampling.json holds it.
 
     Raises:
-        UserError: the model can't be sampled so.
+        UserError: if the model can't be sampled with these settings.
     """
     sampler = "" if cfg.sampler == "auto" else cfg.sampler
     sampler_of(ldm.scheduler, sampler, cfg.steps, cfg.eta)
@@ -147,6 +151,7 @@ def _job(cfg: config.Sample, ldm: LDM) -> dict[str, Any]:
 
 
 def _pieces(cfg: config.Sample, out: str) -> list[Piece]:
+    """Return all files of a job, in the order of image numbers."""
     folder = storage.join(out, cfg.format)
     if cfg.format == "png":
         return [Piece(storage.join(folder, f"{n:06d}.png"), range(n, n + 1)) for n in range(cfg.images)]
@@ -155,10 +160,10 @@ def _pieces(cfg: config.Sample, out: str) -> list[Piece]:
 
 
 def _check_job(job: dict[str, Any], out: str) -> bool:
-    """Whether this job was in `out` before.
+    """Return whether this job has run in `out` before.
 
     Raises:
-        UserError: another one was.
+        UserError: if another job has run there.
     """
     path = storage.join(out, "sampling.json")
     try:
@@ -177,7 +182,7 @@ def _check_job(job: dict[str, Any], out: str) -> bool:
 
 
 def _missing(pieces: Sequence[Piece], job: dict[str, Any], out: str) -> list[Piece]:
-    """What is to be drawn, in order.
+    """Return the files that have to be drawn, in the order of image numbers.
 
     Raises:
         UserError: see `sample`.
@@ -189,7 +194,7 @@ def _missing(pieces: Sequence[Piece], job: dict[str, Any], out: str) -> list[Pie
     by_name = {os.path.basename(piece.path): piece for piece in pieces}
     missing = [by_name[name] for name in by_name.keys() - set(there)]
     more = [name for name in there if name not in by_name]
-    # Only the last part may be of a job that asked for fewer images, or for more.
+    # Only the last part can be from a run that asked for fewer images, or for more.
     last = by_name.get(there[-1]) if there and job["format"] == "parquet" else None
     if last is not None:
         try:
@@ -210,15 +215,15 @@ def _missing(pieces: Sequence[Piece], job: dict[str, Any], out: str) -> list[Pie
 
 
 def _draw(cfg: config.Sample, actors: list[Any], missing: Sequence[Piece]) -> None:
-    """Draw the batches that these files need, and write each as soon as it is complete."""
+    """Draw the batches that these files need, and write each file as soon as all its images are drawn."""
     size = cfg.batch_size
     needed = sorted({number // size for piece in missing for number in piece.numbers})
-    batches = [range(n * size, (n + 1) * size) for n in needed]  # the last one is full, too
+    batches = [range(n * size, (n + 1) * size) for n in needed]  # the last batch is full too
     drawn = spread(actors, lambda actor, batch: actor.draw.remote(batch), batches)
     waiting, held = deque(missing), dict[int, bytes]()
     done = cfg.images - sum(len(piece.numbers) for piece in missing)
     progress = Progress("sample", cfg.images, done, sys.stderr.isatty())
-    # Parts are written one after the other, or the last one there would not be the only one that may be incomplete.
+    # Parquet parts are written one after the other, so that only the last one that exists can be incomplete.
     with ThreadPoolExecutor(WRITERS if cfg.format == "png" else 1) as writers:
         for batch, images in zip(batches, drawn, strict=True):
             held |= dict(zip(batch, images, strict=True))
@@ -234,6 +239,7 @@ def _draw(cfg: config.Sample, actors: list[Any], missing: Sequence[Piece]) -> No
 
 
 def _file(cfg: config.Sample, piece: Piece, images: dict[int, bytes]) -> bytes:
+    """Return the content of a file, made from PNG images by number."""
     if cfg.format == "png":
         return images[piece.numbers.start]
     rows = [
@@ -247,13 +253,13 @@ def _file(cfg: config.Sample, piece: Piece, images: dict[int, bytes]) -> bytes:
         for number, label in zip(piece.numbers, _labels(cfg, piece.numbers) or repeat(None), strict=False)
     ]
     table = pa.Table.from_pylist(rows, SCHEMA)
-    sink = pa.BufferOutputStream()  # PNG does not get smaller
+    sink = pa.BufferOutputStream()  # compression would not make PNG smaller
     pq.write_table(table, sink, ROW_GROUP, compression="none", use_dictionary=["label"], write_page_checksum=True)
     return sink.getvalue().to_pybytes()
 
 
 def _first(pieces: Sequence[Piece], count: int) -> Iterator[np.ndarray]:
-    """Pixels of the first images, as they were stored."""
+    """Yield the pixels of the first `count` images, read from the files."""
     stored = (image for piece in pieces for image in _images(piece.path))
     for data in islice(stored, count):
         yield np.asarray(Image.open(BytesIO(data)))
@@ -270,6 +276,7 @@ def _images(path: str) -> Iterator[bytes]:
 
 
 def _labels(cfg: config.Sample, numbers: range) -> list[int] | None:
+    """Return the class of each image, or None for an unconditional model."""
     return [cfg.classes[number % len(cfg.classes)] for number in numbers] if cfg.classes else None
 
 
@@ -278,7 +285,16 @@ def _json(value: dict[str, Any]) -> bytes:
 
 
 class Sampler:
-    """A worker: the model on one device."""
+    """A Ray actor that holds the model on one device.
+
+    Args:
+        cfg: the config.
+        placement: the resources of the worker.
+        fingerprint: `ldm_fingerprint` of the model on the driver.
+
+    Raises:
+        UserError: if the model on its node is not that of the driver.
+    """
 
     def __init__(self, cfg: config.Sample, placement: cluster.Placement, fingerprint: str):
         torch.set_num_threads(placement.threads)
@@ -289,7 +305,11 @@ class Sampler:
         self.encoders = ThreadPoolExecutor(placement.threads)
 
     def draw(self, numbers: range) -> list[bytes]:
-        """The images of these numbers as PNG."""
+        """Draw the images with these numbers, and return them as PNG files.
+
+        Raises:
+            UserError: if pixels are NaN or infinite.
+        """
         cfg = self.cfg
         with autocast(self.device, cfg.precision):
             images = self.ldm.sample(

@@ -1,4 +1,4 @@
-"""Curves as SVG, whose colours a page's style sheet gives by the class of a row: c0, c1, ..."""
+"""Charts of curves as SVG. Rows have the classes c0, c1, ..., to which a page's style sheet gives colours."""
 
 import math
 import re
@@ -13,19 +13,24 @@ WIDTH, HEIGHT = 420, 260
 LEFT, RIGHT, TOP, BOTTOM = 66, 12, 10, 44
 COLOURS = 10
 IMAGES = "images seen"
-SHOWN = 160  # points of a line; of more, means of so many equal parts
-LOGARITHMIC = 10  # from this ratio of the largest to the smallest value on
+SHOWN = 160  # most points of a line; a longer line is replaced by the means of this many equal parts
+LOGARITHMIC = 10  # ratio of the largest to the smallest value above which the vertical axis is logarithmic
 
 
 def chart(
     title: str, names: Sequence[str], rows: Sequence[Sequence[Points]], unit: str = IMAGES
 ) -> tuple[str, dict[str, Any]] | None:
-    """(SVG, the values of its lines for a pointer) of rows with a curve a seed: the mean over seeds, and behind it each
-    of them thin; None where no row has two points.
+    """Draw the curves of several rows: for each row the mean over its seeds, with a thin line for each seed behind it.
 
     Args:
-        rows: of each row, of each seed, (x, y); values that are not finite are left out.
-        unit: of x.
+        title: the metric's name.
+        names: the rows' names.
+        rows: for each row and each seed, points (x, y). Points whose y is not finite are left out.
+        unit: unit of x, the label of the horizontal axis.
+
+    Returns:
+        The SVG, and the values and places of the mean lines' points for a mouse pointer; None if no curve has two
+        points.
     """
     rows = [[[(x, y) for x, y in seed if math.isfinite(y)] for seed in row] for row in rows]
     if not any(len(seed) > 1 for row in rows for seed in row):
@@ -73,12 +78,12 @@ def chart(
 
 
 def style(number: int) -> str:
-    """Classes of a row: its colour, and from the eleventh row on dashes."""
+    """Return the CSS classes of row `number` (from 0): one of ten colours; rows 10 to 19, 30 to 39 ... are dashed."""
     return f"c{number % COLOURS}" + (" dashed" if number // COLOURS % 2 else "")
 
 
 def mean(seeds: Sequence[Points]) -> Points:
-    """Over the seeds, where all of them have a value."""
+    """Return the mean curve over the seeds, at every x where all seeds have a value."""
     if not seeds:
         return []
     values = [dict(seed) for seed in seeds]
@@ -87,6 +92,7 @@ def mean(seeds: Sequence[Points]) -> Points:
 
 
 def thinned(points: Points) -> Points:
+    """Reduce a curve of more than `SHOWN` points to the means of `SHOWN` equal parts, each at its part's last x."""
     if len(points) <= SHOWN:
         return points
     edges = [round(part * len(points) / SHOWN) for part in range(SHOWN + 1)]
@@ -95,16 +101,18 @@ def thinned(points: Points) -> Points:
 
 
 def _scale(low: float, high: float, start: float, end: float) -> Callable[[float], float]:
+    """Return the linear function that maps `low` to `start` and `high` to `end`."""
     return lambda value: start + (end - start) * (value - low) / ((high - low) or 1)
 
 
 def _padded(low: float, high: float) -> tuple[float, float]:
+    """Widen a range by 5% on both sides; an empty range gets 5% of its value, or 1."""
     pad = 0.05 * (high - low) or 0.05 * abs(high) or 1.0
     return low - pad, high + pad
 
 
 def _linear(low: float, high: float, most: int = 6) -> list[tuple[float, str]]:
-    """Ticks at 1, 2 or 5 times a power of ten, with as many digits as they take."""
+    """Return about `most` ticks (value, text) in steps of 1, 2 or 5 times a power of ten, with the digits they need."""
     rough = (high - low or 1) / most
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough)
@@ -113,6 +121,7 @@ def _linear(low: float, high: float, most: int = 6) -> list[tuple[float, str]]:
 
 
 def _logarithmic(low: float, high: float) -> list[tuple[float, str]]:
+    """Return the ticks (value, text) of a logarithmic axis: powers of ten, times 1, 2 and 5 if they are few."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     few = len(powers) > 4
     values = [factor * 10.0**power for power in powers for factor in ((1,) if few else (1, 2, 5))]
@@ -120,7 +129,7 @@ def _logarithmic(low: float, high: float) -> list[tuple[float, str]]:
 
 
 def _short(value: float, step: float) -> str:
-    """12k rather than 12000; steps below 0.0001 in powers of ten."""
+    """Format a tick: 12k instead of 12000, and powers of ten for steps below 0.0001."""
     size = max(abs(value), step)
     for unit, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if size >= unit and size >= 10_000:

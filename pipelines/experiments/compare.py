@@ -1,4 +1,4 @@
-"""jobs/compare_runs.py: runs of MLflow beside each other, as text, Markdown, one HTML page, and data."""
+"""Compare runs of an MLflow experiment, as text, Markdown, one HTML page, and JSON (jobs/compare_runs.py)."""
 
 import base64
 import fnmatch
@@ -23,15 +23,18 @@ from pipelines.experiments.page import as_json, markdown, page, report
 from pipelines.runtime import mlflow_run, mlflow_server
 from pipelines.runtime.paths import output_path
 
-STORED = re.compile(r"images/(.+?)[+%]step[+%](\d+)[+%]timestamp[+%]\d+[+%][^+%]*\.png$")  # a picture in MLflow ...
-SAVED = re.compile(r"(.+)-(\d{12})\.png$")  # ... and in the run's folder
+STORED = re.compile(r"images/(.+?)[+%]step[+%](\d+)[+%]timestamp[+%]\d+[+%][^+%]*\.png$")  # path of a picture in MLflow
+SAVED = re.compile(r"(.+)-(\d{12})\.png$")  # name of a picture in the run's folder
 
 
 def compare(cfg: Compare) -> dict[str, Any]:
-    """Print the comparison and leave it in `cfg.out`; returns what comparison.json has.
+    """Print the comparison, and write it to `cfg.out` as HTML, Markdown and JSON.
+
+    Returns:
+        The content of comparison.json.
 
     Raises:
-        UserError: no such runs; MLflow does not answer; a bad config.
+        UserError: there are no such runs, MLflow does not answer, or the config is wrong.
     """
     out = Path(output_path("out", cfg.out))
     client, found = _read(cfg)
@@ -63,17 +66,26 @@ def compare(cfg: Compare) -> dict[str, Any]:
 def select(
     found: Sequence[Run], sweep: str = "", runs: Sequence[str] = (), unfinished: bool = False, experiment: str = ""
 ) -> tuple[list[Run], list[str]]:
-    """The runs to compare, oldest first, and remarks about those left out. As in Compare; a run that was begun anew in
-    the same folder counts once, as its newest.
+    """Select the runs to compare.
+
+    Of runs that were started again in the same folder, only the newest counts.
+
+    Args:
+        found: all runs of the experiment.
+        sweep, runs, unfinished: as in the config `Compare`.
+        experiment: the experiment's name, for messages.
+
+    Returns:
+        The runs, oldest first, and remarks about runs that were left out.
 
     Raises:
-        UserError: there are none.
+        UserError: no run is left.
     """
     where = f"experiment {experiment!r}" if experiment else "there"
     found = sorted((run for run in found if run.tag("job") != "sweep"), key=lambda run: run.started)
     names = listed(dict.fromkeys(run.name for run in reversed(found)))
     if not found:
-        raise UserError(f"{where} has no runs; root=FOLDER, mlflow_run.uri and mlflow_run.experiment say where to look")
+        raise UserError(f"{where} has no runs; root=FOLDER, tracking.uri and tracking.experiment say where to look")
     sweeps = dict.fromkeys(filter(None, (run.tag("sweep") for run in reversed(found))))
     if not runs and not sweeps:
         raise UserError(f"{where} has no sweep; say which runs: runs=[a,b] or runs=['*'] (newest: {names})")
@@ -103,21 +115,21 @@ def select(
 
 
 def _read(cfg: Compare) -> tuple[Any, list[Run]]:
-    """The client, and all runs of the experiment without their history."""
+    """Return an MLflow client, and all runs of the experiment without their histories."""
     os.environ["MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"] = "false"
     if not cfg.tracking.enabled:
         raise UserError("tracking.enabled=false, and a comparison reads MLflow")
     uri = mlflow_run.tracking_uri(cfg.tracking, cfg.root)
     where = f"{mlflow_run.redact(uri)}, experiment {cfg.tracking.experiment!r}"
     if uri.startswith("sqlite:///") and not os.path.isfile(uri.removeprefix("sqlite:///")):
-        raise UserError(f"{where}: no such database; root=FOLDER or mlflow_run.uri says where the runs are")
+        raise UserError(f"{where}: no such database; root=FOLDER or tracking.uri says where the runs are")
 
     def read() -> tuple[Any, list[Run]]:
         client = mlflow_server.client_of(uri)
         experiment = client.get_experiment_by_name(cfg.tracking.experiment)
         if experiment is None:
             known = listed(each.name for each in client.search_experiments())
-            raise UserError(f"{where}: no such experiment (there are: {known}); mlflow_run.experiment=NAME")
+            raise UserError(f"{where}: no such experiment (there are: {known}); tracking.experiment=NAME")
         runs, token = [], None
         while True:
             part = client.search_runs([experiment.experiment_id], max_results=1000, page_token=token)
@@ -130,15 +142,17 @@ def _read(cfg: Compare) -> tuple[Any, list[Run]]:
 
 
 def _asked(where: str, ask: Callable[[], Any]) -> Any:
+    """Call `ask`, and turn whatever MLflow raises into a UserError."""
     try:
         return ask()
     except UserError:
         raise
-    except Exception as error:  # noqa: BLE001 - the boundary: whatever MLflow raises means that it can't be read
+    except Exception as error:  # noqa: BLE001 - whatever MLflow raises means that it can't be read
         raise UserError(f"{where}: MLflow can't be read ({_problem(error)})") from None
 
 
 def _problem(error: Exception) -> str:
+    """Return the error's cause in one line of at most 200 characters, without passwords."""
     return mlflow_run.redact(" ".join(mlflow_server.cause_of(error).split()))[:200]
 
 
@@ -156,6 +170,8 @@ def _run(run: Any) -> Run:
 
 
 def _histories(client: Any, run: Run, cfg: Compare) -> dict[str, list[tuple[int, float]]]:
+    """Return the points (step, value) of each of the run's metrics that `cfg.curves` names."""
+
     def read() -> dict[str, list[tuple[int, float]]]:
         points = {name: client.get_metric_history(run.id, name) for name in names}
         return {name: sorted({point.step: point.value for point in found}.items()) for name, found in points.items()}
@@ -165,8 +181,17 @@ def _histories(client: Any, run: Run, cfg: Compare) -> dict[str, list[tuple[int,
 
 
 def _picture(client: Any, run: Run, side: int, scratch: str) -> tuple[tuple[str, str] | None, str]:
-    """((caption, data URI) of a run's last picture, of reconstructions rather than another), or None and the reason.
-    From MLflow; else from the run's folder, where this machine has it."""
+    """Find a run's last picture, and prefer pictures of reconstructions.
+
+    It is read from MLflow, or else from the run's folder if this machine has it.
+
+    Args:
+        side: the longer side of the picture in pixels, at most.
+        scratch: a temporary folder for downloads.
+
+    Returns:
+        (caption, data URI) and "", or None and the reason.
+    """
     folder = Path(run.tag("folder") or scratch, "images")
 
     def of_mlflow() -> tuple[str, str] | None:
@@ -187,17 +212,19 @@ def _picture(client: Any, run: Run, side: int, scratch: str) -> tuple[tuple[str,
         try:
             if picture := read():
                 return picture, ""
-        except Exception as error:  # noqa: BLE001 - the boundary: whatever MLflow, its store and a damaged file raise
+        except Exception as error:  # noqa: BLE001 - MLflow, its store and damaged files can raise anything
             problems.append(_problem(error))
     return None, "; ".join(problems) or "none was logged"
 
 
 def _rank(found: tuple[re.Match[str], str]) -> tuple[int, int]:
+    """Return the sort key of a picture: reconstructions above other pictures, then the later step."""
     name, step = found[0].groups()
     return (name == "reconstructions") * 2 + ("picture" in name), int(step)
 
 
 def _embedded(path: str, match: re.Match[str], run: Run, side: int) -> tuple[str, str]:
+    """Return the caption and the data URI (WebP) of a picture, whose longer side is reduced to `side` pixels."""
     with Image.open(path) as image:
         image.load()
         picture = image.convert("RGB")

@@ -1,5 +1,8 @@
-"""What a comparison of runs is made of: rows of seeds, differences from a baseline and their significance, the paper's
-numbers, curves. Runs in, data out: nothing here knows MLflow."""
+"""The data of a comparison of runs.
+
+A comparison has rows of runs that differ only in their seed, differences from a baseline with their significance, the
+paper's numbers, and curves. This module does not depend on MLflow.
+"""
 
 import fnmatch
 import math
@@ -14,24 +17,25 @@ from typing import Any
 
 from litevae.errors import UserError
 
-# How a metric's name says which of two values is the better one; of others nothing is best.
+# Names of metrics whose higher, or lower, value is better. For other metrics no value is marked as best.
 HIGHER = re.compile(r"\b(psnr|ssim|precision|recall|inception_score|images_per_s(econd)?)\b")
 LOWER = re.compile(
     r"\b(r?fid|lpips|frechet|distance|mmd|loss|l1|l2|params_m|memory_mb|gmacs|latency_ms|artefacts$)(?!\w)"
 )
-NO_COLUMN = re.compile(r"eval/(bicubic|scale)/|.*_std$")  # what is in the table only if asked for
-NOT_A_CHOICE = re.compile(r"(name|seed|root|out|ray\..*|tracking\..*)$")  # what may differ and change no result
+NO_COLUMN = re.compile(r"eval/(bicubic|scale)/|.*_std$")  # metrics that are columns only on request
+NOT_A_CHOICE = re.compile(r"(name|seed|root|out|ray\..*|tracking\..*)$")  # parameters that do not change the result
 FINISHED = "FINISHED"
 
 
 @dataclass(frozen=True)
 class Run:
-    """
+    """A run as MLflow has it.
+
     Attributes:
-        status: MLflow's: FINISHED, FAILED, KILLED, RUNNING.
-        started: Unix time.
-        metrics: last values.
-        history: (images seen, value) of the metrics that are drawn.
+        status: the status in MLflow: FINISHED, FAILED, KILLED or RUNNING.
+        started: Unix time of the start, in seconds.
+        metrics: the last value of each metric.
+        history: points (images seen, value) of each metric that is drawn as a curve.
     """
 
     id: str
@@ -45,22 +49,28 @@ class Run:
 
     @property
     def seed(self) -> str:
+        """The seed from the run's tag, or else from its parameters; "" if neither has one."""
         return self.tags.get("litevae.seed") or self.params.get("seed", "")
 
     def tag(self, name: str) -> str:
+        """Return the tag `litevae.<name>`, or "" if the run does not have it."""
         return self.tags.get(f"litevae.{name}", "")
 
 
 @dataclass
 class Cell:
-    """A row's metric, and beside it the baseline's.
+    """One metric of one row, compared with the baseline.
 
     Attributes:
-        values: by seed.
-        std: of a sample (n - 1); None below two seeds.
-        difference: of the means, ours less the baseline's.
-        p: of the t-test, None where there are not two seeds on both sides or they do not vary; `tested`: seeds of each.
-        paper, paper_difference: the paper's value, and less its value of the baseline's row.
+        values: the metric by seed.
+        mean: mean over the seeds.
+        std: sample standard deviation (n - 1) over the seeds; None for fewer than two seeds.
+        difference: the row's mean minus the baseline's mean.
+        p: p-value of the t-test; None if the row or the baseline has fewer than two seeds, or nothing varies.
+        tested: the numbers of seeds (row, baseline) in the t-test.
+        best: whether this is the best mean of all finished rows.
+        paper: the paper's value.
+        paper_difference: the paper's value minus the paper's value for the baseline's row.
     """
 
     values: dict[str, float]
@@ -76,7 +86,14 @@ class Cell:
 
 @dataclass(frozen=True)
 class Metric:
-    """`name` is empty where only the paper has it, `paper` (its key there) where only we have."""
+    """A metric that rows are compared by.
+
+    Attributes:
+        name: its name in the runs; "" if only the paper has it.
+        paper: its key in the paper's tables; "" if only the runs have it.
+        higher: whether higher values are better; None: neither direction, or not known.
+        digits: digits after the decimal point.
+    """
 
     name: str
     paper: str
@@ -85,47 +102,67 @@ class Metric:
 
     @property
     def title(self) -> str:
+        """A short name for tables, with acronyms in capitals."""
         short = re.sub(r"^eval/(reconstruction/)?", "", self.name or self.paper)
         return re.sub(r"\b(psnr|ssim|lpips|mmd|r?fid)\b", lambda word: word[0].upper().replace("RF", "rF"), short)
 
     @property
     def arrow(self) -> str:
+        """An arrow that shows in which direction values are better, or ""."""
         return {True: " ↑", False: " ↓", None: ""}[self.higher]
 
     def text(self, value: float | None, sign: bool = False) -> str:
+        """Format a value of this metric, with a sign if `sign` is set; None gives a dash."""
         if value is None:
             return "–"
         tiny = value and abs(value) < 10.0**-self.digits
         return f"{value:{'+' if sign else ''}{'.1e' if tiny else f',.{self.digits}f'}}".replace("-", "−")
 
     def better(self, difference: float | None) -> bool | None:
-        """Whether a difference is for the better; None: neither, or not known."""
+        """Return whether a difference is an improvement; None if there is no difference or no better direction."""
         return None if self.higher is None or not difference else (difference > 0) == self.higher
 
 
 @dataclass
 class Row:
-    """Runs that are the same but for the seed."""
+    """Runs that differ only in their seed.
+
+    Attributes:
+        name: the row's name.
+        runs: one run per seed; none for a row of the paper that was not run.
+        state: "" if the runs finished, else what became of them: their status in MLflow, or "not run".
+        cells: one per metric of the comparison.
+        params: values of the parameters that differ between rows.
+        paper: the paper's numbers, by the paper's key of the metric.
+        baseline: whether other rows are compared with this one.
+    """
 
     name: str
     runs: list[Run]
-    state: str = ""  # what became of them, where they did not finish
+    state: str = ""
     cells: list[Cell] = field(default_factory=list)
     params: list[str] = field(default_factory=list)
     paper: Mapping[str, float] = field(default_factory=dict)
     baseline: bool = False
 
     def value(self, read: Callable[[Run], str]) -> str:
+        """Return the different values that `read` finds in the runs, joined by commas."""
         return ", ".join(dict.fromkeys(filter(None, map(read, self.runs))))
 
 
 @dataclass
 class Comparison:
-    """
+    """A comparison of runs as data.
+
     Attributes:
-        params: names of the parameters that differ; the rows have their values.
-        curves: by metric, of each row a list for each seed of (images seen, value).
-        remarks: what a reader has to know about the numbers.
+        title: the title, for example the paper's table.
+        baseline: name of the row that the others are compared with.
+        test: "welch" or "paired".
+        metrics: the columns.
+        rows: the rows.
+        params: names of the parameters that differ between rows; the rows have their values.
+        curves: for each metric, for each row, for each seed: points (images seen, value).
+        remarks: what a reader must know about the numbers.
     """
 
     title: str
@@ -138,18 +175,23 @@ class Comparison:
     remarks: list[str]
 
     def tags(self, name: str) -> str:
+        """Return every value that the runs have for the tag `litevae.<name>`, joined by commas."""
         return tagged([run for row in self.rows for run in row.runs], name)
 
 
 def tagged(runs: Sequence[Run], name: str) -> str:
-    """Every value of a tag."""
+    """Return every value that these runs have for the tag `litevae.<name>`, joined by commas."""
     return clean(", ".join(sorted({run.tag(name) for run in runs} - {""})))
 
 
 def group(runs: Sequence[Run]) -> tuple[list[Row], int]:
-    """Rows of runs that are the same but for the seed, each seed's newest run, and how many older ones that leaves out.
+    """Group runs that differ only in their seed into rows.
 
-    A sweep's runs say their row by a tag; others are the same where their parameters are.
+    Runs of a sweep name their row in a tag. Other runs belong to one row if their parameters are equal. Only the newest
+    run of each seed is kept.
+
+    Returns:
+        The rows, and the number of older runs that were left out.
     """
     groups: dict[Any, dict[str, Run]] = {}
     for run in runs:
@@ -169,7 +211,7 @@ def group(runs: Sequence[Run]) -> tuple[list[Row], int]:
 
 
 def _choices(run: Run) -> dict[str, str]:
-    """The parameters that tell runs apart; what a resumed run changed is in its tags."""
+    """Return the parameters that distinguish runs; values that a resumed run changed are taken from its tags."""
     changed = {tag.removeprefix("changed."): value for tag, value in run.tags.items() if tag.startswith("changed.")}
     return {key: value for key, value in {**run.params, **changed}.items() if not NOT_A_CHOICE.match(key)}
 
@@ -179,14 +221,15 @@ def _choice(run: Run, name: str) -> str:
 
 
 def _name(runs: list[Run]) -> str:
+    """Return the name of a row: the runs' tag, or the beginning that their names have in common."""
     name = runs[0].tag("row")
-    if not name and len(runs) > 1:  # what their names have in common, less "-seed"
+    if not name and len(runs) > 1:  # an ending such as "-seed" is cut off
         name = re.sub(r"[-_., ]+(seed|s)?[-_. ]*$", "", os.path.commonprefix([run.name for run in runs]))  # noqa: RUF071
     return clean(name or runs[0].name)
 
 
 def clean(text: str) -> str:
-    """No control characters: a name must not be able to write into a terminal or a table what it likes."""
+    """Replace control characters by spaces, so that a name cannot send commands to a terminal or break a table."""
     return "".join(letter if letter.isprintable() else " " for letter in text)
 
 
@@ -200,13 +243,15 @@ def comparison(
     test: str = "welch",
     tables: Mapping[str, Any] | None = None,
 ) -> Comparison:
-    """
+    """Compare runs with a baseline, and with the paper if all of them belong to one of its tables.
+
     Args:
-        baseline, metrics, test: as in Compare.
-        tables: of pipelines.experiments.paper.
+        runs: the runs with their histories.
+        baseline, metrics, test: as in the config `Compare`.
+        tables: the paper's tables by name, as `pipelines.experiments.paper.tables` returns them.
 
     Raises:
-        UserError: no run has such metrics; no row has the baseline's name.
+        UserError: no run has such metrics, or no row has the baseline's name.
     """
     rows, repeated = group(runs)
     tags = {run.tag("table") for run in runs}
@@ -220,7 +265,7 @@ def comparison(
         raise UserError(f"baseline={baseline}: the rows are {listed((row.name for row in ran), 30)}")
     columns = _columns([run for row in ran for run in row.runs], metrics, table)
     for row in rows:
-        # a table of several settings ("FFHQ 128: VAE", "ImageNet 256: VAE") has a baseline of each
+        # A table with several settings ("FFHQ 128: VAE", "ImageNet 256: VAE") has a baseline for each setting.
         alike = [other for other in (*ran, *rows) if table and not baseline and setting(other) == setting(row)]
         against = next((other for other in alike if setting(row) and other.state in ("", "not run")), first)
         row.baseline = row is against
@@ -238,7 +283,8 @@ def comparison(
     differ = [name for name in names if len({*values[name]}) > 1]
     for number, row in enumerate(ran):
         row.params = [values[name][number] for name in differ]
-    told = {name for run in runs for name, points in run.history.items() if any(value for _, value in points)}  # not 0
+    # A metric that is 0 throughout gets no curve.
+    told = {name for run in runs for name, points in run.history.items() if any(value for _, value in points)}
     drawn = sorted(told, key=lambda name: (name.startswith("train/"), name))
     curves = {name: [[[*run.history.get(name, ())] for run in row.runs] for row in rows] for name in drawn}
     scales, sweeps = tagged(runs, "scale"), tagged(runs, "sweep")
@@ -250,6 +296,7 @@ def comparison(
 
 
 def setting(row: Row) -> str:
+    """Return the setting of a paper's row, for example "FFHQ 128" for "FFHQ 128: VAE"; "" if it names none."""
     return row.name.rpartition(": ")[0]
 
 
@@ -258,7 +305,7 @@ def _title(table: str) -> str:
 
 
 def _beside(rows: list[Row], table: Any) -> list[Row]:
-    """Ours in the paper's order, with its numbers; the paper's rows that were not run are rows, too."""
+    """Add the paper's numbers to the rows and sort them as in the paper; rows that were not run are added too."""
     order = [*table.rows]
     for row in rows:
         of_paper = table.rows.get(row.runs[0].tag("row"))
@@ -271,6 +318,14 @@ def _beside(rows: list[Row], table: Any) -> list[Row]:
 
 
 def _columns(runs: Sequence[Run], patterns: Sequence[str], table: Any) -> list[Metric]:
+    """Return the metrics to show, those of the paper's table first and in its order.
+
+    Args:
+        patterns: names of metrics, or patterns; with none, the runs' first kind of eval/, val/ and train/ is taken.
+
+    Raises:
+        UserError: a pattern matches no metric, or the runs have none.
+    """
     names = dict.fromkeys(name for run in runs for name in run.metrics if not name.startswith("system/"))
     ours: list[str] = []
     for pattern in patterns:
@@ -292,17 +347,19 @@ def _columns(runs: Sequence[Run], patterns: Sequence[str], table: Any) -> list[M
 
 
 def paper_key(name: str) -> str:
-    """Under which name the paper has a metric of ours."""
+    """Return the paper's key for a metric of the runs."""
     short = re.sub(r"^(eval/reconstruction|eval|val)/", "", name)
     return {"lpips-vgg": "lpips"}.get(short, short.replace("mmd/raw/", "mmd/"))
 
 
 def _higher(name: str) -> bool | None:
+    """Return whether higher values of a metric are better; None if its name does not tell."""
     words = name.replace("-", " ").replace("/", " ").lower()
     return True if HIGHER.search(words) else False if LOWER.search(words) else None
 
 
 def _cell(row: Row, baseline: Row, metric: Metric, test: str) -> Cell:
+    """Compute one metric of a row, and compare it with the baseline's unless the row is the baseline."""
     values, others = (
         {run.seed: run.metrics[metric.name] for run in each.runs if metric.name in run.metrics}
         for each in (row, baseline)
@@ -330,15 +387,22 @@ def _mean(values: Mapping[str, float]) -> float | None:
 
 
 def significance(x: Sequence[float], y: Sequence[float], paired: bool = False) -> float | None:
-    """Two-sided p of Welch's t-test or, where x and y are of the same seeds, of a paired one. None with fewer than two
-    values on a side, one that is not finite, or nothing that varies."""
+    """Return the two-sided p-value of Welch's t-test, or of a paired t-test.
+
+    Args:
+        x, y: the values of the two sides.
+        paired: whether x[i] and y[i] have the same seed.
+
+    Returns:
+        The p-value; None if a side has fewer than two values, a value is not finite, or nothing varies.
+    """
     varying = [[b - a for a, b in zip(x, y, strict=True)]] if paired else [x, y]
     if min(len(x), len(y)) < 2 or not all(map(math.isfinite, [*x, *y])) or not any(len({*v}) > 1 for v in varying):
         return None
     from scipy import stats
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # values that hardly vary
+        warnings.simplefilter("ignore", RuntimeWarning)  # scipy warns if values hardly vary
         p = float((stats.ttest_rel(x, y) if paired else stats.ttest_ind(x, y, equal_var=False)).pvalue)
     return p if math.isfinite(p) else None
 
@@ -365,5 +429,6 @@ def _remarks(rows: list[Row], columns: list[Metric], test: str, repeated: int, t
 
 
 def listed(names: Any, most: int = 8) -> str:
+    """Join names by commas; names after the first `most` are only counted."""
     names = [*names]
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

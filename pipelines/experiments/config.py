@@ -1,4 +1,4 @@
-"""Fields of sweep and compare_runs."""
+"""Config schemas of the jobs sweep and compare_runs."""
 
 from typing import Any, Literal
 

@@ -1,4 +1,4 @@
-"""A comparison for people: text, Markdown, one HTML page that needs neither a server nor a network; and as JSON."""
+"""Render a comparison as text, Markdown, JSON, or one HTML page that needs neither a server nor a network."""
 
 import math
 import re
@@ -17,13 +17,15 @@ BEST = " *"
 
 
 def report(result: Comparison) -> str:
-    """For a terminal."""
+    """Return the comparison as text for a terminal."""
     head = [result.title, f"baseline: {result.baseline}"]
     blocks = [f"{title}\n{tables.table(rows)}" for title, rows in _tables(result)]
     return "\n\n".join(["\n".join(head), *blocks, "\n".join(result.remarks)])
 
 
 def markdown(result: Comparison) -> str:
+    """Return the comparison as Markdown, with the best values in bold."""
+
     def escaped(text: str) -> str:
         return re.sub(r"([\\`*_\[\]|<>])", r"\\\1", text)
 
@@ -40,7 +42,7 @@ def markdown(result: Comparison) -> str:
 
 
 def _tables(result: Comparison) -> list[tuple[str, list[list[str]]]]:
-    """(title, rows) of a table for each metric, and of one for the parameters."""
+    """Return (title, rows) of a table for each metric, and of one table for the parameters that differ."""
     found, states = [], [f" ({row.state})" if row.state and row.state not in row.name else "" for row in result.rows]
     names = [row.name + state for row, state in zip(result.rows, states, strict=True)]
     for number, metric in enumerate(result.metrics):
@@ -65,7 +67,7 @@ def _tables(result: Comparison) -> list[tuple[str, list[list[str]]]]:
 
 
 def printed(value: float | None, sign: bool = False) -> str:
-    """A number of the paper, with the digits that it has there."""
+    """Format a number of the paper with the digits that the paper prints; None gives a dash."""
     return "–" if value is None else f"{value:{'+' if sign and value else ''},.6g}".replace("-", "−")
 
 
@@ -81,7 +83,7 @@ def _p(cell: Cell) -> str:
 
 
 def as_json(result: Comparison) -> dict[str, Any]:
-    """Plain values; what is not finite as text."""
+    """Return the comparison as plain values for JSON; numbers that are not finite become text."""
 
     def plain(value: Any) -> Any:
         if isinstance(value, Mapping):
@@ -112,10 +114,11 @@ def as_json(result: Comparison) -> dict[str, Any]:
 
 
 def page(result: Comparison, pictures: Sequence[tuple[str, str, str]] = ()) -> str:
-    """One HTML page that needs no server and no network.
+    """Return the comparison as one HTML page that needs no server and no network.
 
     Args:
-        pictures: (row, caption, data URI).
+        result: the comparison.
+        pictures: (row's name, caption, data URI) of each picture.
     """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),

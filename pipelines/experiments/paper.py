@@ -1,4 +1,4 @@
-"""The paper's tables as data: the numbers that it prints, and the configs of the runs behind them (paper.yaml)."""
+"""The paper's tables as data (paper.yaml): the printed numbers, and the configs of the runs behind them."""
 
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -11,23 +11,25 @@ import yaml
 from litevae.errors import UserError
 
 DATA = Path(__file__).with_name("paper.yaml")
-STEP = 16  # images a step of the paper's (Appendix F)
+STEP = 16  # images per step in the paper (Appendix F)
 JOBS = ("train_vae", "evaluate", "encode_dataset", "train_ldm", "sample", "evaluate_samples")
 
 Kind = Literal["vae", "ldm", "complexity"]
-Values = dict[str, Any]  # of a config, nested
+Values = dict[str, Any]  # nested values of a config
 
 
 @dataclass(frozen=True)
 class Row:
-    """
+    """One row of a table.
+
     Attributes:
+        name: the row's name.
         paper: the printed numbers, by metric.
-        schedule: (resolution, steps of 16 images) of each stage.
-        at: resolution of the evaluation.
-        values: of each job's config.
-        model: of a complexity table: the encoder.
-        needs: the loss whose weights have to be there, as the row is about it.
+        schedule: (resolution in pixels, steps of 16 images) of each training stage.
+        at: resolution of the evaluation in pixels.
+        values: values of each job's config, by job.
+        model: the encoder, in a complexity table.
+        needs: the loss that the row is about, whose weights must be present; "": none.
     """
 
     name: str
@@ -41,12 +43,17 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """
+    """A table of the paper.
+
     Attributes:
-        kind: vae: autoencoders are trained and evaluated; ldm: and a diffusion model each; complexity: nothing is
-            trained.
-        scales: factors of the evaluation's resolution that it is repeated at.
-        part: of the autoencoder, whose parameters `params_m` counts.
+        name: the table's number or name.
+        title: what the table shows.
+        kind: "vae": autoencoders are trained and evaluated; "ldm": for each of them a diffusion model too;
+            "complexity": nothing is trained.
+        metrics: keys of the printed metrics.
+        rows: the rows by name.
+        scales: factors of the evaluation's resolution at which the evaluation is repeated.
+        part: the part of the autoencoder whose parameters `params_m` counts.
     """
 
     name: str
@@ -60,12 +67,14 @@ class Table:
 
 @cache
 def tables() -> dict[str, Table]:
+    """Return the paper's tables by name."""
     data = _data()
     return {name: _table(name, table, data["settings"]) for name, table in data["tables"].items()}
 
 
 def table(name: str) -> Table:
-    """
+    """Return a table of the paper; "9", "t9" and "table-9" name the same one.
+
     Raises:
         UserError: the paper has no such table of results.
     """
@@ -76,10 +85,10 @@ def table(name: str) -> Table:
 
 
 def chosen(table: Table, patterns: list[str]) -> list[Row]:
-    """Rows whose name is, or matches (*, ?), one of the patterns; all where there are none.
+    """Return the rows whose names match one of the patterns (with * and ?), or all rows if there are no patterns.
 
     Raises:
-        UserError: a pattern matches none.
+        UserError: a pattern matches no row.
     """
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in table.rows):
@@ -88,7 +97,15 @@ def chosen(table: Table, patterns: list[str]) -> list[Row]:
 
 
 def scaled(table: Table, row: Row, scale: str) -> dict[str, Values]:
-    """Values of each job's config for a row at a scale: architecture, losses, stages, sizes; no data, no names."""
+    """Return the values of each job's config for a row at a scale.
+
+    They give architecture, losses, stages and sizes, but no data and no names.
+
+    Args:
+        table: the row's table.
+        row: the row.
+        scale: "paper", "small" or "smoke", as in the config `Sweep`.
+    """
     how = _data()["scales"][scale]
     size = how["resolution"]
 
@@ -98,7 +115,8 @@ def scaled(table: Table, row: Row, scale: str) -> dict[str, Values]:
     batch = how["batch"]
     stages = []
     for resolution, steps in row.schedule:
-        count = max(2, round(steps * how["steps"] * STEP / batch))  # so that what the first one gives is used
+        # At least two steps, so that the second one uses the result of the first.
+        count = max(2, round(steps * how["steps"] * STEP / batch))
         stages.append({"resolution": pixels(resolution), "images": count * batch, "batch_size": batch})
     total = sum(stage["images"] for stage in stages)
     evaluate: Values = {"transform": {"resolution": pixels(row.at)}}
@@ -119,12 +137,12 @@ def scaled(table: Table, row: Row, scale: str) -> dict[str, Values]:
 
 
 def at_scale(scale: str, job: str) -> Values:
-    """What a scale sets of a job's config."""
+    """Return the values of a job's config that a scale sets."""
     return _data()["scales"][scale].get(job, {})
 
 
 def merged(*parts: Values) -> Values:
-    """Nested values, later ones before earlier ones."""
+    """Merge nested values; later parts override earlier ones."""
     found: Values = {}
     for part in parts:
         for key, value in part.items():
@@ -139,6 +157,7 @@ def _data() -> dict[str, Any]:
 
 
 def _table(name: str, data: dict[str, Any], settings: dict[str, Any]) -> Table:
+    """Make a table from its entry in paper.yaml; its rows inherit the named settings and the table's own values."""
     metrics = data["metrics"]
     rows = {}
     for row, own in data["rows"].items():

@@ -1,7 +1,7 @@
-"""One trial of a sweep: a training, and the rows that it serves, each evaluated.
+"""One trial of a sweep: one training, and the evaluation of each row that uses it.
 
-`run` is what Tune calls. Its actor only waits: the work is a task, whose imports take seconds, outside of Tune's
-placement group, in which nothing else would find a CPU.
+Ray Tune calls `run` in an actor that only waits. The work is done in a Ray task, whose imports take seconds. The task
+runs outside Tune's placement group, because no CPU would be left for it inside.
 """
 
 import json
@@ -28,10 +28,11 @@ from pipelines.training.config import TrainLDM, TrainVAE
 
 
 def run(values: dict[str, Any], setup: dict[str, Any]) -> None:
-    """In Tune's actor: one trial, and to Tune what its training reports at checkpoints.
+    """Run one trial in Tune's actor, and report to Tune what the training reports at its checkpoints.
 
     Args:
-        values: Tune's: {"trial": number in setup["trials"]}, or fields of train_vae and a seed.
+        values: the values that Tune chose: {"trial": a number in setup["trials"]}, or fields of train_vae and a seed.
+        setup: what all trials share: the sweep's config, trials, folder, MLflow run, resources, working folder.
     """
     import ray
     from ray import tune
@@ -45,7 +46,7 @@ def run(values: dict[str, Any], setup: dict[str, Any]) -> None:
         from pipelines.experiments.trials import point
 
         begin = ""
-        if (found := tune.get_checkpoint()) is not None:  # of this trial, or with pbt of a better one
+        if (found := tune.get_checkpoint()) is not None:  # this trial's own, or with pbt that of a better trial
             with found.as_directory() as path:
                 begin = json.loads(Path(path, "checkpoint.json").read_text())["path"]
         drawn = {key: value for key, value in values.items() if key != "seed"}
@@ -63,7 +64,7 @@ def run(values: dict[str, Any], setup: dict[str, Any]) -> None:
                 metrics, path = reports.get_nowait()
             except Empty:
                 break
-            if cfg.metric not in metrics:  # no validation yet
+            if cfg.metric not in metrics:  # there was no validation yet
                 continue
             if cfg.scheduler != "pbt":
                 tune.report(metrics)
@@ -75,7 +76,11 @@ def run(values: dict[str, Any], setup: dict[str, Any]) -> None:
 
 
 def _work(trial: dict[str, Any], setup: dict[str, Any], reports: Any) -> dict[str, Any]:
-    """Train, unless that was done before, and evaluate every row. Returns what the training has come to."""
+    """Train, unless that was done before, and evaluate every row.
+
+    Returns:
+        The training's last metrics, with psnr and ssim of the evaluation.
+    """
     if os.path.isdir(setup["cwd"]):
         os.chdir(setup["cwd"])
     cfg = validate(Sweep, setup["cfg"])
@@ -92,22 +97,27 @@ def _work(trial: dict[str, Any], setup: dict[str, Any], reports: Any) -> dict[st
         judged = json.loads(Path(row.folder, RESULT).read_text())["metrics"]
         numbers = {name: judged[f"eval/reconstruction/{name}"] for name in ("psnr", "ssim")}
         say(f"{row.label}: {'  '.join(f'{name} {value:.4g}' for name, value in numbers.items())}", **numbers)
-    return trained["metrics"] | numbers  # a training that only had its end missing has validated nothing
+    # The evaluation's numbers are added, since a training that was resumed at its very end has not validated.
+    return trained["metrics"] | numbers
 
 
 @contextmanager
 def _logged(row: Row) -> Iterator[None]:
-    """What jobs print goes to the row's folder: of many rows nobody could read it."""
+    """Redirect what jobs print to log.txt in the row's folder, since the output of many rows would be unreadable."""
     os.makedirs(row.folder, exist_ok=True)
     with open(os.path.join(row.folder, "log.txt"), "a") as file, redirect_stdout(file):
         yield
 
 
 def _trained(cfg: Sweep, trial: Trial, parent: str, reports: Any) -> dict[str, Any]:
-    """What is known of a training, which is done if it was not: its run folder, model, metrics, and whose run it is."""
+    """Do the training, unless it was done before.
+
+    Returns:
+        Its run folder, its model folder, its metrics, and the folder of the row that trained it.
+    """
     done, row = Path(trial.folder, TRAINED), trial.rows[0]
     os.makedirs(os.path.dirname(trial.folder), exist_ok=True)
-    with run_lock.in_turn(f"{trial.folder}.lock"):  # another sweep may want the same training
+    with run_lock.in_turn(f"{trial.folder}.lock"):  # another sweep may do the same training
         if not done.exists():
             from pipelines.training.vae import train_vae
 
@@ -120,8 +130,11 @@ def _trained(cfg: Sweep, trial: Trial, parent: str, reports: Any) -> dict[str, A
 
 
 def _evaluate(cfg: Sweep, values: dict[str, Any], trained: dict[str, Any], row: Row, parent: str) -> None:
-    """Do what is left of a row after its training, and bring it to MLflow: to the training's run, or if that is another
-    row's to a run that gets the training's metrics too."""
+    """Do a row's jobs after its training, and log their results to MLflow.
+
+    They are logged to the training's run. If that run belongs to another row, they are logged to a new run, which gets
+    a copy of the training's metrics too.
+    """
     from pipelines.evaluation.reconstruction import evaluate
     from pipelines.runtime import mlflow_run
 
@@ -150,7 +163,11 @@ def _evaluate(cfg: Sweep, values: dict[str, Any], trained: dict[str, Any], row: 
 
 
 def _diffusion(row: Row, trained: dict[str, Any]) -> str:
-    """A diffusion model in the latents of an autoencoder, and its samples, judged. Returns the judge's folder."""
+    """Train a diffusion model on the latents of an autoencoder, sample from it, and evaluate the samples.
+
+    Returns:
+        The folder of the evaluation.
+    """
     from pipelines.encoding import encode
     from pipelines.evaluation import generated
     from pipelines.evaluation.sample import sample
@@ -168,7 +185,7 @@ def _diffusion(row: Row, trained: dict[str, Any]) -> str:
 
 
 def _reporter(reports: Any) -> Any:
-    """A callback of Ray Train that hands on what a training reports at its checkpoints."""
+    """Return a callback of Ray Train that puts (metrics, path) into the queue at each checkpoint of a training."""
     from ray.train import UserCallback
 
     class Report(UserCallback):
@@ -180,7 +197,7 @@ def _reporter(reports: Any) -> Any:
 
 
 def tracking_of(cfg: Sweep, row: Row, parent: str) -> Tracking:
-    """Where a row's run is tracked, and as what."""
+    """Return the tracking config of a row's run: its name, its parent run and its tags."""
     tags = {"litevae.sweep": cfg.name, "litevae.row": row.name, "litevae.seed": str(row.seed)}
     if cfg.table:
         tags |= {"litevae.table": paper.table(cfg.table).name, "litevae.scale": cfg.scale}
@@ -188,6 +205,7 @@ def tracking_of(cfg: Sweep, row: Row, parent: str) -> Tracking:
 
 
 def _parameters(model: str, part: str) -> int:
+    """Count the parameters of one part of a saved autoencoder."""
     from litevae.autoencoder import count_parameters, load_autoencoder
 
     return count_parameters(attrgetter(part)(load_autoencoder(model)))

@@ -1,4 +1,4 @@
-"""The fields that a sweep varies: lists of values, and distributions that they are drawn from."""
+"""The search space of a sweep: for each field, a list of values or a distribution to draw from."""
 
 import re
 from collections.abc import Iterator
@@ -13,10 +13,10 @@ DRAWS = ("uniform", "loguniform", "randint", "choice")
 
 
 def fields_of(space: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted field, list of values or {kind of draw: arguments}).
+    """Yield (dotted field name, list of values or {kind of draw: arguments}) for each field of a nested space.
 
     Raises:
-        UserError: it is neither.
+        UserError: a field has neither a list of values nor a valid distribution.
     """
     for key, value in space.items():
         name = f"{prefix}{key}"
@@ -42,12 +42,13 @@ def fields_of(space: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 
 def _number(value: Any) -> Any:
-    """YAML takes 1e-4 for text."""
+    """Convert text such as "1e-4" to a number, since YAML reads it as text."""
     exponent = isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value)
     return float(value) if exponent else value
 
 
 def nested(values: dict[str, Any]) -> dict[str, Any]:
+    """Turn {dotted name: value} into nested sections."""
     found: dict[str, Any] = {}
     for key, value in values.items():
         *parents, last = key.split(".")
@@ -59,7 +60,12 @@ def nested(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def drawn_value(values: Any, generator: np.random.Generator) -> Any:
-    """One value of a field, drawn."""
+    """Draw one value of a field.
+
+    Args:
+        values: a list of values, or {kind of draw: arguments}; for randint both ends are included.
+        generator: the random generator.
+    """
     kind, arguments = ("choice", values) if isinstance(values, list) else next(iter(values.items()))
     if kind == "choice":
         return arguments[generator.integers(len(arguments))]
@@ -71,11 +77,12 @@ def drawn_value(values: Any, generator: np.random.Generator) -> Any:
 
 
 def tune_space(cfg: Sweep) -> dict[str, Any]:
+    """Return the search space for Ray Tune: the first seed, and the domain of each field."""
     return {"seed": cfg.seeds[0]} | {key: domain(values) for key, values in fields_of(cfg.space)}
 
 
 def domain(values: Any) -> Any:
-    """What Tune and Optuna draw a field from."""
+    """Return the domain from which Tune and Optuna draw a field's values."""
     from ray import tune
 
     kind, arguments = ("choice", values) if isinstance(values, list) else next(iter(values.items()))
@@ -87,7 +94,12 @@ def domain(values: Any) -> Any:
 
 
 def within(config: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
-    """Drawn values of a config, brought back into their ranges."""
+    """Clip a config's drawn values to their ranges, in place, and return the config.
+
+    Args:
+        config: values by dotted field name.
+        fields: the search space, as `fields_of` yields it.
+    """
     for key, values in fields.items():
         kind, arguments = ("choice", values) if isinstance(values, list) else next(iter(values.items()))
         if kind != "choice":

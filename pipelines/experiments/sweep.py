@@ -1,9 +1,9 @@
-"""Many trainings, each evaluated: a table of the paper, or points of any config fields, on Ray Tune.
+"""Train and evaluate many autoencoders on Ray Tune: a table of the paper, or points of a search space.
 
-A *row* is what is asked for (a table's row, or a point, with a seed); a *trial* (trial.py) is one training and the rows
-that it serves. Trainings are kept under the hash of their config, in <root>/trained: a table that has one in common
-with an earlier table evaluates it, and a sweep that was killed goes on where it was. In MLflow each row is a run below
-the sweep's; it has the training's metrics and the evaluation's.
+A *row* is one result that was asked for: a table's row or a point, with a seed. A *trial* (trials.py, run_trial.py) is
+one training and the rows that use it. Trainings are kept in <root>/trained under the hash of their config. So a table
+that shares a training with an earlier table only evaluates it, and a sweep that was killed resumes where it stopped. In
+MLflow each row is a child run of the sweep's run, with the metrics of the training and of the evaluation.
 """
 
 import json
@@ -44,19 +44,23 @@ from pipelines.runtime.schema import dump, validate, values_to_keep
 from pipelines.training import run_folder, run_lock
 from pipelines.training.config import TrainVAE
 
-# What may differ when a sweep goes on: rows and seeds are done one by one.
+# Fields that may differ when a sweep resumes. Rows and seeds may, since each row and seed is done on its own.
 FREE = ("ray", "concurrent", "rows", "seeds", "data.loaders")
-STOPPED = "stopped.json"  # in a row's folder: asha has stopped its training
+STOPPED = "stopped.json"  # file in a row's folder: asha has stopped the row's training
 SHOWN = ("eval/params_m", "eval/reconstruction/", "eval/mmd/", "eval/fid", "eval/frechet/")
 
 
 def sweep(cfg: Sweep) -> list[dict[str, Any]]:
-    """Run the trials that are not done yet; leave results.json, configs/*.yaml, best.yaml and a comparison in
-    <root>/<name>. Returns the results, a dict a row.
+    """Run the trials that are not done yet.
+
+    results.json, configs/*.yaml, best.yaml and a comparison are written to <root>/<name>.
+
+    Returns:
+        The results, one dict per row.
 
     Raises:
-        UserError: bad config, or a config of a trial; another process is at work on this sweep; trials failed (after
-            the others are done).
+        UserError: the sweep's config or a trial's config is wrong, another process is working on this sweep, or trials
+            failed (raised after the others are done).
     """
     if bool(cfg.table) == bool(cfg.space):
         raise UserError("give either table=... (of the paper) or space.FIELD=... (fields of train_vae to vary)")
@@ -66,7 +70,8 @@ def sweep(cfg: Sweep) -> list[dict[str, Any]]:
     name = cfg.name or (f"table-{table.name}-{cfg.scale}" if table else "sweep")
     root = paths.output_path("root", cfg.root)
     sources = {name: _absolute(getattr(cfg.data, name)) for name in ("train", "val")}
-    uri = mlflow_run.tracking_uri(cfg.tracking, root) if cfg.tracking.enabled else ""  # trainings have another root
+    # The trainings have another root, which would give another default URI.
+    uri = mlflow_run.tracking_uri(cfg.tracking, root) if cfg.tracking.enabled else ""
     tracking = cfg.tracking.model_copy(update={"uri": uri})
     data = cfg.data.model_copy(update=sources)
     cfg = cfg.model_copy(update={"name": name, "root": root, "tracking": tracking, "data": data})
@@ -76,6 +81,7 @@ def sweep(cfg: Sweep) -> list[dict[str, Any]]:
 
 
 def _sweep(cfg: Sweep, table: paper.Table | None, sources: dict[str, Any], folder: str) -> list[dict[str, Any]]:
+    """Run the sweep in its folder, which this process has locked; see `sweep`."""
     root, name = cfg.root, cfg.name
     if table and table.kind == "complexity":
         return _complexity(cfg, table, folder)
@@ -85,7 +91,7 @@ def _sweep(cfg: Sweep, table: paper.Table | None, sources: dict[str, Any], folde
     judge = validate(Evaluate, cfg.evaluate)
     report.networks(judge.inception, judge.squeezenet, judge.backbone, judge.backbone_model)
     trials, left_out = trials_of_table(cfg, table, folder) if table else (trials_of_space(cfg, folder), {})
-    # A population that waits for each other's places would have nobody to learn from.
+    # With pbt all trials run at the same time. Trials that waited for others to end could not copy from each other.
     placement = cluster.start(cfg.ray, cfg.trials if cfg.scheduler == "pbt" else cfg.concurrent)
     paths.check_folders({"root": root}, {f"data.{name}.uri": source.uri for name, source in sources.items()})
     run_folder.open_run(folder, cfg, FREE)
@@ -125,7 +131,7 @@ def _sweep(cfg: Sweep, table: paper.Table | None, sources: dict[str, Any], folde
 
 
 def _complexity(cfg: Sweep, table: paper.Table, folder: str) -> list[dict[str, Any]]:
-    """A table of what encoders cost: nothing is trained, and one job measures all rows, one after the other."""
+    """Measure the rows of a complexity table one after the other, in one job; nothing is trained."""
     from pipelines.evaluation.cost import complexity
 
     rows = paper.chosen(table, cfg.rows)
@@ -159,7 +165,7 @@ def _complexity(cfg: Sweep, table: paper.Table, folder: str) -> list[dict[str, A
 
 
 def _absolute(source: SourceConfig) -> SourceConfig:
-    """The same, wherever it is read."""
+    """Make a source's local path absolute, so that it means the same in every process."""
     local = source.uri and not storage.remote(source.uri)
     return source.model_copy(update={"uri": os.path.abspath(source.uri)}) if local else source
 
@@ -170,14 +176,17 @@ def _absolute(source: SourceConfig) -> SourceConfig:
 def _tune(
     cfg: Sweep, trials: list[Trial], placement: cluster.Placement, run: mlflow_server.RunHandle, folder: str
 ) -> list[str]:
-    """Run what is not done. Returns what is to be said of the trainings that failed.
+    """Run the trials that are not done.
 
-    Of given trials those that are not done are run, which go on where they were; what Tune itself knows matters where
-    it draws the points (optuna) or moves them (pbt), and only then its own state is restored.
+    If the trials are known beforehand, those that are not done are run, and each resumes where it stopped. If Tune
+    draws the points (optuna) or moves them (pbt), Tune's own state is restored instead.
+
+    Returns:
+        A message for each trial that failed.
     """
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the new output is not silent at verbose=0
-    os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # Ctrl-C is to end us, not only to end Tune's loop
-    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # what fails is said below
+    os.environ.setdefault("TUNE_DISABLE_SIGINT_HANDLER", "1")  # Ctrl-C must end this process, not only Tune's loop
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # failures are reported below
     import ray.util
     from ray import tune
 
@@ -205,8 +214,8 @@ def _tune(
     ]
     if trials and not left:
         return []
-    # What trains asks for its resources itself, and is begun again elsewhere when its node dies; the process that waits
-    # for it stays beside the driver, without which the sweep ends anyway.
+    # The training task asks for its resources itself, and is restarted elsewhere if its node dies. Tune's actor, which
+    # only waits for it, stays on the driver's node, because the sweep ends anyway if that node dies.
     beside = f"node:{ray.util.get_node_ip_address()}"
     trainable = tune.with_resources(one, tune.PlacementGroupFactory([{beside: 0.001}]))
     path = os.path.join(folder, "tune")
@@ -231,7 +240,7 @@ def _tune(
 
 
 def _stopped(trials: list[Trial]) -> Any:
-    """A callback of Tune that notes which trainings the scheduler has stopped: they are not to go on."""
+    """Return a callback of Tune that records which trainings the scheduler has stopped, so that none is resumed."""
     from ray import tune
 
     class Stopped(tune.Callback):
@@ -250,6 +259,14 @@ def _stopped(trials: list[Trial]) -> Any:
 
 
 def _tune_config(cfg: Sweep, placement: cluster.Placement, given: bool) -> Any:
+    """Return Tune's config: search algorithm, scheduler and number of trials.
+
+    Args:
+        given: whether the trials are known beforehand, so that Tune does not draw points.
+
+    Raises:
+        UserError: search=optuna, but the package is not installed.
+    """
     from ray import tune
     from ray.tune.schedulers import ASHAScheduler, PopulationBasedTraining
 
@@ -266,7 +283,7 @@ def _tune_config(cfg: Sweep, placement: cluster.Placement, given: bool) -> Any:
     if cfg.scheduler == "asha":
         scheduler = ASHAScheduler(time_attr="images", grace_period=every, max_t=total + 1, reduction_factor=3, **best)
     elif cfg.scheduler == "pbt":
-        # Values of a list stay in it; a drawn one is moved by a fifth, which is not to leave its range.
+        # A value from a list stays in the list. A drawn value is changed by 20%, and `within` keeps it in its range.
         fields = dict(fields_of(cfg.space))
         scheduler = PopulationBasedTraining(
             time_attr="images",
@@ -285,7 +302,7 @@ def _tune_config(cfg: Sweep, placement: cluster.Placement, given: bool) -> Any:
 
 
 def _best(results: list[dict[str, Any]], metric: str) -> dict[str, Any] | None:
-    """The first seed's result of the row that is best in the mean over its seeds."""
+    """Return the first seed's result of the row with the highest mean over its seeds; None if there is no such row."""
     values: dict[str, list[float]] = {}
     for result in results:
         values.setdefault(result["row"], []).append(result["metrics"][metric])
@@ -295,16 +312,20 @@ def _best(results: list[dict[str, Any]], metric: str) -> dict[str, Any] | None:
 
 
 def _shown(config: dict[str, Any] | None, trials: list[Trial]) -> str:
+    """Return how messages name a trial: by its rows, or by its drawn values."""
     if config and "trial" in config:
         return " and ".join(row.label for row in trials[config["trial"]].rows)
     return ", ".join(f"{key}={value}" for key, value in (config or {}).items())
 
 
-# --- what comes of it -------------------------------------------------------------------------------------------
+# --- the results -------------------------------------------------------------------------------------------
 
 
 def _results(folder: str, trials: list[Trial], order: list[str]) -> list[dict[str, Any]]:
-    """Of the rows that are done, in the table's order, else in that of the points or of their folders."""
+    """Return the results of the rows that are done.
+
+    They come in the order of the table, or else of the points, or else of the rows' folders.
+    """
     files = [os.path.join(row.folder, RESULT) for trial in trials for row in trial.rows]
     files = files or sorted(map(str, Path(folder, "rows").glob(f"*/{RESULT}")))
     found = [json.loads(Path(file).read_text()) for file in files if os.path.exists(file)]
@@ -312,7 +333,7 @@ def _results(folder: str, trials: list[Trial], order: list[str]) -> list[dict[st
 
 
 def _report(cfg: Sweep, results: list[dict[str, Any]], folder: str) -> str:
-    """For a person: the metrics of every row, unless the comparison shows them."""
+    """Return the final report as text: the metrics of every row, unless the comparison shows them, and the files."""
     lines = [""]
     if not cfg.tracking.enabled:
         names = sorted({name for result in results for name in result["metrics"] if name.startswith(SHOWN)})
@@ -329,6 +350,7 @@ def _report(cfg: Sweep, results: list[dict[str, Any]], folder: str) -> str:
 
 
 def _compare(cfg: Sweep, folder: str) -> None:
+    """Write the comparison of the sweep's runs, if they are in MLflow."""
     if cfg.tracking.enabled:
         from pipelines.experiments.compare import compare
 
@@ -336,5 +358,5 @@ def _compare(cfg: Sweep, folder: str) -> None:
         where = {"root": cfg.root, "tracking": cfg.tracking.model_dump(), "out": out}
         try:
             compare(validate(Compare, where | {"sweep": cfg.name}))
-        except UserError as error:  # all is done and in results.json
+        except UserError as error:  # only a warning, since all results are in results.json
             print(f"warning: no comparison: {error}", flush=True)

@@ -1,4 +1,4 @@
-"""What a sweep trains and evaluates: trials and their rows, of a table of the paper or of points of a search space."""
+"""The trials of a sweep and their rows, from a table of the paper or from points of a search space."""
 
 import hashlib
 import itertools
@@ -27,16 +27,19 @@ from pipelines.runtime.schema import Tracked, validate, values_to_keep
 from pipelines.training import run_folder
 from pipelines.training.config import TrainLDM, TrainVAE
 
-TRAINED, RESULT = "trained.json", "result.json"  # in a training's and in a row's folder, when all of it is done
+TRAINED, RESULT = "trained.json", "result.json"  # in a training's, or a row's, folder when it is done
 
 
 @dataclass
 class Row:
-    """One line of a sweep's result.
+    """One row of a sweep's results.
 
     Attributes:
-        jobs: values of the jobs after the training.
-        part: of the autoencoder, whose parameters are counted.
+        name: the row's name, without the seed.
+        seed: the seed of the training.
+        folder: the row's folder.
+        jobs: the config values of each job after the training, by job.
+        part: the part of the autoencoder whose parameters are counted.
     """
 
     name: str
@@ -47,18 +50,22 @@ class Row:
 
     @property
     def label(self) -> str:
+        """The row's name with its seed."""
         return f"{self.name}, seed {self.seed}"
 
     @property
     def done(self) -> bool:
+        """Whether the row's result has been written."""
         return os.path.exists(os.path.join(self.folder, RESULT))
 
 
 @dataclass
 class Trial:
-    """
+    """One training and the rows that use it.
+
     Attributes:
-        train: a complete TrainVAE's values; its name is a hash of them.
+        train: all values of the training's config (TrainVAE); its `name` contains a hash of them.
+        rows: the rows that evaluate this training.
     """
 
     train: dict[str, Any]
@@ -66,9 +73,11 @@ class Trial:
 
     @property
     def folder(self) -> str:
+        """The training's run folder."""
         return os.path.join(self.train["root"], self.train["name"])
 
 
+# Fields that `train_vae` and `space` may not set.
 RESERVED = (
     "seed",
     "name",
@@ -78,16 +87,25 @@ RESERVED = (
     "tracking",
     "data.train",
     "data.val",
-)  # not of `train_vae` and `space`
+)
+# Fields that do not change the trained weights; they are not part of a training's hash.
 NOT_WEIGHTS = (
     "name", "root", "ray", "data.loaders", "data.max_bad", "loop.log_every", "loop.keep", "loop.max_restarts",
     "loop.max_skipped", "loop.checkpoint_every",
 )  # fmt: skip
-FEATURE_NETWORK_FIELDS = ("inception", "squeezenet", "backbone", "backbone_model")  # of the judge of samples
+# Fields of evaluate_samples that name feature networks.
+FEATURE_NETWORK_FIELDS = ("inception", "squeezenet", "backbone", "backbone_model")
 
 
 def trials_of_table(cfg: Sweep, table: paper.Table, folder: str) -> tuple[list[Trial], dict[str, str]]:
-    """Trials of a table, rows of one training together; and rows that can't be run here, with the reason."""
+    """Make the trials of a table; rows that share a training are in one trial.
+
+    Returns:
+        The trials, and the rows that cannot be run on this machine with the reason for each.
+
+    Raises:
+        UserError: no row can be run.
+    """
     left_out: dict[str, str] = {}
     trials: dict[str, Trial] = {}
     for row in paper.chosen(table, cfg.rows):
@@ -106,14 +124,21 @@ def trials_of_table(cfg: Sweep, table: paper.Table, folder: str) -> tuple[list[T
 
 
 def trials_of_space(cfg: Sweep, folder: str) -> list[Trial]:
-    """The points of a grid or of a random search, with every seed; none where Tune draws them as it goes."""
+    """Make the trials of a grid or a random search, each point with every seed.
+
+    Returns:
+        The trials; none if Tune draws the points during the sweep (optuna, pbt).
+
+    Raises:
+        UserError: a field or a value is wrong, or the space or the seeds do not fit the search.
+    """
     fields, by_tune = dict(fields_of(cfg.space)), cfg.search == "optuna" or cfg.scheduler == "pbt"
     drawn = [key for key, values in fields.items() if isinstance(values, dict)]
     if cfg.search == "grid" and drawn and not by_tune:
         raise UserError(f"space.{drawn[0]} is drawn: set search=random or optuna, or give a list of values")
     if by_tune and len(cfg.seeds) > 1:
         raise UserError(f"seeds={cfg.seeds}: optuna and pbt take one seed")
-    for key, values in fields.items():  # a wrong field or value is to be found before anything is trained
+    for key, values in fields.items():  # find wrong fields and values before anything is trained
         for value in values if isinstance(values, list) else next(iter(values.values())):
             point(cfg, {key: value}, cfg.seeds[0], folder)
     if by_tune:
@@ -131,42 +156,47 @@ def trials_of_space(cfg: Sweep, folder: str) -> list[Trial]:
 
 
 def _add(trials: dict[str, Trial], new: Trial) -> None:
-    """One training for rows that have it in common; a point that is drawn twice is one row."""
+    """Add a trial; rows with the same training share one trial, and a point that is drawn twice is one row."""
     known = trials.setdefault(new.train["name"], Trial(new.train))
     known.rows += [row for row in new.rows if row.folder not in [other.folder for other in known.rows]]
 
 
 def point(cfg: Sweep, values: dict[str, Any], seed: int, folder: str, begin: str = "") -> Trial:
-    """The trial of a point: values of dotted fields of train_vae, over `cfg.train_vae`.
+    """Make the trial of one point of a search space.
 
     Args:
-        begin: checkpoint of another training that this one goes on from.
+        cfg: the sweep's config.
+        values: values of train_vae's fields by dotted name; they override `cfg.train_vae`.
+        seed: the training's seed.
+        folder: the sweep's folder.
+        begin: checkpoint of another training from which this one continues; "": none.
 
     Raises:
-        UserError: the values make no config of train_vae.
+        UserError: the values are not a valid config of train_vae.
     """
     shown = {key: f"{value:.6g}" if isinstance(value, float) else value for key, value in values.items()}
     name = ", ".join(f"{key}={value}" for key, value in shown.items())
     train = _train(cfg, paper.merged(cfg.train_vae, nested(values)), seed, begin)
-    if begin:  # the same values, come to from elsewhere
+    if begin:  # other trials may have the same values but another checkpoint to begin with
         name += f" ({train['name']})"
     jobs = _jobs(cfg, {"evaluate": {"transform": {"resolution": train["stages"][-1]["resolution"]}}}, "vae")
     return Trial(train, [Row(name, seed, os.path.join(folder, "rows", train["name"]), jobs)])
 
 
 def _train(cfg: Sweep, values: dict[str, Any], seed: int, begin: str = "") -> dict[str, Any]:
-    """A complete TrainVAE's values, named by the hash of what matters to the weights."""
+    """Return all values of a TrainVAE, named by a hash of the data and of the fields that change the weights."""
     own: dict[str, Any] = {"seed": seed, "begin": begin}
     if cfg.scheduler != "none" or cfg.search == "optuna":
         total, every = training_lengths(cfg, values)
         own["loop"] = {"val_every": every, "checkpoint_every": every, "keep": 1 + total // every}
     config = validate(TrainVAE, paper.merged({"data": cfg.data.model_dump(mode="json")}, values, own))
-    if config.loss.lpips.weight and _missing(values, "lpips"):  # as the training would; here it is part of the name
+    # Without LPIPS weights the training would switch the term off. It is done here so that the name's hash shows it.
+    if config.loss.lpips.weight and _missing(values, "lpips"):
         values = paper.merged(values, {"loss": {"lpips": {"weight": 0.0}}})
         return _train(cfg, values, seed, begin)
     kept = values_to_keep(config)
     named = run_folder.flatten(kept) | {f"data.{name}": _digest(cfg, name) for name in ("train", "val")}
-    fields = {  # without what a training from before there was the field had anyway
+    fields = {  # without values that a training had before the field existed, so that its hash stays the same
         k: v for k, v in sorted(named.items()) if not _is(k, NOT_WEIGHTS) and (k, v) not in run_folder.BEFORE.items()
     }
     digest = hashlib.sha256(json.dumps(fields).encode())
@@ -174,13 +204,15 @@ def _train(cfg: Sweep, values: dict[str, Any], seed: int, begin: str = "") -> di
 
 
 def _is(field: str, names: Iterable[str]) -> bool:
+    """Return whether a dotted field is, or lies in, one of the named fields or sections."""
     return any(field == name or field.startswith(name + ".") for name in names)
 
 
 def check_fields(cfg: Sweep) -> None:
-    """
+    """Check that `train_vae` and `space` set no field that the sweep itself sets.
+
     Raises:
-        UserError: a section would be overwritten by what the sweep itself sets.
+        UserError: they set such a field.
     """
     searched = cfg.scheduler != "none" or cfg.search == "optuna"
     for section, values in (("train_vae", cfg.train_vae), ("space", _leaves(cfg.space))):
@@ -193,17 +225,24 @@ def check_fields(cfg: Sweep) -> None:
 
 
 def _leaves(space: dict[str, Any]) -> dict[str, Any]:
+    """Return the dotted names of a space's fields as keys, each with the value 0."""
     return {key: 0 for key, _ in fields_of(space)}
 
 
 def training_lengths(cfg: Sweep, values: dict[str, Any]) -> tuple[int, int]:
-    """Images of a training, and between looks at it."""
+    """Return the number of images of a training, and the number of images between its validations."""
     total = sum(stage.images for stage in validate(TrainVAE, values).stages)
     return total, cfg.every or -(-total // 8)
 
 
 def _jobs(cfg: Sweep, values: dict[str, Any], kind: paper.Kind) -> dict[str, dict[str, Any]]:
-    """Values of the jobs after the training, checked; what only the trial knows is still open."""
+    """Return the validated config values of each job after the training.
+
+    Values that only the trial knows, such as the model's folder, are not set yet.
+
+    Raises:
+        UserError: a config is wrong, or a network's weights are missing.
+    """
     val, train = (source.model_dump(mode="json") for source in (cfg.data.val, cfg.data.train))
     classes: dict[str, type[Tracked]] = {"evaluate": Evaluate}
     sources: dict[str, Any] = {"evaluate": {"source": val}}
@@ -219,7 +258,7 @@ def _jobs(cfg: Sweep, values: dict[str, Any], kind: paper.Kind) -> dict[str, dic
     if kind == "ldm":
         check_networks(*(found["evaluate_samples"][key] for key in FEATURE_NETWORK_FIELDS))
     judged, units = found["evaluate"], _source(cfg, "val").units
-    if "images" not in cfg.evaluate:  # a scale's number is at most
+    if "images" not in cfg.evaluate:  # the number that a scale sets is only an upper limit
         judged["images"] = min(judged["images"], units)
     if judged["images"] > units:
         raise UserError(f"evaluate.images={judged['images']}, but {cfg.data.val.uri} has {units}; 0 takes all")
@@ -228,7 +267,7 @@ def _jobs(cfg: Sweep, values: dict[str, Any], kind: paper.Kind) -> dict[str, dic
 
 
 def _source(cfg: Sweep, name: str) -> Source:
-    """data.train or data.val, listed once."""
+    """Open data.train or data.val; the source is listed only once."""
     return _listed(getattr(cfg.data, name).model_dump_json(), f"data.{name}")
 
 
@@ -243,7 +282,13 @@ def _digest(cfg: Sweep, name: str) -> str:
 
 @cache
 def load_network(loss: str, net: str, weights: str) -> str:
-    """What is said where a perceptual loss has no weights; empty where it has."""
+    """Return the message for a perceptual loss whose weights are missing; "" if they are present.
+
+    Args:
+        loss: "esrgan" or "lpips".
+        net: the backbone of LPIPS.
+        weights: path of the backbone's weights; "": torch hub's cache.
+    """
     try:
         load_esrgan(weights) if loss == "esrgan" else load_lpips(net, weights)
     except WeightsMissing as error:
@@ -252,7 +297,7 @@ def load_network(loss: str, net: str, weights: str) -> str:
 
 
 def _missing(values: dict[str, Any], loss: str) -> str:
-    """Why what a row is about can't be trained here."""
+    """Return why a perceptual loss cannot be used on this machine; "" if it can, or if `loss` is ""."""
     if not loss:
         return ""
     term = getattr(validate(TrainVAE, values).loss, loss)
@@ -260,6 +305,6 @@ def _missing(values: dict[str, Any], loss: str) -> str:
 
 
 def slug(label: str) -> str:
-    """A file's name. Two labels do not give one."""
+    """Turn a label into a file name; a hash keeps the names of different labels apart."""
     digest = hashlib.sha256(label.encode()).hexdigest()[:6]
     return f"{re.sub(r'[^A-Za-z0-9._=-]+', '-', label).strip('-')[:80]}-{digest}"

@@ -1,4 +1,4 @@
-"""Work spread over a pool of Ray actors, each with a model, and the results in order."""
+"""Spread work over a pool of Ray actors that each hold a model, and get the results in order."""
 
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -11,13 +11,19 @@ Item = TypeVar("Item")
 
 
 def pool(cls: type, placement: Placement, *arguments: Any, **options: Any) -> list[Any]:
-    """An actor of `cls` per worker, ready. One that dies is started and its work done again, up to three times.
+    """Create one actor of `cls` per worker, and wait until all are ready.
 
-    `arguments` are small: an actor can't be started again when those are in the object store and lost. `options` are
-    Ray's, beside or instead of those here.
+    An actor that dies is started again up to three times, and its calls are repeated up to three times.
+
+    Args:
+        cls: the class of the actors.
+        placement: how many workers there are, and their resources.
+        arguments: arguments of the constructor. They must be small: an actor can't be started again if its arguments
+            were in the object store and are lost.
+        options: further options for Ray, which take precedence over the ones set here.
 
     Raises:
-        UserError: an actor could not be made, e.g. because its node does not have the model's folder.
+        UserError: if an actor could not be made, e.g. because its node does not have the model folder.
     """
     import ray
 
@@ -36,14 +42,20 @@ def pool(cls: type, placement: Placement, *arguments: Any, **options: Any) -> li
 
 
 def spread(actors: list[Any], call: Callable[[Any, Item], Any], items: Iterable[Item], ahead: int = 2) -> Iterator[Any]:
-    """Results of `call(actor, item)`, an object reference, in the order of `items`.
+    """Yield the results of `call(actor, item)` in the order of `items`.
 
-    Items are taken one by one as actors become free, with `ahead` of them waiting or running per actor. No more than
-    four times as many are under way or have a result that waits for an earlier one, so that memory stays bounded where
-    one item takes long.
+    Items are taken one by one as actors become free. Running items and results that wait for an earlier item are
+    together at most four times the number of items that actors hold, so that memory stays bounded if one item takes
+    long.
+
+    Args:
+        actors: the pool.
+        call: starts the work and returns an object reference to its result.
+        items: the work.
+        ahead: number of items that wait or run at each actor.
 
     Raises:
-        UserError: as an actor raised it.
+        UserError: if an actor raised it.
     """
     import ray
 

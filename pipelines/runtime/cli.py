@@ -1,7 +1,7 @@
-"""How a job is started: its command line, presets and `--help`.
+"""The command line of a job: config presets, overrides and `--help`.
 
-A job is configured by its defaults, then a preset (`--config NAME_OR_FILE`), then overrides (`a.b=value`). All values
-are checked before Ray starts; a wrong key or value is refused with the field's name and what it allows.
+The config of a job is made from its defaults, then a preset (`--config NAME_OR_FILE`), then overrides (`a.b=value`).
+All values are checked before Ray starts. The error for a wrong key or value names the field and what it allows.
 """
 
 import inspect
@@ -19,14 +19,23 @@ from pipelines.runtime.logs import say
 from pipelines.runtime.schema import ConfigT, dump, fields_of, unknown_field, validate
 
 PRESETS = Path(__file__).resolve().parents[2] / "jobs" / "configs"
-SECTIONS = {  # of a recipe
+SECTIONS = {  # the sections that a recipe can have
     *("train_vae", "encode_dataset", "train_ldm", "sample", "sweep"),
     *("evaluate", "evaluate_samples", "evaluate_complexity", "benchmark"),
 }
 
 
 def load(cls: type[ConfigT], preset: str | None = None, overrides: list[str] | None = None) -> ConfigT:
-    """Defaults, then preset (a name under jobs/configs/ or a YAML file), then `a.b=value` overrides."""
+    """Build a config from its defaults, then a preset, then overrides.
+
+    Args:
+        cls: the config class.
+        preset: a name under jobs/configs/, or a YAML file.
+        overrides: strings of the form `a.b=value`, with a YAML value.
+
+    Raises:
+        UserError: if the preset or an override can't be read, or if a key or a value is wrong.
+    """
     values: dict[str, Any] = {}
     if preset:
         values = _read_preset(cls, preset)
@@ -43,7 +52,7 @@ def load(cls: type[ConfigT], preset: str | None = None, overrides: list[str] | N
 
 
 def job_of(cls: type[BaseModel]) -> str:
-    """The command that takes this config."""
+    """Return the name of the job that takes this config."""
     names = {"TrainVAE": "train_vae", "TrainLDM": "train_ldm", "Encode": "encode_dataset", "Compare": "compare_runs"}
     names |= dict.fromkeys(("Verify", "Repair", "Retry", "Inspect"), "encode_dataset")
     names |= dict.fromkeys(("EvaluateSamples", "EvaluateLatents", "EvaluateComplexity"), "evaluate")
@@ -51,7 +60,7 @@ def job_of(cls: type[BaseModel]) -> str:
 
 
 def section_of(cls: type[BaseModel]) -> str:
-    """Where a recipe has it."""
+    """Return the section of a recipe that configures this job."""
     names = {f"Evaluate{what}": f"evaluate_{what.lower()}" for what in ("Samples", "Latents", "Complexity")}
     return names.get(cls.__name__, job_of(cls))
 
@@ -64,13 +73,18 @@ def main(
     switches: Sequence[str] = (),
     subject: str = "cache",
 ) -> int:
-    """Parse the command line, run, and turn a UserError into one message and exit code 2, Ctrl-C or SIGTERM into 130
-    or 143.
+    """Parse the command line, run the job, and return its exit code.
 
     Args:
-        action: a job's second word (`verify`).
-        subject: field that may be given as a bare word after it.
-        switches: boolean fields that may be given as --field.
+        cls: the config class.
+        run: the job.
+        argv: the command line without the program; None: `sys.argv`.
+        action: the job's subcommand, such as `verify`; empty: none.
+        switches: boolean fields that can be given as --field.
+        subject: the field that can be given as a bare word after the subcommand.
+
+    Returns:
+        0 on success; 2 for a UserError, whose message is printed without a traceback; 130 for Ctrl-C; 143 for SIGTERM.
     """
     arguments = sys.argv[1:] if argv is None else argv
     try:
@@ -116,6 +130,7 @@ def main(
 
 
 def usage(cls: type[BaseModel], action: str = "", subject: str = "cache") -> str:
+    """Return the text of `--help`; arguments as for `main`."""
     job, named = job_of(cls), subject.partition(".")[0].upper()
     words = f"{job}.py {action} {named}" if action else f"{job}.py [--config PRESET_OR_FILE.yaml]"
     lines = [
@@ -130,15 +145,18 @@ def usage(cls: type[BaseModel], action: str = "", subject: str = "cache") -> str
 
 
 def fields_text(cls: type[BaseModel], topic: str = "") -> str:
-    """The fields of a config with their types, defaults and meanings: the job's own first, then those of every job.
+    """List the fields of a config with their types, defaults and meanings.
+
+    The job's own fields come first, then those that every job has.
 
     Args:
+        cls: the config class.
         topic: one field (`loop.ema`) or a section (`loop`); empty: all fields.
 
     Raises:
-        UserError: there is no such field.
+        UserError: if there is no such field.
     """
-    fields = sorted(fields_of(cls), key=lambda field: _common(field[0]))  # which keeps the order of each kind
+    fields = sorted(fields_of(cls), key=lambda field: _common(field[0]))  # the sort keeps the order within each group
     topic = topic.partition("=")[0].rstrip(".")
     chosen = [field for field in fields if not topic or field[0] == topic or field[0].startswith(f"{topic}.")]
     if not chosen:
@@ -152,20 +170,23 @@ def fields_text(cls: type[BaseModel], topic: str = "") -> str:
 
 
 def _common(name: str) -> int:
-    """Where a field stands in `--help`: 0, the job's own; then what every job has, from 1 on."""
+    """Return the sort key of a field in `--help`: 0 for the job's own fields, 1 and more for those of every job."""
     sections = ("root", "ray", "tracking")
     first = name.partition(".")[0]
     return sections.index(first) + 1 if first in sections else 0
 
 
 def _presets(cls: type[BaseModel]) -> list[str]:
-    """Recipes with a section for the job."""
+    """Return the names of the recipes that have a section for this job."""
     return sorted(path.stem for path in PRESETS.glob("*.yaml") if section_of(cls) in _read_yaml(path))
 
 
 def _read_preset(cls: type[BaseModel], name: str) -> dict[str, Any]:
-    """Of a recipe, the job's section: jobs/configs/NAME.yaml, or any YAML file with sections of jobs; of another file,
-    all of it."""
+    """Read the values of a preset.
+
+    A recipe (jobs/configs/NAME.yaml, or any YAML file whose keys are jobs) gives the section of this job. Any other
+    YAML file is taken as a whole.
+    """
     path = named if (named := PRESETS / f"{name}.yaml").is_file() else Path(name)
     if not path.is_file():
         raise UserError(f"--config {name}: neither a preset ({', '.join(_presets(cls)) or 'none'}) nor a file")
@@ -192,6 +213,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _assign(values: dict[str, Any], key: str, value: Any) -> None:
+    """Set the value of a dotted key in nested dicts."""
     *parents, last = key.split(".")
     for depth, parent in enumerate(parents):
         values = values.setdefault(parent, {})

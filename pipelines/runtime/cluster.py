@@ -1,8 +1,8 @@
-"""Starting or joining Ray, and how much of it a job takes: the one place that sizes CPUs.
+"""Start or join Ray, and decide how much of the cluster a job takes. Only this module computes numbers of CPUs.
 
-Ray waits for ever when a job asks for more than there is, and a trainer, its workers and data tasks on two
-logical CPUs starve each other. A cluster that we start ourselves therefore has logical CPUs to spare (threads
-are set from the real ones), and a cluster that we join is checked first.
+Ray waits without end if a job asks for more than there is, and a trainer, its workers and data tasks on two logical
+CPUs block each other. Therefore a cluster that this module starts has spare logical CPUs (numbers of threads come from
+the real CPUs), and a cluster that it joins is checked first.
 """
 
 import os
@@ -22,33 +22,34 @@ from pipelines.runtime.schema import Ray as RayConfig
 if TYPE_CHECKING:
     import torch
 
-SPARE_CPUS = 2  # the training controller, and one data task beside the workers
-# Set before `import ray`, in the driver and through it in every process of a cluster that we start.
+SPARE_CPUS = 2  # for the training controller and one data task, in addition to the workers
+# Set before `import ray` in the driver, and inherited by every process of a cluster that the driver starts.
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # the default, 2 s, delays every checkpoint's report by as much
-    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # or each line of a worker is printed twice
-    "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": "600",  # by default ranks that disagree wait for ever
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # the default of 2 s delays the report of each checkpoint by 2 s
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # otherwise each line of a worker is printed twice
+    "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": "600",  # by default ranks that disagree wait without end
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths mean the same in workers
     "RAY_DEDUP_LOGS": "0",
     "RAY_DATA_LOG_LEVEL": "ERROR",
-    # OpenMP threads that spin long while they wait make some steps many times slower on cores that have other work too,
-    # and ones that sleep at once make all of them slower (BENCHMARKS.md).
+    # OpenMP threads that spin for long while they wait make some steps many times slower on cores with other work.
+    # Threads that sleep at once make all steps slower (BENCHMARKS.md).
     "GOMP_SPINCOUNT": "20000",
-    # glibc gives large blocks back to the system as they are freed, and gets them anew, zeroed page by page, in each
-    # step: a sixth of the time of LiteVAE-S's encoder on a CPU (BENCHMARKS.md).
+    # By default glibc returns large freed blocks to the system, and gets them again in each step, zeroed page by page.
+    # That takes a sixth of the time of LiteVAE-S's encoder on a CPU (BENCHMARKS.md).
     "MALLOC_MMAP_THRESHOLD_": str(2**30),
     "MALLOC_TRIM_THRESHOLD_": str(2**30),
 }
-# Set to 0, a cluster that we start is of this machine alone and listens on loopback alone; else most of its servers
-# listen on every address, whatever they are told. Ray reads it when it is imported, and on Linux too.
+# If this is 0, a cluster that is started here consists of this machine only and listens on loopback only. Otherwise
+# most of its servers listen on every address, whatever address they are given. Ray reads it on import, on Linux too.
 _MANY_MACHINES = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
-# Set to 0, a training has no actor that waits for spot notices: on a machine of our own there are none. Read anew by
-# each training; what the user said about it holds.
+# If this is 0, a training has no actor that waits for preemption notices of spot machines; a cluster on this machine
+# gets none. Each training reads it again. A value that the user has set is kept.
 _NOTICES = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
 _NOTICES_ASKED = os.environ.get(_NOTICES)
-# With an older Ray web pages can delete a cluster's jobs (CVE-2026-27482, before 2.54), and Parquet files can run code
-# where Ray Data is imported (CVE-2026-41486, before 2.55). Ray itself refuses to join a cluster of another version.
+# The oldest Ray that is accepted. With older versions, web pages can delete a cluster's jobs (CVE-2026-27482, before
+# 2.54), and Parquet files can run code where Ray Data is imported (CVE-2026-41486, before 2.55). Ray itself refuses to
+# join a cluster of another version.
 OLDEST = (2, 55)
 
 
@@ -57,15 +58,15 @@ class Placement:
     """How many workers a job has, where they run, and what each gets.
 
     Attributes:
-        workers: how many.
-        gpu: whether each has a GPU, or a part of one.
-        threads: CPU threads of each.
-        gpus: GPUs of each, where there are any; below 1, several share one.
-        decoders: decoding tasks at a time, each with a CPU.
-        jobs: jobs of this size at a time.
-        min_workers: an elastic training goes on with so few workers; 0: with all of them or not at all.
-        labels: of Ray's nodes that workers run on; empty: any.
-        decode_labels: of Ray's nodes that decoding tasks run on; empty: any.
+        workers: number of workers.
+        gpu: whether each worker has a GPU or a share of one.
+        threads: CPU threads per worker.
+        gpus: GPUs per worker, if `gpu`; below 1, several workers share a GPU.
+        decoders: number of decoding tasks at a time, with one CPU each.
+        jobs: number of jobs of this size that run at a time.
+        min_workers: fewest workers with which an elastic training continues; 0: the number of workers is fixed.
+        labels: labels of the Ray nodes that workers run on; empty: any node.
+        decode_labels: labels of the Ray nodes that decoding tasks run on; empty: any node.
     """
 
     workers: int
@@ -80,16 +81,16 @@ class Placement:
 
     @property
     def elastic(self) -> tuple[int, int] | None:
-        """Ray Train's least and largest number of workers; None where the number is fixed."""
+        """The smallest and the largest number of workers for Ray Train; None if the number is fixed."""
         return (self.min_workers, self.workers) if self.min_workers else None
 
     @property
     def resources(self) -> dict[str, float]:
-        """Ray's resources of one worker. Its threads are not among them: Ray's CPUs only count processes."""
+        """The Ray resources of one worker. Threads are not included, because Ray's CPUs only count processes here."""
         return {"CPU": 1.0, "GPU": self.gpus} if self.gpu else {"CPU": 1.0}
 
     def ray_options(self) -> dict[str, Any]:
-        """Ray's options of an actor that is one of the workers."""
+        """Return the Ray options for an actor that is a worker."""
         return {
             "num_cpus": self.resources["CPU"],
             "num_gpus": self.resources.get("GPU", 0),
@@ -97,12 +98,14 @@ class Placement:
         }
 
     def decode_options(self) -> dict[str, Any]:
-        """Ray's options of a decoding task."""
+        """Return the Ray options for a decoding task."""
         return {"num_cpus": 1, **on_nodes(self.decode_labels)}
 
     def settle(self) -> "torch.device":
-        """In a worker that measures: its threads and device, which computes in fp32 what is fp32 (not TF32), and the
-        same each time."""
+        """Configure PyTorch in a worker that measures, and return the worker's device.
+
+        Set the number of threads, turn off TF32 so that fp32 is computed in fp32, and make cuDNN deterministic.
+        """
         import torch
 
         torch.set_num_threads(self.threads)
@@ -112,6 +115,7 @@ class Placement:
 
     @property
     def text(self) -> str:
+        """The number of workers and their resources, for people."""
         where = (
             f"{self.gpus:g} GPU each"
             if self.gpu
@@ -121,45 +125,52 @@ class Placement:
 
 
 def _in_worker() -> bool:
-    """Whether this is a process of Ray's, as a trial's training is: what labels it has the driver has decided."""
+    """Return whether this process is a Ray worker, e.g. the training of a trial. The driver has decided its labels."""
     ray = sys.modules.get("ray")
     return ray is not None and ray.is_initialized() and ray.get_runtime_context().worker.mode == ray.WORKER_MODE
 
 
 def anywhere() -> Any:
-    """Where a job's actors and tasks may run: wherever there is room. Of a trial of Ray Tune they would else wait for
-    room within what is reserved for the trial, for ever where that is the trial's own process only."""
+    """Return the scheduling strategy that lets actors and tasks run on any node with room.
+
+    Without it, actors and tasks of a Ray Tune trial wait for room within what is reserved for the trial. If that is
+    only the trial's own process, they wait without end.
+    """
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
     return PlacementGroupSchedulingStrategy(placement_group=None)
 
 
 def on_nodes(labels: dict[str, str]) -> dict[str, Any]:
-    """Ray's argument for running on nodes with these labels only; none for none."""
+    """Return the Ray option that restricts a task or an actor to nodes with these labels; empty for no labels."""
     return {"label_selector": labels} if labels else {}
 
 
 def start(config: RayConfig, jobs: int = 1) -> Placement:
-    """Join the cluster of $RAY_ADDRESS or of the submitted job, else start one on this machine.
+    """Join the cluster of $RAY_ADDRESS or of the submitted job, or else start one on this machine.
 
     Args:
-        jobs: of this size at a time; 0: as many as GPUs hold, one without.
+        config: the `ray` section of the config.
+        jobs: number of jobs of this size to run at a time; 0: as many as the GPUs hold, and one without GPUs.
+
+    Returns:
+        The resources that the job takes.
 
     Raises:
-        UserError: the cluster can't hold the workers asked for.
+        UserError: if the cluster can't hold the workers asked for, or if Ray is older than `OLDEST`.
     """
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     joining = in_ray_job() or "RAY_ADDRESS" in os.environ
     os.environ[_NOTICES] = _NOTICES_ASKED or str(int(joining))
     if not joining and not _in_worker():
-        config = config.model_copy(update={"worker_labels": {}, "decode_labels": {}})  # one machine, whatever it is
+        config = config.model_copy(update={"worker_labels": {}, "decode_labels": {}})  # there is one machine only
     if not joining:
         os.environ.setdefault(_MANY_MACHINES, "0")
         if "RAY_AUTH_MODE" not in os.environ and "ray" not in sys.modules:
-            # A token of this process alone: nothing is written to disk, and no neighbour can submit work. Ray reads
-            # this when it is imported; where a program did that before, Ray's own default holds (a token in the home
-            # folder).
+            # A token that only this process knows: nothing is written to disk, and no other user of the machine can
+            # submit work. Ray reads it on import. If a program imported Ray before, Ray's default is used (a token in
+            # the home folder).
             os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32))
 
     import ray
@@ -174,7 +185,7 @@ def start(config: RayConfig, jobs: int = 1) -> Placement:
             else:
                 _start_here(config, jobs)
     if not joining:
-        os.environ.pop(_MANY_MACHINES, None)  # Ray has read it; it is not for what this process may start besides
+        os.environ.pop(_MANY_MACHINES, None)  # Ray has read it; other programs started here must not inherit it
     deadline, waiting = time.monotonic() + config.wait * joining, False
     while True:
         try:
@@ -191,16 +202,20 @@ def start(config: RayConfig, jobs: int = 1) -> Placement:
             time.sleep(min(5.0, config.wait))
         else:
             if waiting:
-                _ask_for(config, 0)  # or the cluster would stay as large for ever
+                _ask_for(config, 0)  # otherwise the cluster would never shrink
             return placement
 
 
 def _placement(config: RayConfig, jobs: int) -> Placement:
-    """What a job takes of the cluster as it is."""
+    """Return what a job takes of the cluster in its present size.
+
+    Raises:
+        UserError: if the cluster is too small.
+    """
     cpus, _ = _resources({})
     room, gpus = _resources(config.worker_labels)
     gpu = gpus > 0 if config.gpu == "auto" else bool(config.gpu)
-    workers = config.min_workers or config.workers  # an elastic training begins with fewer
+    workers = config.min_workers or config.workers  # an elastic training can start with fewer
     if not jobs:  # as many as there is room for
         jobs = max(1, int(min(gpus / config.gpus_per_worker, cpus - SPARE_CPUS) / workers)) if gpu else 1
     asked = f"ray.workers={workers}" + (f" of {jobs} trials at a time" if jobs > 1 else "")
@@ -229,17 +244,18 @@ def _placement(config: RayConfig, jobs: int) -> Placement:
 
 
 def _start_here(config: RayConfig, jobs: int) -> None:
+    """Start a cluster on this machine, with enough logical CPUs for the job."""
     import ray
 
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
-    # For Ray's own actors: beside another cluster on this machine they would not know which is theirs, and say so.
+    # For Ray's own actors: if another cluster runs on this machine, they would not know which one is theirs, and warn.
     os.environ["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{port}"
     try:
         ray.init(
-            address="local",  # or it joins whatever cluster was started last on this machine
+            address="local",  # otherwise it joins the cluster that was started last on this machine
             num_cpus=max(os.cpu_count() or 1, (config.workers + config.decode_tasks) * max(1, jobs)) + SPARE_CPUS,
-            include_dashboard=True,  # without it Ray Train's controller logs an error a second
+            include_dashboard=True,  # without it Ray Train's controller logs an error every second
             dashboard_host="127.0.0.1",
             dashboard_port=port,
             logging_level="ERROR",
@@ -250,10 +266,10 @@ def _start_here(config: RayConfig, jobs: int) -> None:
 
 
 def _resources(labels: dict[str, str]) -> tuple[int, int]:
-    """CPUs and GPUs of the nodes with these labels.
+    """Return the number of CPUs and of GPUs of the nodes with these labels.
 
     Raises:
-        UserError: no node has them.
+        UserError: if no node has them.
     """
     import ray
 
@@ -267,7 +283,7 @@ def _resources(labels: dict[str, str]) -> tuple[int, int]:
 
 
 def _ask_for(config: RayConfig, workers: int) -> None:
-    """Tell the autoscaler, where there is one, to have room for so many workers, and with them for decoding."""
+    """Ask the autoscaler, if there is one, for room for this many workers and for the decoding tasks with them."""
     from ray.autoscaler.sdk import request_resources
 
     gpus = {"GPU": config.gpus_per_worker} if config.gpu is True else {}

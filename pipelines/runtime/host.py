@@ -1,4 +1,4 @@
-"""What this machine and process are: processor, versions of libraries, memory that something takes."""
+"""Facts about this machine and process: processor, versions of libraries, and peak memory."""
 
 import platform
 from collections.abc import Iterable
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def processor() -> str:
-    """The processor's name, or its architecture where the system does not tell the name."""
+    """Return the name of the processor, or its architecture if the system does not report a name."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if "model name" in line]
@@ -20,7 +20,7 @@ def processor() -> str:
 
 
 def versions(packages: Iterable[str]) -> dict[str, str]:
-    """Versions of Python and of these packages; those that are not installed as packages are left out."""
+    """Return the versions of Python and of these packages. Packages that are not installed are left out."""
     found = {"python": platform.python_version()}
     for name in packages:
         with suppress(PackageNotFoundError):
@@ -29,15 +29,18 @@ def versions(packages: Iterable[str]) -> dict[str, str]:
 
 
 class PeakMemory:
-    """The most memory that was taken since this was made, beyond what was taken then.
+    """A meter of peak memory: the most that was in use since it was created, minus what was in use then.
 
-    Of a GPU it is what PyTorch has allocated, of a process its resident memory.
+    On a GPU it measures the memory that PyTorch has allocated, on a CPU the resident memory of this process.
+
+    Args:
+        device: the device to measure.
 
     Attributes:
-        before: bytes that were taken when this was made.
+        before: bytes in use when the meter was created.
 
     Raises:
-        OSError: the system does not tell a process's peak, or does not let it begin anew (Linux does).
+        OSError: if the system does not report the peak of a process, or can't reset it (Linux can).
     """
 
     def __init__(self, device: "torch.device"):
@@ -49,11 +52,11 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats()
             self.before = torch.cuda.memory_allocated()
         else:
-            Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+            Path("/proc/self/clear_refs").write_text("5")  # resets the peak
             self.before = process_memory("VmRSS")
 
     def bytes(self) -> int:
-        """The peak so far."""
+        """Return the peak so far, in bytes."""
         if not self._cuda:
             return max(0, process_memory("VmHWM") - self.before)
         import torch
@@ -62,14 +65,14 @@ class PeakMemory:
 
 
 def process_memory(line: str, process: int | str = "self") -> int:
-    """Bytes in a line of a process's /proc status.
+    """Return the memory of a process in bytes, as /proc/<process>/status reports it.
 
     Args:
-        line: "VmRSS", the resident memory now, or "VmHWM", its peak.
-        process: its id; "self": this one.
+        line: "VmRSS" for the present resident memory, or "VmHWM" for its peak.
+        process: a process id, or "self" for this process.
 
     Raises:
-        OSError: the system has no such process or line.
+        OSError: if the system has no such process or line.
     """
     file = Path(f"/proc/{process}/status")
     for text in file.read_text().splitlines():

@@ -1,4 +1,4 @@
-"""Lines of a job's log: for people, or one JSON object each, for what collects a cluster's logs. Tables stay text."""
+"""The log lines of a job: text for people, or one JSON object per line for log collectors. Tables are always text."""
 
 import json
 import math
@@ -9,12 +9,19 @@ from typing import Any
 
 
 def structured() -> bool:
-    """Whether Ray's own lines are objects: its RAY_LOGGING_CONFIG_ENCODING=JSON, which its workers inherit."""
+    """Return whether Ray itself logs JSON objects: RAY_LOGGING_CONFIG_ENCODING=JSON, which its workers inherit."""
     return os.environ.get("RAY_LOGGING_CONFIG_ENCODING", "").upper() == "JSON"
 
 
 def say(text: str, level: str = "INFO", /, **fields: Any) -> None:
-    """Print `text`, or an object with Ray's names (asctime, levelname, message) and these fields; errors on stderr."""
+    """Print a log line, on stderr if it is an error.
+
+    Args:
+        text: the message.
+        level: "INFO", "WARNING" or "ERROR".
+        fields: further keys of the JSON object, next to Ray's own asctime, levelname and message. They are not shown in
+            text lines.
+    """
     if structured():
         now = datetime.now().isoformat(" ", "milliseconds").replace(".", ",")  # as Python's logging writes it
         line = {"asctime": now, "levelname": level, "message": text.strip(), **fields}

@@ -1,4 +1,4 @@
-"""The file metrics.jsonl of a run: what a killed process left of it, and what it holds."""
+"""Read and repair the file metrics.jsonl of a run."""
 
 import json
 import re
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def mend_log(path: str) -> dict[str, int]:
-    """The last step of each metric in the file. A last line without its end (a full disk, a power cut) is cut off."""
+    """Return the last step of each metric in the file, and remove an incomplete last line (full disk, power cut)."""
     last: dict[str, int] = {}
     with open(path, "a+b") as file:
         file.seek(0)
@@ -24,7 +24,7 @@ def mend_log(path: str) -> dict[str, int]:
 
 
 def parse_line(line: bytes) -> tuple[int, float, dict[str, float]]:
-    """Step, Unix time and metrics of a line; no metrics where it is damaged."""
+    """Return the step, the Unix time and the metrics of a line; no metrics if the line is damaged."""
     try:
         values = json.loads(line)
         return values.pop("step"), values.pop("time"), {key: float(value) for key, value in values.items()}
@@ -33,18 +33,19 @@ def parse_line(line: bytes) -> tuple[int, float, dict[str, float]]:
 
 
 def clear_log(folder: str) -> None:
+    """Delete metrics.jsonl and the logged pictures of a run folder."""
     Path(folder, "metrics.jsonl").unlink(missing_ok=True)
     for picture in Path(folder, "images").glob("*-" + "[0-9]" * 12 + ".png"):
         picture.unlink()
 
 
 def metric_name(key: str) -> str:
-    """A name that MLflow takes for metrics and pictures alike."""
+    """Return a name that MLflow accepts for metrics and for pictures."""
     return re.sub(r"[^A-Za-z0-9_\-./ ]", "_", key)
 
 
 def flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """(dotted name, text) of every value; lists of sections are numbered."""
+    """Yield (dotted name, text) of every value in nested config values. Items of a list of sections are numbered."""
     if isinstance(value, dict):
         pairs: Any = value.items()
     elif isinstance(value, list | tuple) and any(isinstance(item, dict) for item in value):

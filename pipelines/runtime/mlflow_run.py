@@ -1,12 +1,12 @@
-"""MLflow tracking that never holds training up.
+"""MLflow tracking that never delays training.
 
-Metrics are appended to <folder>/metrics.jsonl and pictures saved under <folder>/images/; a background thread carries
-both to MLflow, as far as MLflow takes them. How much of metrics.jsonl has arrived is noted in the MLflow run itself,
-in the same call, so a server that was away is caught up with and nothing is logged twice. A step that is already in
-metrics.jsonl is not logged again: a resumed run repeats the steps after its last checkpoint.
+Metrics are appended to <folder>/metrics.jsonl and pictures are saved in <folder>/images/. A background thread sends
+both to MLflow whenever MLflow accepts them. The call that sends metrics also records in the MLflow run how much of
+metrics.jsonl has arrived. So metrics are sent later if a server was unavailable, and none are logged twice. A resumed
+run repeats the steps after its last checkpoint; steps that are already in metrics.jsonl are not logged again.
 
-On the driver: start_run, link, finish. In the driver or in rank 0 of the workers: Tracker(handle). A job whose driver
-does it all: tracked.
+Use start_run, link and finish on the driver. Use Tracker(handle) on the driver or in rank 0 of the workers. A job that
+logs on its driver only can use tracked_run instead.
 """
 
 import errno
@@ -37,12 +37,12 @@ from pipelines.runtime.mlflow_server import RunHandle, Status
 from pipelines.runtime.paths import output_path
 from pipelines.runtime.schema import Tracked, Tracking
 
-CLOSE_TIMEOUT = 300  # for uploads that go on; close() gives up at the first failure
+CLOSE_TIMEOUT = 300  # seconds that close() waits for uploads that make progress; it gives up at the first failure
 
-FLUSH_EVERY = 2.0
-SYSTEM_EVERY = 10.0
-_SENT = "litevae.metrics_sent"  # run tag: bytes of metrics.jsonl that have arrived
-_CHUNK = 16 * 2**10  # bytes of metrics.jsonl a request: some hundreds of metrics (MLflow takes 1000)
+FLUSH_EVERY = 2.0  # seconds
+SYSTEM_EVERY = 10.0  # seconds
+_SENT = "litevae.metrics_sent"  # tag of the run: bytes of metrics.jsonl that have arrived
+_CHUNK = 16 * 2**10  # bytes of metrics.jsonl per request: a few hundred metrics (MLflow accepts 1000)
 
 
 def start_run(
@@ -55,13 +55,23 @@ def start_run(
     tags: dict[str, str] | None = None,
     resume: bool = True,
 ) -> RunHandle:
-    """Open the MLflow run of a run folder; on the driver.
+    """Open the MLflow run of a run folder. Call this on the driver.
 
-    With `resume` the run that this job had in `folder` goes on; without, metrics and pictures of an earlier one are
-    removed from `folder` and a new run begins. A server that does not answer costs one warning and a few seconds.
+    If the server does not answer, the only cost is one warning and a few seconds.
+
+    Args:
+        config: the tracking section of the config.
+        root: folder of the default MLflow database.
+        job: name of the job.
+        name: name of the run, unless `config.run` gives one.
+        params: config values to record; secrets are removed.
+        folder: the run folder.
+        tags: further tags of the run.
+        resume: True: continue the run that this job had in `folder`. False: delete metrics and pictures of an earlier
+            run from `folder`, and begin a new run.
 
     Raises:
-        UserError: the tracking URI is of a kind that MLflow can't use.
+        UserError: if MLflow can't use this kind of tracking URI.
     """
     folder = os.path.abspath(folder)
     os.makedirs(folder, exist_ok=True)
@@ -73,7 +83,7 @@ def start_run(
         return handle
     labels = {"litevae.job": job, "litevae.folder": folder, "mlflow.source.name": f"jobs/{job}.py"}
     labels |= config.tags | (tags or {}) | ({"mlflow.parentRunId": config.parent} if config.parent else {})
-    # The first use of an SQLite store creates its tables: seconds on an idle disk.
+    # The first use of an SQLite store creates its tables, which takes seconds even on an idle disk.
     seconds = 3 * mlflow_server.REQUEST_TIMEOUT if mlflow_server.is_server(uri) else 120
     return (
         mlflow_server.attempt(
@@ -86,7 +96,7 @@ def start_run(
 
 
 def finish(handle: RunHandle, status: Status = "FINISHED") -> None:
-    """Set how the run ended; on the driver, after every Tracker was closed."""
+    """Record how the run ended. Call this on the driver, after every Tracker was closed."""
     if handle.run_id:
         mlflow_server.attempt(
             handle,
@@ -96,7 +106,7 @@ def finish(handle: RunHandle, status: Status = "FINISHED") -> None:
 
 
 def link(handle: RunHandle) -> str:
-    """What to open or type to see the run."""
+    """Return how to see the run: a URL, a command to type, or the path of metrics.jsonl."""
     if handle.run_id is None:
         return os.path.join(handle.folder, "metrics.jsonl")
     if mlflow_server.is_server(handle.uri):
@@ -107,8 +117,14 @@ def link(handle: RunHandle) -> str:
 
 
 def tracking_uri(config: Tracking, root: str) -> str:
-    """tracking.uri, else $MLFLOW_TRACKING_URI, else SQLite beside the runs: not in the working directory, which is a
-    throw-away copy in a submitted job. SQLite paths are made absolute: workers may run elsewhere."""
+    """Return the tracking URI: `tracking.uri`, else $MLFLOW_TRACKING_URI, else SQLite in the folder of the runs.
+
+    The default is not in the working directory, which is a temporary copy in a submitted job. SQLite paths are made
+    absolute, because workers may run in another directory.
+
+    Raises:
+        UserError: if MLflow can't use this kind of URI.
+    """
     uri = config.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{output_path('root', root)}/mlflow.db"
     scheme, separator, rest = uri.partition("://")
     if not separator or scheme == "file":
@@ -127,10 +143,17 @@ def tracking_uri(config: Tracking, root: str) -> str:
 def tracked_run(
     cfg: Tracked, job: str, name: str, folder: str, resume: bool = False
 ) -> Iterator[tuple["Tracker", RunHandle]]:
-    """The run of a job that logs from its driver alone, closed however the job ends: see `start_run`.
+    """Open the run of a job that logs on its driver only, and close it however the job ends.
+
+    Args:
+        cfg: the config of the job.
+        job, name, folder, resume: see `start_run`.
+
+    Yields:
+        The tracker and the handle of the run.
 
     Raises:
-        UserError: as `start_run`.
+        UserError: see `start_run`.
     """
     run = start_run(cfg.tracking, cfg.root, job, name, cfg.model_dump(mode="json"), folder, resume=resume)
     tracker = Tracker(run)
@@ -146,10 +169,14 @@ def tracked_run(
 
 
 class Tracker:
-    """Logs one run. Calls return at once and never fail because of MLflow; opening one imports MLflow (2 s).
+    """A logger of one run. Its methods return at once and never fail because of MLflow.
 
-    Use one at a time a run: in the driver or in rank 0 of the workers. With `system`, the CPU, memory, disk, network
-    and GPU use of this machine goes to MLflow too.
+    Creating a tracker imports MLflow, which takes 2 s. A run must have only one tracker at a time: on the driver, or in
+    rank 0 of the workers.
+
+    Args:
+        handle: the run.
+        system: whether to send the CPU, memory, disk, network and GPU use of this machine to MLflow too.
     """
 
     def __init__(self, handle: RunHandle, system: bool = True) -> None:
@@ -158,12 +185,12 @@ class Tracker:
         self._path = os.path.join(handle.folder, "metrics.jsonl")
         self._last = mend_log(self._path)
         self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115 - closed in close()
-        # Here and not in the thread: a data loader forked in the middle of an import would inherit its locks.
+        # Import MLflow here, not in the thread: a data loader that is forked during an import would inherit its locks.
         self._client: Any = (
             mlflow_server.attempt(handle, 60, lambda: mlflow_server.client_of(handle.uri)) if handle.run_id else None
         )
-        self._queue: queue.Queue[Callable[[], None]] = queue.Queue(maxsize=256)  # what calls leave to the thread
-        self._uploads: deque[Callable[[], None]] = deque(maxlen=1000)  # what the thread still has to bring to MLflow
+        self._queue: queue.Queue[Callable[[], None]] = queue.Queue(maxsize=256)  # work that methods leave to the thread
+        self._uploads: deque[Callable[[], None]] = deque(maxlen=1000)  # what the thread still has to send to MLflow
         self._sent: int | None = None
         self._system = system
         self._monitor: Any = None
@@ -174,10 +201,11 @@ class Tracker:
         self._thread.start()
 
     def metrics(self, values: dict[str, float], step: int) -> None:
-        """Log numbers; a step that a metric already has is left as it is.
+        """Log numbers at a step. A metric that already has a value at this step, or at a later one, keeps it.
 
         Raises:
-            UserError: metrics.jsonl can't be written: a full disk takes no checkpoint either.
+            UserError: if metrics.jsonl can't be written. This ends the job, since a full disk takes no checkpoint
+                either.
         """
         fresh = {
             name: float(value) for key, value in values.items() if self._last.get(name := metric_name(key), -1) < step
@@ -191,7 +219,7 @@ class Tracker:
         self._append(line.encode() + b"\n")
 
     def _append(self, line: bytes) -> None:
-        """One write: a line is there or not, whatever kills us."""
+        """Append a line in one write, so that a kill leaves the whole line or nothing of it."""
         try:
             if (written := self._file.write(line)) != len(line):
                 self._file.truncate(os.path.getsize(self._path) - (written or 0))
@@ -200,30 +228,43 @@ class Tracker:
             raise storage.unwritable(self._path, error) from error
 
     def image(self, key: str, image: np.ndarray, step: int) -> None:
-        """Log a picture, uint8 HWC (RGB): <folder>/images/<key>-<step>.png, and MLflow's picture of that step."""
+        """Log a picture to <folder>/images/<key>-<step>.png and to MLflow.
+
+        Args:
+            key: name of the picture.
+            image: uint8 (H, W, 3), RGB.
+            step: the step that it belongs to. A picture that already exists is kept.
+        """
         path = Path(self._handle.folder, "images", f"{metric_name(key).replace('/', '-')}-{step:012d}.png")
         if not path.exists():
             self._put(partial(self._picture, metric_name(key), np.array(image), step, path))
 
     def artifact(self, path: str | Path, folder: str = "") -> None:
-        """Upload a file; it must stay as it is until close()."""
+        """Upload a file to MLflow. It must not change until close()."""
         self._put(partial(self._upload, os.path.abspath(path), "log_artifact", folder))
 
     def artifacts(self, path: str | Path, folder: str = "") -> None:
-        """Upload what is in a folder; it must stay as it is until close()."""
+        """Upload the content of a folder to MLflow. It must not change until close()."""
         self._put(partial(self._upload, os.path.abspath(path), "log_artifacts", folder))
 
     def dataset(self, name: str, digest: str, source: str, context: str = "training") -> None:
-        """Note what the run read: a name, the digest of the contents, and where it is."""
+        """Record a dataset that the run read.
+
+        Args:
+            name: its name.
+            digest: digest of its content.
+            source: its path or URI; secrets are removed.
+            context: what it was used for.
+        """
         self._put(lambda: self._uploads.append(partial(self._log_dataset, name, digest, redact(source), context)))
 
     def close(self, status: Status | None = None) -> None:
-        """Bring everything to MLflow that it takes, and with `status` end the run there."""
+        """Send everything to MLflow that it accepts, and stop the thread. With `status`, end the run in MLflow too."""
         if self._closing.is_set():
             return
         self._closing.set()
         self._thread.join(CLOSE_TIMEOUT)
-        self._empty_queue()  # pictures go to disk even where the thread is stuck in MLflow
+        self._empty_queue()  # pictures are saved even if the thread is stuck in MLflow
         self._file.close()
         if status and not self._failing and not self._thread.is_alive():
             finish(self._handle, status)
@@ -231,6 +272,7 @@ class Tracker:
     # --- the thread ---------------------------------------------------------------------------------------------
 
     def _put(self, work: Callable[[], None]) -> None:
+        """Leave work to the thread. If too much is waiting, warn and drop it."""
         try:
             self._queue.put_nowait(work)
         except queue.Full:
@@ -239,15 +281,16 @@ class Tracker:
             )
 
     def _run(self) -> None:
+        """Save pictures and send everything to MLflow until close(). After each failure, wait longer."""
         wait = FLUSH_EVERY
         while True:
-            last = self._closing.is_set()  # before delivering, so that nothing logged earlier is missed
+            last = self._closing.is_set()  # read before sending, so that nothing logged earlier is missed
             try:
                 self._empty_queue()
                 if self._client is not None:
                     self._deliver()
                 self._failing, wait = False, FLUSH_EVERY
-            except Exception as error:  # noqa: BLE001 - the boundary: whatever MLflow raises is reported, and training goes on
+            except Exception as error:  # noqa: BLE001 - whatever MLflow raises is reported here, and training continues
                 self._failing, wait = True, min(2 * max(wait, mlflow_server.BACKOFF[0] / 2), mlflow_server.BACKOFF[1])
                 mlflow_server.warn_once(self._handle, error)
             if last or (self._failing and self._closing.is_set()):
@@ -263,16 +306,18 @@ class Tracker:
             work()
 
     def _deliver(self) -> None:
+        """Send the metrics that MLflow does not have yet, the use of the system, and the uploads."""
         mlflow_server.set_timeout(mlflow_server.REQUEST_TIMEOUT)
         if self._sent is None:
             sent = int(self._client.get_run(self._handle.run_id).data.tags.get(_SENT, 0))
-            # A file shorter than that is another one. Sending a line twice is harmless: MLflow drops exact doubles.
+            # A shorter file is another one, so it is sent from its start. It does no harm to send a line twice, because
+            # MLflow drops exact duplicates.
             self._sent = sent if sent <= os.path.getsize(self._path) else 0
         self._send_metrics()
         if self._system and time.monotonic() - self._sampled >= SYSTEM_EVERY:
             self._send_system_metrics()
         while self._uploads:
-            self._uploads.rotate(-1)  # one that fails goes behind the others
+            self._uploads.rotate(-1)  # one that fails is tried again after the others
             self._uploads[-1]()
             self._uploads.pop()
 
@@ -298,14 +343,14 @@ class Tracker:
         if self._monitor is None:
             from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
-            # Its probes only: its own thread would ask a dead server on its own account, and close() wait for it.
+            # Use its probes only. Its own thread would also ask a dead server, and close() would wait for it.
             self._monitor = SystemMetricsMonitor(self._handle.run_id, tracking_uri=self._handle.uri)
         self._sampled, now = time.monotonic(), time.time()
         self._monitor.collect_metrics()
         values = self._monitor.aggregate_metrics()
         for probe in self._monitor.monitors:
             probe.clear_metrics()
-        step = int(now - self._handle.started)  # goes on after a resume
+        step = int(now - self._handle.started)  # seconds, which continue after a resume
         metrics = [Metric(f"system/{key}", value, int(now * 1000), step) for key, value in values.items()]
         self._client.log_batch(self._handle.run_id, metrics, synchronous=True)
 
@@ -332,7 +377,7 @@ class Tracker:
         if not os.path.exists(path):
             print(f"warning: {path} is gone; it is not uploaded to MLflow", file=sys.stderr, flush=True)
             return
-        self._client.get_run(self._handle.run_id)  # a server that hangs shows here, within the short timeout
+        self._client.get_run(self._handle.run_id)  # a server that hangs fails here, within the short timeout
         mlflow_server.set_timeout(mlflow_server.UPLOAD_TIMEOUT)
         try:
             getattr(self._client, method)(self._handle.run_id, path, folder or None)
@@ -354,12 +399,16 @@ class Tracker:
 
 
 def replay(folder: str, tracker: Tracker, step: int, training: bool = False) -> dict[str, float]:
-    """Log again what was logged in another run's folder: step 0 as `step`, other steps and pictures as they are.
-
-    Returns the last value of each metric.
+    """Log again what was logged in the folder of another run.
 
     Args:
-        training: only what is of a training, not of evaluations that were logged in its folder.
+        folder: the folder of the other run.
+        tracker: the tracker of this run.
+        step: the step at which values and pictures of step 0 are logged; other steps stay as they are.
+        training: whether to log only what a training logged, without evaluations that were logged in its folder.
+
+    Returns:
+        The last value of each metric.
     """
     last: dict[str, float] = {}
     for line in Path(folder, "metrics.jsonl").read_bytes().splitlines():

@@ -1,4 +1,4 @@
-"""Requests to an MLflow server: each has a time limit, and one that fails costs a warning, not the job."""
+"""Requests to an MLflow server. Each has a time limit, and one that fails causes a warning but does not end the job."""
 
 import os
 import queue
@@ -11,45 +11,56 @@ from typing import Any, Literal, TypeVar
 from litevae.errors import redact
 from pipelines.runtime.metrics_log import flatten
 
-# Seconds. MLflow's own defaults (120 s a request, 7 retries) block for 4 minutes where a server refuses and for 20
-# where it hangs; here one request is tried once, and what failed is tried again later.
+# Seconds. MLflow's own defaults (120 s per request, 7 retries) block for 4 minutes if a server refuses connections and
+# for 20 minutes if it hangs. Here a request is tried once, and what failed is tried again later.
 REQUEST_TIMEOUT = int(os.environ.get("MLFLOW_HTTP_REQUEST_TIMEOUT", 5))
-UPLOAD_TIMEOUT = 120  # an artifact's: a server answers only when its own store has taken the file
-BACKOFF = (5.0, 300.0)  # after a failure: first and longest wait
+UPLOAD_TIMEOUT = 120  # seconds for an artifact: a server answers only after its own store has accepted the file
+BACKOFF = (5.0, 300.0)  # first and longest wait after a failure, in seconds
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
 class RunHandle:
-    """Where a run is tracked; plain data, for workers too. `run_id` is None where MLflow is off or was dead."""
+    """Where a run is tracked. It is plain data, so that it can be sent to workers.
+
+    Attributes:
+        uri: tracking URI; empty if MLflow is off.
+        run_id: id of the MLflow run; None if MLflow is off or did not answer.
+        experiment: name of the MLflow experiment.
+        folder: absolute path of the run folder.
+        experiment_id: id of the experiment; empty if there is no MLflow run.
+        started: Unix time of the first start of the run.
+    """
 
     uri: str = field(repr=False)  # may hold a password
     run_id: str | None
     experiment: str
     folder: str
     experiment_id: str = ""
-    started: float = 0.0  # Unix time of the run's first start
+    started: float = 0.0
 
 
 def client_of(uri: str) -> Any:
+    """Return an MLflow client with short time limits, no retries and no output of its own."""
     os.environ.update(
-        MLFLOW_DISABLE_TELEMETRY="true",  # by default it reports its use to its makers
+        MLFLOW_DISABLE_TELEMETRY="true",  # by default MLflow reports its use to its developers
         MLFLOW_HTTP_REQUEST_MAX_RETRIES="0",
-        MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT="true",  # with the password in it
+        MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT="true",  # the URL may hold a password
     )
     set_timeout(REQUEST_TIMEOUT)
     import logging
 
     import mlflow
 
-    for name in ("mlflow", "alembic", "urllib3"):  # what matters of it comes as an exception, once
+    for name in ("mlflow", "alembic", "urllib3"):  # all that matters is also raised, once
         logging.getLogger(name).setLevel(logging.ERROR)
     return mlflow.MlflowClient(tracking_uri=uri)
 
 
 def set_timeout(seconds: int) -> None:
-    # MLflow reads it anew at each request; there is no argument for it.
+    """Set the time limit of the requests that follow."""
+    # MLflow reads the variable at each request; it has no argument for this.
     if os.environ.get("MLFLOW_HTTP_REQUEST_TIMEOUT") != str(seconds):
         os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] = str(seconds)
 
@@ -57,6 +68,7 @@ def set_timeout(seconds: int) -> None:
 def open_run(
     handle: RunHandle, root: str, name: str, params: dict[str, Any], tags: dict[str, str], resume: bool
 ) -> RunHandle:
+    """Create the MLflow run of a handle, or reopen it with `resume`, and record its parameters."""
     client = client_of(handle.uri)
     from mlflow.entities import Param, RunTag
 
@@ -67,7 +79,7 @@ def open_run(
     else:
         client.update_run(run.info.run_id, status="RUNNING")
     values = {key: redact(value)[:6000] for key, value in flatten(params)}
-    known = run.data.params  # MLflow refuses to change a parameter; what a resumed run has changed becomes a tag
+    known = run.data.params  # MLflow does not let a parameter change; a changed one becomes a tag
     client.log_batch(
         run.info.run_id,
         params=[Param(key, value) for key, value in values.items() if key not in known],
@@ -78,9 +90,10 @@ def open_run(
 
 
 def experiment_of(client: Any, handle: RunHandle, root: str) -> str:
+    """Return the id of the handle's experiment, and create the experiment if it does not exist."""
     from mlflow.exceptions import MlflowException
 
-    # A server knows where its artifacts go. A database does not, and its default is relative to the working directory.
+    # A server knows where to store artifacts. A database does not: its default is relative to the working directory.
     location = None
     if handle.uri.startswith("sqlite:"):
         location = os.path.join(os.path.dirname(handle.uri.removeprefix("sqlite:///")), "mlartifacts")
@@ -90,7 +103,7 @@ def experiment_of(client: Any, handle: RunHandle, root: str) -> str:
     if experiment is None:
         try:
             return client.create_experiment(handle.experiment, artifact_location=location)
-        except MlflowException:  # another job was faster
+        except MlflowException:  # another job created it first
             experiment = client.get_experiment_by_name(handle.experiment)
             if experiment is None:
                 raise
@@ -98,6 +111,8 @@ def experiment_of(client: Any, handle: RunHandle, root: str) -> str:
 
 
 def find_run(client: Any, experiment_id: str, tags: dict[str, str]) -> Any:
+    """Return the latest run with the same folder and job in its tags, or None."""
+
     def equals(tag: str) -> str:
         quote = '"' if "'" in tags[tag] else "'"
         return f"tags.`{tag}` = {quote}{tags[tag]}{quote}"
@@ -112,13 +127,13 @@ def find_run(client: Any, experiment_id: str, tags: dict[str, str]) -> Any:
 
 
 def attempt(handle: RunHandle, seconds: float, call: Callable[[], Result]) -> Result | None:
-    """What `call` returns; None, after a warning, where it fails or is not done in time."""
+    """Return what `call` returns. If it fails or takes longer than `seconds`, warn and return None."""
     outcome: queue.SimpleQueue[tuple[Result | None, Exception | None]] = queue.SimpleQueue()
 
     def run() -> None:
         try:
             outcome.put((call(), None))
-        except Exception as error:  # noqa: BLE001 - the boundary: reported below, and training goes on
+        except Exception as error:  # noqa: BLE001 - reported below, and training continues
             outcome.put((None, error))
 
     threading.Thread(target=run, daemon=True).start()
@@ -135,7 +150,7 @@ _warned: set[str] = set()
 
 
 def warn_once(handle: RunHandle, reason: Exception | str) -> None:
-    """Say once a process, in one line, that MLflow fails."""
+    """Print one line that MLflow fails, once per process and tracking URI."""
     if handle.uri not in _warned:
         _warned.add(handle.uri)
         text = redact(" ".join(cause_of(reason).split()))
@@ -148,7 +163,7 @@ def warn_once(handle: RunHandle, reason: Exception | str) -> None:
 
 
 def cause_of(reason: BaseException | str) -> str:
-    """The first of a chain of exceptions says it: "Connection refused", and not how often that was passed on."""
+    """Return the text of the first exception in a chain, such as "Connection refused": the others only pass it on."""
     if isinstance(reason, str):
         return reason
     while earlier := reason.__cause__ or reason.__context__:
@@ -157,4 +172,5 @@ def cause_of(reason: BaseException | str) -> str:
 
 
 def is_server(uri: str) -> bool:
+    """Return whether a tracking URI is that of a server, not of a database."""
     return uri.startswith(("http://", "https://"))

@@ -1,4 +1,4 @@
-"""Folders that a job writes and reads: absolute, and seen by every node of the cluster."""
+"""Folders that a job writes and reads: make them absolute, and check that every node of the cluster sees them."""
 
 import os
 import platform
@@ -10,15 +10,21 @@ from litevae.errors import UserError
 
 
 def in_ray_job() -> bool:
-    """Whether this process was started by `ray job submit`: its working directory is a throw-away copy."""
+    """Return whether `ray job submit` started this process, so that its working directory is a temporary copy."""
     return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
 
 
 def output_path(field: str, path: str, remote: bool = False) -> str:
-    """An absolute output path. Inside a submitted job a relative one is refused: it would vanish with the copy.
+    """Return the absolute form of an output path.
 
     Args:
-        remote: whether it may be s3://.
+        field: the config field that named it, for error messages.
+        path: the path.
+        remote: whether an s3:// URI is allowed.
+
+    Raises:
+        UserError: if the path is empty, if it is an s3:// URI and `remote` is false, or if it is relative in a
+            submitted job, whose working directory is deleted at the end.
     """
     if not path:
         raise UserError(f"{field}: give a path, e.g. {field}=/data/{field}")
@@ -35,13 +41,14 @@ def output_path(field: str, path: str, remote: bool = False) -> str:
 
 
 def check_folders(written: dict[str, str], read: dict[str, str]) -> None:
-    """That every node sees the local folders that a job writes and reads, before it is too late.
+    """Check at the start of a job that every node sees the local folders that the job writes and reads.
 
     Args:
-        written, read: folder by the field that named it; those on S3 are left to it. Written ones are made.
+        written: folders to write, by the config field that named them. They are created. S3 URIs are not checked.
+        read: folders and files to read, in the same way.
 
     Raises:
-        UserError: a node does not see what this one has written, or what is to be read.
+        UserError: if a node does not see what this node has written, or what is to be read.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -76,7 +83,7 @@ def check_folders(written: dict[str, str], read: dict[str, str]) -> None:
             try:
                 unseen = ray.get(found)
             except (ray.exceptions.TaskUnschedulableError, ray.exceptions.NodeDiedError):
-                continue  # a node that has left the cluster meanwhile
+                continue  # the node has left the cluster in the meantime
             for field, path in paths.items():
                 if path in unseen:
                     where = (written | read)[field]

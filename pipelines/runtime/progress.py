@@ -1,4 +1,4 @@
-"""How far a job is: a live bar on a terminal, otherwise a line every ten seconds."""
+"""Show the progress of a job: a live bar on a terminal, otherwise a line every ten seconds."""
 
 import time
 
@@ -6,7 +6,15 @@ from pipelines.runtime.logs import say
 
 
 class Progress:
-    """Images/s and time left: a live bar on a terminal, else a line now and then. Rank 0 of a worker, or the driver."""
+    """A progress display with images per second and remaining time. Use it on the driver, or in rank 0 of the workers.
+
+    Args:
+        what: name of the work.
+        total: number of images in total.
+        done: number of images that are done already; they do not count for the speed.
+        live: whether to show a live bar instead of lines.
+        every: seconds between lines.
+    """
 
     def __init__(self, what: str, total: int, done: int, live: bool, every: float = 10.0):
         self._what, self._total, self._done, self._every = what, total, done, every
@@ -19,6 +27,7 @@ class Progress:
             self._bar.update(done)
 
     def update(self, done: int, **numbers: float) -> None:
+        """Show that `done` images are done in total. Lines also show `numbers`."""
         if self._bar is not None:
             self._bar.update(done - self._done)
         self._done, now = done, time.monotonic()

@@ -1,13 +1,14 @@
-"""Numbers for Prometheus, through Ray: what a dashboard of a running cluster shows (infra/monitoring).
+"""Metrics for Prometheus, exported by Ray, for the dashboard of a running cluster (infra/monitoring).
 
-Ray exports them on each node, with the prefix `ray_`; every one has the tag `run`. MLflow has what is to be kept.
+Ray exports them on each node with the prefix `ray_`. Every metric has the tag `run`. Metrics that are to be kept go to
+MLflow.
 """
 
 from typing import Any
 
 
 class Training:
-    """What a training run shows, in rank 0's process."""
+    """The metrics of a training run, set in the process of rank 0."""
 
     def __init__(self, run: str):
         self._loss = _gauge("litevae_train_loss", "the training loss", run)
@@ -17,7 +18,13 @@ class Training:
         self._skipped = _counter("litevae_steps_skipped", "steps with NaN or infinite gradients", run)
 
     def show(self, images: int, steps: int, metrics: dict[str, float]) -> None:
-        """After `steps` more steps on `images` more images, whose means `metrics` has."""
+        """Update the metrics after further steps.
+
+        Args:
+            images: number of images since the last call.
+            steps: number of steps since the last call.
+            metrics: means over these steps.
+        """
         self._loss.set(metrics["loss"])
         self._speed.set(metrics["images_per_second"])
         self._waiting.set(metrics["waiting_for_data"])
@@ -27,7 +34,7 @@ class Training:
 
 
 class Encoding:
-    """What an encode job shows, in its driver."""
+    """The metrics of an encode job, set on its driver."""
 
     def __init__(self, run: str):
         self._images = _counter("litevae_images_encoded", "images encoded since this process began", run)
@@ -36,7 +43,13 @@ class Encoding:
         self._busy = _gauge("litevae_encode_busy", "share of their time that workers are busy", run, "stage")
 
     def show(self, images: int, reasons: dict[str, int], busy: dict[str, float]) -> None:
-        """After one more shard."""
+        """Update the metrics after one more shard.
+
+        Args:
+            images: number of images that were encoded.
+            reasons: number of images that were quarantined, by reason.
+            busy: share of time, 0 to 1, that the workers of each stage were busy.
+        """
         self._shards.inc()
         if images:
             self._images.inc(images)

@@ -1,6 +1,6 @@
-"""What configs are made of: sections with typed fields, the parts that every job has, and how values are checked.
+"""Building blocks of configs: sections with typed fields, the parts that every job has, and the check of values.
 
-Counts of training are in images, not steps, so that they do not change with the batch size.
+Lengths and intervals of a training are numbers of images, not of steps, so that they do not depend on the batch size.
 """
 
 import difflib
@@ -21,6 +21,8 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
 class Section(BaseModel):
+    """The base class of config sections. Unknown fields are refused, and values can't be changed."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True, protected_namespaces=())
 
 
@@ -65,7 +67,7 @@ class Ray(Section):
 
 
 class Tracking(Section):
-    """MLflow."""
+    """How a run is tracked in MLflow."""
 
     enabled: bool = Field(True, description="false: metrics go to the run's metrics.jsonl only")
     uri: str = Field("", description="tracking server; empty: $MLFLOW_TRACKING_URI, else sqlite in <root>/mlflow.db")
@@ -76,14 +78,14 @@ class Tracking(Section):
 
 
 class Tracked(Section):
-    """What every job has."""
+    """The fields that every job has."""
 
     root: str = Field("runs", description="folder for runs and the default MLflow database")
     tracking: Tracking = Tracking()
 
 
 class Job(Tracked):
-    """What every job on Ray has."""
+    """The fields that every job on Ray has."""
 
     ray: Ray = Ray()
 
@@ -92,8 +94,11 @@ ConfigT = TypeVar("ConfigT", bound=BaseModel)
 
 
 def validate(cls: type[ConfigT], values: dict[str, Any]) -> ConfigT:
-    """The config, or a UserError naming every wrong field. What is not given keeps the job's default, also
-    where a section is given in part."""
+    """Make a config from values. Fields that are not given keep the job's defaults, also in a section given in part.
+
+    Raises:
+        UserError: if keys or values are wrong; the message names every wrong field.
+    """
     try:
         return cls.model_validate(_merge(cls().model_dump(mode="json"), values))
     except ValidationError as error:
@@ -101,6 +106,7 @@ def validate(cls: type[ConfigT], values: dict[str, Any]) -> ConfigT:
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Return `base` updated with `over`, recursively for nested dicts."""
     return base | {
         key: _merge(base[key], value) if isinstance(value, dict) and isinstance(base.get(key), dict) else value
         for key, value in over.items()
@@ -108,19 +114,22 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 
 def dump(config: BaseModel) -> str:
-    """The resolved config as YAML."""
+    """Return the resolved config as YAML."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
 def values_to_keep(config: BaseModel) -> dict[str, Any]:
-    """The resolved config as plain values, for files and other processes: without where it is tracked, which may hold a
-    password and does not change what is computed."""
+    """Return the resolved config as plain values, for files and other processes.
+
+    The tracking section is left out, because it may hold a password and does not change what is computed.
+    """
     return config.model_dump(mode="json", exclude={"tracking"})
 
 
 def fields_of(
     cls: type[BaseModel], prefix: str = "", instance: BaseModel | None = None
 ) -> Iterator[tuple[str, str, str, str]]:
+    """Yield (dotted name, type, default, description) of every field of a config, as text."""
     for name, field in cls.model_fields.items():
         default = getattr(instance, name) if instance is not None else field.default
         if isinstance(default, BaseModel):
@@ -148,6 +157,7 @@ def _plain(value: Any) -> Any:
 
 
 def _kind(annotation: Any, metadata: list[Any]) -> str:
+    """Return the text for the type of a field: its choices, or its type and limits."""
     alternatives = [a for part in get_args(annotation) for a in (get_args(part) or [part])]
     if choices := [a for a in alternatives if isinstance(a, str)]:
         return " | ".join(choices + ["true | false"] * (bool in alternatives))
@@ -164,12 +174,13 @@ def _kind(annotation: Any, metadata: list[Any]) -> str:
 
 
 def unknown_field(name: str, known: list[str]) -> str:
-    """A message about a field that a config does not have, with the name that is nearest to it."""
+    """Return the error message for a field that does not exist, with the most similar name that does."""
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
     return f"unknown config key {name!r}" + (f"; did you mean {close[0]!r}?" if close else "") + " (--help lists all)"
 
 
 def _explain(cls: type[BaseModel], problem: dict[str, Any]) -> str:
+    """Turn an error of pydantic into one line for people."""
     path = ".".join(str(part) for part in problem["loc"])
     if problem["type"] == "extra_forbidden":
         return unknown_field(path, [name for name, *_ in fields_of(cls)])

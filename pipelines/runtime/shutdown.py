@@ -1,10 +1,10 @@
-"""Leaving when asked: Ctrl-C, SIGTERM (`ray job stop`, a pod that is taken away), or a file in the run's folder.
+"""Stop a job on request: by Ctrl-C, SIGTERM (`ray job stop`, a pod that is evicted), or a file in the run folder.
 
-A job that keeps its work as it goes (encode, sample, evaluate, sweep) just ends: what is done is done. A training run
-leaves at its next step, with a checkpoint. A second signal ends that one at once, too.
+A job that saves its work continuously (encode, sample, evaluate, sweep) ends at once, because nothing is lost. A
+training run ends at its next step with a checkpoint, and at a second signal it also ends at once.
 
-The request reaches the workers, on other machines perhaps, as the file `stop` in the run's folder, which all nodes
-share; making it by hand stops a run as well.
+The request reaches the workers, which may be on other machines, as the file `stop` in the run folder, which all nodes
+share. Creating this file by hand stops a run too.
 """
 
 import signal
@@ -23,7 +23,7 @@ Result = TypeVar("Result")
 
 
 class Stopped(KeyboardInterrupt):
-    """The job was asked to end. `code` is its exit code, as shells have it: 128 + the signal's number."""
+    """Raised when a job is asked to end. `code` is the exit code, as in shells: 128 + the number of the signal."""
 
     def __init__(self, code: int = 128 + signal.SIGINT, message: str = "") -> None:
         super().__init__(message or "stopped; run the same command again to go on")
@@ -32,7 +32,7 @@ class Stopped(KeyboardInterrupt):
 
 @contextmanager
 def on_sigterm() -> Iterator[None]:
-    """In the block, which is to be a job's main part, SIGTERM ends this process as Ctrl-C does."""
+    """Make SIGTERM raise Stopped, a KeyboardInterrupt, inside the block, which is to be the main part of a job."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -45,7 +45,10 @@ def on_sigterm() -> Iterator[None]:
 
 @contextmanager
 def kept() -> Iterator[None]:
-    """Around the start of Ray, whose own handler would exit without a word, and with the run still open in MLflow."""
+    """Keep the SIGTERM handler of `on_sigterm` over the start of Ray.
+
+    Ray installs its own handler, which would exit without a message and leave the run open in MLflow.
+    """
     before = signal.getsignal(signal.SIGTERM)
     yield
     if before is _end:
@@ -53,14 +56,15 @@ def kept() -> Iterator[None]:
 
 
 def _end(number: int, frame: FrameType | None) -> None:
+    """Handle a signal by raising Stopped."""
     raise Stopped(128 + number)
 
 
 def patiently(call: Callable[[], Result], folder: str) -> Result:
-    """`call()`, in a thread. The first signal meanwhile asks the run in `folder` to stop, the second raises Stopped.
+    """Return the result of `call()`. A first signal asks the run in `folder` to stop; a second one raises Stopped.
 
-    In a thread, since Ray Train would take Ctrl-C for itself in the main one. Where this process is no job's own
-    (a trial of a sweep), signals are not ours.
+    `call` runs in a thread, because in the main thread Ray Train would handle Ctrl-C itself. If this process does not
+    belong to one job only (a trial of a sweep), signals are not handled here.
     """
     if signal.getsignal(signal.SIGTERM) is not _end:
         return call()
@@ -77,7 +81,7 @@ def patiently(call: Callable[[], Result], folder: str) -> Result:
         thread = threading.Thread(target=work, name="training", daemon=True)
         thread.start()
         while thread.is_alive():
-            thread.join(1)  # or signals would wait for the thread's end
+            thread.join(1)  # with a timeout, otherwise signals would wait for the end of the thread
     if raised:
         raise raised[0]
     return found[0]
@@ -85,6 +89,7 @@ def patiently(call: Callable[[], Result], folder: str) -> Result:
 
 @contextmanager
 def _asking(file: Path) -> Iterator[None]:
+    """Make the first signal inside the block write `file`, and the second raise Stopped."""
     asked: list[int] = []
 
     def ask(number: int, frame: FrameType | None) -> None:
@@ -103,7 +108,7 @@ def _asking(file: Path) -> Iterator[None]:
 
 
 def withdraw(folder: str) -> int:
-    """Forget a request, and return the exit code that it asks for."""
+    """Delete the request to stop the run in `folder`, and return the exit code that it asks for."""
     file = Path(folder, FILE)
     text = file.read_text().strip() if file.exists() else ""
     file.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""What a job leaves for people: tables and pictures."""
+"""Tables and pictures for people."""
 
 import io
 from collections.abc import Sequence
@@ -8,14 +8,14 @@ from PIL import Image
 
 
 def png(image: np.ndarray) -> bytes:
-    """uint8 (H, W, 3) as PNG."""
+    """Encode an image, uint8 (H, W, 3), as PNG."""
     data = io.BytesIO()
     Image.fromarray(image).save(data, format="png")
     return data.getvalue()
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
-    """Aligned columns: the first to the left, the others to the right."""
+    """Format rows of text as aligned columns: the first left-aligned, all others right-aligned."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(

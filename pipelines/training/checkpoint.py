@@ -1,6 +1,7 @@
-"""Checkpoints of a training run: written, read, and found; and model folders that appear whole.
+"""Write, read and find the checkpoints of a training run, and replace model folders atomically.
 
-Ray Train keeps them in the run's folder and finds the latest by itself, after a worker died as after the driver did.
+Ray Train keeps the checkpoints in the run's folder. It finds the latest one by itself, both after a worker died and
+after the driver died.
 """
 
 import os
@@ -21,21 +22,34 @@ STATE = "state.pt"
 
 
 def newest(folder: str) -> str:
-    """A run's newest whole checkpoint, or "": for where Ray Train has no list of them."""
+    """Return the path of the newest complete checkpoint in a run's folder, or "" if there is none.
+
+    This is needed where Ray Train has lost its own list of checkpoints.
+    """
     whole = (path for path in Path(folder).glob("checkpoint-*") if zipfile.is_zipfile(path / STATE))
     return str(max(whole, default=""))
 
 
 def save(state: dict[str, Any]) -> str:
-    """State as a folder of its own, to hand to Ray Train (which moves it into the run): tensors, numbers, strings."""
+    """Write a training state into a new temporary folder, which Ray Train then moves into the run's folder.
+
+    Args:
+        state: nested containers of tensors, numbers and strings only, so that `load` can read them safely.
+
+    Returns:
+        The path of the temporary folder. The caller removes what is left of it.
+
+    Raises:
+        UserError: the file cannot be written, for example because the disk is full.
+    """
     folder = tempfile.mkdtemp(prefix="litevae-checkpoint-")
     path = os.path.join(folder, STATE)
     try:
-        with open(path, "wb") as file:  # given a name, PyTorch would not say why it can't write
+        with open(path, "wb") as file:  # if PyTorch opens the file itself, its error does not say why writing failed
             torch.save(state, file)
     except (OSError, RuntimeError) as error:
         shutil.rmtree(folder, ignore_errors=True)
-        cause = error if isinstance(error, OSError) else error.__context__  # PyTorch's own comes on top of it
+        cause = error if isinstance(error, OSError) else error.__context__  # PyTorch's error hides the OSError
         if not isinstance(cause, OSError):
             raise
         raise storage.unwritable(path, cause) from error
@@ -43,9 +57,11 @@ def save(state: dict[str, Any]) -> str:
 
 
 def load(folder: str) -> dict[str, Any]:
-    """
+    """Read a checkpoint folder's state, with all tensors on the CPU.
+
     Raises:
-        UserError: the checkpoint is damaged, or holds more than tensors, numbers and strings: pickles are not run.
+        UserError: the checkpoint is damaged, or holds anything other than tensors, numbers and strings. Arbitrary
+            pickled objects are never loaded.
     """
     path = os.path.join(folder, STATE)
     try:
@@ -58,15 +74,21 @@ def load(folder: str) -> dict[str, Any]:
 
 
 def publish(build: Callable[[Path], None], folder: Path) -> None:
-    """Let `build` fill an empty folder, then put that in place of `folder`: a reader sees the old or the new, whole.
+    """Build a new version of `folder` beside it, then rename it into place.
+
+    A reader sees either the complete old version or the complete new one.
+
+    Args:
+        build: fills the empty folder that it is given.
+        folder: the folder to create or replace.
 
     Raises:
-        UserError: it can't be written, to a full disk for example.
+        UserError: the disk is full.
     """
     fresh = None
     try:
         fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-        fresh.chmod(0o755)  # mkdtemp's is for the owner only
+        fresh.chmod(0o755)  # mkdtemp makes folders that only their owner can read
         build(fresh)
         old = fresh.with_name(fresh.name + "-old")
         if folder.exists():

@@ -1,4 +1,4 @@
-"""Fields of train_vae and train_ldm."""
+"""Config schemas of the jobs train_vae and train_ldm."""
 
 from typing import Annotated, Literal
 

@@ -1,4 +1,4 @@
-"""Training images for an autoencoder: read, cropped and mirrored as their position in the data says."""
+"""Training images, read in a shuffled order; the position in that order seeds the random crop and mirroring."""
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -15,19 +15,32 @@ from pipelines.training import ranks
 
 
 class Picture(NamedTuple):
-    """An image as the transform gives it."""
+    """A transformed image, with its id and the other columns of its row in the source.
+
+    Attributes:
+        id: the image's id in the source.
+        pixels: uint8 (H, W, 3).
+        columns: what the source carries with the image, for example its label.
+    """
 
     id: str
-    pixels: np.ndarray  # uint8 (H, W, 3)
+    pixels: np.ndarray
     columns: dict[str, Any]
 
 
 class Images:
-    """Positions of a source's endless order as images; the next readable image stands in for a bad one.
+    """Images of a source in an endless shuffled order. An unreadable image is replaced by the next readable one.
 
     Args:
-        loaders: decoding threads.
-        max_bad: share of unreadable images that is skipped.
+        source: the source of the images.
+        transform: resizes, crops and mirrors each image.
+        seed: seed of the order, and with the position of each random crop and mirroring.
+        loaders: number of decoding threads; 0: decode between the steps.
+        max_bad: largest share of unreadable images that `check` accepts, 0 to 1.
+
+    Attributes:
+        order: maps a position to a row of the source.
+        bad: the reason for each unreadable image that this rank has met, by image id.
     """
 
     def __init__(self, source: Source, transform: ImageTransform, seed: int, loaders: int, max_bad: float):
@@ -37,7 +50,14 @@ class Images:
         self.bad: dict[str, str] = {}
 
     def load(self, place: tuple[int, int]) -> Picture:
-        """Of a (position, row)."""
+        """Read and transform the image for a (position, row), or the next readable one.
+
+        Args:
+            place: the position, which seeds the transform, and the source's row.
+
+        Raises:
+            UserError: no image of the source can be read.
+        """
         position, row = place
         for _ in range(self._source.units):
             try:
@@ -53,18 +73,27 @@ class Images:
         raise UserError(f"no image of {self._source.uri} can be read")
 
     def batches(self, start: int, end: int, batch: int, rank: int, world: int) -> Iterator[list[Picture]]:
+        """Yield this rank's part of each batch from position `start` up to `end`; the last batch is whole too.
+
+        Args:
+            batch: images per batch over all ranks. This rank takes every `world`-th one, from number `rank` on.
+        """
         steps = batch_positions(start, end, batch)
         places = ([(position, self.order.index(position)) for position in step[rank::world]] for step in steps)
         return stream(self.load, places, self._loaders)
 
     def count_bad(self, world: int) -> int:
-        """Unreadable images that any rank has met; all ranks call this together."""
+        """Return how many different unreadable images the ranks have met so far. All ranks must call this together."""
         return len(set(ranks.gathered([*self.bad], world)))
 
     def check(self, bad: int) -> None:
-        """
+        """Check the number of unreadable images against `max_bad`.
+
+        Args:
+            bad: unreadable images over all ranks, as `count_bad` returns them.
+
         Raises:
-            UserError: more images are unreadable than the config allows.
+            UserError: more images are unreadable than `max_bad` allows.
         """
         if bad > self._max_bad * self._source.units:
             some = "; ".join(f"{name} ({reason})" for name, reason in list(self.bad.items())[:3])

@@ -1,4 +1,4 @@
-"""Latents for a diffusion model: from a cache, or of images that are encoded as they are needed."""
+"""Feeds that give a diffusion model its latents, from a cache or from images that are encoded when needed."""
 
 import hashlib
 import json
@@ -29,20 +29,27 @@ from pipelines.training.config import TrainLDM
 from pipelines.training.image_feed import Images
 from pipelines.training.worker_setup import LdmSetup
 
-CHUNK = 32  # images of a forward pass of the encoder
+CHUNK = 32  # images per forward pass of the encoder
 Batch = dict[str, Any]
 
 
 def transform_of(config: TrainLDM) -> ImageTransform:
+    """Return the image transform for training that `config.data` describes."""
     data = config.data
     return ImageTransform(data.resolution, data.resize, data.crop, data.flip, decode=data.decode)
 
 
 def labels_of(values: Sequence[Any], config: TrainLDM) -> Tensor | None:
-    """int64 (n,), `null_class` where there is none; None where the model knows no classes.
+    """Convert the labels of a batch to a tensor.
+
+    Args:
+        values: n class numbers; None for an image without a class.
+
+    Returns:
+        int64 (n,), with `null_class` for an image without a class; None for an unconditional model.
 
     Raises:
-        UserError: one is no class of the config's.
+        UserError: a value is not an integer from 0 to `config.classes` - 1.
     """
     if not config.classes:
         return None
@@ -56,14 +63,14 @@ def labels_of(values: Sequence[Any], config: TrainLDM) -> Tensor | None:
 
 
 class Feed(ABC):
-    """Latents for a diffusion model.
+    """One rank's source of latents for the training of a diffusion model.
 
-    A batch is a dict of this rank's part: `positions` of its images in the run's endless order, `labels` as `labels_of`
-    gives them, and what `latents` makes the latents of.
+    A batch is a dict with this rank's part of a global batch: `positions` (places of its images in the run's endless
+    order), `labels` (as `labels_of` returns them), and the data from which `latents` makes the latents.
 
     Attributes:
-        digest: of the data and how they become latents.
-        mean, std: (C,), of raw latents: what they are normalised by. There after `begin`.
+        digest: hash of the data and of how they become latents.
+        mean, std: (C,), statistics of the raw latents, by which they are normalised. They are known after `begin`.
     """
 
     digest: str
@@ -75,37 +82,48 @@ class Feed(ABC):
 
     @abstractmethod
     def begin(self) -> None:
-        """What has to be known before the first batch; a resumed run has it from its checkpoint."""
+        """Find out what must be known before the first batch. A resumed run has it from its checkpoint."""
 
     @abstractmethod
     def batches(self, start: int, end: int, batch_size: int) -> Iterator[Batch]:
-        """From position `start` on, up to `end`; the last one is whole."""
+        """Yield this rank's part of each batch from position `start` up to `end`; the last batch is whole too.
+
+        Args:
+            batch_size: images per batch over all ranks.
+        """
 
     def latents(self, batch: Batch) -> Tensor:
-        """Drawn and normalised: float32 (n, C, h, w) on the device."""
+        """Return a batch's latents, drawn and normalised: float32 (n, C, h, w) on the device."""
         raw = self.raw(batch)
         mean, std = (v.to(raw.device, non_blocking=True).view(1, -1, 1, 1) for v in (self.mean, self.std))
         return (raw - mean) / std
 
     def raw(self, batch: Batch) -> Tensor:
+        """Return a batch's latents, drawn but not normalised: float32 (n, C, h, w)."""
         return batch["latents"].to(self.device, non_blocking=True)
 
     def bad(self) -> int:
-        """Images that could not be read so far; all ranks call this together."""
+        """Return how many images could not be read so far. All ranks must call this together."""
         return 0
 
     def check(self, bad: int) -> None:  # noqa: B027 - a cache has no bad images
-        """Raise a UserError if so many are too many."""
+        """Check the number of unreadable images, as `bad` returns it.
+
+        Raises:
+            UserError: there are more of them than `data.max_bad` allows.
+        """
 
     def state(self) -> dict[str, Any]:
+        """Return what a checkpoint stores of this feed."""
         return {"mean": self.mean, "std": self.std}
 
     def load(self, state: dict[str, Any]) -> None:
+        """Restore what `state` returned."""
         self.mean, self.std = state["mean"], state["std"]
 
 
 class Cached(Feed):
-    """Latents of a cache, drawn anew each epoch."""
+    """Latents from a cache; with `draw=sample` they are drawn anew from their posteriors in each epoch."""
 
     def __init__(self, config: TrainLDM, setup: LdmSetup, rank: int, world: int, device: torch.device):
         super().__init__(config, rank, world, device)
@@ -113,14 +131,21 @@ class Cached(Feed):
         self.digest, self.mean, self.std = self._cache.manifest["digest"], self._cache.mean, self._cache.std
 
     def begin(self) -> None:
-        """All of it is in the manifest."""
+        """Do nothing: the cache's manifest has the statistics."""
 
     def batches(self, start: int, end: int, batch_size: int) -> Iterator[Batch]:
         return from_cache(self._cache, self, start, start, end, batch_size)
 
 
 def from_cache(latents: LatentCache, feed: Feed, at: int, start: int, end: int, batch_size: int) -> Iterator[Batch]:
-    """Raw latents for positions `start` to `end` of a run, from position `at` of the cache's order on."""
+    """Yield batches of raw latents from a cache for positions `start` to `end` of a run.
+
+    Args:
+        latents: the cache.
+        feed: the feed whose config, rank and number of ranks apply.
+        at: the position in the cache's own order with which position `start` of the run begins.
+        batch_size: images per batch over all ranks.
+    """
     config, columns = feed.config, [feed.config.label] if feed.config.classes else []
     loader = LatentLoader(
         latents, batch_size, config.seed, feed.rank, feed.world, config.draw, normalize=False, columns=columns
@@ -132,7 +157,7 @@ def from_cache(latents: LatentCache, feed: Feed, at: int, start: int, end: int, 
 
 
 class Encoding(Feed):
-    """What both feeds that encode share: the source, and statistics of latents from some of its images."""
+    """Base of the two feeds that encode images: it keeps the source and computes statistics from some of its images."""
 
     def __init__(self, config: TrainLDM, source: Source, setup: LdmSetup, rank: int, world: int, device: torch.device):
         super().__init__(config, rank, world, device)
@@ -141,12 +166,17 @@ class Encoding(Feed):
         self.digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
 
     def begin(self) -> None:
+        """Compute mean and std from about `data.calibrate` evenly spaced images, unless a checkpoint gave them.
+
+        Raises:
+            UserError: none of these images can be read.
+        """
         if hasattr(self, "mean"):
             return
         data, source = self.config.data, self.source
         centred = ImageTransform(data.resolution, data.resize, decode=data.decode)
-        # Runs of neighbours, since a row group is read as a whole. The same sums for any number of workers: runs are,
-        # and so is the order in which they are added.
+        # Images are taken in runs of neighbours, since a row group is read as a whole. The sums are the same for any
+        # number of workers, because the runs are the same and are added in the same order.
         count = -(-min(data.calibrate, source.units) // CHUNK)
         edges = [source.units * n // count for n in range(count + 1)]
         runs = [range(start, min(end, start + CHUNK)) for start, end in pairwise(edges)]
@@ -156,7 +186,7 @@ class Encoding(Feed):
             try:
                 return centred(source.data(unit)).pixels
             except ImageError:
-                return None  # it counts when its turn comes
+                return None  # counted as bad later, when training reaches it
 
         found = []
         for number, loaded in enumerate(stream(load, mine, data.loaders)):
@@ -171,11 +201,15 @@ class Encoding(Feed):
 
     @abstractmethod
     def encoded(self, pixels: list[np.ndarray]) -> tuple[np.ndarray, str]:
-        """uint8 (H, W, 3) images -> fp32 (n, C, h, w), and whether they are "moments" or the "mean"."""
+        """Encode n uint8 (H, W, 3) images.
+
+        Returns:
+            fp32 (n, C, h, w), and what they are: "moments" (mean, then log-variance) or only the "mean".
+        """
 
 
 class Online(Encoding):
-    """Images through the encoder each time they come, with augmentation if wanted."""
+    """Latents of images that are encoded again in every epoch, so that crops and mirroring can be random."""
 
     def __init__(self, config: TrainLDM, setup: LdmSetup, rank: int, world: int, device: torch.device):
         assert setup.latents.source is not None
@@ -198,6 +232,7 @@ class Online(Encoding):
             yield {"positions": positions, "labels": labels, "pixels": pixels, "rows": rows}
 
     def raw(self, batch: Batch) -> Tensor:
+        """Encode a batch's images and draw latents, or take the posterior's mean: float32 (n, C, h, w)."""
         found = self._encode(batch["pixels"])
         if self._content == "mean":
             return found

@@ -1,4 +1,4 @@
-"""How a training starts: on the driver Ray Train's run, in each worker the task and the loop that drives it."""
+"""The start of a training: `fit` runs Ray Train on the driver, and `work` runs the task's loop in each worker."""
 
 import logging
 import os
@@ -21,8 +21,8 @@ from pipelines.training.config import Loop, TrainLDM, TrainVAE
 from pipelines.training.loop import Task, run
 from pipelines.training.worker_setup import TrainSetup
 
-ERROR = "error.txt"  # in the run's folder: what one of several workers has to tell
-RESIZE_EVERY = 30.0  # seconds between looks for nodes that an elastic run could use
+ERROR = "error.txt"  # file in the run's folder: the error message of one of several workers
+RESIZE_EVERY = 30.0  # seconds between checks for new nodes that an elastic run could use
 
 
 def fit(
@@ -32,25 +32,33 @@ def fit(
     loop: Loop,
     callbacks: Sequence[Any] = (),
 ) -> dict[str, Any]:
-    """Run `worker` on every rank under Ray Train and return rank 0's result, model folder and link.
+    """Run `worker` on every rank under Ray Train.
 
-    A worker's death is survived `loop.max_restarts` times; a dead driver's run goes on when started again.
+    Ray Train restarts dead workers up to `loop.max_restarts` times. If the driver died, the run resumes when the same
+    command is started again.
 
     Args:
-        worker: what each rank runs; its argument is {"setup": setup}.
-        setup: what workers get; threads, terminal and nodes are filled in here.
-        callbacks: of Ray Train; they hear of every checkpoint and the metrics at it.
+        worker: the function that each rank runs; its argument is {"setup": setup}.
+        setup: what the workers get; `threads`, `live` and `nodes` are filled in here.
+        placement: number and resources of the workers.
+        loop: restarts, and checkpoints to keep.
+        callbacks: callbacks of Ray Train, which are told of every checkpoint and of the metrics at it.
+
+    Returns:
+        What rank 0's worker returned, without "stopped", and with "model" (the model folder) and "tracking" (the link
+        to the MLflow run).
 
     Raises:
-        UserError: one that a worker returned as {"error": message}, since Ray Train tries again after what is raised.
-        Stopped: the run was asked to leave, and did, with a checkpoint.
+        UserError: a worker returned {"error": message}, or training failed more often than `loop.max_restarts`.
+            Workers return an error that the user must fix, because Ray Train would try again if they raised it.
+        Stopped: the run was asked to stop, and stopped after writing a checkpoint.
     """
     import ray.train
     from ray.train.backend import Backend
     from ray.train.torch import TorchConfig, TorchTrainer
 
     class WithoutProcessGroup(TorchConfig):
-        """Without a process group, whose rendezvous listens on every address."""
+        """Config for a single worker: it sets up no process group, whose rendezvous would listen on every address."""
 
         backend_cls = Backend
 
@@ -59,7 +67,7 @@ def fit(
     say(f"run: {folder}\nMLflow: {mlflow_run.link(handle)}", folder=folder, run=mlflow_run.link(handle))
     told = Path(folder) / ERROR
     told.unlink(missing_ok=True)
-    shutdown.withdraw(folder)  # of a run that ended before it heard of it
+    shutdown.withdraw(folder)  # a request to stop that an earlier run did not see before it ended
     trainer = TorchTrainer(
         worker,
         train_loop_config={
@@ -115,11 +123,25 @@ def fit(
 
 
 def work(task: Callable[..., "Task"], config: TrainVAE | TrainLDM, name: str, setup: TrainSetup) -> dict[str, Any]:
-    """In a training worker: make the task (of config, setup, rank, world size, device) and run it."""
+    """Make the task and run it, in a training worker.
+
+    Args:
+        task: makes the task from (config, setup, rank, world size, device).
+        config: the run's config.
+        name: the run's name in messages.
+        setup: what the driver gave to the worker.
+
+    Returns:
+        The result of `loop.run`, or {"error": message} for an error that the user must fix.
+
+    Raises:
+        RuntimeError: one of several workers has such an error; Ray Train then restarts all, and they return it.
+    """
     import ray.train.torch
 
-    logging.disable(logging.INFO)  # Ray Train announces every checkpoint
-    warnings.filterwarnings("ignore", module=r"PIL\.")  # of odd metadata; what can't be read is named by us
+    logging.disable(logging.INFO)  # Ray Train would log every checkpoint
+    # Pillow warns of unusual metadata. Images that cannot be read are reported by this project itself.
+    warnings.filterwarnings("ignore", module=r"PIL\.")
     context, device = ray.train.get_context(), ray.train.torch.get_device()
     rank, world = context.get_world_rank(), context.get_world_size()
     torch.set_num_threads(setup.threads)
@@ -131,16 +153,24 @@ def work(task: Callable[..., "Task"], config: TrainVAE | TrainLDM, name: str, se
     except UserError as error:
         if world == 1:
             return {"error": str(error)}
-        # The other ranks may wait for this one: so all are ended, and started once more to hear of it.
+        # The other ranks may be waiting for this one. So all are ended and started once more; then each finds the
+        # file, and returns the error.
         storage.put(str(told), str(error).encode())
         raise RuntimeError(str(error)) from None
 
 
 def check_batch(name: str, batch_size: int, units: int, ray: Ray, accumulate: int) -> None:
-    """
+    """Check that a batch size fits the workers, the micro-batches and the data.
+
+    Args:
+        name: the batch size's field, for messages.
+        batch_size: images per step over all workers.
+        units: images in the data.
+        ray: the number of workers; for an elastic run every number that it allows is checked.
+        accumulate: micro-batches per step.
+
     Raises:
-        UserError: the batch does not divide over workers, whatever their number may become, and micro-batches, or is
-            larger than the data.
+        UserError: the batch size is not a multiple of workers x micro-batches, or is larger than the data.
     """
     for workers in range(ray.min_workers or ray.workers, ray.workers + 1):
         if batch_size % (workers * accumulate):

@@ -1,4 +1,4 @@
-"""Training a latent diffusion model on Ray Train: on a latent cache, or on images that are encoded on the way."""
+"""Train a latent diffusion model on Ray Train, from a latent cache or from images encoded during training."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -43,24 +43,27 @@ from pipelines.training.feeds import make_feed
 from pipelines.training.latent_feeds import Batch
 from pipelines.training.worker_setup import LatentData, LdmSetup
 
-# What may differ when a run goes on. `images` may only grow.
+# Fields that may differ when a run resumes. `images` may only grow.
 FREE = (
     "root", "ray", "images", "vae", "cache_version", "cache_local", "sample_images", "sample_steps", "sample_guidance",
     "checkpointing", "data.loaders", "data.max_bad", "data.calibrate", "optim.lr", "optim.clip", "loop.precision",
     "loop.val_every", "loop.checkpoint_every", "loop.keep", "loop.log_every", "loop.max_restarts", "loop.max_skipped",
 )  # fmt: skip
-CACHED = (*FREE, "data.decode")  # with mode=cache, which decodes nothing
-BUCKETS = 4  # of noise levels, whose losses are logged apart
-PICTURES = 16  # drawn at a time
+CACHED = (*FREE, "data.decode")  # the same for mode=cache, which decodes no images
+BUCKETS = 4  # ranges of noise levels whose losses are logged separately
+PICTURES = 16  # images that validation samples at a time
 
 
 @run_lock.exclusive
 def train_ldm(config: TrainLDM) -> dict[str, Any]:
-    """Train, or go on with, the run `config.name`; its model is in root/name/model.
+    """Start or resume the run `config.name`, and write its model to root/name/model.
+
+    Returns:
+        The result of `launch.fit`, and "parameters": how many the network has.
 
     Raises:
-        UserError: anything the user can mend, before Ray starts where it can be known then; another process is at work
-            on this run.
+        UserError: anything that the user can fix, raised before Ray starts where that is possible; or another process
+            is working on this run.
     """
     folder = os.path.join(paths.output_path("root", config.root), config.name)
     objective_of(config)
@@ -77,7 +80,7 @@ def train_ldm(config: TrainLDM) -> dict[str, Any]:
         network = build_denoiser(config.network, channels, width, config.classes)
     free = CACHED if config.mode == "cache" else FREE
     if run_folder.holds_something(folder):
-        run_folder.open_run(folder, config, free)  # refuses another run's name before a cache is begun
+        run_folder.open_run(folder, config, free)  # refuse the name of another run before a cache is started
     if config.mode == "write-through":
         latents = begin_cache(config, latents)
     placement = cluster.start(config.ray)
@@ -101,14 +104,20 @@ def train_ldm(config: TrainLDM) -> dict[str, Any]:
 
 
 def objective_of(config: TrainLDM) -> Objective:
+    """Return the diffusion objective that `config.objective` describes."""
     return Objective(**config.objective.model_dump())
 
 
-# --- what the three modes need --------------------------------------------------------------------------------------
+# --- the latents of the three modes ---------------------------------------------------------------------------------
 
 
 def cached_latents(config: TrainLDM) -> LatentData:
-    """Those of a cache."""
+    """Describe the latents of mode=cache.
+
+    Raises:
+        UserError: no cache is given, its latents differ in shape, the label column is unfit, or the autoencoder is
+            missing or is not the one that encoded the cache.
+    """
     if not config.cache:
         raise UserError("cache is empty; give a latent cache: cache=/data/cache (jobs/encode_dataset.py writes one)")
     cache = LatentCache(config.cache, version=config.cache_version or None)
@@ -134,13 +143,21 @@ def cached_latents(config: TrainLDM) -> LatentData:
 
 
 def online_latents(config: TrainLDM) -> LatentData:
-    """Those of images that are encoded each time they come."""
+    """Describe the latents of mode=online, whose images are encoded again in every epoch.
+
+    Raises:
+        UserError: the source cannot be opened, the label column is unfit, or there is no autoencoder.
+    """
     source = open_source(config.data.source, "data.source")
     return replace(_latents_of(config, source), source=source)
 
 
 def write_through_latents(config: TrainLDM) -> LatentData:
-    """Those of images that are encoded once and kept in a cache; `begin_cache` adds that."""
+    """Describe the latents of mode=write-through, whose images are encoded once. `begin_cache` adds the cache.
+
+    Raises:
+        UserError: no cache is given, crop or flip is random, or the source, label column or autoencoder is unfit.
+    """
     if not config.cache:
         raise UserError("cache is empty; mode=write-through fills one: cache=/data/cache")
     if config.data.crop != "center" or config.data.flip:
@@ -151,6 +168,7 @@ def write_through_latents(config: TrainLDM) -> LatentData:
 
 
 def _latents_of(config: TrainLDM, source: Source) -> LatentData:
+    """Describe the latents of a source's images; their shape is found by encoding one image of zeros."""
     if not config.vae:
         raise UserError(f"vae is empty; mode={config.mode} encodes: vae=FOLDER of an autoencoder")
     if config.classes:
@@ -168,7 +186,11 @@ def _latents_of(config: TrainLDM, source: Source) -> LatentData:
 
 
 def begin_cache(config: TrainLDM, latents: LatentData) -> LatentData:
-    """Begin the cache that this run fills, with the plan and the listing of an encode job."""
+    """Start the cache that this run fills: write the plan and the source's listing, as an encode job would.
+
+    Returns:
+        `latents` with the cache's path and plan.
+    """
     data = config.data
     job = Encode(
         root=config.root,
@@ -187,6 +209,7 @@ def begin_cache(config: TrainLDM, latents: LatentData) -> LatentData:
 
 
 def _check_label(config: TrainLDM, columns: dict[str, str], where: str) -> None:
+    """Raise a UserError unless the label column exists and holds integers; `columns` maps names to Arrow types."""
     if config.label not in columns:
         raise UserError(
             f"{where} has no column {config.label!r} for classes={config.classes}; it has "
@@ -197,6 +220,7 @@ def _check_label(config: TrainLDM, columns: dict[str, str], where: str) -> None:
 
 
 def _vae(folder: str, what: str = "") -> str:
+    """Return the absolute path of the autoencoder's folder, or raise a UserError if it is missing."""
     folder = os.path.abspath(folder)
     if not os.path.isdir(folder):
         raise UserError(f"{what}{folder} is not there; say where it is now with vae=FOLDER")
@@ -207,7 +231,7 @@ def _vae(folder: str, what: str = "") -> str:
 
 
 class Diffusion:
-    """The training task: the network, its averages, and what feeds it."""
+    """The training task (see `loop.Task`): the network, its optimizer, its weight averages, and its feed of latents."""
 
     def __init__(self, config: TrainLDM, setup: LdmSetup, rank: int, world: int, device: torch.device):
         from ray.train.torch import prepare_model
@@ -228,31 +252,37 @@ class Diffusion:
         self.optimizer = optimizer.Adam(self.network, config.optim)
         decays = [config.loop.ema] * bool(config.loop.ema) + config.more_ema
         self.averages = {f"{decay:g}": EMA(self.network, decay) for decay in decays}
-        self._main = f"{config.loop.ema:g}"  # of the model that is sampled; "0" is none: the weights themselves
-        if config.loop.compile:  # with DDP around it, whose buckets are then sent while the backward pass goes on
+        self._main = f"{config.loop.ema:g}"  # decay of the average to sample from; "0": the weights themselves
+        if config.loop.compile:  # compile the DDP wrapper, so that its buckets are sent during the backward pass
             self.net = torch.compile(self.net, dynamic=False)
 
     def begin(self, stage: int) -> None:
+        """Prepare the feed, and put the network into training mode."""
         self.feed.begin()
         self.network.train()
 
     def batches(self, start: int, end: int, batch_size: int) -> Iterator[Batch]:
-        """The feed's, with the noise that they get; made while the step before is computed, but for encoding."""
+        """Yield the feed's batches with their noise.
+
+        A thread prepares each batch while the previous step runs. Only encoding (mode=online) is left to the step.
+        """
         feed = self.feed.batches(start, end, batch_size)
         for (batch,) in stream(self._with_noise, ([batch] for batch in feed), threads=1, ahead=1):
             yield batch
 
     def _with_noise(self, batch: Batch) -> Batch:
+        """Add to a batch its noise, uniform numbers for the noise levels, and labels of which some are dropped."""
         noise, u, drop = draws(self.config.seed, batch["positions"], self._shape)
         labels = batch["labels"]
         if labels is not None:
             labels = torch.where(drop < self.config.label_dropout, null_class(self.config.classes), labels)
         batch = batch | {"noise": noise, "u": u, "labels": labels}
-        if self.device.type == "cuda":  # or copies would wait for the step before
+        if self.device.type == "cuda":  # copies from unpinned memory would wait for the previous step
             batch |= {name: value.pin_memory() for name, value in batch.items() if isinstance(value, Tensor)}
         return batch
 
     def step(self, batch: Batch, images: int) -> dict[str, Tensor]:
+        """Do one optimizer step after `images` images, and return its metrics."""
         optim, values = self.config.optim, []
         noise, u = (batch[name].to(self.device, non_blocking=True) for name in ("noise", "u"))
         labels = None if batch["labels"] is None else batch["labels"].to(self.device, non_blocking=True)
@@ -273,16 +303,19 @@ class Diffusion:
         return found
 
     def count(self) -> dict[str, Tensor]:
+        """Return the number of unreadable images so far as a metric."""
         return {"bad_images": torch.tensor(float(self.feed.bad()))}
 
     def check(self, means: dict[str, float]) -> None:
+        """Raise a UserError if there are more unreadable images than the config allows."""
         self.feed.check(round(means["bad_images"]))
 
     def skipped(self) -> int:
+        """Return the longest series of skipped steps since the last call."""
         return self.optimizer.skipped()
 
     def validate(self) -> tuple[dict[str, float], np.ndarray | None]:
-        """Rank 0 draws a picture, of the same noise each time."""
+        """Sample images into one picture on rank 0, from the same noise each time; there are no metrics."""
         if self._rank or not self.config.sample_images:
             return {}, None
         count, classes = self.config.sample_images, self.config.classes
@@ -300,11 +333,13 @@ class Diffusion:
         return {}, grid(to_uint8(torch.cat(images)), columns=max(1, round(count**0.5)))
 
     def state(self) -> dict[str, Any]:
+        """Return what a checkpoint stores: the states of the network, the optimizer, the averages and the feed."""
         averages = {decay: average.state_dict() for decay, average in self.averages.items()}
         state = {"network": self.network.state_dict(), "optimizer": self.optimizer.state_dict(), "averages": averages}
         return state | {"feed": self.feed.state()}
 
     def load(self, state: dict[str, Any]) -> None:
+        """Restore what `state` returned."""
         self.network.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
         for decay, average in self.averages.items():
@@ -312,7 +347,11 @@ class Diffusion:
         self.feed.load(state["feed"])
 
     def exports(self) -> dict[str, Callable[[Path], None]]:
-        """The model of the first average, or of the weights themselves, and one of each further average."""
+        """Return the writers of the model folders.
+
+        "model" has the average of `loop.ema`, or the weights themselves where that is 0. Each decay in `more_ema` has
+        a folder "model-ema-<decay>".
+        """
         further = list(self.averages)[bool(self.config.loop.ema) :]
         names = {"model": self._main} | {f"model-ema-{decay}": decay for decay in further}
         return {name: partial(self._save, decay) for name, decay in names.items()}
@@ -322,6 +361,7 @@ class Diffusion:
             save_ldm(folder, self._ldm())
 
     def _averaged(self, decay: str) -> AbstractContextManager[None]:
+        """Return a context in which the network has the average of this decay, if there is one."""
         average = self.averages.get(decay)
         return average.swapped(self.network) if average is not None else nullcontext()
 
@@ -332,11 +372,20 @@ class Diffusion:
 
 
 def _split(values: Tensor | None, parts: int) -> tuple[Any, ...]:
+    """Split a batch's tensor into micro-batches; None gives one None for each."""
     return (None,) * parts if values is None else values.chunk(parts)
 
 
 def _by_level(errors: Tensor, levels: Tensor) -> dict[str, Tensor]:
-    """The error without weights in each quarter of the noise levels; NaN where the batch has none there."""
+    """Return the mean unweighted error in each quarter of the noise levels.
+
+    Args:
+        errors: (n,), the unweighted error of each latent.
+        levels: (n,), the noise level of each latent, 0 to 1.
+
+    Returns:
+        A scalar for each quarter, by metric name; NaN where the batch has no such noise level.
+    """
     bucket = (levels * BUCKETS).long().clamp(max=BUCKETS - 1)
     inside = bucket == torch.arange(BUCKETS, device=bucket.device).unsqueeze(1)
     means = torch.where(inside, errors, 0).sum(1) / inside.sum(1)

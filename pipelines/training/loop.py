@@ -1,8 +1,7 @@
 """The loop that trains a task in a worker: steps, metrics, validation, checkpoints and the final model.
 
-Everything random in training comes from (seed, position in the data, rank): crops, posterior draws, timesteps. So the
-number of images seen is all the state that a resumed run needs besides weights and optimizers, and it goes on bit for
-bit.
+All randomness in training (crops, posterior draws, timesteps) comes from (seed, position in the data, rank). So a
+resumed run needs only the number of images seen, besides weights and optimizers, and continues bit for bit.
 """
 
 import os
@@ -30,73 +29,97 @@ from pipelines.training.config import TrainLDM, TrainVAE
 from pipelines.training.step_metrics import Throughput, Totals
 from pipelines.training.worker_setup import TrainSetup
 
-LOOK_EVERY = 0.5  # seconds between looks for a request to stop
+LOOK_EVERY = 0.5  # seconds between checks for a request to stop
 
 
 class Task(Protocol):
-    """What is trained. Every rank has one; `run` drives it."""
+    """What `run` trains: networks, optimizers and data. Every rank has one.
 
-    digest: str  # of the data: a checkpoint goes on with the same only
-    stages: list[tuple[int, int]]  # (images, batch size over all ranks)
+    Attributes:
+        digest: hash of the data. A run resumes from its checkpoint only with the same data.
+        stages: (images, batch size over all ranks) of each stage.
+    """
+
+    digest: str
+    stages: list[tuple[int, int]]
 
     def begin(self, stage: int) -> None:
-        """Get a stage's data ready."""
+        """Prepare the data of a stage."""
 
     def batches(self, start: int, end: int, batch_size: int) -> Iterator[Any]:
-        """This rank's part of every batch from position `start` on, up to `end`."""
+        """Yield this rank's part of every batch from position `start` up to `end`; the last batch is whole too."""
 
     def step(self, batch: Any, images: int) -> dict[str, Tensor]:
-        """One update after `images`; its metrics, `loss` among them."""
+        """Do one optimizer step on `batch`.
+
+        Args:
+            batch: this rank's part of a batch.
+            images: images seen before this step, over all ranks.
+
+        Returns:
+            The step's metrics as scalars, one of them `loss`.
+        """
 
     def count(self) -> dict[str, Tensor]:
-        """Further metrics, as they stand when metrics are logged."""
+        """Return further metrics, whose current value counts whenever metrics are logged."""
 
     def check(self, means: dict[str, float]) -> None:
-        """Raise a UserError where logged metrics, the same on all ranks, show that it can't go on."""
+        """Raise a UserError if the logged metrics, which are the same on all ranks, show that training must stop."""
 
     def skipped(self) -> int:
-        """The longest run of steps since the last call that were skipped, as their gradients were not finite."""
+        """Return the longest series of steps since the last call that were skipped, for gradients that were not finite.
+
+        See `optimizer.Adam.skipped`.
+        """
 
     def validate(self) -> tuple[dict[str, float], np.ndarray | None]:
-        """Metrics, the same on all ranks, and a picture (rank 0's is kept)."""
+        """Return metrics, which are the same on all ranks, and a picture or None; rank 0's picture is kept."""
 
     def state(self) -> dict[str, Any]: ...
 
     def load(self, state: dict[str, Any]) -> None: ...
 
     def exports(self) -> dict[str, Callable[[Path], None]]:
-        """What the run is for: names of folders, and what writes each, `model` among them."""
+        """Return the model folders of the run: each folder's name, with the function that writes it.
+
+        One of the names is `model`.
+        """
 
 
 def run(task: Task, name: str, config: TrainVAE | TrainLDM, setup: TrainSetup, rank: int, world: int) -> dict[str, Any]:
-    """Train `task` from the latest checkpoint on: steps, metrics, validation, checkpoints, the final model.
+    """Train `task` from the latest checkpoint: steps, metrics, validation, checkpoints, and the final model.
 
     Args:
-        name: of the run, for people.
+        task: this rank's task.
+        name: the run's name in messages.
+        config: the run's config.
+        setup: what the driver gave to the worker.
+        rank: this worker's rank.
+        world: the number of ranks.
 
     Returns:
-        `images` seen, whether the run was `stopped` before its end, the median `images_per_second`, and the last
-        metrics.
+        `images` (images seen), `stopped` (whether the run was stopped before its end), `images_per_second` (the
+        median), and the last metrics.
 
     Raises:
-        UserError: the checkpoint is of other data or another model; too many steps in a row were skipped; or what the
-            task raises.
+        UserError: the checkpoint belongs to other data or another model; too many steps in a row were skipped; or the
+            task raised it.
     """
     return _Run(task, name, config, setup, rank, world).run()
 
 
 class _Run:
-    """One rank's part of a training run, from the latest checkpoint on."""
+    """One rank's part of a training run, starting from the latest checkpoint."""
 
     def __init__(self, task: Task, name: str, config: TrainVAE | TrainLDM, setup: TrainSetup, rank: int, world: int):
         self.task, self.name, self.config, self.setup, self.rank = task, name, config, setup, rank
         self.total = sum(images for images, _ in task.stages)
         self.images = self.begun = self.saved = _resume(task, name, setup, rank)
         self.totals, self.throughput = Totals(), Throughput(self.images)
-        self.numbers: dict[str, float] = {}  # the loss and the last validation's metrics: what people are shown
+        self.numbers: dict[str, float] = {}  # the last loss and validation metrics, shown to the user
         self.watch, self.stop = Watch(setup.folder, rank, world), False
-        self.notice: Any = None  # of nodes that are to be taken away, when it was last looked
-        self.tracker: mlflow_run.Tracker | None = None  # these three are rank 0's
+        self.notice: Any = None  # the notice of nodes about to be taken away that was found at the last check
+        self.tracker: mlflow_run.Tracker | None = None  # only rank 0 has these three
         self.progress: Progress | None = None
         self.exported: prometheus.Training | None = None
         if rank == 0:
@@ -106,6 +129,7 @@ class _Run:
             self.exported = prometheus.Training(config.name)
 
     def run(self) -> dict[str, Any]:
+        """Train the stages that are left, then publish the final model; see `run` of this module."""
         end = 0
         try:
             for number, (length, batch_size) in enumerate(self.task.stages):
@@ -125,10 +149,10 @@ class _Run:
         return {"images": self.images, "stopped": stopped, "images_per_second": rate, **self.numbers}
 
     def _train(self, begin: int, end: int, batch_size: int) -> None:
-        """The steps of a stage, which is positions `begin` to `end` of the run."""
+        """Do the steps of one stage, which covers positions `begin` to `end` of the run."""
         loop = self.config.loop
         self.throughput.restart(self.images)
-        # A stage's last batch is whole, so the next stage may begin some images late.
+        # A stage's last batch is whole, so it may pass `end`, and the next stage then begins some images late.
         batches = iter(self.task.batches(max(self.images, begin), end, batch_size))
         while not self.stop:
             with self.throughput.waiting():
@@ -153,7 +177,7 @@ class _Run:
                 self._save()
 
     def _heard_notice(self) -> bool:
-        """Whether a node of this run is to be taken away, of which nothing was known before."""
+        """Return whether there is a new notice that a node of this run will be taken away."""
         found = _preempted(self.setup)
         if found == self.notice:
             return False
@@ -163,7 +187,7 @@ class _Run:
         return found is not None
 
     def _log(self, batch_size: int) -> None:
-        """Metrics since the last time: their means over steps and ranks, checked, then shown everywhere."""
+        """Average the metrics since the last call over steps and ranks, check them, and log them everywhere."""
         means = ranks.mean_over_ranks(self.totals.means() | self.task.count())
         done, speed = self.throughput.read(self.images)
         self.task.check(means)
@@ -182,7 +206,7 @@ class _Run:
         self.throughput.restart(self.images)
 
     def _validate(self) -> None:
-        """Write the model folders, then validate."""
+        """Write the model folders, then validate and log the results."""
         if self.rank == 0:
             for folder, write in self.task.exports().items():
                 checkpoint.publish(write, Path(self.setup.folder, folder))
@@ -195,7 +219,7 @@ class _Run:
         self.throughput.restart(self.images)
 
     def _save(self) -> None:
-        """Write a checkpoint, of what `_log` has just checked: a checkpoint never holds a broken run."""
+        """Write a checkpoint. `_log` has just checked the metrics, so a checkpoint never holds a broken run."""
         about = {"images": self.images, "digest": self.task.digest, "config": values_to_keep(self.config)}
         state = checkpoint.save(self.task.state() | about) if self.rank == 0 else None
         _report({"images": self.images} | self.numbers, state, Path(self.setup.folder))
@@ -203,10 +227,11 @@ class _Run:
         self.throughput.restart(self.images)
 
     def _publish(self, written: bool) -> None:
-        """Give the tracked run the final model folders.
+        """Give the final model folders to the tracked run in MLflow.
 
         Args:
-            written: whether the last validation wrote them; else nothing was left to train, and so to validate.
+            written: whether the last validation wrote them. If not, nothing was left to train or to validate, and
+                they are written here.
         """
         if self.tracker is None:
             return
@@ -218,11 +243,18 @@ class _Run:
 
 
 def _resume(task: Task, name: str, setup: TrainSetup, rank: int) -> int:
-    """Images seen at the run's latest checkpoint, else at the one that it begins with, which `task` has then; or 0."""
+    """Load a checkpoint into `task`: the run's latest one, or else the one that `setup.begin` names.
+
+    Returns:
+        The number of images seen at that checkpoint; 0 where there is none.
+
+    Raises:
+        UserError: the checkpoint is damaged, or belongs to other data or another model.
+    """
     import ray.train
 
     found, begin = ray.train.get_checkpoint(), setup.begin
-    own = "" if found else checkpoint.newest(setup.folder)  # Ray's list of them was lost
+    own = "" if found else checkpoint.newest(setup.folder)  # there may be one although Ray's list of them was lost
     if not (found or own or begin):
         return 0
     if not (found or own):
@@ -249,18 +281,26 @@ def _resume(task: Task, name: str, setup: TrainSetup, rank: int) -> int:
 
 
 def _preempted(setup: TrainSetup) -> Any:
-    """What Ray was told of nodes of this run that are to be taken away (a spot notice, `ray drain-node`): the same on
-    all ranks, which ask together; None where it was told nothing."""
+    """Return Ray's notice about nodes of this run that will be taken away, or None if there is none.
+
+    Such a notice comes from a spot instance or from `ray drain-node`. All ranks must call this together, and all get
+    the same answer.
+    """
     import ray.train
 
     return ray.train.get_preemption_info() if setup.nodes > 1 else None
 
 
 def _report(metrics: dict[str, Any], folder: str | None, run: Path) -> None:
-    """Hand a checkpoint folder (rank 0's; None elsewhere) to Ray Train; all ranks call this together.
+    """Hand a checkpoint folder to Ray Train. All ranks must call this together.
+
+    Args:
+        metrics: the metrics to keep with the checkpoint; "images" gives it its name.
+        folder: rank 0's checkpoint folder, which is removed afterwards; None on the other ranks.
+        run: the run's folder.
 
     Raises:
-        UserError: it can't be written into the run's folder.
+        UserError: the checkpoint cannot be written into the run's folder.
     """
     import ray.train
 
@@ -279,13 +319,16 @@ def _report(metrics: dict[str, Any], folder: str | None, run: Path) -> None:
 
 
 def due(before: int, after: int, every: int) -> bool:
-    """Whether a multiple of `every` lies in (before, after]; never where it is 0."""
+    """Return whether a multiple of `every` lies in (before, after]. With `every` = 0 the result is False."""
     return every > 0 and before // every != after // every
 
 
 class Watch:
-    """In a training worker: whether the run was asked to stop. All ranks, which ask once a step, hear of it at the same
-    one: rank 0 looks, and tells the others beside the step's own work, on CPUs."""
+    """Check in a training worker whether the run was asked to stop.
+
+    Every rank asks once per step, and all ranks get the same answer at the same step. Rank 0 looks for the file and
+    broadcasts the result over gloo (on CPUs) while the step's own work goes on, so the answer comes one step late.
+    """
 
     def __init__(self, folder: str, rank: int, world: int):
         self._file, self._rank = Path(folder, shutdown.FILE), rank
@@ -295,6 +338,7 @@ class Watch:
         self._telling: Any = None
 
     def asked(self) -> bool:
+        """Return whether the run was asked to stop. All ranks must call this together, once per step."""
         if self._group is None:
             return self._look()
         told = False
@@ -307,6 +351,7 @@ class Watch:
         return told
 
     def _look(self) -> bool:
+        """Look for the request's file, at most once every `LOOK_EVERY` seconds."""
         if not self._seen and time.monotonic() - self._looked >= LOOK_EVERY:
             self._looked, self._seen = time.monotonic(), os.path.exists(self._file)
         return self._seen

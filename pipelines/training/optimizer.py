@@ -1,4 +1,4 @@
-"""AdamW that skips steps with gradients that are not finite, and the schedule of its learning rate."""
+"""AdamW that skips steps whose gradients are not finite, and its learning rate schedule."""
 
 from typing import Any
 
@@ -10,7 +10,16 @@ from pipelines.training.config import Optimizer
 
 
 def learning_rate_factor(config: Optimizer, images: int, total: int) -> float:
-    """Of the base rate at a step that begins after `images`: linear warm-up, then constant or a cosine to 0."""
+    """Return the factor of the base learning rate: linear warm-up, then constant or a cosine that falls to 0.
+
+    Args:
+        config: gives `warmup` and `schedule`.
+        images: images seen before the step.
+        total: images of the whole training.
+
+    Returns:
+        (images + 1) / (warmup + 1) during the warm-up; afterwards 1, or 0.5 + 0.5 cos(pi * progress).
+    """
     if images < config.warmup:
         return (images + 1) / (config.warmup + 1)
     if config.schedule == "constant":
@@ -20,10 +29,15 @@ def learning_rate_factor(config: Optimizer, images: int, total: int) -> float:
 
 
 class Adam:
-    """AdamW that leaves the weights, and its own state, as they are where a gradient is NaN or infinite.
+    """AdamW that skips a step, with no change to weights or moments, if a gradient is NaN or infinite.
 
-    Nothing waits for the device to tell: the optimizer's kernel reads the verdict there, as it does from a GradScaler.
-    Gradients are the same on all ranks, and so is the verdict.
+    The host does not wait for the device: the fused kernel reads on the device whether to skip, as it does with a
+    GradScaler. Gradients are the same on all ranks, so all ranks skip the same steps.
+
+    Args:
+        model: the module whose trainable parameters are optimized.
+        config: learning rate, betas, weight decay and the limit of the gradient norm (`clip`; 0: none).
+        lr: learning rate in place of `config.lr`.
     """
 
     def __init__(self, model: nn.Module, config: Optimizer, lr: float | None = None):
@@ -36,7 +50,14 @@ class Adam:
         self._streak, self._longest = torch.zeros(2, device=device).unbind()
 
     def step(self, lr: float) -> dict[str, Tensor]:
-        """One update at this rate. Returns the norm of the gradient before clipping, and whether it was skipped."""
+        """Update the weights from their gradients, then clear the gradients.
+
+        Args:
+            lr: learning rate of this step.
+
+        Returns:
+            `gradient_norm`, the norm before clipping, and `skipped_steps`, 1 if this step was skipped and else 0.
+        """
         gradients = [p.grad for p in self._parameters if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
         if self._clip:
@@ -52,18 +73,25 @@ class Adam:
         return {"gradient_norm": norm, "skipped_steps": bad}
 
     def skipped(self) -> int:
-        """The longest run of skipped steps since the last call, and up to it."""
+        """Return the longest series of skipped steps since the last call.
+
+        A series that is still going on at one call is counted in full at the next call too.
+        """
         longest, self._longest = int(self._longest), self._streak
         return longest
 
     def state_dict(self) -> dict[str, Any]:
+        """Return the state of the wrapped torch.optim.AdamW."""
         return self._optimizer.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Moments only: rate, betas and decay stay this optimizer's, which may go on from another run's."""
+        """Load only the moments and step counts.
+
+        Learning rate, betas and weight decay stay as configured, since the state may come from another run.
+        """
         groups = zip(state["param_groups"], self._optimizer.param_groups, strict=True)
         state = state | {"param_groups": [own | {"params": theirs["params"]} for theirs, own in groups]}
         self._optimizer.load_state_dict(state)
         for parameter, moments in self._optimizer.state.items():
-            for name in ("exp_avg", "exp_avg_sq"):  # the fused kernel takes them to lie in memory as the weights do
+            for name in ("exp_avg", "exp_avg_sq"):  # the fused kernel assumes the same memory format as the weights
                 moments[name] = torch.empty_like(parameter).copy_(moments[name])

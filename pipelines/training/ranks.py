@@ -1,4 +1,4 @@
-"""What the workers of a training tell each other, apart from gradients."""
+"""Exchange of values other than gradients between the workers of a training."""
 
 from typing import Any
 
@@ -8,11 +8,14 @@ from torch import Tensor
 
 
 def gathered(mine: list[Any], world: int) -> list[Any]:
-    """The items of all ranks, in the order of ranks. All ranks call this together.
+    """Gather the items of all ranks, in the order of ranks. All ranks must call this together.
 
     Args:
-        mine: this rank's items, which can be pickled.
-        world: how many ranks there are; one alone takes no process group.
+        mine: this rank's items, which must be picklable.
+        world: the number of ranks; with 1, no process group is needed.
+
+    Returns:
+        One list with the items of rank 0, then those of rank 1, and so on.
     """
     if world == 1:
         return mine
@@ -22,9 +25,9 @@ def gathered(mine: list[Any], world: int) -> list[Any]:
 
 
 def mean_over_ranks(tensors: dict[str, Tensor]) -> dict[str, float]:
-    """The mean of each number over all ranks where it is finite, NaN where it is nowhere.
+    """Return the mean of each number over the ranks on which it is finite; NaN if it is finite on none.
 
-    All ranks call this together, with the same keys.
+    All ranks must call this together, with the same keys.
     """
     values = {key: float(value) for key, value in tensors.items()}
     if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:

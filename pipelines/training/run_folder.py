@@ -1,7 +1,7 @@
-"""A training run's folder: when a run may go on, and the config that says what the run is.
+"""The folder of a training run, and the check whether a run may be resumed.
 
-A run is a folder, root/name. `config.yaml` there says what the run is: the same name with another model or other data
-is refused, not mixed.
+A run is the folder root/name. Its `config.yaml` says what the run is. A run of the same name with another model or
+other data is refused, so that the two are never mixed.
 """
 
 import os
@@ -17,18 +17,24 @@ from litevae.errors import UserError
 from pipelines.runtime.schema import values_to_keep
 from pipelines.training.run_lock import DRIVER
 
-# Fields whose default is not what runs did before there was the field.
+# Fields whose default differs from what runs did before the field existed, with that earlier behaviour.
 BEFORE = {"data.decode": "pillow"}
 
 
 def open_run(folder: str, config: BaseModel, may_change: Iterable[str]) -> bool:
-    """Note the run's config in its folder, or compare with what stands there. True: an earlier run goes on.
+    """Write the config of a new run into its folder, or compare it with the config of the earlier run there.
 
     Args:
-        may_change: fields or sections (dotted) that may differ from the earlier start.
+        folder: the run's folder.
+        config: the run's config.
+        may_change: dotted names of fields or sections that may differ from the earlier run.
+
+    Returns:
+        True if an earlier run is resumed, False if the run is new.
 
     Raises:
-        UserError: the folder holds another run, with what differs.
+        UserError: the folder holds a run with another config (the message lists the differences), a damaged config,
+            or something that is no run.
     """
     path = Path(folder) / "config.yaml"
     if not path.exists():
@@ -39,7 +45,7 @@ def open_run(folder: str, config: BaseModel, may_change: Iterable[str]) -> bool:
         write_config(folder, config)
         return False
     try:
-        # a field that is newer than the run had its default, or what it has in BEFORE
+        # A field that did not exist when the run was started counts as its default, or as its value in BEFORE.
         default = flatten(values_to_keep(type(config)()))
         before = default | {key: value for key, value in BEFORE.items() if key in default}
         before |= flatten(yaml.safe_load(path.read_text()))
@@ -61,25 +67,35 @@ def open_run(folder: str, config: BaseModel, may_change: Iterable[str]) -> bool:
 
 
 def holds_something(folder: str) -> bool:
-    """Whether there is such a folder, with more in it than the claim of the job that asks."""
+    """Return whether the folder exists and holds more than the lock file of the job that asks."""
     return os.path.isdir(folder) and bool({*os.listdir(folder)} - {DRIVER})
 
 
 def check_longer(folder: str, field: str, now: int) -> None:
-    """A run that goes on may be longer than its config.yaml says, but not shorter."""
+    """Check that a resumed run is at least as long as its config.yaml says.
+
+    Args:
+        folder: the run's folder.
+        field: name of the config field that counts the images to train on.
+        now: the field's new value.
+
+    Raises:
+        UserError: the new value is smaller.
+    """
     before = yaml.safe_load((Path(folder) / "config.yaml").read_text())[field]
     if now < before:
         raise UserError(f"{field} of run {folder} may only grow; it was {before}, and is {now}")
 
 
 def write_config(folder: str, config: BaseModel) -> None:
+    """Write `config.yaml` into the run's folder, which is made if missing."""
     os.makedirs(folder, exist_ok=True)
     text = yaml.safe_dump(values_to_keep(config), sort_keys=False)
     storage.put(str(Path(folder) / "config.yaml"), text.encode())
 
 
 def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested sections as {dotted name: value}; lists are values."""
+    """Flatten nested dicts to {dotted name: value}; lists are kept as values."""
     return {
         name: item
         for key, child in value.items()

@@ -1,7 +1,7 @@
-"""One process at a time works on a run.
+"""A lock that lets only one process at a time work on a run.
 
-It holds a lock on `.driver` in the run's folder, which the system takes back however that process ends. A second
-process is refused, and what a killed one left half-written is removed.
+The process holds a lock on the file `.driver` in the run's folder. The system releases it however that process ends.
+A second process is refused. Files that a killed process left half-written are removed.
 """
 
 import fcntl
@@ -24,14 +24,14 @@ from pipelines.runtime.paths import output_path
 from pipelines.runtime.schema import Tracked
 from pipelines.training.checkpoint import STATE
 
-DRIVER = ".driver"  # in the run's folder: who is at work on it
+DRIVER = ".driver"  # file in the run's folder that names the process working on the run
 Config = TypeVar("Config", bound=Tracked)
 Rest = ParamSpec("Rest")
 Result = TypeVar("Result")
 
 
 def exclusive(job: Callable[Concatenate[Config, Rest], Result]) -> Callable[Concatenate[Config, Rest], Result]:
-    """Decorator of a job that makes the run root/name: only one process at a time works on it; see `claimed`."""
+    """Decorate a job that works on the run root/name, so that only one process at a time does; see `claimed`."""
 
     @functools.wraps(job)
     def run(config: Config, *rest: Rest.args, **more: Rest.kwargs) -> Result:
@@ -43,13 +43,19 @@ def exclusive(job: Callable[Concatenate[Config, Rest], Result]) -> Callable[Conc
 
 @contextmanager
 def claimed(folder: str) -> Iterator[None]:
-    """In the block this process alone works on a run. What is half-written there, before and afterwards, is removed.
+    """Return a context in which this process is the only one that works on a run.
 
-    The lock holds over NFS (version 4, or 3 with its lock daemon), too, and for the life of the process: one that was
-    killed leaves nothing that has to grow old first. A file system that knows no locks is warned of.
+    Half-written files in the run's folder are removed on entry and on exit. If the folder is empty on exit, it and the
+    parents that were made for it are removed.
+
+    The lock also works over NFS (version 4, or 3 with its lock daemon). It lasts at most as long as the process, so
+    that a killed process leaves no lock that must first expire. On a file system without locks a warning is logged.
+
+    Args:
+        folder: the run's folder, which is made if missing.
 
     Raises:
-        UserError: another process is at work on it, and which; or there can be no such folder.
+        UserError: another process is working on the run (the message says which), or the folder cannot be made.
     """
     path = Path(folder)
     made = [parent for parent in path.parents if not parent.exists()]
@@ -66,17 +72,19 @@ def claimed(folder: str) -> Iterator[None]:
     finally:
         (path / DRIVER).unlink(missing_ok=True)
         file.close()
-        with suppress(OSError):  # not empty
+        with suppress(OSError):  # raised where the folder is not empty
             for each in (path, *made):
                 each.rmdir()
 
 
 @contextmanager
 def in_turn(path: str) -> Iterator[None]:
-    """Wait until no other process is in such a block of the same path. The turn ends with the block, or the process.
+    """Return a context that only one process at a time can be in; others wait on entry.
+
+    The lock is released at the end of the block, or when the process ends.
 
     Args:
-        path: a file that is made for the lock, and stays.
+        path: the lock file, which is created and is not removed.
     """
     with open(path, "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -84,12 +92,17 @@ def in_turn(path: str) -> Iterator[None]:
 
 
 def _lock(path: Path) -> IO[str]:
-    """The file, locked, with this process's name in it."""
+    """Open and lock the file, and write this process's id and host into it.
+
+    Raises:
+        UserError: another process holds the lock.
+        OSError: the file cannot be made.
+    """
     while True:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             file = path.open("a+")
-        except FileNotFoundError:  # one that has ended takes its empty folder away
+        except FileNotFoundError:  # another process has just ended and removed its empty folder
             continue
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -104,7 +117,7 @@ def _lock(path: Path) -> IO[str]:
         except OSError as error:
             say(f"warning: {path.parent}: no locks here ({error.strerror}); start no second job on it", "WARNING")
         with suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(file.fileno()), path.stat()):  # or its owner has just removed it
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):  # else its owner has just removed it: try again
                 break
         file.close()
     file.truncate(0)
@@ -115,14 +128,16 @@ def _lock(path: Path) -> IO[str]:
 
 
 def _tidy(folder: Path) -> None:
-    """Remove what writers that were killed, or had no room, left: checkpoints that are not whole, of which Ray Train
-    never heard, and temporary files."""
+    """Remove what writers left that were killed or found the disk full.
+
+    This covers temporary files and incomplete checkpoints that Ray Train does not list.
+    """
     known = folder / "checkpoint_manager_snapshot.json"
     told = ""
     if known.exists():
         try:
             json.loads(told := known.read_text())
-        except ValueError as error:  # Ray Train writes it in place: a kill or a full disk cuts it
+        except ValueError as error:  # Ray Train writes it in place, so a kill or a full disk can truncate it
             known.unlink()
             told = ""
             say(f"warning: {known} was damaged ({error}); the run goes on from its newest checkpoint", "WARNING")

@@ -1,4 +1,4 @@
-"""Means of the metrics that training steps return, over steps and micro-batches; and how fast steps are."""
+"""Means of training metrics over steps and micro-batches, and the measurement of training speed."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -10,15 +10,18 @@ from torch import Tensor
 
 
 class Totals:
-    """Means of metrics, kept on the device, so that no step waits for it. What is NaN or infinite does not count.
+    """Means of metrics over steps; NaN and infinite values are left out.
 
-    A step's numbers are one tensor: a GPU takes longer to start a kernel for each of them than to compute them all.
+    The sums stay on the device, so that no step waits for it. All metrics of a step are stacked into one tensor, since
+    a GPU takes longer to start one kernel per metric than to compute them all.
     """
 
     def __init__(self) -> None:
-        self._sums: dict[tuple[str, ...], Tensor] = {}  # of steps with the same metrics: sums, and how many counted
+        # For each set of metrics that steps returned: (2, metrics), the sums and the numbers of finite values.
+        self._sums: dict[tuple[str, ...], Tensor] = {}
 
     def add(self, values: dict[str, Tensor]) -> None:
+        """Add the metrics of one step, scalar tensors by name."""
         if not values:
             return
         row = torch.stack([value.detach() for value in values.values()])
@@ -27,7 +30,7 @@ class Totals:
         self._sums[names] = self._sums[names] + row if names in self._sums else row
 
     def means(self) -> dict[str, Tensor]:
-        """Since the last call; NaN where nothing counts."""
+        """Return each metric's mean since the last call, and start anew; NaN where no value was finite."""
         found: dict[str, Tensor] = {}
         for names, sums in self._sums.items():
             for name, pair in zip(names, sums.unbind(1), strict=True):
@@ -37,7 +40,7 @@ class Totals:
 
 
 def mean_of(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Of a step's micro-batches."""
+    """Return the means of metrics over the micro-batches of one step."""
     if len(parts) == 1:
         return {name: value.detach() for name, value in parts[0].items()}
     totals = Totals()
@@ -47,10 +50,10 @@ def mean_of(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 class Throughput:
-    """Images per second, and the share of the time in which the loop waited for data, since the last `restart`.
+    """Measurement of images per second, and of the share of time spent waiting for data, since the last `restart`.
 
     Args:
-        images: images seen so far.
+        images: images seen when the measurement begins.
     """
 
     def __init__(self, images: int):
@@ -58,23 +61,30 @@ class Throughput:
         self.restart(images)
 
     def restart(self, images: int) -> None:
-        """Begin anew, so that what was done since the last reading (validation, a checkpoint) does not count."""
+        """Start a new measurement, so that time spent on validation or a checkpoint is left out."""
         self._since, self._start, self._waited = images, time.monotonic(), 0.0
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Counts the time within as time waited for data."""
+        """Return a context whose duration counts as waiting for data."""
         asked = time.monotonic()
         yield
         self._waited += time.monotonic() - asked
 
     def read(self, images: int) -> tuple[int, dict[str, float]]:
-        """Images since the restart; and `images_per_second` and `waiting_for_data` (0 to 1) as metrics."""
+        """Take a reading.
+
+        Args:
+            images: images seen so far.
+
+        Returns:
+            The images since the last `restart`, and the metrics `images_per_second` and `waiting_for_data` (0 to 1).
+        """
         seconds, done = max(1e-9, time.monotonic() - self._start), images - self._since
         self._rates.append(done / seconds)
         return done, {"images_per_second": self._rates[-1], "waiting_for_data": self._waited / seconds}
 
     @property
     def median(self) -> float:
-        """Images per second: the median of all readings, 0 where there was none."""
+        """The median images per second of all readings; 0 before the first one."""
         return float(np.median(self._rates)) if self._rates else 0.0

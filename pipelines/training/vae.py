@@ -1,4 +1,4 @@
-"""Training LiteVAE on Ray Train: reconstruction, perceptual, KL, high-frequency and adversarial losses, in stages."""
+"""Train LiteVAE on Ray Train, in stages, with reconstruction, perceptual, KL, high-frequency and adversarial losses."""
 
 import inspect
 import os
@@ -32,24 +32,28 @@ from pipelines.training.config import TrainVAE
 from pipelines.training.image_feed import Images, Picture
 from pipelines.training.worker_setup import VaeSetup
 
-# What may differ when a run goes on. Stages may only grow; see _check_stages.
+# Fields that may differ when a run resumes. Stages may only grow; see _check_stages.
 FREE = (
     "root", "ray", "stages", "checkpointing", "val_images", "data.val", "data.loaders", "data.max_bad",
     "loop.val_every", "loop.checkpoint_every", "loop.keep", "loop.log_every", "loop.max_restarts",
 )  # fmt: skip
-PICTURES = 8  # validation images shown
+PICTURES = 8  # validation images in the picture of a validation
 
 
 @run_lock.exclusive
 def train_vae(config: TrainVAE, callbacks: Sequence[Any] = ()) -> dict[str, Any]:
-    """Train, or go on with, the run `config.name`; its model folder is root/name/model.
+    """Start or resume the run `config.name`, and write its model to root/name/model.
 
     Args:
-        callbacks: of Ray Train.
+        config: the run's config.
+        callbacks: callbacks of Ray Train.
+
+    Returns:
+        The result of `launch.fit`.
 
     Raises:
-        UserError: anything the user can mend, before Ray starts where it can be known then; another process is at work
-            on this run.
+        UserError: anything that the user can fix, raised before Ray starts where that is possible; or another process
+            is working on this run.
     """
     folder = os.path.join(paths.output_path("root", config.root), config.name)
     source = open_source(config.data.train, "data.train")
@@ -66,7 +70,8 @@ def train_vae(config: TrainVAE, callbacks: Sequence[Any] = ()) -> dict[str, Any]
         load_esrgan(config.loss.esrgan.weights)
     _check_discriminator(config)
     begin = os.path.abspath(config.begin) if config.begin else ""
-    own = list(Path(folder).glob(f"checkpoint-*/{checkpoint.STATE}"))  # then `begin` may be gone: its run keeps a few
+    # A run with its own checkpoints no longer needs `begin`, which the other run may have deleted (`loop.keep`).
+    own = list(Path(folder).glob(f"checkpoint-*/{checkpoint.STATE}"))
     if begin and not own and not os.path.isfile(os.path.join(begin, checkpoint.STATE)):
         raise UserError(
             f"begin={config.begin} is no checkpoint folder of a run (it has no {checkpoint.STATE}); give one as "
@@ -98,9 +103,10 @@ def train_vae(config: TrainVAE, callbacks: Sequence[Any] = ()) -> dict[str, Any]
 
 
 def build_model(config: TrainVAE) -> LiteVAE:
-    """
+    """Build the autoencoder of `config.model`: with the weights of `model.init`, or random ones from `config.seed`.
+
     Raises:
-        UserError: `model.init` is no model folder, or of another architecture.
+        UserError: `model.init` is not a model folder, or its architecture differs from `config.model`.
     """
     wanted = config.model
     torch.manual_seed(config.seed)
@@ -125,7 +131,7 @@ def build_model(config: TrainVAE) -> LiteVAE:
     have = model_config(wanted.init)
     if (kind := have.get("_class_name")) != "LiteVAE":
         raise UserError(f"model.init={wanted.init} is a model of class {kind}, not LiteVAE")
-    # a folder from before a field was there has its default
+    # A field that is missing in an older model folder counts as its default.
     have = {key: field.default for key, field in inspect.signature(LiteVAE.__init__).parameters.items()} | have
     have, own = (
         {key: list(value) if isinstance(value, tuple) else value for key, value in config.items()}
@@ -137,7 +143,7 @@ def build_model(config: TrainVAE) -> LiteVAE:
 
 
 def lpips_or_warning(config: TrainVAE) -> bool:
-    """Whether LPIPS is on: without its backbone's weights the term is off, and said to be."""
+    """Return whether the LPIPS term is on. If its backbone's weights are missing, it is off and a warning is logged."""
     term = config.loss.lpips
     if not term.weight:
         return False
@@ -150,7 +156,13 @@ def lpips_or_warning(config: TrainVAE) -> bool:
 
 
 def _check_discriminator(config: TrainVAE) -> None:
-    """It may come in late in the run, which is to hear of it before that."""
+    """Check that the discriminator can take the smallest stage's images.
+
+    It may be used only late in a run, and the user should see this error at the start.
+
+    Raises:
+        UserError: the images are too small for this kind of discriminator.
+    """
     if not config.loss.adversarial.weight:
         return
     kind, resolution = config.loss.adversarial.kind, min(stage.resolution for stage in config.stages)
@@ -164,7 +176,11 @@ def _check_discriminator(config: TrainVAE) -> None:
 
 
 def _check_stages(folder: str, config: TrainVAE) -> None:
-    """A run that goes on may be longer, but what it has been through stays."""
+    """Check the stages of a resumed run: the last one may get longer and more may follow, all else must be the same.
+
+    Raises:
+        UserError: a stage was changed, shortened or removed.
+    """
     import yaml
 
     before = yaml.safe_load((Path(folder) / "config.yaml").read_text())["stages"]
@@ -179,7 +195,14 @@ def _check_stages(folder: str, config: TrainVAE) -> None:
 
 
 class Objective(nn.Module):
-    """The weighted sum of the generator's loss terms. Frozen backbones only: nothing here is trained."""
+    """The weighted sum of the autoencoder's loss terms, except the adversarial one.
+
+    Its modules are frozen backbones; nothing in it is trained.
+
+    Args:
+        config: the run's config, whose `loss` gives weights and starts of the terms.
+        lpips: whether the LPIPS term is on.
+    """
 
     def __init__(self, config: TrainVAE, lpips: bool):
         super().__init__()
@@ -197,10 +220,17 @@ class Objective(nn.Module):
         images: int,
         averaged: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """(total but for the adversarial term, each term unweighted).
+        """Compute the loss terms that are on after `images` images.
 
         Args:
-            averaged: the averaged model's reconstruction, where LDL wants it (`wants_averaged`).
+            x: images (N, 3, H, W) in [-1, 1].
+            reconstruction: the model's reconstruction of `x`, of the same shape.
+            posterior: the encoder's posterior; where it is deterministic there is no KL term.
+            images: images seen before this step.
+            averaged: the averaged model's reconstruction, if LDL needs it (`wants_averaged`).
+
+        Returns:
+            The weighted sum without the adversarial term, and each term unweighted, as scalars.
         """
         terms = {
             "l1": lambda: losses.l1(reconstruction, x),
@@ -225,15 +255,23 @@ class Objective(nn.Module):
         return total, values
 
     def wants_averaged(self, images: int) -> bool:
+        """Return whether the step after `images` images needs the averaged model's reconstruction (for LDL)."""
         return self._counts("ldl", images)
 
     def _counts(self, name: str, images: int) -> bool:
+        """Return whether the term has a weight and has started."""
         term = getattr(self.config, name)
         return bool(term.weight) and images >= term.start
 
 
 class Networks:
-    """Autoencoder and discriminator with their optimizers and average: what steps, and what a checkpoint holds."""
+    """Autoencoder, discriminator, their optimizers and the EMA: everything that a step updates and a checkpoint stores.
+
+    Args:
+        config: the run's config.
+        lpips: whether the LPIPS term is on.
+        device: the device of all networks.
+    """
 
     def __init__(self, config: TrainVAE, lpips: bool, device: torch.device):
         from ray.train.torch import prepare_model
@@ -257,12 +295,20 @@ class Networks:
             self.disc_net = prepare_model(self.disc)
             self.disc_optimizer = optimizer.Adam(self.disc, config.optim, lr=adversarial.lr)
             self.lecam = losses.LeCam(_average, device=device) if adversarial.lecam else None
-        if config.loop.compile:  # not the posterior's draw between the two halves, which stays torch's
+        if config.loop.compile:  # but the posterior's draw between encoder and decoder stays eager
             compiling.compile_parts(self.model.encoder, self.model.decoder, self.disc, *self.objective.children())
         self.total = sum(stage.images for stage in config.stages)
 
     def step(self, pixels: Tensor, images: int) -> dict[str, Tensor]:
-        """One update of each network from this rank's images, uint8 (N, H, W, 3); returns the terms' values."""
+        """Do one optimizer step for each network.
+
+        Args:
+            pixels: this rank's images, uint8 (N, H, W, 3).
+            images: images seen before this step, over all ranks.
+
+        Returns:
+            The unweighted loss terms, the total `loss`, and the optimizers' metrics, as scalars.
+        """
         optim, adversarial = self.config.optim, self.config.loss.adversarial
         gan = self.disc is not None and images >= adversarial.start
         factor = optimizer.learning_rate_factor(optim, images, self.total)
@@ -293,9 +339,10 @@ class Networks:
         return found
 
     def _adversarial(self, loss: Tensor, reconstruction: Tensor, images: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Weight of the adversarial term, and the term itself with what is to be known of it.
+        """Return the weight of the adversarial term, and the term with its metrics.
 
-        The gradients' ratio (Figure 7) is that of the weighted term to all others, at the decoder's last layer.
+        `gradient_ratio` (Figure 7) is the norm of the weighted term's gradient over that of all other terms, at the
+        decoder's last layer.
         """
         assert self.disc is not None
         config = self.config.loss.adversarial
@@ -304,7 +351,7 @@ class Networks:
             logits = self.disc(reconstruction)
         term = losses.hinge_generator(logits) if config.loss == "hinge" else losses.logistic_generator(logits)
         values = {"adversarial": term}
-        weight = torch.full((), config.weight, device=self.device)  # a copy from the host would wait for the device
+        weight = torch.full((), config.weight, device=self.device)  # copying it from the host would wait for the device
         if config.adaptive or self._due(config.ratio_every, images):
             norms = losses.gradient_norms(loss, term, self.model.decoder.conv_out.weight, _average)
             if config.adaptive:
@@ -313,6 +360,7 @@ class Networks:
         return weight, values
 
     def _discriminator_step(self, fakes: list[tuple[Tensor, Tensor]], images: int, lr: float) -> dict[str, Tensor]:
+        """Do one optimizer step for the discriminator on each micro-batch's (images, reconstructions)."""
         assert self.disc is not None
         self.disc.requires_grad_(True)
         values: list[dict[str, Tensor]] = []
@@ -325,9 +373,10 @@ class Networks:
         return step_metrics.mean_of(values) | stepped
 
     def _discriminator_loss(self, x: Tensor, fake: Tensor, images: int, part: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the discriminator's loss on micro-batch number `part`, and its terms."""
         config = self.config.loss.adversarial
         penalized = config.r1 > 0 and self._due(config.r1_every, images)
-        # the same on all ranks: each forward under DDP is a collective
+        # All ranks decide the same, because each forward pass under DDP is a collective operation.
         mixed = np.random.default_rng(order.seed_for(self.config.seed, images, part)).random() < config.cutmix
         mask = losses.cutmix_mask(len(x), *x.shape[-2:]).to(x.device) if mixed else None
         batches = [x.requires_grad_(penalized), fake]
@@ -336,7 +385,7 @@ class Networks:
         with autocast(self.device, self.config.loop.precision):
             if self.disc.mixes_images:  # type: ignore[union-attr]
                 outputs = [self.disc_net(batch) for batch in batches]
-            else:  # one forward for all: DDP wants one forward per backward
+            else:  # one forward pass for all batches, since DDP expects one forward per backward
                 heads = [head.chunk(len(batches)) for head in self.disc_net(torch.cat(batches))]
                 outputs = [tuple(head[n] for head in heads) for n in range(len(batches))]
         real, made, *mixture = outputs
@@ -356,7 +405,7 @@ class Networks:
         return loss, values
 
     def _due(self, every: int, images: int) -> bool:
-        """Whether the step that begins after `images` is one of every so many of its stage; 0: none is."""
+        """Return whether the step after `images` images is one of every `every` steps of its stage; False for 0."""
         begin = 0
         for stage in self.config.stages:
             if images < begin + stage.images or stage is self.config.stages[-1]:
@@ -366,17 +415,19 @@ class Networks:
 
     @torch.no_grad()
     def _averaged_reconstruction(self, x: Tensor) -> Tensor:
+        """Reconstruct images with the EMA weights, in fp32 and from the posterior's mode."""
         assert self.ema is not None
-        # copies of buffers: a running mean is not to see the batch twice
+        # The buffers are copied so that running means do not see the batch twice.
         state = self.ema.average | {name: buffer.clone() for name, buffer in self.model.named_buffers()}
         with compiling.uncompiled(), autocast(self.device, self.config.loop.precision):
             return torch.func.functional_call(self.model, state, (x, False))[0].float()
 
     def averaged(self) -> AbstractContextManager[None]:
-        """Context with the weights to judge and to keep: the average where there is one."""
+        """Return a context in which the model has the weights to validate and export: the EMA's if there is an EMA."""
         return self.ema.swapped(self.model) if self.ema is not None else nullcontext()
 
     def state(self) -> dict[str, Any]:
+        """Return what a checkpoint stores: the states of networks, optimizers, EMA and LeCam."""
         state: dict[str, Any] = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
         if self.ema is not None:
             state["ema"] = self.ema.state_dict()
@@ -387,6 +438,7 @@ class Networks:
         return state
 
     def load(self, state: dict[str, Any]) -> None:
+        """Restore what `state` returned."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.ema is not None:
@@ -399,18 +451,23 @@ class Networks:
 
 
 def _mean(logits: tuple[Tensor, ...]) -> Tensor:
+    """Return the mean logit over the discriminator's heads, each head with the same weight."""
     return torch.stack([head.float().mean() for head in logits]).mean()
 
 
 def _share_buffers(model: nn.Module) -> None:
-    """Rank 0's running statistics (decoder.norm=batch) for all ranks, as DDP does only before the next step: what is
-    averaged and validated is then the same on all, and what a checkpoint holds."""
+    """Copy rank 0's running statistics (decoder.norm=batch) to all ranks after a step.
+
+    DDP does so only before the next step. With this, the weights that are averaged and validated are the same on all
+    ranks, and the same as in a checkpoint.
+    """
     if torch.distributed.is_initialized():
         for buffer in model.buffers():
             torch.distributed.broadcast(buffer, 0)
 
 
 def _average(gradient: Tensor) -> Tensor:
+    """Average a tensor over all ranks."""
     if torch.distributed.is_initialized():
         torch.distributed.all_reduce(gradient)
         gradient = gradient / torch.distributed.get_world_size()
@@ -418,7 +475,7 @@ def _average(gradient: Tensor) -> Tensor:
 
 
 class Autoencoder(Networks):
-    """The training task: networks, the stage's images, validation."""
+    """The training task (see `loop.Task`): the networks, the images of the current stage, and validation."""
 
     def __init__(self, config: TrainVAE, setup: VaeSetup, rank: int, world: int, device: torch.device):
         super().__init__(config, setup.lpips, device)
@@ -429,6 +486,7 @@ class Autoencoder(Networks):
         self._rank, self._world = rank, world
 
     def begin(self, stage: int) -> None:
+        """Prepare images and validation at the stage's resolution, and put the model into training mode."""
         resolution = self.config.stages[stage].resolution
         data = self.config.data
         transform = ImageTransform(resolution, data.resize, data.crop, data.flip, decode=data.decode)
@@ -437,32 +495,38 @@ class Autoencoder(Networks):
         self.model.train()
 
     def batches(self, start: int, end: int, batch_size: int) -> Iterator[Tensor]:
-        """Put together while the step before is computed."""
+        """Yield this rank's batches, uint8 (N, H, W, 3); a thread puts each together while the previous step runs."""
         pictures = self._images.batches(start, end, batch_size, self._rank, self._world)
         for (batch,) in stream(self._stacked, ([batch] for batch in pictures), threads=1, ahead=1):
             yield batch
 
     def _stacked(self, pictures: Sequence[Picture]) -> Tensor:
         batch = torch.from_numpy(np.stack([picture.pixels for picture in pictures]))
-        return batch.pin_memory() if self.device.type == "cuda" else batch  # or copies would wait for the step before
+        # Copies from unpinned memory would wait for the previous step.
+        return batch.pin_memory() if self.device.type == "cuda" else batch
 
     def count(self) -> dict[str, Tensor]:
+        """Return the number of unreadable images so far as a metric."""
         return {"bad_images": torch.tensor(float(self._images.count_bad(self._world)))}
 
     def check(self, means: dict[str, float]) -> None:
+        """Raise a UserError if there are more unreadable images than the config allows."""
         self._images.check(round(means["bad_images"]))
 
     def skipped(self) -> int:
+        """Return the longest series of skipped steps, of either optimizer, since the last call."""
         return max(self.optimizer.skipped(), self.disc_optimizer.skipped() if self.disc is not None else 0)
 
     def validate(self) -> tuple[dict[str, float], np.ndarray | None]:
+        """Return the metrics and the picture of the validation images, if there are any."""
         return self._validation.run(self) if self._validation.images else ({}, None)
 
     def exports(self) -> dict[str, Callable[[Path], None]]:
+        """Return the writer of the run's only model folder."""
         return {"model": self._save}
 
     def _save(self, folder: Path) -> None:
-        """The trained model, averaged where there is an average, as a model folder."""
+        """Save the model, with the EMA weights if there is an EMA, as a model folder."""
         with self.averaged():
             self.model.save_pretrained(folder)
 
@@ -474,7 +538,16 @@ def _worker(given: dict[str, Any]) -> dict[str, Any]:
 
 
 class Validation:
-    """The first images of the validation source, centre-cropped, spread over ranks; metrics are exact over them."""
+    """Validation on the first images of the validation source, centre-cropped and divided among the ranks.
+
+    Metrics are means over all of these images, not means of the ranks' means. Unreadable images are skipped.
+
+    Args:
+        source: the validation source; None: no validation.
+        config: the run's config.
+        resolution: side of the images in pixels.
+        rank, world: this rank takes the images rank, rank + world, ...
+    """
 
     def __init__(self, source: Source | None, config: TrainVAE, resolution: int, rank: int, world: int):
         self.images = min(config.val_images, source.units) if source is not None else 0
@@ -493,7 +566,11 @@ class Validation:
 
     @torch.no_grad()
     def run(self, networks: Networks) -> tuple[dict[str, float], np.ndarray | None]:
-        """(metrics over all ranks, a picture of this rank's first images where it has any)."""
+        """Reconstruct the images from the posterior's mode. All ranks must call this together.
+
+        Returns:
+            `psnr` and `ssim` over all ranks, and a picture of this rank's first images, or None if it has no images.
+        """
         values: dict[str, list[float]] = {"psnr": [], "ssim": []}
         shown: list[list[Tensor]] = [[], [], []]
         networks.model.eval()

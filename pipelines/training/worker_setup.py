@@ -1,4 +1,4 @@
-"""What the workers of a training get from the driver."""
+"""Data classes that the driver passes to the workers of a training."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -11,17 +11,17 @@ from pipelines.runtime.mlflow_server import RunHandle
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSetup:
-    """What every worker of a training gets.
+    """What every worker of a training gets from the driver.
 
     Attributes:
-        config: the run's config as plain values, as `values_to_keep` gives them.
-        folder: the run's folder, which takes the checkpoints.
-        data: URI of the images or latents, by which the tracked run names them.
-        begin: folder of another run's checkpoint that a new run begins with; "": none.
-        handle: the tracked run.
+        config: the run's config as plain values, as `values_to_keep` returns them.
+        folder: the run's folder, in which the checkpoints are kept.
+        data: URI of the images or latents, which names them in the tracked run.
+        begin: folder of another run's checkpoint with which a new run begins; "": none.
+        handle: the run in MLflow.
         threads: CPU threads of each worker.
-        live: whether the driver writes to a terminal, where progress is a bar.
-        nodes: how many nodes Ray knows; of more than one, some may be taken away with a notice.
+        live: whether the driver writes to a terminal, where progress is shown as a bar.
+        nodes: the number of nodes in Ray. If there is more than one, Ray may give notice that some will be taken away.
     """
 
     config: dict[str, Any]
@@ -40,8 +40,8 @@ class VaeSetup(TrainSetup):
 
     Attributes:
         source: the training images.
-        val: the validation images, where there are any.
-        lpips: whether the LPIPS term is on: its weights were found.
+        val: the validation images; None: no validation.
+        lpips: whether the LPIPS term is on. It is off if its weights were not found.
     """
 
     source: Source
@@ -51,19 +51,19 @@ class VaeSetup(TrainSetup):
 
 @dataclass(frozen=True)
 class LatentData:
-    """Where the latents of train_ldm come from.
+    """The origin of the latents of train_ldm.
 
     Attributes:
-        data: URI of the cache, or of the images that are encoded on the way.
-        images: rows of the cache, or images.
-        shape: of a latent, (n_z, h, w).
+        data: URI of the cache, or of the images that are encoded during training.
+        images: number of rows of the cache, or of images.
+        shape: shape of a latent, (n_z, h, w).
         vae: the autoencoder's folder.
-        fingerprint: the autoencoder's, as `litevae.autoencoder.fingerprint` gives it.
-        about: the same in words, for people.
-        cache: the cache that is read (mode=cache) or filled (write-through).
-        version: number of the cache's manifest, where it is read.
-        source: the images of mode=online.
-        plan: that of the cache which mode=write-through fills.
+        fingerprint: hash of the autoencoder, as `litevae.autoencoder.fingerprint` returns it.
+        about: a description of the latents for the log.
+        cache: the cache that is read (mode=cache) or filled (mode=write-through); "" with mode=online.
+        version: number of the manifest of the cache that is read; None in the other modes.
+        source: the images of mode=online; None in the other modes.
+        plan: the plan of the cache that mode=write-through fills; None in the other modes.
     """
 
     data: str
@@ -83,7 +83,7 @@ class LdmSetup(TrainSetup):
     """What every worker of train_ldm gets.
 
     Attributes:
-        latents: where they come from.
+        latents: the origin of the latents.
     """
 
     latents: LatentData

@@ -1,4 +1,4 @@
-"""Latents of images that are encoded in the first epoch and fill a cache, from which later epochs read."""
+"""The feed of mode=write-through: the first epoch encodes images and fills a cache, and later epochs read the cache."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -24,15 +24,16 @@ from pipelines.training.config import TrainLDM
 from pipelines.training.latent_feeds import Batch, Encoding, from_cache, labels_of
 from pipelines.training.worker_setup import LdmSetup
 
-WINDOW = 8  # shards whose images are shuffled among each other in the first epoch of write-through
+WINDOW = 8  # number of shards whose images are shuffled together in the first epoch
 
 
 class WriteThrough(Encoding):
-    """The first epoch encodes and fills a cache, shard by shard; later ones read it.
+    """A feed whose first epoch encodes images and fills a cache, shard by shard; later epochs read the cache.
 
-    In the first epoch images are shuffled within windows of `WINDOW` shards. Before a window's first batch its shards
-    are encoded and committed, each by one rank, as the encode job would; those that are there already are not. So the
-    cache is whole after one epoch, whatever was killed on the way, and an unfinished one can be finished by that job.
+    In the first epoch images are shuffled within windows of `WINDOW` shards. Before a window's first batch, its shards
+    are encoded and committed, each by one rank, as the encode job would do it. Shards that are committed already are
+    skipped. So the cache is complete after one epoch, even if processes were killed in between, and the encode job can
+    complete an unfinished cache.
     """
 
     def __init__(self, config: TrainLDM, setup: LdmSetup, rank: int, world: int, device: torch.device):
@@ -40,17 +41,18 @@ class WriteThrough(Encoding):
         self._out, self._plan, self._handle = setup.latents.cache, setup.latents.plan, setup.handle
         listings = open_listings(self._out)
         super().__init__(config, listings[0], setup, rank, world, device)
-        # What is appended to the cache later is not for this run: neither inputs ...
+        # This run ignores what is appended to the cache later. The number of listings fixes its inputs, and the
+        # manifest's number, which is known after the first epoch, fixes its rows.
         self._listings = len(listings)
-        # ... nor, of the finished one, rows.
         self._version: int | None = None
         self._encoder = Encoder(self._out, self._plan, device.type == "cuda", setup.threads)
         self._how = self._plan.latents
-        self._done: set[int] = set()  # shards that are committed, the same on all ranks
-        self._reasons: dict[int, dict[str, int]] = {}  # of each shard: why images are in quarantine
+        self._done: set[int] = set()  # committed shards; all ranks have the same set
+        self._reasons: dict[int, dict[str, int]] = {}  # for each shard: how many images are in quarantine, by reason
         self._window: tuple[int, Window] | None = None
 
     def begin(self) -> None:
+        """Set up the shards and the order of the first epoch, then the statistics."""
         sources = open_listings(self._out)[: self._listings]
         self._partition = Partition(sources, self._plan.rows_per_shard)
         self._order = EpochOrder(self._partition.sizes, self.config.seed, WINDOW * self._plan.rows_per_shard)
@@ -60,9 +62,9 @@ class WriteThrough(Encoding):
         return self._encoder.encode(pixels), self._how["content"]
 
     def batches(self, start: int, end: int, batch_size: int) -> Iterator[Batch]:
-        first = -(-self._partition.units // batch_size) * batch_size  # where the first epoch's last batch ends
+        first = -(-self._partition.units // batch_size) * batch_size  # position where the first epoch's last batch ends
         if start < first:
-            mine = [*cache.committed(self._out)] if self.rank == 0 else []  # one rank's: others may see more by now
+            mine = [*cache.committed(self._out)] if self.rank == 0 else []  # rank 0's view counts; others may see more
             self._done = set(ranks.gathered(mine, self.world))
             windows = self._windows(start, self._partition.units)
             todo = [[shard] for window in windows for shard in self._mine(window)]
@@ -75,7 +77,7 @@ class WriteThrough(Encoding):
         if end > first:
             opened = LatentCache(self._out, version=self._version, local=self.config.cache_local or None)
             start = max(start, first)
-            # The draws of its first epoch have been seen.
+            # Begin with the cache's second epoch, because the draws of its first epoch have been used.
             yield from from_cache(opened, self, len(opened) + start - first, start, end, batch_size)
 
     def state(self) -> dict[str, Any]:
@@ -86,14 +88,14 @@ class WriteThrough(Encoding):
         self._version, self._listings = state["version"], state["listings"]
 
     def _windows(self, start: int, end: int) -> Iterator[np.ndarray]:
-        """The shards of each window that has a part of positions start ... end."""
+        """Yield the shards of each window that overlaps the positions from `start` to `end`."""
         while start < end:
             begin, shards = self._order.window_at(start)
             yield shards
             start = begin + int(self._partition.sizes[shards].sum())
 
     def _mine(self, shards: np.ndarray) -> list[int]:
-        """Those of a window that this rank has to encode."""
+        """Return the shards of a window that this rank must encode."""
         return [int(shard) for shard in shards if int(shard) not in self._done][self.rank :: self.world]
 
     def _decode(self, shard: int) -> dict[str, Any]:
@@ -101,7 +103,12 @@ class WriteThrough(Encoding):
         return decode_shard(row, self._plan.views)
 
     def _first(self, mine: range, step: range) -> Batch:
-        """A batch of the first epoch. All ranks come to each window together."""
+        """Make a batch of the first epoch. All ranks come to each window together.
+
+        Args:
+            mine: this rank's positions in the batch.
+            step: the positions of the whole batch.
+        """
         found: dict[int, tuple[np.ndarray, str, Any]] = {}
         for position in step:
             begin, shards = self._order.window_at(position)
@@ -120,10 +127,10 @@ class WriteThrough(Encoding):
         return {"positions": mine, "labels": labels, "latents": latents}
 
     def _fill(self, shards: np.ndarray) -> "Window":
-        """Encode what is missing of a window, this rank's share, and read all of it.
+        """Encode this rank's share of a window's missing shards, then read the whole window.
 
         Raises:
-            UserError: more images can't be encoded than the config allows.
+            UserError: a rank failed to encode a shard, or more images are in quarantine than `data.max_bad` allows.
         """
         errors = []
         for _ in self._mine(shards):
@@ -131,7 +138,7 @@ class WriteThrough(Encoding):
             if error := self._encoder(row)["error"]:
                 errors.append(error)
                 break
-        if errors := ranks.gathered(errors, self.world):  # and so no rank goes on before all shards are there
+        if errors := ranks.gathered(errors, self.world):  # this also waits until all shards are there
             raise UserError(errors[0])
         numbers = [int(shard) for shard in shards]
         self._done |= {*numbers}
@@ -143,7 +150,7 @@ class WriteThrough(Encoding):
         return Window(self._out, commits, self._how, self.config.label if self.config.classes else "")
 
     def _finish(self) -> None:
-        """Rank 0 writes the manifest, which makes the cache complete."""
+        """Let rank 0 write the manifest, which completes the cache, then close the encoder."""
         errors = []
         if self.rank == 0:
             devices, settings = [self._encoder.name], asdict(self._plan.settings)
@@ -154,14 +161,22 @@ class WriteThrough(Encoding):
         if errors := ranks.gathered(errors, self.world):
             raise UserError(errors[0])
         self._version = cache.read_manifest(self._out)["number"]
-        self._encoder.close()  # its memory is for training now
+        self._encoder.close()  # frees its memory for training
 
 
 class Window:
-    """Rows of some shards, by the number of their image; the next one stands in for one in quarantine.
+    """The rows of a window's shards, found by the number of their image.
+
+    An image in quarantine is replaced by the next one.
+
+    Args:
+        folder: the cache.
+        commits: the shards' commits.
+        how: how latents are stored (the plan's `latents`).
+        label: name of the label column; "": no labels.
 
     Raises:
-        UserError: none of its images was encoded.
+        UserError: none of the window's images was encoded.
     """
 
     def __init__(self, folder: str, commits: list[dict[str, Any]], how: dict[str, Any], label: str):
@@ -179,7 +194,7 @@ class Window:
         self._sorted = np.argsort(self._units)
 
     def row(self, unit: int) -> tuple[np.ndarray, str, Any]:
-        """Stored latents (C, h, w), id and label."""
+        """Return an image's stored latents (C, h, w), its id, and its label or None."""
         place = int(np.searchsorted(self._units, unit, sorter=self._sorted)) % len(self._units)
         row = int(self._sorted[place])
         return self._latents[row], self._ids[row], self._labels[row] if self._labels else None
