@@ -28,7 +28,7 @@ INDEX = WEIGHTS + ".index.json"  # lists the files when the weights are split ov
 
 
 ENCODERS = (*SIZES, *SD_SIZES, "dwt", "dwt-2")
-_USUAL: dict[str, Any] = {
+_VARIANT_DEFAULTS: dict[str, Any] = {
     "shared_extractor": False,
     "levels": (1, 2, 3),
     "downsample": "conv",
@@ -59,8 +59,8 @@ def _check_config(config: Mapping[str, Any]) -> None:
     if len(widths) != 4:
         raise UserError(f"LiteVAE: block_out_channels has {len(widths)} widths; f = 8 takes exactly 4")
     check_wavelet(config["wavelet"])
-    variant = {name: config[name] for name in _USUAL} | {"levels": tuple(levels)}
-    if size not in SIZES and (other := [name for name, value in variant.items() if value != _USUAL[name]]):
+    variant = {name: config[name] for name in _VARIANT_DEFAULTS} | {"levels": tuple(levels)}
+    if size not in SIZES and (other := [name for name, value in variant.items() if value != _VARIANT_DEFAULTS[name]]):
         raise UserError(f"LiteVAE: {other[0]} is for sizes {', '.join(SIZES)}, and size={size!r} has no such choice")
     if size in SIZES or size in SD_SIZES:
         return
@@ -140,7 +140,7 @@ class LiteVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
     ):
         super().__init__()
         _check_config(self.config)
-        variant = {name: self.config[name] for name in _USUAL} | {"levels": tuple(levels)}
+        variant = {name: self.config[name] for name in _VARIANT_DEFAULTS} | {"levels": tuple(levels)}
         self.encoder = _build_encoder(size, latent_channels, wavelet, in_channels, vit_grid, variant)
         self.decoder = Decoder(
             latent_channels,

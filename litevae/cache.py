@@ -35,7 +35,7 @@ from torch import Tensor
 
 from litevae import storage
 from litevae.errors import UserError
-from litevae.storage import Recent
+from litevae.storage import LRUCache
 
 VERSION = 2
 ROW_GROUP = 128  # rows per row group: 2 MB at 8 x 32 x 32; to read one row, a reader reads its whole row group
@@ -92,7 +92,7 @@ def row_schema(carried: pa.Schema) -> pa.Schema:
     return pa.schema([pa.field("id", pa.string(), nullable=False), *OWN_COLUMNS, *carried])
 
 
-def unusable(values: np.ndarray, dtype: str = "float16") -> list[str | None]:
+def storage_errors(values: np.ndarray, dtype: str = "float16") -> list[str | None]:
     """Return for each row of fp32 latents (N, ...) why it can't be stored in `dtype`.
 
     The reason is "not_finite" or "out_of_range", or None if the row can be stored.
@@ -664,7 +664,7 @@ class LatentCache:
         local: str | os.PathLike[str] | None = None,
     ):
         self.path, self.verify = storage.absolute(os.fspath(path)), verify
-        self.local = os.path.abspath(local) if local is not None and storage.remote(self.path) else None
+        self.local = os.path.abspath(local) if local is not None and storage.is_remote(self.path) else None
         self.manifest = read_manifest(self.path, version)
         self._how = latents = self.manifest["latents"]
         self.content: str = latents["content"]
@@ -674,7 +674,7 @@ class LatentCache:
         if not torch.cat([self.mean, self.std]).isfinite().all():
             raise UserError(f"{self.path} has no mean and standard deviation: some latents are not finite; {_MEND}")
         self._shards = [shard for shard in self.manifest["shards"] if shard["rows"]]
-        if not storage.remote(self.path):  # on S3 a shard is checked when a row of it is read
+        if not storage.is_remote(self.path):  # on S3 a shard is checked when a row of it is read
             for shard in self._shards:
                 _check_size(self._file(shard), shard, storage.size(self._file(shard)))
         size = self.manifest["row_group"]
@@ -693,9 +693,9 @@ class LatentCache:
         self.window = max(WINDOW_GROUPS, 4 * shapes) * largest  # each shape has its own window, all open at once
         self._starts = np.cumsum(self.groups) - self.groups
         self._checked: set[int] = set()
-        self._footers = Recent(self._read_footer, limit=1024)
-        self._tables = Recent(self._load, limit=self.window + shapes * largest)
-        self._columns = Recent(self._load_columns, limit=16 * self.window)
+        self._footers = LRUCache(self._read_footer, limit=1024)
+        self._tables = LRUCache(self._load, limit=self.window + shapes * largest)
+        self._columns = LRUCache(self._load_columns, limit=16 * self.window)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_checked": set()}
@@ -749,7 +749,9 @@ class LatentCache:
         mean, logvar = values.chunk(2, dim=1) if self.content == "moments" else (values, None)
         if draw == "sample" and logvar is not None and names:
             epochs = np.broadcast_to(epoch, len(names))
-            mean = drawn(mean, logvar, seed, [(int(e), name) for e, name in zip(epochs, names, strict=True)])
+            mean = sample_posteriors(
+                mean, logvar, seed, [(int(e), name) for e, name in zip(epochs, names, strict=True)]
+            )
         if not normalize:
             return mean
         channels = (value.numpy()[:, None, None] for value in (self.mean, self.std))
@@ -858,14 +860,14 @@ class LatentCache:
             if number not in self._checked and storage.size(copy) != shard["bytes"]:
                 storage.put(copy, _checked(file, shard))
             file = copy
-        if storage.remote(file) or not self.verify or number in self._checked:
+        if storage.is_remote(file) or not self.verify or number in self._checked:
             return file
         _checked(file, shard)
         self._checked.add(number)
         return file
 
 
-def drawn(mean: Tensor, logvar: Tensor, seed: int, rows: Sequence[tuple[int, str]]) -> Tensor:
+def sample_posteriors(mean: Tensor, logvar: Tensor, seed: int, rows: Sequence[tuple[int, str]]) -> Tensor:
     """Sample fp32 latents from posteriors.
 
     The noise depends on (seed, epoch, id), so that an image that is encoded again gets the same sample as its row in a

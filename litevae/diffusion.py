@@ -172,7 +172,7 @@ class Objective:
         return batch.weights * error, error, batch.timesteps / STEPS
 
 
-def draws(seed: int, positions: Sequence[int], shape: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+def random_numbers(seed: int, positions: Sequence[int], shape: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
     """Draw the random numbers of a training step for the images at these positions of a run.
 
     All numbers of an image depend only on (seed, position). So what is learned from an image depends neither on the

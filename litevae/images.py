@@ -63,7 +63,7 @@ class ImageError(UserError):
 
 
 @dataclass(frozen=True)
-class Transformed:
+class View:
     """A view of an image, as `ImageTransform` returns it.
 
     Attributes:
@@ -153,7 +153,7 @@ class ImageTransform:
         side = self.resolution
         return [*_buckets(side, self.bucket_step)] if self.buckets else [(side, side)]
 
-    def __call__(self, data: bytes, seed: int | None = None) -> Transformed:
+    def __call__(self, data: bytes, seed: int | None = None) -> View:
         """Return the first view of an encoded image.
 
         Args:
@@ -165,7 +165,7 @@ class ImageTransform:
         """
         return next(self._views(data, seed))
 
-    def all(self, data: bytes, seed: int | None = None) -> list[Transformed]:
+    def all(self, data: bytes, seed: int | None = None) -> list[View]:
         """Return all views of an encoded image: crop 0, crop 0 mirrored, crop 1, and so on. The image is decoded once.
 
         Args:
@@ -177,7 +177,7 @@ class ImageTransform:
         """
         return list(self._views(data, seed))
 
-    def _views(self, data: bytes, seed: int | None) -> Iterator[Transformed]:
+    def _views(self, data: bytes, seed: int | None) -> Iterator[View]:
         """Yield the views of an encoded image one by one."""
         try:
             height, width, cut = self._read(data)
@@ -199,7 +199,7 @@ class ImageTransform:
             flips = (False, True) if self.both else (self.flip and bool(draw.random() < 0.5),)
             for flip in flips:
                 view = np.ascontiguousarray(pixels[:, ::-1]) if flip else pixels
-                yield Transformed(view, height, width, top, left, flip)
+                yield View(view, height, width, top, left, flip)
 
     def _fit(self, height: int, width: int) -> tuple[Size, Size]:
         """Return the size of the views of an image with these sides, and the size of the whole resized image."""

@@ -38,7 +38,7 @@ def memory_format(device: torch.device | str, compiled: bool) -> torch.memory_fo
     return torch.contiguous_format if first else torch.channels_last
 
 
-def prepared(model: Model, device: torch.device | str, kernels: Kernels, compiled: bool = False) -> Model:
+def prepare_for_inference(model: Model, device: torch.device | str, kernels: Kernels, compiled: bool = False) -> Model:
     """Move a model to its device and prepare it for inference, in place: memory format, kernels, no gradients.
 
     With native kernels an autoencoder processes the images of a batch one by one. Then the tensors between layers stay

@@ -12,7 +12,7 @@ import torch
 from litevae.cache import LatentCache, Shape
 from litevae.errors import UserError
 from litevae.order import EpochOrder
-from litevae.storage import Recent
+from litevae.storage import LRUCache
 
 P = TypeVar("P")
 T = TypeVar("T")
@@ -85,7 +85,7 @@ class LatentLoader:
             numbers.setdefault(shape, []).append(number)
         self._shapes = [_Shape(cache, shape, np.array(groups), seed) for shape, groups in sorted(numbers.items())]
         self._rows = [len(shape.order) for shape in self._shapes]
-        self._mixes = Recent(self._mix, limit=1)
+        self._mixes = LRUCache(self._mix, limit=1)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         places = ([place] for place in self._places(self.position))

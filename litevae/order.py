@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from litevae.storage import Recent
+from litevae.storage import LRUCache
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,8 @@ class EpochOrder:
         if not self._rows:
             raise ValueError("an order of no rows")
         # Two of each are kept, for threads that read on both sides of an edge at once.
-        self._layouts = Recent(self._shuffle_groups, limit=2)
-        self._windows = Recent(self._shuffle_rows, limit=2)
+        self._layouts = LRUCache(self._shuffle_groups, limit=2)
+        self._windows = LRUCache(self._shuffle_rows, limit=2)
 
     def __len__(self) -> int:
         """Return the number of rows in an epoch."""

@@ -45,7 +45,7 @@ class Unavailable(UserError):
     """A store fails, can't be reached or rejects the credentials. This concerns all its files, and may be temporary."""
 
 
-def full(error: BaseException) -> bool:
+def is_disk_full(error: BaseException) -> bool:
     """Return whether an error means that the disk is full. Some libraries say it only in their message."""
     return getattr(error, "errno", None) in _FULL or any(os.strerror(number) in str(error) for number in _FULL)
 
@@ -54,11 +54,11 @@ def unwritable(path: str, error: Exception) -> UserError:
     """Return the error to raise for a file that can't be written, with a hint on what to do."""
     hint = "; the file system must have hard links" if getattr(error, "errno", None) in _NO_LINKS else ""
     hint = f"; {os.path.dirname(path)} is no folder" if isinstance(error, FileExistsError) else hint
-    hint = "; make room there and run again: what is done stays" if full(error) else hint
+    hint = "; make room there and run again: what is done stays" if is_disk_full(error) else hint
     return UserError(f"{path} can't be written: {getattr(error, 'strerror', None) or error}{hint}")
 
 
-def remote(path: str) -> bool:
+def is_remote(path: str) -> bool:
     """Return whether a path lies on S3."""
     return path.startswith("s3://")
 
@@ -69,7 +69,7 @@ def absolute(path: str) -> str:
     Raises:
         UserError: The path is neither local nor s3://, names no bucket, or contains credentials.
     """
-    if remote(path):
+    if is_remote(path):
         if not _split(path)[0]:
             raise UserError(f"{path!r} names no bucket; give s3://bucket/folder")
         if redact(path) != path:  # the path would be stored in all that is made from it, and shown
@@ -82,7 +82,7 @@ def absolute(path: str) -> str:
 
 def join(folder: str, *parts: str) -> str:
     """Join a folder, local or on S3, and parts of a path."""
-    return "/".join([folder.rstrip("/"), *parts]) if remote(folder) else os.path.join(folder, *parts)
+    return "/".join([folder.rstrip("/"), *parts]) if is_remote(folder) else os.path.join(folder, *parts)
 
 
 def read(path: str) -> bytes:
@@ -91,7 +91,7 @@ def read(path: str) -> bytes:
     Raises:
         FileNotFoundError: There is no such file.
     """
-    if remote(path):
+    if is_remote(path):
         return _get(path)
     with open(path, "rb") as file:
         return file.read()
@@ -103,7 +103,7 @@ def read_range(path: str, offset: int, length: int) -> bytes:
     Raises:
         FileNotFoundError: There is no such file.
     """
-    if remote(path):
+    if is_remote(path):
         return _get(path, offset, length) if length else b""
     with open(path, "rb") as file:
         file.seek(offset)
@@ -112,7 +112,7 @@ def read_range(path: str, offset: int, length: int) -> bytes:
 
 def size(path: str) -> int | None:
     """Return the size of a file in bytes; None if there is no such file."""
-    if not remote(path):
+    if not is_remote(path):
         return os.path.getsize(path) if os.path.isfile(path) else None
     if (head := _head(path)) is None:
         _listing(path, MaxKeys=1)  # fails if the bucket is missing, which the 404 of a HEAD does not tell
@@ -135,7 +135,7 @@ def put_new(path: str, data: bytes) -> bool:
         UserError: The file can't be written: no permission, a full disk, a file system without hard links, or the store
             refuses.
     """
-    if remote(path):
+    if is_remote(path):
         return _put_new(path, data)
     folder = os.path.dirname(path)
     with _temporary(path, data) as temporary:
@@ -155,7 +155,7 @@ def put(path: str, data: bytes) -> None:
     Raises:
         UserError: The file can't be written; see `put_new`.
     """
-    if remote(path):
+    if is_remote(path):
         bucket, key = _split(path)
         _call(path, "put_object", Bucket=bucket, Key=key, Body=data)
         return
@@ -166,7 +166,7 @@ def put(path: str, data: bytes) -> None:
 
 def remove(path: str) -> None:
     """Delete a file. It is no error if there is no such file."""
-    if remote(path):
+    if is_remote(path):
         bucket, key = _split(path)
         _call(path, "delete_object", Bucket=bucket, Key=key)
         return
@@ -183,7 +183,7 @@ def names(folder: str) -> list[str]:
 
     The list is empty if there is no such folder. Unfinished and other hidden files (with a leading dot) are left out.
     """
-    if remote(folder):
+    if is_remote(folder):
         found = [key for key, _ in _keys(folder, Delimiter="/")]
     elif os.path.isdir(folder):
         with os.scandir(folder) as entries:
@@ -195,7 +195,7 @@ def names(folder: str) -> list[str]:
 
 def folder_exists(path: str) -> bool:
     """Return whether a folder exists. S3 has no real folders; there it means that something lies below the path."""
-    if not remote(path):
+    if not is_remote(path):
         return os.path.isdir(path)
     return bool(_listing(f"{path.rstrip('/')}/", MaxKeys=1).get("Contents"))
 
@@ -222,7 +222,7 @@ def open_binary(path: str, size: int | None = None) -> IO[bytes]:
     Raises:
         FileNotFoundError: There is no such file.
     """
-    if not remote(path):
+    if not is_remote(path):
         return open(path, "rb")
     if size is None:
         head = _head(path)
@@ -330,7 +330,7 @@ def _arrow_file(path: str, size: int | None, ahead: tuple[int, int] | None = Non
         size: Size in bytes, if it is known.
         ahead: Offset and length of a part to read from S3 at once, with one request.
     """
-    if not remote(path):
+    if not is_remote(path):
         return pa.OSFile(path)
     file = open_binary(path, size)
     if ahead is not None:
@@ -592,7 +592,7 @@ class _Remote(io.RawIOBase):
         return len(data)
 
 
-class Recent(Generic[K, T]):
+class LRUCache(Generic[K, T]):
     """A store of the most recently used values (LRU), up to a total size.
 
     It is thread-safe. It is pickled without its values.

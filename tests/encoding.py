@@ -90,7 +90,7 @@ def encoded_crops(root, rows_per_shard):
 
 
 def arguments(source, model, out, *more):
-    root = f"root={out}-runs" if not storage.remote(str(out)) else f"root={os.path.dirname(model)}/s3-runs"
+    root = f"root={out}-runs" if not storage.is_remote(str(out)) else f"root={os.path.dirname(model)}/s3-runs"
     common = ["tracking.enabled=false", "ray.gpu='no'", "ray.cpus_per_worker=1", "error_budget=0.1", root]
     sizes = [f"transform.resolution={SIDE}", "rows_per_shard=8", "batch_size=5", "precision=fp32"]
     return [f"source.uri={source}", f"model={model}", f"out={out}", *common, *sizes, *more]

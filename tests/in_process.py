@@ -34,7 +34,7 @@ def in_process() -> Iterator[None]:
             patch.setattr(module, "pool", _pool)
         for module in (sample, reconstruction):
             patch.setattr(module, "spread", _spread)
-        patch.setattr(image_batches, "over", _over)
+        patch.setattr(image_batches, "process_batches", _over)
         yield
 
 

@@ -196,8 +196,8 @@ MUTANTS = [
     ),
     Mutant(
         "pipelines/training/ldm.py",
-        'noise, u, drop = draws(self.config.seed, batch["positions"], self._shape)',
-        'noise, u, drop = draws(0, batch["positions"], self._shape)',
+        'noise, u, drop = random_numbers(self.config.seed, batch["positions"], self._shape)',
+        'noise, u, drop = random_numbers(0, batch["positions"], self._shape)',
         ("tests/pipelines/training/test_ldm_task.py::test_weights_and_noise_are_the_seeds",),
     ),
     Mutant(
@@ -318,7 +318,9 @@ MUTANTS = [
         "pipelines/training/loop.py",
         ">= end or self.stop\n",
         ">= end\n",
-        ("tests/pipelines/training/test_loop.py::test_a_request_to_stop_ends_in_a_checkpoint_and_the_run_goes_on_later",),
+        (
+            "tests/pipelines/training/test_loop.py::test_a_request_to_stop_ends_in_a_checkpoint_and_the_run_goes_on_later",
+        ),
     ),
     Mutant(
         "pipelines/training/loop.py",
@@ -540,8 +542,8 @@ MUTANTS = [
     ),
     Mutant(
         "pipelines/evaluation/generated.py",
-        "report.caution(min(counts), network)",
-        "report.caution(max(counts), network)",
+        "report.small_sample_warning(min(counts), network)",
+        "report.small_sample_warning(max(counts), network)",
         ("tests/pipelines/evaluation/test_evaluation_parts.py::test_generated_images_are_judged_by_the_reference",),
     ),
     Mutant(

@@ -47,7 +47,7 @@ from pipelines.data.config import Source
 from pipelines.data.sources import open_source
 from pipelines.encoding.config import Encode
 from pipelines.encoding.listings import open_listings
-from pipelines.experiments.comparison import Comparison, Row, Run
+from pipelines.experiments.comparison import ComparedRow, Comparison, Run
 from pipelines.experiments.config import Sweep
 from pipelines.experiments.page import page
 from pipelines.runtime import cluster
@@ -415,7 +415,7 @@ def test_paths_of_a_list(tmp_path, kind):
 def test_names_on_the_page_are_text():
     name = "<script>alert(1)</script>'\"&"
     run = Run("1", name, tags={"sweep": name, "litevae.seed": name}, metrics={"eval/reconstruction/psnr": 1.0})
-    result = Comparison(name, name, name, [], [Row(name, [run], state=name, params=[name])], [name], {}, [name])
+    result = Comparison(name, name, name, [], [ComparedRow(name, [run], state=name, params=[name])], [name], {}, [name])
     shown = page(result, [(name, name, "data:image/png;base64,")])
     assert "<script>alert" not in shown
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in shown

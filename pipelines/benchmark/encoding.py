@@ -57,7 +57,7 @@ SYSTEMS = {
 
 
 @dataclass(frozen=True)
-class Given:
+class Request:
     """A request to the process of a system.
 
     Attributes:
@@ -110,10 +110,12 @@ def encode(setting: meter.Setting) -> Iterator[meter.Table]:
     # The first run of the job, on one batch, makes the plan, and also compiles kernels and loads libraries.
     plan = str(place / "first")
     warm = str(meter.linked(files, BATCH[device], place / "warm"))
-    run_system("job", Given(warm, model, plan, device, decoders), plan)
+    run_system("job", Request(warm, model, plan, device, decoders), plan)
     for number, (title, folder) in enumerate(sources.items()):
         runs = [
-            _round(Given(str(folder), model, plan, device, decoders), place / f"{number}-{n}", min(SECONDS, count / 20))
+            _round(
+                Request(str(folder), model, plan, device, decoders), place / f"{number}-{n}", min(SECONDS, count / 20)
+            )
             for n in range(setting.config.repeats)
         ]
         yield _table(setting, title, count, decoders, CachePlan.read(plan), runs)
@@ -154,7 +156,7 @@ def _model(setting: meter.Setting, place: Path) -> str:
     return str(place / "vae")
 
 
-def _round(given: Given, out: Path, seconds: float) -> dict[str, float]:
+def _round(given: Request, out: Path, seconds: float) -> dict[str, float]:
     """Run every system once, and return each one's images/s and the seconds of each whole run."""
     found = halves(given, seconds)
     for system in ("job", "loop", "ray_data"):
@@ -165,7 +167,7 @@ def _round(given: Given, out: Path, seconds: float) -> dict[str, float]:
     return found
 
 
-def halves(given: Given, seconds: float) -> dict[str, float]:
+def halves(given: Request, seconds: float) -> dict[str, float]:
     """Measure decoding and encoding, first alone and then at the same time but unconnected.
 
     Returns:
@@ -187,7 +189,7 @@ def halves(given: Given, seconds: float) -> dict[str, float]:
     return found
 
 
-def run_system(system: str, given: Given, folder: str) -> list[tuple[float, int]]:
+def run_system(system: str, given: Request, folder: str) -> list[tuple[float, int]]:
     """Run a system in a process of its own.
 
     Returns:
@@ -220,22 +222,22 @@ def steady(done: Sequence[tuple[float, int]]) -> float:
 # --- a system's process -------------------------------------------------------------------------------------------
 
 
-class Decode:
+class DecodeHalf:
     """Decoding alone, in one thread."""
 
-    def __call__(self, given: Given) -> dict[str, Any]:
+    def __call__(self, given: Request) -> dict[str, Any]:
         transform, files = _transform(given.out), given.files
         return _rate(lambda n: transform(files[n % len(files)].read_bytes()), 1, given.seconds)
 
 
-class Encoding:
+class EncodeHalf:
     """Encoding alone, in one thread, with the encoder that the job's actor uses."""
 
     def __init__(self) -> None:
         self._encoder: Encoder | None = None
         self._batch: list[np.ndarray] = []
 
-    def __call__(self, given: Given) -> dict[str, Any]:
+    def __call__(self, given: Request) -> dict[str, Any]:
         torch.set_num_threads(1)
         if self._encoder is None:
             self._encoder = Encoder("", CachePlan.read(given.out), gpu=given.device == "cuda", threads=1)
@@ -259,7 +261,7 @@ def _rate(work: Callable[[int], object], images: int, seconds: float) -> dict[st
     return {"rate": images * done / (time.perf_counter() - start)}
 
 
-def job(given: Given) -> dict[str, Any]:
+def job(given: Request) -> dict[str, Any]:
     """Run the encode job with one worker of one thread."""
     sizes = [f"rows_per_shard={given.batch}", f"batch_size={given.batch}", f"transform.resolution={SIDE}"]
     shares = ["ray.workers=1", f"ray.decode_tasks={given.decoders}", "ray.cpus_per_worker=1"]
@@ -299,7 +301,7 @@ class Model:
         return {"id": batch["id"], "moments": latents.half().cpu().numpy()}
 
 
-def loop(given: Given) -> dict[str, Any]:
+def loop(given: Request) -> dict[str, Any]:
     """Encode with a DataLoader and a plain loop, and write the latents with pyarrow."""
     model, out = Model(given.model, given.device), Path(given.out)
     out.mkdir()
@@ -313,7 +315,7 @@ def loop(given: Given) -> dict[str, Any]:
     return {}
 
 
-def ray_data(given: Given) -> dict[str, Any]:
+def ray_data(given: Request) -> dict[str, Any]:
     """Encode with plain Ray Data and `write_parquet`."""
     os.environ.update(RAY_USAGE_STATS_ENABLED="0", RAY_DATA_DISABLE_PROGRESS_BARS="1", RAY_DATA_LOG_LEVEL="ERROR")
     # With a token given here, Ray does not write one into the home folder.
@@ -341,9 +343,9 @@ def ray_data(given: Given) -> dict[str, Any]:
     return {}
 
 
-SERVED: dict[str, Callable[[], Callable[[Given], dict[str, Any]]]] = {
-    "decode": Decode,
-    "encode": Encoding,
+SERVED: dict[str, Callable[[], Callable[[Request], dict[str, Any]]]] = {
+    "decode": DecodeHalf,
+    "encode": EncodeHalf,
     "job": lambda: job,
     "loop": lambda: loop,
     "ray_data": lambda: ray_data,
@@ -421,4 +423,4 @@ def _kind(process: psutil.Process, driver: int) -> str:
 
 if __name__ == "__main__":
     system = SERVED[sys.argv[1]]()
-    meter.serve(lambda request: system(Given(**request)))
+    meter.serve(lambda request: system(Request(**request)))

@@ -30,7 +30,7 @@ from litevae.autoencoder import (
 )
 from litevae.encoder import SIZES, Encoder
 from litevae.errors import UserError
-from litevae.inference import best_kernels, prepared
+from litevae.inference import best_kernels, prepare_for_inference
 from litevae.precision import autocast
 from pipelines.benchmark import meter
 from pipelines.benchmark.config import Benchmark
@@ -289,7 +289,7 @@ class Contender:
         self.forward: Callable[[Tensor], Tensor] = self._call
         compiled = mode == "compiled" or (mode == "fast" and self.device.type == "cuda")
         if mode == "fast":
-            prepared(self.model, self.device, best_kernels(self.device, precision), compiled)
+            prepare_for_inference(self.model, self.device, best_kernels(self.device, precision), compiled)
         elif mode in ("channels-last", "compiled"):
             self.model.to(memory_format=torch.channels_last)
         if compiled:

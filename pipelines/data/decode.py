@@ -24,7 +24,7 @@ import pyarrow as pa
 
 from litevae import cache
 from litevae.errors import UserError
-from litevae.images import ImageError, ImageTransform, Transformed
+from litevae.images import ImageError, ImageTransform, View
 from pipelines.data.config import Views
 from pipelines.data.source import Item, Source
 
@@ -95,7 +95,7 @@ class Lost:
 
 
 # A unit, with its image and the views of it, or with the reason why there are none.
-Decoded = tuple[int, Item, list[Transformed]] | tuple[int, None, Lost]
+Decoded = tuple[int, Item, list[View]] | tuple[int, None, Lost]
 
 
 def decode_shard(row: dict[str, Any], views: Views) -> dict[str, Any]:

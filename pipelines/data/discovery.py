@@ -81,7 +81,7 @@ def root_of(path: str) -> str:
 
 
 def _is_folder(path: str) -> bool:
-    bucket = storage.remote(path) and "/" not in path.removeprefix("s3://")  # an empty bucket too
+    bucket = storage.is_remote(path) and "/" not in path.removeprefix("s3://")  # an empty bucket too
     return storage.folder_exists(path) or bucket
 
 
@@ -91,7 +91,7 @@ def _matching(pattern: str, shown: str) -> list[tuple[str, int]]:
     for each in _expand(pattern):
         if not glob.has_magic(each):
             found[each] = None
-        elif storage.remote(each):
+        elif storage.is_remote(each):
             found |= _glob_remote(each)
         else:
             found |= {path: os.path.getsize(path) for path in glob.iglob(each, recursive=True) if os.path.isfile(path)}
@@ -143,7 +143,7 @@ def _within(root: str, shown: str) -> Found:
     batches: list[pa.Table] = []
     others: dict[str, list[tuple[str, int]]] = {"parquet": [], "webdataset": []}
     packed = None
-    found = _walk_remote(root) if storage.remote(root) else _walk(os.fsencode(root))
+    found = _walk_remote(root) if storage.is_remote(root) else _walk(os.fsencode(root))
     while batch := list(islice(found, _BATCH)):  # in batches, so that no Python object per file is kept
         images = []
         for path, size in batch:
@@ -168,7 +168,9 @@ def _within(root: str, shown: str) -> Found:
     if not examples:
         if packed:
             _refuse_packed(storage.join(root, packed.decode(errors="replace")))
-        empty = "has no images, Parquet files or tars in it" if storage.remote(root) or os.listdir(root) else "is empty"
+        empty = (
+            "has no images, Parquet files or tars in it" if storage.is_remote(root) or os.listdir(root) else "is empty"
+        )
         raise UserError(f"{shown} {empty} (image suffixes: {' '.join(IMAGE_SUFFIXES)})")
     kind = next(iter(examples))
     if packed and kind == "webdataset":

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from litevae import storage
 from litevae.errors import UserError
 from litevae.images import ImageError
-from litevae.storage import Recent
+from litevae.storage import LRUCache
 from pipelines.data.config import Source as SourceConfig
 from pipelines.data.discovery import THREADS, Found
 from pipelines.data.source import (
@@ -43,8 +43,8 @@ class ParquetSource(Source):
         self._class_names: dict[str, tuple[str, list[str]]] = self._about["names"]
         carried = [_stored(self._class_names, name) for name in self.schema.names]
         self._columns = list(dict.fromkeys([self._image, *([self._id] if self._id else []), *carried]))
-        self._footers = Recent(self._read_footer, limit=4)
-        self._tables = Recent(self._read_group, limit=self.window + int(self.groups.max()))
+        self._footers = LRUCache(self._read_footer, limit=4)
+        self._tables = LRUCache(self._read_group, limit=self.window + int(self.groups.max()))
 
     def _read_footer(self, path: str) -> tuple[pq.FileMetaData, int]:
         return _footer(path), 1

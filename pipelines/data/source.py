@@ -86,7 +86,7 @@ class Source(ABC):
         self.digest: str = self._about["digest"]
         self.labels: list[str] = self._about.get("labels", [])
         self.schema = pa.ipc.read_schema(pa.py_buffer(base64.b64decode(self._about["schema"])))
-        self.remote = storage.remote(self.root)
+        self.remote = storage.is_remote(self.root)
         rows = self.listing["rows"].to_numpy().astype(np.int64)
         self._starts = np.cumsum(rows) - rows
         # A part can begin in the middle of its first group and end in the middle of its last one.
@@ -235,13 +235,13 @@ def locate(folder: str, path: str) -> str:
     Raises:
         ImageError: if the URI is neither s3:// nor file:///.
     """
-    if storage.remote(path) or path.startswith("/"):
+    if storage.is_remote(path) or path.startswith("/"):
         return path
     if path.startswith("file:///"):
         return unquote(path.removeprefix("file://"))
     if is_foreign(path):
         raise ImageError("unreadable", f"{path}: only local paths and s3:// can be read")
-    if storage.remote(folder):  # S3 does not resolve .. in a key
+    if storage.is_remote(folder):  # S3 does not resolve .. in a key
         return "s3://" + posixpath.normpath(posixpath.join(folder.removeprefix("s3://"), path))
     return storage.join(folder, path)
 
@@ -262,7 +262,7 @@ def read_file(path: str, size: int = -1) -> bytes:
         ImageError: if the file is missing, too large, not a regular file, or can't be read.
     """
     try:
-        if not storage.remote(path):
+        if not storage.is_remote(path):
             status = os.stat(path)
             if not stat.S_ISREG(status.st_mode):  # a pipe or a device may have no end
                 raise ImageError("unreadable", "no regular file")

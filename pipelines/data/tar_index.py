@@ -87,7 +87,7 @@ def list_ranges(path: str, size: int) -> list[Range]:
 def open_tar(path: str, size: int) -> IO[bytes]:
     """Open the first `size` bytes of a tar to read headers; on S3 with few requests."""
     file = storage.open_binary(path, size)
-    return io.BufferedReader(file, _READ_AHEAD) if storage.remote(path) else file  # type: ignore[type-var]
+    return io.BufferedReader(file, _READ_AHEAD) if storage.is_remote(path) else file  # type: ignore[type-var]
 
 
 def read_samples(file: IO[bytes], path: str, start: int, stop: int, whole: bool = False) -> Iterator[Sample]:

@@ -12,7 +12,7 @@ import pyarrow.json
 from litevae import storage
 from litevae.errors import UserError
 from litevae.images import ImageError
-from litevae.storage import Recent
+from litevae.storage import LRUCache
 from pipelines.data import tar_index
 from pipelines.data.config import Source as SourceConfig
 from pipelines.data.discovery import IMAGE_SUFFIXES, THREADS, Found
@@ -34,7 +34,7 @@ class TarSource(Source):
     def __init__(self, listing: pa.Table):
         super().__init__(listing)
         self._image: str | None = self._about["settings"]["image_column"]
-        self._ranges = Recent(self._read_range, limit=WINDOW_GROUPS + 1)
+        self._ranges = LRUCache(self._read_range, limit=WINDOW_GROUPS + 1)
 
     def _range(self, group: int) -> tuple[str, int, int]:
         """Return the path of a group's tar, and the group's offset and size in bytes."""

@@ -26,14 +26,14 @@ def folder(ask: Ask, path: str) -> Iterator[Finding]:
     if not path:
         yield Finding(DRIVER, "skipped", "not given")
         return
-    made = not storage.remote(path) and not os.path.isdir(path)
+    made = not storage.is_remote(path) and not os.path.isdir(path)
     mark, nonce = storage.join(path, f".doctor-{secrets.token_hex(8)}"), secrets.token_hex(8)
     try:
         storage.put(storage.join(mark, DRIVER), nonce.encode())
         answers, lost = answered(ask(_reply, mark, nonce))
         yield from lost
         advice = "give a folder that all nodes share (NFS, EFS ...)" + (
-            ", or s3:// for a cache" if not storage.remote(path) else ""
+            ", or s3:// for a cache" if not storage.is_remote(path) else ""
         )
         apart = [node for node, name in answers.items() if not name or _missing(storage.join(mark, name), nonce)]
         for node in apart:
@@ -61,7 +61,7 @@ def _missing(path: str, nonce: str) -> bool:
 
 def _clear(mark: str) -> None:
     """Remove the check's files."""
-    if storage.remote(mark):
+    if storage.is_remote(mark):
         try:
             for name in storage.names(mark):
                 storage.remove(storage.join(mark, name))
@@ -90,7 +90,7 @@ def _raced(ask: Ask, mark: str, path: str) -> Iterator[Finding]:
     if any(winners != [holder] for winners, holder in zip(wins, held, strict=True)):
         text = f"of {racers} writers of one new name in {path} {', '.join(str(len(w)) for w in wins)} won, not one each"
         advice = "writers of a cache may overwrite each other: take a store that knows If-None-Match (S3, Ceph, MinIO)"
-        if not storage.remote(path):
+        if not storage.is_remote(path):
             advice = "take a file system on which hard links are exclusive among nodes (NFS from version 3 on)"
         yield Finding(DRIVER, "failed", text, advice)
     elif not lost:
@@ -135,11 +135,11 @@ def _speeds(ask: Ask, mark: str, path: str) -> Iterator[Finding]:
     nodes, lost = answered(ask(_throughput, mark))
     yield from lost
     for node, (write, read, torn) in nodes.items():
-        text = f"{write:,.0f} MB/s written" + (f", {read:,.0f} read" if storage.remote(path) else ", to the disk")
+        text = f"{write:,.0f} MB/s written" + (f", {read:,.0f} read" if storage.is_remote(path) else ", to the disk")
         if torn:
             advice = "take a file system with atomic renames"
             yield Finding(node, "failed", f"{torn} readers of {path} saw a file in part while it was replaced", advice)
-        if not storage.remote(path):
+        if not storage.is_remote(path):
             free = shutil.disk_usage(path).free
             text += f", {free / GB:,.0f} GB free"
             if free < LITTLE_DISK:

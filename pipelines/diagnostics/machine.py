@@ -220,7 +220,7 @@ def clock(ask: Ask, out: str) -> Iterator[Finding]:
             bounds.setdefault(node, []).append((there - after, there - before))
     yield from lost
     yield from skews({node: (max(b[0] for b in found), min(b[1] for b in found)) for node, found in bounds.items()})
-    if storage.remote(out):
+    if storage.is_remote(out):
         endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
         request = urllib.request.Request(endpoint or "https://s3.amazonaws.com", method="HEAD")
         before = time.time()

@@ -12,7 +12,7 @@ from litevae.autoencoder import encode_latents, fingerprint, load_autoencoder
 from litevae.errors import UserError
 from litevae.generation import Inception
 from litevae.images import ImageError, ImageTransform, to_tensor
-from litevae.inference import best_kernels, prepared
+from litevae.inference import best_kernels, prepare_for_inference
 from litevae.perceptual import WeightsMissing, load_lpips
 from litevae.precision import autocast
 from pipelines.data.source import Source
@@ -98,7 +98,7 @@ def _encode(path: str, resolution: int, batch_size: int, threads: int) -> tuple[
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(threads)
     by = best_kernels(device)
-    vae = prepared(load_autoencoder(path), device, by)
+    vae = prepare_for_inference(load_autoencoder(path), device, by)
     pixels = np.random.default_rng(0).integers(0, 256, (batch_size, resolution, resolution, 3), dtype=np.uint8)
     x = to_tensor(pixels).to(device)
     times: list[float] = []
@@ -123,7 +123,7 @@ def source(ask: Ask, config: Doctor, speeds: Speeds) -> Iterator[Finding]:
     speeds.images = found.units
     text = f"{found.uri}: {found.units:,} images ({found.kind}), listed in {time.monotonic() - begun:.1f} s"
     yield Finding(DRIVER, "ok", text)
-    sample = image_batches.spaced(range(found.units), min(config.images, found.units))
+    sample = image_batches.evenly_spaced(range(found.units), min(config.images, found.units))
     parts = [found.part(unit, unit + 1) for unit in sample]
     transform = ImageTransform(config.transform.resolution, config.transform.resize, decode="fast")
     nodes, lost = answered(ask(_decode, parts, transform))

@@ -52,7 +52,7 @@ class Verify(Section):
     threads: Positive = Field(8, description="shards read at a time")
 
 
-class Mend(Job):
+class MaintainCache(Job):
     """What repair and retry share."""
 
     cache: str = Field("", description="cache folder")
@@ -60,11 +60,11 @@ class Mend(Job):
     source: str = Field("", description="where the source is now; empty: where it was")
 
 
-class Repair(Mend):
+class Repair(MaintainCache):
     """Encode the missing and damaged shards of a latent cache again, and remove files that belong to none."""
 
 
-class Retry(Mend):
+class Retry(MaintainCache):
     """Try the quarantined images of a latent cache again."""
 
     reasons: list[str] = Field([], description="error classes to retry, e.g. [missing, unreadable]; empty: all")

@@ -24,7 +24,7 @@ from litevae.errors import UserError
 from pipelines.data.decode import Shard, Task, decode_shard
 from pipelines.data.sources import restore
 from pipelines.encoding import auto
-from pipelines.encoding.config import Encode, Mend
+from pipelines.encoding.config import Encode, MaintainCache
 from pipelines.encoding.encoder import Encoder
 from pipelines.encoding.listings import inputs_of, source_of
 from pipelines.encoding.partition import Partition
@@ -134,7 +134,7 @@ def plan_cache(config: Encode) -> CacheJob:
 
 def _is_empty(out: str) -> bool:
     """Return whether the folder does not exist or, if it is local, holds nothing but temporary files."""
-    if storage.remote(out) or not storage.folder_exists(out):
+    if storage.is_remote(out) or not storage.folder_exists(out):
         return not storage.folder_exists(out)
     return all(name.startswith(".tmp-") for name in os.listdir(out))  # left behind by a killed driver
 
@@ -143,7 +143,7 @@ def _is_empty(out: str) -> bool:
 
 
 def encode_and_track(
-    config: Encode | Mend, settings: dict[str, Any], job: CacheJob, todo: Sequence[Task]
+    config: Encode | MaintainCache, settings: dict[str, Any], job: CacheJob, todo: Sequence[Task]
 ) -> dict[str, Any]:
     """Encode shards and write the manifest, tracked as an MLflow run.
 
@@ -177,7 +177,7 @@ def encode_and_track(
         tracker.dataset(os.path.basename(source["uri"]), source["digest"], source["uri"], "encoding")
         tracker.dataset(os.path.basename(out), manifest["digest"], out, "latents")
         copy = os.path.join(folder, "manifest.json")
-        if storage.remote(out):
+        if storage.is_remote(out):
             storage.put(copy, json.dumps(manifest, indent=1).encode())
         tracker.artifact(copy)
         status = "FINISHED"
@@ -223,7 +223,7 @@ def finish(
 
 def tracking_folder(out: str, root: str) -> str:
     """Return the folder for a cache's metrics: the cache itself, or a folder below `root` for a cache on S3."""
-    return os.path.join(os.path.abspath(root), os.path.basename(out)) if storage.remote(out) else out
+    return os.path.join(os.path.abspath(root), os.path.basename(out)) if storage.is_remote(out) else out
 
 
 def _encode(job: CacheJob, todo: Sequence[Task]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from litevae.autoencoder import (
 )
 from litevae.errors import UserError
 from litevae.images import to_tensor
-from litevae.inference import prepared
+from litevae.inference import prepare_for_inference
 from litevae.native import NoKernels
 from litevae.precision import autocast
 from pipelines.data.decode import Lost, Shard, Task, quarantined, unpack
@@ -126,7 +126,7 @@ class Encoder:
             units = part["unit"].to_numpy()
             bad = {
                 int(unit): problem
-                for unit, problem in zip(units, cache.unusable(values, self.how["dtype"]), strict=True)
+                for unit, problem in zip(units, cache.storage_errors(values, self.how["dtype"]), strict=True)
                 if problem
             }
             names = dict(zip(units.tolist(), part["id"].to_pylist(), strict=True))
@@ -211,7 +211,7 @@ class Encoder:
         pixels = torch.from_numpy(batch)
         if self.device.type == "cuda":
             pixels = pixels.pin_memory()  # otherwise the copy would wait for the previous batch
-        with exact(), autocast(self.device, self.plan.precision):
+        with deterministic_fp32(), autocast(self.device, self.plan.precision):
             latents = self._model(to_tensor(pixels.to(self.device, non_blocking=True)))
         return latents.float().contiguous()
 
@@ -221,7 +221,7 @@ def _fetched(latents: torch.Tensor, count: int) -> np.ndarray:
     return latents[:count].cpu().numpy()
 
 
-def exact() -> AbstractContextManager[None]:
+def deterministic_fp32() -> AbstractContextManager[None]:
     """Return a context in which convolutions on a GPU compute fp32 without TF32, and the same pixels give the same
     latents."""
     return torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False)
@@ -240,7 +240,7 @@ def load_encoder(plan: CachePlan, device: torch.device) -> Callable[[torch.Tenso
     model = load_autoencoder(folder).to(device)
     if plan.kernels:
         try:
-            prepared(model, device, plan.kernels, plan.compile)
+            prepare_for_inference(model, device, plan.kernels, plan.compile)
         except NoKernels as error:
             raise UserError(f"kernels=native, but on {platform.node()} {error}; or encode with kernels=torch") from None
     halve = latent_content(model) == "moments" and plan.latents["content"] == "mean"

@@ -9,7 +9,7 @@ from litevae import cache, storage
 from litevae.autoencoder import fingerprint
 from litevae.errors import UserError
 from pipelines.data.decode import Task
-from pipelines.encoding.config import Mend, Repair, Retry
+from pipelines.encoding.config import MaintainCache, Repair, Retry
 from pipelines.encoding.encode import CacheJob, encode_and_track, print_summary
 from pipelines.encoding.listings import open_listings
 from pipelines.encoding.partition import Partition
@@ -73,11 +73,11 @@ def retry(config: Retry) -> dict[str, Any]:
     return print_summary(done | {"encoded_now": recovered, "recovered": recovered})
 
 
-def _encode_again(config: Mend, job: CacheJob, todo: Sequence[Task]) -> dict[str, Any]:
+def _encode_again(config: MaintainCache, job: CacheJob, todo: Sequence[Task]) -> dict[str, Any]:
     return encode_and_track(config, asdict(job.plan.settings) | config.model_dump(mode="json"), job, todo)
 
 
-def _open(config: Mend) -> tuple[str, CachePlan, Partition]:
+def _open(config: MaintainCache) -> tuple[str, CachePlan, Partition]:
     """Return the cache folder, the plan and the partition, with the model and the source where they are now."""
     if not config.cache:
         raise UserError("give a cache folder")

@@ -175,7 +175,7 @@ def _check_shard(
         names = rows["id"].to_pylist()
         ids |= dict(zip(rows["unit"].to_pylist(), names, strict=True))
         keys = np.array([hash(name) for name, view in zip(names, rows["view"].to_pylist(), strict=True) if view == 0])
-        if any(cache.unusable(_fp32(values, how), how["dtype"]) != [None] * len(values) for values in latents):
+        if any(cache.storage_errors(_fp32(values, how), how["dtype"]) != [None] * len(values) for values in latents):
             problems.append("has latents that are not finite")
         if not _close(cache.statistics(latents, how), statistics):
             problems.append("its statistics are not those of its latents")
@@ -250,7 +250,7 @@ def _all_commits(out: str) -> Iterator[dict[str, Any]]:
 
 def _stale(out: str) -> list[str]:
     """Return temporary files of killed writers. An S3 store has none."""
-    if storage.remote(out):
+    if storage.is_remote(out):
         return []
     files = (path for path in Path(out).glob("*/.tmp-*"))
     return sorted(str(path.relative_to(out)) for path in files if time.time() - path.stat().st_mtime > STALE)

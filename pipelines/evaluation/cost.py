@@ -113,7 +113,7 @@ def complexity(cfg: config.EvaluateComplexity) -> dict[str, Any]:
         }
         for name, values in found.items():
             tracker.metrics({f"eval/complexity/{name.strip('/')}/{key}": v for key, v in values.items()}, step=0)
-        report.save(summary, out, tracker)
+        report.write_summary(summary, out, tracker)
     print(summary_text(summary, out))
     return summary
 

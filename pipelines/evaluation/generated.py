@@ -24,11 +24,11 @@ from torch import Tensor
 from litevae import generation, storage
 from litevae.errors import UserError
 from litevae.generation import FeatureNetwork, FrechetStatistics
-from litevae.images import ImageError, ImageTransform, Transformed
+from litevae.images import ImageError, ImageTransform, View
 from pipelines.data.source import Source
 from pipelines.data.sources import open_source
 from pipelines.evaluation import config, image_batches, report
-from pipelines.evaluation.image_batches import Bad, Read, named, spaced
+from pipelines.evaluation.image_batches import PixelBatch, UnreadableImage, describe_unreadable, evenly_spaced
 from pipelines.evaluation.report import Score
 from pipelines.runtime import cluster, mlflow_run, paths
 from pipelines.runtime.actor_pool import pool
@@ -42,10 +42,10 @@ DAMAGE = (  # the exceptions that NumPy and zipfile raise for a damaged file
 )
 
 
-class AsDrawn(ImageTransform):
+class ExactSizeTransform(ImageTransform):
     """A transform that takes only images of its resolution, because scores of resized samples would be different."""
 
-    def __call__(self, data: bytes, seed: int | None = None) -> Transformed:
+    def __call__(self, data: bytes, seed: int | None = None) -> View:
         """Decode an image.
 
         Raises:
@@ -74,7 +74,7 @@ class Features:
 
 
 @dataclass
-class Set:
+class ImageSet:
     """A set of images and its features.
 
     Attributes:
@@ -91,7 +91,7 @@ class Set:
     units: Sequence[int]
     kept: frozenset[int]
     features: dict[str, Features] = field(default_factory=dict)
-    bad: list[Bad] = field(default_factory=list)
+    bad: list[UnreadableImage] = field(default_factory=list)
 
     @property
     def images(self) -> int:
@@ -140,7 +140,9 @@ def samples(cfg: config.EvaluateSamples) -> dict[str, Any]:
         tracker.dataset(os.path.basename(uri), reference.source.digest, uri, context="reference")
         known = {network.name: network.sha256 for network in networks}
         actors = pool(Extractor, placement, placement, weights, known)
-        kept = {network.name: Kept(os.path.join(root, "references"), reference, network) for network in networks}
+        kept = {
+            network.name: FeatureCache(os.path.join(root, "references"), reference, network) for network in networks
+        }
         remarks += [remark for each in kept.values() if (remark := each.load())]
         if unknown := [network for network in networks if network.name not in reference.features]:
             _extract(reference, unknown, cfg.batch_size, actors, placement.decoders, "reference")
@@ -158,7 +160,7 @@ def samples(cfg: config.EvaluateSamples) -> dict[str, Any]:
             "remarks": remarks,
             "run": mlflow_run.link(run),
         }
-        report.leave(summary, out, tracker)
+        report.write_scores(summary, out, tracker)
     print(summary_text(summary, out))
     return summary
 
@@ -181,7 +183,7 @@ def check_networks(*weights: str) -> tuple[list[FeatureNetwork], list[str]]:
     return found, [f"FID and Inception Score are left out: {line}" for line in missing]
 
 
-def _drawn(cfg: config.EvaluateSamples) -> Set:
+def _drawn(cfg: config.EvaluateSamples) -> ImageSet:
     """Return the set of generated images: of a source, or of the folder of a sample job, without its grid.png."""
     where, side = cfg.samples, cfg.transform.resolution
     if not where.uri:
@@ -201,19 +203,19 @@ def _drawn(cfg: config.EvaluateSamples) -> Set:
     if not units:
         raise UserError(f"samples.uri={where.uri} has no images but grid.png")
     try:
-        AsDrawn(side)(source.data(units[0]))
+        ExactSizeTransform(side)(source.data(units[0]))
     except ImageError as error:
         if error.reason == "other_size":
             raise UserError(
                 f"samples.uri={where.uri}: {source.id(units[0])} has {error}; give their size: transform.resolution "
                 f"(now {side})"
             ) from None
-    return _set(source, AsDrawn(side), cfg.images, cfg.pr_images, "images", units)
+    return _set(source, ExactSizeTransform(side), cfg.images, cfg.pr_images, "images", units)
 
 
 def _set(
     source: Source, transform: ImageTransform, images: int, kept: int, name: str, units: Sequence[int] | None = None
-) -> Set:
+) -> ImageSet:
     """Return a set of `images` units (0: all), of which `kept` are for precision and recall, both evenly spaced.
 
     Args:
@@ -230,15 +232,15 @@ def _set(
     units = range(source.units) if units is None else units
     if images > len(units):
         raise UserError(f"{name}={images}, but {source.uri} has {len(units)}; 0 takes all")
-    units = spaced(units, images or len(units))
-    return Set(source, transform, units, frozenset(spaced(units, min(kept, len(units)))))
+    units = evenly_spaced(units, images or len(units))
+    return ImageSet(source, transform, units, frozenset(evenly_spaced(units, min(kept, len(units)))))
 
 
 # --- features ---------------------------------------------------------------------------------------------------
 
 
 def _extract(
-    images: Set, networks: list[FeatureNetwork], batch_size: int, actors: list[Any], decoders: int, what: str
+    images: ImageSet, networks: list[FeatureNetwork], batch_size: int, actors: list[Any], decoders: int, what: str
 ) -> None:
     """Compute the features of a set in these networks, and store them and the unreadable images in the set.
 
@@ -255,13 +257,13 @@ def _extract(
     """
     names = [network.name for network in networks]
     found = {network.name: Features(FrechetStatistics(network.dimension)) for network in networks}
-    bad: list[Bad] = []
+    bad: list[UnreadableImage] = []
 
     def extract(actor: Any, read: Any, batches: list[Sequence[int]]) -> Any:
         return actor.extract.remote(read, names)
 
     done, progress = 0, Progress(what, len(images.units), 0, sys.stderr.isatty())
-    for part in image_batches.over(
+    for part in image_batches.process_batches(
         images.units, extract, images.source, images.transform, batch_size, actors, decoders
     ):
         for units, unreadable, computed in part:
@@ -279,7 +281,7 @@ def _extract(
     images.features |= found
     images.bad = bad
     if images.images < FEWEST:
-        missing = f": {named(bad)}" if bad else ""
+        missing = f": {describe_unreadable(bad)}" if bad else ""
         raise UserError(
             f"{images.source.uri}: {images.images} of {len(images.units)} images could be read{missing}; judging takes "
             f"at least {FEWEST}"
@@ -301,8 +303,8 @@ class Extractor:
         self.networks = {network.name: network.to(device) for network in networks}
 
     def extract(
-        self, batches: list[Read], names: list[str]
-    ) -> list[tuple[list[int], list[Bad], dict[str, tuple[np.ndarray, np.ndarray | None]]]]:
+        self, batches: list[PixelBatch], names: list[str]
+    ) -> list[tuple[list[int], list[UnreadableImage], dict[str, tuple[np.ndarray, np.ndarray | None]]]]:
         """Return, for each batch, its units, its unreadable images, and the features and logits by network."""
         return [(batch.units, batch.bad, self._of(batch.pixels, names)) for batch in batches]
 
@@ -317,10 +319,10 @@ class Extractor:
 # --- reference sets, kept ---------------------------------------------------------------------------------------
 
 
-class Kept:
+class FeatureCache:
     """The file that keeps the features of a reference set in one network. Its name is a hash of all they depend on."""
 
-    def __init__(self, folder: str, reference: Set, network: FeatureNetwork):
+    def __init__(self, folder: str, reference: ImageSet, network: FeatureNetwork):
         self._set, self._network = reference, network
         about = {
             "format": 1,
@@ -362,7 +364,7 @@ class Kept:
             statistics.count = int(values["count"])
             statistics.sum.copy_(torch.from_numpy(values["sum"]))
             statistics.outer.copy_(torch.from_numpy(values["outer"]))
-            bad = [Bad(*each) for each in json.loads(str(values["bad"]))]
+            bad = [UnreadableImage(*each) for each in json.loads(str(values["bad"]))]
         except FileNotFoundError:
             return ""
         except DAMAGE as error:
@@ -375,13 +377,13 @@ class Kept:
 # --- numbers ----------------------------------------------------------------------------------------------------
 
 
-def _scores(network: FeatureNetwork, drawn: Set, reference: Set) -> list[Score]:
+def _scores(network: FeatureNetwork, drawn: ImageSet, reference: ImageSet) -> list[Score]:
     """Return all scores that the features in one network give."""
     mine, theirs = drawn.features[network.name], reference.features[network.name]
     own = network.name == "inception"
     suffix = "" if own else f"/{network.name}"
     by = "" if own else f" ({network.name})"
-    side, how = drawn.transform.resolution, report.shown(reference.transform)
+    side, how = drawn.transform.resolution, report.describe_transform(reference.transform)
 
     def sets(count: int, of: int) -> str:
         return f"{count:,} generated images of {side} px, as they are, against {of:,} of {reference.source.uri}, {how}"
@@ -399,7 +401,7 @@ def _scores(network: FeatureNetwork, drawn: Set, reference: Set) -> list[Score]:
                     network.protocol,
                     sets(*counts),
                     generation.PROTOCOLS["frechet"],
-                    *report.caution(min(counts), network),
+                    *report.small_sample_warning(min(counts), network),
                 ]
             ),
         )
@@ -422,6 +424,6 @@ def summary_text(summary: dict[str, Any], out: str) -> str:
     for name in ("samples", "reference"):
         about = summary[name]
         lines.append(f"{name:10}{about['images']:,} images of {about['uri']}")
-        if bad := [Bad(**entry) for entry in about["unreadable"]]:
-            lines.append(f"          {len(bad)} unreadable left out: {named(bad)}")
+        if bad := [UnreadableImage(**entry) for entry in about["unreadable"]]:
+            lines.append(f"          {len(bad)} unreadable left out: {describe_unreadable(bad)}")
     return "\n".join([*lines, "", report.report(summary, out)])

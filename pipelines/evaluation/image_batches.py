@@ -11,7 +11,7 @@ from pipelines.runtime.actor_pool import spread
 from pipelines.runtime.cluster import anywhere
 
 
-class Bad(NamedTuple):
+class UnreadableImage(NamedTuple):
     """An image that was left out: its id, the error class, and the details."""
 
     id: str
@@ -19,7 +19,7 @@ class Bad(NamedTuple):
     message: str
 
 
-class Read(NamedTuple):
+class PixelBatch(NamedTuple):
     """A batch of images.
 
     Attributes:
@@ -30,10 +30,10 @@ class Read(NamedTuple):
 
     pixels: np.ndarray
     units: list[int]
-    bad: list[Bad]
+    bad: list[UnreadableImage]
 
 
-def over(
+def process_batches(
     units: Sequence[int],
     call: Callable[[Any, Any, list[Sequence[int]]], Any],
     source: Source,
@@ -75,28 +75,28 @@ def chunks(units: Sequence[int], batch_size: int, resolution: int, workers: int)
     return [batches[start : start + count] for start in range(0, len(batches), count)]
 
 
-def spaced(units: Sequence[int], count: int) -> Sequence[int]:
+def evenly_spaced(units: Sequence[int], count: int) -> Sequence[int]:
     """Return `count` of the units, evenly spaced: if images are ordered by class, the first ones show few classes."""
     return units if count == len(units) else [units[number * len(units) // count] for number in range(count)]
 
 
-def named(bad: list[Bad], limit: int = 5) -> str:
+def describe_unreadable(bad: list[UnreadableImage], limit: int = 5) -> str:
     """Return a text with the first `limit` of these images and their reasons, and the number of all others."""
     names = [f"{entry.id} ({entry.reason})" for entry in bad[:limit]]
     return ", ".join(names) + (f" and {len(bad) - limit} more" if len(bad) > limit else "")
 
 
-def _read(source: Source, transform: ImageTransform, batches: list[Sequence[int]]) -> list[Read]:
+def _read(source: Source, transform: ImageTransform, batches: list[Sequence[int]]) -> list[PixelBatch]:
     return [_read_batch(source, transform, units) for units in batches]
 
 
-def _read_batch(source: Source, transform: ImageTransform, units: Sequence[int]) -> Read:
+def _read_batch(source: Source, transform: ImageTransform, units: Sequence[int]) -> PixelBatch:
     pixels, good, bad = [], [], []
     for unit in units:
         try:
             pixels.append(transform(source.data(unit)).pixels)
             good.append(unit)
         except ImageError as error:
-            bad.append(Bad(source.id(unit), error.reason, str(error)))
+            bad.append(UnreadableImage(source.id(unit), error.reason, str(error)))
     size = transform.resolution
-    return Read(np.stack(pixels) if pixels else np.empty((0, size, size, 3), np.uint8), good, bad)
+    return PixelBatch(np.stack(pixels) if pixels else np.empty((0, size, size, 3), np.uint8), good, bad)

@@ -12,7 +12,7 @@ from litevae import generation
 from litevae.cache import LatentCache, Shape
 from litevae.errors import UserError
 from pipelines.evaluation import config, report
-from pipelines.evaluation.image_batches import spaced
+from pipelines.evaluation.image_batches import evenly_spaced
 from pipelines.evaluation.report import Score
 from pipelines.runtime import mlflow_run, paths
 
@@ -34,7 +34,7 @@ def mmd(cfg: config.EvaluateLatents) -> dict[str, Any]:
         raise UserError("cache is empty; give a latent cache: evaluate.py latents FOLDER")
     cache = LatentCache(cfg.cache)
     shape, rows = _largest_group(cache)
-    chosen = spaced(rows, min(cfg.images or len(rows), len(rows)))
+    chosen = evenly_spaced(rows, min(cfg.images or len(rows), len(rows)))
     parts = [chosen[start : start + PART] for start in range(0, len(chosen), PART)]
     raw = torch.cat([cache.latents(part, 0, cfg.seed, cfg.draw, normalize=False) for part in parts])
 
@@ -42,7 +42,7 @@ def mmd(cfg: config.EvaluateLatents) -> dict[str, Any]:
         digest = cache.manifest["digest"]
         tracker.dataset(os.path.basename(cache.path), digest, cache.path, context="evaluation")
         drawn = "drawn from the moments" if cfg.draw == "sample" and cache.content == "moments" else "means"
-        found = judged(raw, cache.normalize(raw), "the cache", drawn, cfg.sigmas, cfg.subset, cfg.seed)
+        found = mmd_scores(raw, cache.normalize(raw), "the cache", drawn, cfg.sigmas, cfg.subset, cfg.seed)
         remarks = []
         if len(rows) < len(cache):
             remarks.append(f"only rows of the most frequent shape {shape}: {len(rows):,} of {len(cache):,}")
@@ -53,12 +53,12 @@ def mmd(cfg: config.EvaluateLatents) -> dict[str, Any]:
             "remarks": remarks,
             "run": mlflow_run.link(run),
         }
-        report.leave(summary, out, tracker)
+        report.write_scores(summary, out, tracker)
     print(f"{len(raw):,} of {len(cache):,} latents of {cache.path}\n\n{report.report(summary, out)}")
     return summary
 
 
-def judged(
+def mmd_scores(
     raw: Tensor,
     normalised: Tensor,
     over: str,

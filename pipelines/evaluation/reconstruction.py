@@ -39,7 +39,7 @@ from litevae.precision import autocast
 from pipelines.data.source import Source
 from pipelines.data.sources import open_source
 from pipelines.evaluation import config, image_batches, latent_mmd, report
-from pipelines.evaluation.image_batches import Bad, Read, named
+from pipelines.evaluation.image_batches import PixelBatch, UnreadableImage, describe_unreadable
 from pipelines.evaluation.report import Score
 from pipelines.runtime import cluster, mlflow_run, paths, tables
 from pipelines.runtime.actor_pool import pool, spread
@@ -71,7 +71,7 @@ METRICS = {
 }
 
 
-class Judges:
+class MetricSuite:
     """The metrics, and the feature networks for which there are weights.
 
     Args:
@@ -110,7 +110,7 @@ class Judges:
         """The metrics and the digests of the weights, which must be the same on all nodes."""
         return dict.fromkeys(self.metrics, "") | {network.name: network.sha256 for network in self.networks}
 
-    def to(self, device: torch.device) -> "Judges":
+    def to(self, device: torch.device) -> "MetricSuite":
         """Move all networks to a device."""
         for module in self._modules:
             module.to(device)
@@ -138,7 +138,7 @@ class Measured:
     decode_seconds: float = 0.0
     values: dict[str, np.ndarray] = field(default_factory=dict)
     features: dict[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
-    bad: list[Bad] = field(default_factory=list)
+    bad: list[UnreadableImage] = field(default_factory=list)
     latents: np.ndarray | None = None
     pictures: tuple[Tensor, ...] = ()
     maps: tuple[Tensor, ...] = ()
@@ -151,7 +151,7 @@ class Total:
         self.images, self.encode_seconds, self.decode_seconds = 0, 0.0, 0.0
         self.means: dict[str, metrics.Mean] = {}
         self.statistics = {each.name: [FrechetStatistics(each.dimension) for _ in range(2)] for each in networks}
-        self.bad: list[Bad] = []
+        self.bad: list[UnreadableImage] = []
         self.latents: list[Tensor] = []
         self.pictures: list[tuple[Tensor, ...]] = []
         self.maps: list[tuple[Tensor, ...]] = []
@@ -215,7 +215,7 @@ def evaluate(cfg: config.Evaluate) -> dict[str, Any]:
     cfg = cfg.model_copy(update=known | {"images": cfg.images or source.units})
     if cfg.mmd_images > cfg.images:
         raise UserError(f"mmd_images={cfg.mmd_images}, but {cfg.images} images are measured")
-    judges = Judges(cfg)
+    judges = MetricSuite(cfg)
     remarks = list(judges.remarks)
 
     placement = cluster.start(cfg.ray)
@@ -277,7 +277,7 @@ def evaluate(cfg: config.Evaluate) -> dict[str, Any]:
         for name, picture in pictures.items():
             storage.put(os.path.join(out, f"{name}.png"), tables.png(picture))
             tracker.image(name, picture, step=0)
-        report.leave(summary, out, tracker)
+        report.write_scores(summary, out, tracker)
     print(summary_text(summary, out))
     return summary
 
@@ -313,9 +313,9 @@ def summary_text(summary: dict[str, Any], out: str) -> str:
             values = (each["reconstruction"].get(metric) for each in scales.values())
             rows.append([titles.get(metric, metric), *("" if value is None else f"{value:.4f}" for value in values)])
         lines += [tables.table(rows), ""]
-    lines += [*report.listed([Score(**score) for score in summary["metrics"]]), tables.table(model), ""]
-    if bad := [Bad(**entry) for entry in summary["unreadable"]]:
-        lines.append(f"{len(bad)} unreadable left out: {named(bad)}")
+    lines += [*report.format_scores([Score(**score) for score in summary["metrics"]]), tables.table(model), ""]
+    if bad := [UnreadableImage(**entry) for entry in summary["unreadable"]]:
+        lines.append(f"{len(bad)} unreadable left out: {describe_unreadable(bad)}")
     lines += summary["remarks"]
     pictures = [f"pictures  {out}/{name}" for name in summary["pictures"]]
     return "\n".join([*lines, f"metrics   {out}/metrics.json", *pictures, f"run       {summary['run']}"])
@@ -328,13 +328,13 @@ def _frechet(network: str) -> str:
     return "rfid" if network == "inception" else f"frechet/{network}"
 
 
-def _protocols(judges: Judges, images: int, transform: ImageTransform) -> dict[str, str]:
+def _protocols(judges: MetricSuite, images: int, transform: ImageTransform) -> dict[str, str]:
     """Return the protocol of each number of "reconstruction" and "bicubic", by name. "images" is their common part."""
-    of = f"{images:,} images, {report.shown(transform)}"
+    of = f"{images:,} images, {report.describe_transform(transform)}"
     found = {name: metric.protocol for name, metric in judges.metrics.items()}
     for network in judges.networks:
         parts = ["reconstructions in uint8 against their originals", network.protocol, generation.PROTOCOLS["frechet"]]
-        found[_frechet(network.name)] = "; ".join([*parts, *report.caution(images, network)])
+        found[_frechet(network.name)] = "; ".join([*parts, *report.small_sample_warning(images, network)])
     return {
         "images": of,
         "reconstruction": "decoded mean of the latent",
@@ -374,14 +374,14 @@ def _mmd(cfg: config.Evaluate, total: Total, moments: bool) -> list[Score]:
     std, mean = torch.std_mean(raw, dim=(0, 2, 3), keepdim=True, correction=0)
     normalised = (raw - mean) / std.clamp(min=1e-12)  # a channel may be constant
     drawn = "drawn from the posterior" if moments else "as the encoder gives them"
-    return latent_mmd.judged(raw, normalised, "these", drawn, seed=cfg.seed)
+    return latent_mmd.mmd_scores(raw, normalised, "these", drawn, seed=cfg.seed)
 
 
 # --- measuring --------------------------------------------------------------------------------------------------
 
 
 def _measure(
-    cfg: config.Evaluate, source: Source, pixels: int, actors: list[Any], decoders: int, judges: Judges
+    cfg: config.Evaluate, source: Source, pixels: int, actors: list[Any], decoders: int, judges: MetricSuite
 ) -> Total:
     """Measure all images once at a resolution of `pixels`.
 
@@ -399,14 +399,18 @@ def _measure(
     transform = ImageTransform(pixels, cfg.transform.resize)
     total = Total(judges.networks)
     progress = Progress("evaluate" if whole else f"evaluate at {pixels} px", cfg.images, 0, sys.stderr.isatty())
-    for parts in image_batches.over(range(cfg.images), measure, source, transform, cfg.batch_size, actors, decoders):
+    for parts in image_batches.process_batches(
+        range(cfg.images), measure, source, transform, cfg.batch_size, actors, decoders
+    ):
         for part in parts:
             total.add(part)
         progress.update(total.images + len(total.bad))
     progress.close()
     if not total.images:
         at = "" if whole else f" at {pixels} px"
-        raise UserError(f"{source.uri}: none of {len(total.bad)} images could be read{at}: {named(total.bad)}")
+        raise UserError(
+            f"{source.uri}: none of {len(total.bad)} images could be read{at}: {describe_unreadable(total.bad)}"
+        )
     return total
 
 
@@ -426,7 +430,7 @@ class Evaluator:
         self.cfg, self.device = cfg, placement.settle()
         self.model = load_autoencoder(cfg.model).to(self.device)
         self.factor, self.posterior = downsampling(self.model), latent_content(self.model) == "moments"
-        judges = Judges(cfg)
+        judges = MetricSuite(cfg)
         if (here := judges.identity) != known:
             raise UserError(f"the driver has weights {known}, this node {here}. {' '.join(judges.remarks)}")
         self.judges = judges.to(self.device)
@@ -437,7 +441,7 @@ class Evaluator:
         side = cfg.transform.resolution
         self._reconstruct(torch.zeros(1, 3, side, side, device=self.device))  # warm-up: the first call is slow
 
-    def measure(self, batches: list[Read], pictures: list[int], whole: bool) -> list[Measured]:
+    def measure(self, batches: list[PixelBatch], pictures: list[int], whole: bool) -> list[Measured]:
         """Measure batches.
 
         Args:
@@ -456,7 +460,7 @@ class Evaluator:
         )
 
     @torch.no_grad()
-    def _measure(self, batch: Read, pictures: int, whole: bool) -> Measured:
+    def _measure(self, batch: PixelBatch, pictures: int, whole: bool) -> Measured:
         if not len(batch.pixels):
             return Measured(bad=batch.bad)
         x = to_tensor(batch.pixels).to(self.device)
@@ -477,7 +481,7 @@ class Evaluator:
         self.maps = None
         return result
 
-    def _look(self, batch: Read, x: Tensor, encoded: Tensor, result: Measured) -> None:
+    def _look(self, batch: PixelBatch, x: Tensor, encoded: Tensor, result: Measured) -> None:
         """Add latents and feature maps of a batch to its measurements."""
         units = torch.tensor(batch.units)
         if (wanted := units < self.cfg.mmd_images).any():

@@ -61,7 +61,7 @@ def networks(
     return found, remarks
 
 
-def caution(count: int, network: FeatureNetwork) -> list[str]:
+def small_sample_warning(count: int, network: FeatureNetwork) -> list[str]:
     """Return a warning about a Frechet distance of too few images, if `count` does not exceed the feature dimension."""
     if count > network.dimension:
         return []
@@ -71,7 +71,7 @@ def caution(count: int, network: FeatureNetwork) -> list[str]:
     ]
 
 
-def shown(transform: ImageTransform) -> str:
+def describe_transform(transform: ImageTransform) -> str:
     """Describe for people how a transform brings images to their size."""
     if transform.resize == "none":
         return f"centre crop of {transform.resolution} px, not resized"
@@ -79,15 +79,15 @@ def shown(transform: ImageTransform) -> str:
     return f"shorter side to {transform.resolution} px ({library}, antialiased bicubic), centre crop"
 
 
-def leave(summary: dict[str, Any], out: str, tracker: Tracker) -> None:
+def write_scores(summary: dict[str, Any], out: str, tracker: Tracker) -> None:
     """Write a summary to metrics.json in `out`, and log its "metrics" (scores as dicts) to MLflow as eval/<name>."""
     for score in summary["metrics"]:
         values = {"": score["value"], "_std": score["std"]}
         tracker.metrics({f"eval/{score['name']}{end}": v for end, v in values.items() if v is not None}, step=0)
-    save(summary, out, tracker)
+    write_summary(summary, out, tracker)
 
 
-def save(summary: dict[str, Any], out: str, tracker: Tracker) -> None:
+def write_summary(summary: dict[str, Any], out: str, tracker: Tracker) -> None:
     """Write a summary to metrics.json in `out`, and upload the file to MLflow."""
     path = os.path.join(out, "metrics.json")
     storage.put(str(path), json.dumps(summary, indent=2).encode() + b"\n")
@@ -96,11 +96,11 @@ def save(summary: dict[str, Any], out: str, tracker: Tracker) -> None:
 
 def report(summary: dict[str, Any], out: str) -> str:
     """Format what `leave` wrote for people, with each protocol below the scores that share it."""
-    lines = listed([Score(**score) for score in summary["metrics"]])
+    lines = format_scores([Score(**score) for score in summary["metrics"]])
     return "\n".join([*lines, *summary["remarks"], f"metrics   {out}/metrics.json", f"run       {summary['run']}"])
 
 
-def listed(scores: list[Score]) -> list[str]:
+def format_scores(scores: list[Score]) -> list[str]:
     """Return scores as lines of text, with the protocol and an empty line after each group of scores that share it."""
     lines, width = [], max((len(score.title) for score in scores), default=0)
     for score, following in pairwise([*scores, None]):

@@ -94,7 +94,7 @@ def sample(cfg: config.Sample) -> dict[str, Any]:
     _check_job(job, out)  # another job may have written it first
     storage.remove(storage.join(out, "samples.json"))
     name = os.path.basename(out)
-    folder = os.path.join(os.path.abspath(cfg.root), name) if storage.remote(out) else out
+    folder = os.path.join(os.path.abspath(cfg.root), name) if storage.is_remote(out) else out
     with mlflow_run.tracked_run(cfg, "sample", name, folder) as (tracker, run):
         drawn = sum(len(piece.numbers) for piece in missing)
         started = time.monotonic()

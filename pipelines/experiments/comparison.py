@@ -124,7 +124,7 @@ class Metric:
 
 
 @dataclass
-class Row:
+class ComparedRow:
     """Runs that differ only in their seed.
 
     Attributes:
@@ -169,7 +169,7 @@ class Comparison:
     baseline: str
     test: str
     metrics: list[Metric]
-    rows: list[Row]
+    rows: list[ComparedRow]
     params: list[str]
     curves: dict[str, list[list[list[tuple[int, float]]]]]
     remarks: list[str]
@@ -184,7 +184,7 @@ def tagged(runs: Sequence[Run], name: str) -> str:
     return clean(", ".join(sorted({run.tag(name) for run in runs} - {""})))
 
 
-def group(runs: Sequence[Run]) -> tuple[list[Row], int]:
+def group(runs: Sequence[Run]) -> tuple[list[ComparedRow], int]:
     """Group runs that differ only in their seed into rows.
 
     Runs of a sweep name their row in a tag. Other runs belong to one row if their parameters are equal. Only the newest
@@ -200,7 +200,7 @@ def group(runs: Sequence[Run]) -> tuple[list[Row], int]:
         else:
             key = frozenset(_choices(run).items()) if run.params else run.id
         groups.setdefault((key, run.status == FINISHED, run.tag("job")), {})[run.seed] = run
-    rows = [Row(_name([*seeds.values()]), [*seeds.values()]) for seeds in groups.values()]
+    rows = [ComparedRow(_name([*seeds.values()]), [*seeds.values()]) for seeds in groups.values()]
     taken, finished = ([row.name for row in rows if each or row.runs[0].status == FINISHED] for each in (True, False))
     for row in rows:
         if row.runs[0].status != FINISHED:
@@ -295,7 +295,7 @@ def comparison(
     return Comparison(clean(title), named, test, columns, rows, differ, curves, remarks)
 
 
-def setting(row: Row) -> str:
+def setting(row: ComparedRow) -> str:
     """Return the setting of a paper's row, for example "FFHQ 128" for "FFHQ 128: VAE"; "" if it names none."""
     return row.name.rpartition(": ")[0]
 
@@ -304,7 +304,7 @@ def _title(table: str) -> str:
     return f"Table {table}" if table[:1].isdigit() else table.replace("-", " ").capitalize()
 
 
-def _beside(rows: list[Row], table: Any) -> list[Row]:
+def _beside(rows: list[ComparedRow], table: Any) -> list[ComparedRow]:
     """Add the paper's numbers to the rows and sort them as in the paper; rows that were not run are added too."""
     order = [*table.rows]
     for row in rows:
@@ -312,7 +312,7 @@ def _beside(rows: list[Row], table: Any) -> list[Row]:
         row.paper = of_paper.paper if of_paper else {}
     ran = {row.runs[0].tag("row") for row in rows}
     absent = [name for name in order if name not in ran]
-    rows = [*rows, *(Row(clean(name), [], "not run", paper=table.rows[name].paper) for name in absent)]
+    rows = [*rows, *(ComparedRow(clean(name), [], "not run", paper=table.rows[name].paper) for name in absent)]
     place = {name: number for number, name in enumerate(order)}
     return sorted(rows, key=lambda row: place.get(row.runs[0].tag("row") if row.runs else row.name, len(order)))
 
@@ -358,7 +358,7 @@ def _higher(name: str) -> bool | None:
     return True if HIGHER.search(words) else False if LOWER.search(words) else None
 
 
-def _cell(row: Row, baseline: Row, metric: Metric, test: str) -> Cell:
+def _cell(row: ComparedRow, baseline: ComparedRow, metric: Metric, test: str) -> Cell:
     """Compute one metric of a row, and compare it with the baseline's unless the row is the baseline."""
     values, others = (
         {run.seed: run.metrics[metric.name] for run in each.runs if metric.name in run.metrics}
@@ -407,7 +407,9 @@ def significance(x: Sequence[float], y: Sequence[float], paired: bool = False) -
     return p if math.isfinite(p) else None
 
 
-def _remarks(rows: list[Row], columns: list[Metric], test: str, repeated: int, table: Any, scales: str) -> list[str]:
+def _remarks(
+    rows: list[ComparedRow], columns: list[Metric], test: str, repeated: int, table: Any, scales: str
+) -> list[str]:
     remarks = []
     if any(cell.std is not None for row in rows for cell in row.cells):
         remarks.append("± is the standard deviation over seeds (n − 1).")

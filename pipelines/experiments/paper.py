@@ -19,7 +19,7 @@ Values = dict[str, Any]  # nested values of a config
 
 
 @dataclass(frozen=True)
-class Row:
+class PaperRow:
     """One row of a table.
 
     Attributes:
@@ -60,7 +60,7 @@ class Table:
     title: str
     kind: Kind
     metrics: list[str]
-    rows: dict[str, Row]
+    rows: dict[str, PaperRow]
     scales: list[float] = field(default_factory=list)
     part: str = "encoder"
 
@@ -84,7 +84,7 @@ def table(name: str) -> Table:
     return found
 
 
-def chosen(table: Table, patterns: list[str]) -> list[Row]:
+def chosen(table: Table, patterns: list[str]) -> list[PaperRow]:
     """Return the rows whose names match one of the patterns (with * and ?), or all rows if there are no patterns.
 
     Raises:
@@ -96,7 +96,7 @@ def chosen(table: Table, patterns: list[str]) -> list[Row]:
     return [row for name, row in table.rows.items() if not patterns or any(fnmatchcase(name, p) for p in patterns)]
 
 
-def scaled(table: Table, row: Row, scale: str) -> dict[str, Values]:
+def scaled(table: Table, row: PaperRow, scale: str) -> dict[str, Values]:
     """Return the values of each job's config for a row at a scale.
 
     They give architecture, losses, stages and sizes, but no data and no names.
@@ -163,7 +163,7 @@ def _table(name: str, data: dict[str, Any], settings: dict[str, Any]) -> Table:
     for row, own in data["rows"].items():
         parts = [settings[setting] for setting in [*data.get("is", []), *own.get("is", [])]]
         whole = merged(*parts, {job: data[job] for job in JOBS if job in data}, own)
-        rows[row] = Row(
+        rows[row] = PaperRow(
             row,
             dict(zip(metrics, own.get("paper", []), strict=True)),
             [(resolution, steps) for resolution, steps in whole.get("schedule", [])],

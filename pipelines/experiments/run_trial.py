@@ -19,7 +19,7 @@ from pipelines.encoding.config import Encode
 from pipelines.evaluation.config import Evaluate, EvaluateSamples, Sample
 from pipelines.experiments import paper
 from pipelines.experiments.config import Sweep
-from pipelines.experiments.trials import RESULT, TRAINED, Row, Trial
+from pipelines.experiments.trials import RESULT, TRAINED, Trial, TrialRow
 from pipelines.runtime import cluster
 from pipelines.runtime.logs import say
 from pipelines.runtime.schema import Tracking, validate
@@ -85,7 +85,7 @@ def _work(trial: dict[str, Any], setup: dict[str, Any], reports: Any) -> dict[st
         os.chdir(setup["cwd"])
     cfg = validate(Sweep, setup["cfg"])
     share = {"ray": setup["ray"]}
-    mine = Trial(trial["train"] | share, [Row(**row) for row in trial["rows"]])
+    mine = Trial(trial["train"] | share, [TrialRow(**row) for row in trial["rows"]])
     for row in mine.rows:
         row.jobs = {job: values | share for job, values in row.jobs.items()}
     with _logged(mine.rows[0]):
@@ -102,7 +102,7 @@ def _work(trial: dict[str, Any], setup: dict[str, Any], reports: Any) -> dict[st
 
 
 @contextmanager
-def _logged(row: Row) -> Iterator[None]:
+def _logged(row: TrialRow) -> Iterator[None]:
     """Redirect what jobs print to log.txt in the row's folder, since the output of many rows would be unreadable."""
     os.makedirs(row.folder, exist_ok=True)
     with open(os.path.join(row.folder, "log.txt"), "a") as file, redirect_stdout(file):
@@ -129,7 +129,7 @@ def _trained(cfg: Sweep, trial: Trial, parent: str, reports: Any) -> dict[str, A
     return json.loads(done.read_text())
 
 
-def _evaluate(cfg: Sweep, values: dict[str, Any], trained: dict[str, Any], row: Row, parent: str) -> None:
+def _evaluate(cfg: Sweep, values: dict[str, Any], trained: dict[str, Any], row: TrialRow, parent: str) -> None:
     """Do a row's jobs after its training, and log their results to MLflow.
 
     They are logged to the training's run. If that run belongs to another row, they are logged to a new run, which gets
@@ -162,7 +162,7 @@ def _evaluate(cfg: Sweep, values: dict[str, Any], trained: dict[str, Any], row: 
     storage.put(os.path.join(row.folder, RESULT), json.dumps(result, indent=2).encode() + b"\n")
 
 
-def _diffusion(row: Row, trained: dict[str, Any]) -> str:
+def _diffusion(row: TrialRow, trained: dict[str, Any]) -> str:
     """Train a diffusion model on the latents of an autoencoder, sample from it, and evaluate the samples.
 
     Returns:
@@ -196,7 +196,7 @@ def _reporter(reports: Any) -> Any:
     return Report()
 
 
-def tracking_of(cfg: Sweep, row: Row, parent: str) -> Tracking:
+def tracking_of(cfg: Sweep, row: TrialRow, parent: str) -> Tracking:
     """Return the tracking config of a row's run: its name, its parent run and its tags."""
     tags = {"litevae.sweep": cfg.name, "litevae.row": row.name, "litevae.seed": str(row.seed)}
     if cfg.table:

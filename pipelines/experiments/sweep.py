@@ -29,8 +29,8 @@ from pipelines.experiments.search_space import domain, fields_of, tune_space, wi
 from pipelines.experiments.trials import (
     RESULT,
     TRAINED,
-    Row,
     Trial,
+    TrialRow,
     check_fields,
     load_network,
     slug,
@@ -45,7 +45,7 @@ from pipelines.training import run_folder, run_lock
 from pipelines.training.config import TrainVAE
 
 # Fields that may differ when a sweep resumes. Rows and seeds may, since each row and seed is done on its own.
-FREE = ("ray", "concurrent", "rows", "seeds", "data.loaders")
+MAY_CHANGE = ("ray", "concurrent", "rows", "seeds", "data.loaders")
 STOPPED = "stopped.json"  # file in a row's folder: asha has stopped the row's training
 SHOWN = ("eval/params_m", "eval/reconstruction/", "eval/mmd/", "eval/fid", "eval/frechet/")
 
@@ -94,7 +94,7 @@ def _sweep(cfg: Sweep, table: paper.Table | None, sources: dict[str, Any], folde
     # With pbt all trials run at the same time. Trials that waited for others to end could not copy from each other.
     placement = cluster.start(cfg.ray, cfg.trials if cfg.scheduler == "pbt" else cfg.concurrent)
     paths.check_folders({"root": root}, {f"data.{name}.uri": source.uri for name, source in sources.items()})
-    run_folder.open_run(folder, cfg, FREE)
+    run_folder.open_run(folder, cfg, MAY_CHANGE)
     for row, train in ((row, each.train) for each in trials for row in each.rows):
         path = os.path.join(folder, "configs", f"{slug(row.label)}.yaml")
         os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -139,7 +139,7 @@ def _complexity(cfg: Sweep, table: paper.Table, folder: str) -> list[dict[str, A
     shared = {"root": cfg.root, "ray": cfg.ray.model_dump(mode="json"), "tracking": {"enabled": False}}
     parts = paper.at_scale(cfg.scale, "evaluate_complexity"), cfg.evaluate_complexity, own, shared
     job = validate(EvaluateComplexity, paper.merged(*parts))
-    run_folder.open_run(folder, cfg, FREE)
+    run_folder.open_run(folder, cfg, MAY_CHANGE)
     run = mlflow_run.start_run(cfg.tracking, cfg.root, "sweep", cfg.name, cfg.model_dump(mode="json"), folder)
     status: mlflow_server.Status = "FAILED"
     try:
@@ -147,7 +147,7 @@ def _complexity(cfg: Sweep, table: paper.Table, folder: str) -> list[dict[str, A
         results = []
         for row in rows:
             metrics = {f"eval/{name}": value for name, value in found[row.model].items()}
-            mine = Row(row.name, cfg.seeds[0], os.path.join(folder, "rows", slug(row.name)), {})
+            mine = TrialRow(row.name, cfg.seeds[0], os.path.join(folder, "rows", slug(row.name)), {})
             where = run_trial.tracking_of(cfg, mine, run.run_id or "")
             values = job.model_dump(mode="json", exclude={"models", "tracking"}) | {"model": row.model}
             tracker = mlflow_run.Tracker(
@@ -166,7 +166,7 @@ def _complexity(cfg: Sweep, table: paper.Table, folder: str) -> list[dict[str, A
 
 def _absolute(source: SourceConfig) -> SourceConfig:
     """Make a source's local path absolute, so that it means the same in every process."""
-    local = source.uri and not storage.remote(source.uri)
+    local = source.uri and not storage.is_remote(source.uri)
     return source.model_copy(update={"uri": os.path.abspath(source.uri)}) if local else source
 
 

@@ -31,7 +31,7 @@ TRAINED, RESULT = "trained.json", "result.json"  # in a training's, or a row's, 
 
 
 @dataclass
-class Row:
+class TrialRow:
     """One row of a sweep's results.
 
     Attributes:
@@ -69,7 +69,7 @@ class Trial:
     """
 
     train: dict[str, Any]
-    rows: list[Row] = field(default_factory=list)
+    rows: list[TrialRow] = field(default_factory=list)
 
     @property
     def folder(self) -> str:
@@ -117,7 +117,7 @@ def trials_of_table(cfg: Sweep, table: paper.Table, folder: str) -> tuple[list[T
         jobs = _jobs(cfg, values, table.kind)
         for seed in cfg.seeds:
             where = os.path.join(folder, "rows", slug(f"{row.name}, seed {seed}"))
-            _add(trials, Trial(_train(cfg, train, seed), [Row(row.name, seed, where, jobs, table.part)]))
+            _add(trials, Trial(_train(cfg, train, seed), [TrialRow(row.name, seed, where, jobs, table.part)]))
     if not trials:
         raise UserError("; ".join(f"{row}: {reason}" for row, reason in left_out.items()))
     return list(trials.values()), left_out
@@ -180,7 +180,7 @@ def point(cfg: Sweep, values: dict[str, Any], seed: int, folder: str, begin: str
     if begin:  # other trials may have the same values but another checkpoint to begin with
         name += f" ({train['name']})"
     jobs = _jobs(cfg, {"evaluate": {"transform": {"resolution": train["stages"][-1]["resolution"]}}}, "vae")
-    return Trial(train, [Row(name, seed, os.path.join(folder, "rows", train["name"]), jobs)])
+    return Trial(train, [TrialRow(name, seed, os.path.join(folder, "rows", train["name"]), jobs)])
 
 
 def _train(cfg: Sweep, values: dict[str, Any], seed: int, begin: str = "") -> dict[str, Any]:
@@ -197,7 +197,9 @@ def _train(cfg: Sweep, values: dict[str, Any], seed: int, begin: str = "") -> di
     kept = values_to_keep(config)
     named = run_folder.flatten(kept) | {f"data.{name}": _digest(cfg, name) for name in ("train", "val")}
     fields = {  # without values that a training had before the field existed, so that its hash stays the same
-        k: v for k, v in sorted(named.items()) if not _is(k, NOT_WEIGHTS) and (k, v) not in run_folder.BEFORE.items()
+        k: v
+        for k, v in sorted(named.items())
+        if not _is(k, NOT_WEIGHTS) and (k, v) not in run_folder.EARLIER_DEFAULTS.items()
     }
     digest = hashlib.sha256(json.dumps(fields).encode())
     return kept | {"name": f"vae-{digest.hexdigest()[:12]}", "root": os.path.join(cfg.root, "trained")}

@@ -179,7 +179,7 @@ def start(config: RayConfig, jobs: int = 1) -> Placement:
         needed = ".".join(map(str, OLDEST))
         raise UserError(f"Ray {ray.__version__} has known holes; install {needed} or newer, here and on the cluster")
     if not ray.is_initialized():
-        with shutdown.kept():
+        with shutdown.keep_sigterm_handler():
             if joining:
                 ray.init(logging_level="ERROR", log_to_driver=True)
             else:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 
-def mend_log(path: str) -> dict[str, int]:
+def repair_log(path: str) -> dict[str, int]:
     """Return the last step of each metric in the file, and remove an incomplete last line (full disk, power cut)."""
     last: dict[str, int] = {}
     with open(path, "a+b") as file:

@@ -32,7 +32,7 @@ import numpy as np
 from litevae import storage
 from litevae.errors import UserError, redact
 from pipelines.runtime import mlflow_server
-from pipelines.runtime.metrics_log import clear_log, mend_log, metric_name, parse_line
+from pipelines.runtime.metrics_log import clear_log, metric_name, parse_line, repair_log
 from pipelines.runtime.mlflow_server import RunHandle, Status
 from pipelines.runtime.paths import output_path
 from pipelines.runtime.schema import Tracked, Tracking
@@ -183,7 +183,7 @@ class Tracker:
         self._handle = handle
         os.makedirs(handle.folder, exist_ok=True)
         self._path = os.path.join(handle.folder, "metrics.jsonl")
-        self._last = mend_log(self._path)
+        self._last = repair_log(self._path)
         self._file = open(self._path, "ab", buffering=0)  # noqa: SIM115 - closed in close()
         # Import MLflow here, not in the thread: a data loader that is forked during an import would inherit its locks.
         self._client: Any = (

@@ -28,7 +28,7 @@ def output_path(field: str, path: str, remote: bool = False) -> str:
     """
     if not path:
         raise UserError(f"{field}: give a path, e.g. {field}=/data/{field}")
-    if storage.remote(path):
+    if storage.is_remote(path):
         if not remote:
             raise UserError(f"{field}={path}: only local paths can be written here")
         return storage.absolute(path)
@@ -65,9 +65,11 @@ def check_folders(written: dict[str, str], read: dict[str, str]) -> None:
     marks = {
         field: os.path.join(folder, f".tmp-shared-{secrets.token_hex(8)}")
         for field, folder in written.items()
-        if not storage.remote(folder)
+        if not storage.is_remote(folder)
     }
-    paths = marks | {field: os.path.abspath(path) for field, path in read.items() if path and not storage.remote(path)}
+    paths = marks | {
+        field: os.path.abspath(path) for field, path in read.items() if path and not storage.is_remote(path)
+    }
     try:
         for mark in marks.values():
             os.makedirs(os.path.dirname(mark), exist_ok=True)

@@ -44,7 +44,7 @@ def on_sigterm() -> Iterator[None]:
 
 
 @contextmanager
-def kept() -> Iterator[None]:
+def keep_sigterm_handler() -> Iterator[None]:
     """Keep the SIGTERM handler of `on_sigterm` over the start of Ray.
 
     Ray installs its own handler, which would exit without a message and leave the run open in MLflow.
@@ -60,7 +60,7 @@ def _end(number: int, frame: FrameType | None) -> None:
     raise Stopped(128 + number)
 
 
-def patiently(call: Callable[[], Result], folder: str) -> Result:
+def call_stoppable(call: Callable[[], Result], folder: str) -> Result:
     """Return the result of `call()`. A first signal asks the run in `folder` to stop; a second one raises Stopped.
 
     `call` runs in a thread, because in the main thread Ray Train would handle Ctrl-C itself. If this process does not
@@ -107,7 +107,7 @@ def _asking(file: Path) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def withdraw(folder: str) -> int:
+def clear_stop_request(folder: str) -> int:
     """Delete the request to stop the run in `folder`, and return the exit code that it asks for."""
     file = Path(folder, FILE)
     text = file.read_text().strip() if file.exists() else ""

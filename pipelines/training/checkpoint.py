@@ -96,7 +96,7 @@ def publish(build: Callable[[Path], None], folder: Path) -> None:
         fresh.rename(folder)
         shutil.rmtree(old, ignore_errors=True)
     except Exception as error:
-        if not storage.full(error):
+        if not storage.is_disk_full(error):
             raise
         raise storage.unwritable(str(folder), error) from error
     finally:

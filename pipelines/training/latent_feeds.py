@@ -14,11 +14,11 @@ from torch import Tensor
 
 from litevae import cache
 from litevae.autoencoder import encode_latents, fingerprint, latent_content, load_autoencoder
-from litevae.cache import LatentCache, drawn
+from litevae.cache import LatentCache, sample_posteriors
 from litevae.denoiser import null_class
 from litevae.errors import UserError
 from litevae.images import ImageError, ImageTransform, to_tensor
-from litevae.inference import best_kernels, prepared
+from litevae.inference import best_kernels, prepare_for_inference
 from litevae.loader import LatentLoader, stream
 from litevae.order import batch_positions
 from litevae.precision import autocast
@@ -219,7 +219,7 @@ class Online(Encoding):
         if fingerprint(setup.latents.vae) != setup.latents.fingerprint:
             raise UserError(f"{setup.latents.vae} on this node is not the autoencoder that the job was started with")
         self._vae = load_autoencoder(setup.latents.vae)
-        prepared(self._vae, device, best_kernels(device, data.precision))
+        prepare_for_inference(self._vae, device, best_kernels(device, data.precision))
         self._content = latent_content(self._vae)
 
     def batches(self, start: int, end: int, batch_size: int) -> Iterator[Batch]:
@@ -237,7 +237,9 @@ class Online(Encoding):
         if self._content == "mean":
             return found
         mean, logvar = found.chunk(2, dim=1)
-        return drawn(mean, logvar, self.config.seed, batch["rows"]) if self.config.draw == "sample" else mean
+        return (
+            sample_posteriors(mean, logvar, self.config.seed, batch["rows"]) if self.config.draw == "sample" else mean
+        )
 
     def encoded(self, pixels: list[np.ndarray]) -> tuple[np.ndarray, str]:
         return self._encode(np.stack(pixels)).cpu().numpy(), self._content
@@ -245,7 +247,7 @@ class Online(Encoding):
     @torch.no_grad()
     def _encode(self, pixels: np.ndarray) -> Tensor:
         parts = []
-        with encoder.exact(), autocast(self.device, self.config.data.precision):
+        with encoder.deterministic_fp32(), autocast(self.device, self.config.data.precision):
             for part in torch.from_numpy(pixels).split(CHUNK):
                 parts.append(encode_latents(self._vae, to_tensor(part.to(self.device))).float())
         return torch.cat(parts)

@@ -67,7 +67,7 @@ def fit(
     say(f"run: {folder}\nMLflow: {mlflow_run.link(handle)}", folder=folder, run=mlflow_run.link(handle))
     told = Path(folder) / ERROR
     told.unlink(missing_ok=True)
-    shutdown.withdraw(folder)  # a request to stop that an earlier run did not see before it ended
+    shutdown.clear_stop_request(folder)  # a request to stop that an earlier run did not see before it ended
     trainer = TorchTrainer(
         worker,
         train_loop_config={
@@ -94,12 +94,12 @@ def fit(
     )
     status: mlflow_server.Status = "FAILED"
     try:
-        result = shutdown.patiently(trainer.fit, folder).return_value
+        result = shutdown.call_stoppable(trainer.fit, folder).return_value
         if "error" in result:
             raise UserError(result["error"])
         if result.pop("stopped"):
             raise shutdown.Stopped(
-                shutdown.withdraw(folder),
+                shutdown.clear_stop_request(folder),
                 f"stopped after {result['images']:,} images; the checkpoint is in {folder}, and the same command goes "
                 f"on from it",
             )
@@ -116,7 +116,7 @@ def fit(
             f"goes on from it"
         ) from error
     finally:
-        shutdown.withdraw(folder)
+        shutdown.clear_stop_request(folder)
         told.unlink(missing_ok=True)
         mlflow_run.finish(handle, status)
     return result | {"model": os.path.join(folder, "model"), "tracking": mlflow_run.link(handle)}

@@ -22,7 +22,7 @@ from litevae.autoencoder import (
 )
 from litevae.cache import LatentCache
 from litevae.denoiser import build_denoiser, null_class
-from litevae.diffusion import EMA, Objective, draws
+from litevae.diffusion import EMA, Objective, random_numbers
 from litevae.errors import UserError
 from litevae.images import to_uint8
 from litevae.ldm import LDM, NormalizedAutoencoder, save_ldm
@@ -44,12 +44,12 @@ from pipelines.training.latent_feeds import Batch
 from pipelines.training.worker_setup import LatentData, LdmSetup
 
 # Fields that may differ when a run resumes. `images` may only grow.
-FREE = (
+MAY_CHANGE = (
     "root", "ray", "images", "vae", "cache_version", "cache_local", "sample_images", "sample_steps", "sample_guidance",
     "checkpointing", "data.loaders", "data.max_bad", "data.calibrate", "optim.lr", "optim.clip", "loop.precision",
     "loop.val_every", "loop.checkpoint_every", "loop.keep", "loop.log_every", "loop.max_restarts", "loop.max_skipped",
 )  # fmt: skip
-CACHED = (*FREE, "data.decode")  # the same for mode=cache, which decodes no images
+MAY_CHANGE_CACHED = (*MAY_CHANGE, "data.decode")  # the same for mode=cache, which decodes no images
 BUCKETS = 4  # ranges of noise levels whose losses are logged separately
 PICTURES = 16  # images that validation samples at a time
 
@@ -78,7 +78,7 @@ def train_ldm(config: TrainLDM) -> dict[str, Any]:
     launch.check_batch("batch_size", config.batch_size, latents.images, config.ray, config.optim.accumulate)
     with torch.device("meta"):
         network = build_denoiser(config.network, channels, width, config.classes)
-    free = CACHED if config.mode == "cache" else FREE
+    free = MAY_CHANGE_CACHED if config.mode == "cache" else MAY_CHANGE
     if run_folder.holds_something(folder):
         run_folder.open_run(folder, config, free)  # refuse the name of another run before a cache is started
     if config.mode == "write-through":
@@ -272,7 +272,7 @@ class Diffusion:
 
     def _with_noise(self, batch: Batch) -> Batch:
         """Add to a batch its noise, uniform numbers for the noise levels, and labels of which some are dropped."""
-        noise, u, drop = draws(self.config.seed, batch["positions"], self._shape)
+        noise, u, drop = random_numbers(self.config.seed, batch["positions"], self._shape)
         labels = batch["labels"]
         if labels is not None:
             labels = torch.where(drop < self.config.label_dropout, null_class(self.config.classes), labels)

@@ -18,7 +18,7 @@ from pipelines.runtime.schema import values_to_keep
 from pipelines.training.run_lock import DRIVER
 
 # Fields whose default differs from what runs did before the field existed, with that earlier behaviour.
-BEFORE = {"data.decode": "pillow"}
+EARLIER_DEFAULTS = {"data.decode": "pillow"}
 
 
 def open_run(folder: str, config: BaseModel, may_change: Iterable[str]) -> bool:
@@ -47,7 +47,7 @@ def open_run(folder: str, config: BaseModel, may_change: Iterable[str]) -> bool:
     try:
         # A field that did not exist when the run was started counts as its default, or as its value in BEFORE.
         default = flatten(values_to_keep(type(config)()))
-        before = default | {key: value for key, value in BEFORE.items() if key in default}
+        before = default | {key: value for key, value in EARLIER_DEFAULTS.items() if key in default}
         before |= flatten(yaml.safe_load(path.read_text()))
     except (yaml.YAMLError, AttributeError) as error:
         raise UserError(f"{path} is damaged: {error}; restore it, or choose another name") from None

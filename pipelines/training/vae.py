@@ -33,7 +33,7 @@ from pipelines.training.image_feed import Images, Picture
 from pipelines.training.worker_setup import VaeSetup
 
 # Fields that may differ when a run resumes. Stages may only grow; see _check_stages.
-FREE = (
+MAY_CHANGE = (
     "root", "ray", "stages", "checkpointing", "val_images", "data.val", "data.loaders", "data.max_bad",
     "loop.val_every", "loop.checkpoint_every", "loop.keep", "loop.log_every", "loop.max_restarts",
 )  # fmt: skip
@@ -79,7 +79,7 @@ def train_vae(config: TrainVAE, callbacks: Sequence[Any] = ()) -> dict[str, Any]
         )
     placement = cluster.start(config.ray)
     paths.check_folders({"root": os.path.dirname(folder)}, {"data.train.uri": source.uri})
-    resumed = run_folder.open_run(folder, config, FREE)
+    resumed = run_folder.open_run(folder, config, MAY_CHANGE)
     if resumed:
         _check_stages(folder, config)
         run_folder.write_config(folder, config)

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from litevae import cache
-from litevae.cache import LatentCache, drawn, from_stored
+from litevae.cache import LatentCache, from_stored, sample_posteriors
 from litevae.errors import UserError
 from litevae.loader import stream
 from litevae.order import EpochOrder, batch_positions
@@ -122,7 +122,7 @@ class WriteThrough(Encoding):
             latents, logvar = stored.chunk(2, dim=1)
             if self.config.draw == "sample":
                 rows = [(position // self._partition.units, found[position][1]) for position in mine]
-                latents = drawn(latents, logvar, self.config.seed, rows)
+                latents = sample_posteriors(latents, logvar, self.config.seed, rows)
         labels = labels_of([found[position][2] for position in mine], self.config)
         return {"positions": mine, "labels": labels, "latents": latents}
 

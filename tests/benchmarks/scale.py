@@ -629,7 +629,7 @@ def predictions(setting: meter.Setting, place: Path) -> meter.Table:
     )
     for number, (title, (folder, model)) in enumerate(cases.items()):
         out = place / f"job-{number}"
-        given = encoding.Given(str(folder), model, str(out), setting.device.type, decoders=1)
+        given = encoding.Request(str(folder), model, str(out), setting.device.type, decoders=1)
         rate = encoding.steady(encoding.run_system("job", given, str(out)))
         alone = encoding.halves(given, encoding.SECONDS)
         size = sum(file.stat().st_size for file in folder.iterdir()) / count

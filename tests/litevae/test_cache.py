@@ -394,10 +394,10 @@ def test_what_fp16_can_not_hold():
     moments[1, 2, 0, 0] = np.nan
     moments[2, 5, 1, 1] = -70000
     moments[3, 0, 0, 0] = 65504
-    assert cache.unusable(moments) == [None, "not_finite", "out_of_range", None]
+    assert cache.storage_errors(moments) == [None, "not_finite", "out_of_range", None]
     moments[1, 2, 0, 0] = np.inf
-    assert cache.unusable(moments)[1] == "not_finite"
-    assert cache.unusable(moments[:0]) == []
+    assert cache.storage_errors(moments)[1] == "not_finite"
+    assert cache.storage_errors(moments[:0]) == []
 
 
 def test_reserved_columns_are_refused():
@@ -447,18 +447,22 @@ def test_draws_clip_log_variances_as_diffusers_does():
     mean, logvar = moments.chunk(2, dim=1)
     noise = np.stack([cache._noise(mean.shape[1:], 7, 2, "a")])
     expected = DiagonalGaussianDistribution(moments).std.numpy() * noise
-    found = cache.drawn(mean, logvar, 7, [(2, "a")])
+    found = cache.sample_posteriors(mean, logvar, 7, [(2, "a")])
     np.testing.assert_allclose(found, expected, rtol=1e-5)
     assert np.abs(found[0, 1]).max() < 5 * np.exp(10)
-    meta = cache.drawn(mean.to("meta"), logvar.to("meta"), 7, [(2, "a")])
+    meta = cache.sample_posteriors(mean.to("meta"), logvar.to("meta"), 7, [(2, "a")])
     assert meta.shape == mean.shape
 
 
 def test_what_can_not_be_stored_by_type():
     values = np.zeros((4, 2, 1, 1), np.float32)
     values[1, 1], values[2, 0], values[3, 1] = 65_505, np.inf, -70_000
-    assert cache.unusable(values) == [None, "out_of_range", "not_finite", "out_of_range"]
-    assert cache.unusable(values, "bfloat16") == cache.unusable(values, "float32") == [None, None, "not_finite", None]
+    assert cache.storage_errors(values) == [None, "out_of_range", "not_finite", "out_of_range"]
+    assert (
+        cache.storage_errors(values, "bfloat16")
+        == cache.storage_errors(values, "float32")
+        == [None, None, "not_finite", None]
+    )
     for dtype in cache.DTYPES:
         assert cache.finite(cache.to_stored(values[:3], dtype), dtype).tolist()[::2] == [True, False]
     assert not cache.finite(cache.to_stored(values, "float16"), "float16")[3]

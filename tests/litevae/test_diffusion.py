@@ -11,7 +11,7 @@ from scipy.stats import kstest, norm
 from torch import nn
 
 from litevae.denoiser import build_denoiser
-from litevae.diffusion import EMA, Objective, draws
+from litevae.diffusion import EMA, Objective, random_numbers
 from litevae.errors import UserError
 
 SCHEDULES = {"sqrt-linear": "scaled_linear", "cosine": "squaredcos_cap_v2"}
@@ -186,7 +186,7 @@ def test_labels_reach_the_network():
 
 @pytest.mark.parametrize(("objective", "expected"), [(Objective(), 1), (Objective("v"), 1), (Objective("flow"), 2)])
 def test_who_predicts_zero_errs_by_the_targets_variance(objective, expected):
-    z, (noise, u, _) = normal(200, 4, 8, 8), draws(0, range(200), (4, 8, 8))
+    z, (noise, u, _) = normal(200, 4, 8, 8), random_numbers(0, range(200), (4, 8, 8))
     loss, *_ = objective.loss(Answers(torch.zeros_like(z)), z, noise, u)
     assert loss.mean().item() == pytest.approx(expected, abs=0.04)
 
@@ -199,7 +199,7 @@ def test_training_learns(prediction):
     z = normal(1, 4, 8, 8).expand(16, -1, -1, -1)
     losses = []
     for step in range(25):
-        noise, u, _ = draws(0, range(16 * step, 16 * step + 16), (4, 8, 8))
+        noise, u, _ = random_numbers(0, range(16 * step, 16 * step + 16), (4, 8, 8))
         loss = objective.loss(model, z, noise, u)[0].mean()
         optimizer.zero_grad()
         loss.backward()
@@ -224,18 +224,18 @@ def test_what_does_not_go_together_is_refused():
 
 
 def test_draws_depend_on_seed_and_position_alone():
-    noise, u, dropped = draws(7, [5, 0, 2**40], (4, 8, 8))
+    noise, u, dropped = random_numbers(7, [5, 0, 2**40], (4, 8, 8))
     assert noise.dtype == u.dtype == dropped.dtype == torch.float32
     for n, position in enumerate((5, 0, 2**40)):
-        alone = draws(7, [position], (4, 8, 8))
+        alone = random_numbers(7, [position], (4, 8, 8))
         assert all(torch.equal(a[0], b[n]) for a, b in zip(alone, (noise, u, dropped), strict=True))
-    for other in (draws(8, [5], (4, 8, 8)), draws(7, [6], (4, 8, 8))):
+    for other in (random_numbers(8, [5], (4, 8, 8)), random_numbers(7, [6], (4, 8, 8))):
         assert not torch.isclose(other[0][0], noise[0]).any()
         assert other[1][0] != u[0]
 
 
 def test_draws_are_normal_and_uniform():
-    noise, u, dropped = (values.double().numpy() for values in draws(0, range(2000), (2, 2, 2)))
+    noise, u, dropped = (values.double().numpy() for values in random_numbers(0, range(2000), (2, 2, 2)))
     assert kstest(noise.ravel(), "norm").pvalue > 0.01
     assert kstest(u, "uniform").pvalue > 0.01
     assert kstest(dropped, "uniform").pvalue > 0.01

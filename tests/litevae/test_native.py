@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL
 from litevae import native
 from litevae.autoencoder import LiteVAE, encode_latents
 from litevae.denoiser import build_denoiser
-from litevae.inference import best_kernels, memory_format, prepared
+from litevae.inference import best_kernels, memory_format, prepare_for_inference
 
 LAST = torch.channels_last
 
@@ -108,7 +108,7 @@ def test_an_autoencoder_equals_itself(size, generator):
     # (the pyramid is taken in fp32)
     latents, state = encode_latents(exact, x.double()), model.state_dict()
     images = exact.decode(latents[:, :4]).sample
-    fast = prepared(copy.deepcopy(model), "cpu", "native")
+    fast = prepare_for_inference(copy.deepcopy(model), "cpu", "native")
     within(encode_latents(fast, x), latents)
     within(fast.decode(latents[:, :4].float()).sample, images)
     assert fast.state_dict().keys() == state.keys()
@@ -121,17 +121,17 @@ def test_diffusers_models_equal_themselves(generator):
     x = torch.rand(2, 3, 32, 32, generator=generator) * 2 - 1
     with torch.inference_mode():
         expected = encode_latents(copy.deepcopy(model).double(), x.double())
-        fast = prepared(model, "cpu", "native")
+        fast = prepare_for_inference(model, "cpu", "native")
         within(encode_latents(fast, x), expected)
     unet = filled(build_denoiser("tiny", 4, 8, 0))
     z, steps = torch.randn(2, 4, 8, 8, generator=generator), torch.tensor([1, 500])
     with torch.inference_mode():
         expected = copy.deepcopy(unet).double()(z.double(), steps).sample
-        within(prepared(unet, "cpu", "native")(z, steps).sample, expected)
+        within(prepare_for_inference(unet, "cpu", "native")(z, steps).sample, expected)
 
 
 def test_an_images_latents_depend_neither_on_its_batch_nor_on_threads(generator):
-    model = prepared(filled(LiteVAE("S", block_out_channels=(16, 16, 16, 16))), "cpu", "native")
+    model = prepare_for_inference(filled(LiteVAE("S", block_out_channels=(16, 16, 16, 16))), "cpu", "native")
     x = torch.rand(3, 3, 64, 64, generator=generator) * 2 - 1
     threads = torch.get_num_threads()
     try:

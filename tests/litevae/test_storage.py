@@ -39,7 +39,7 @@ def bucket(request):
 
 def content(path: str) -> bytes:
     """A file's bytes, past our own code."""
-    if storage.remote(path):
+    if storage.is_remote(path):
         name, key = path.removeprefix("s3://").split("/", 1)
         return boto3.client("s3").get_object(Bucket=name, Key=key)["Body"].read()
     with open(path, "rb") as file:
@@ -48,7 +48,7 @@ def content(path: str) -> bytes:
 
 def everything(folder: str) -> list[str]:
     """Every name below a folder, hidden and unfinished ones too, past our own code."""
-    if storage.remote(folder):
+    if storage.is_remote(folder):
         name, key = folder.removeprefix("s3://").split("/", 1)
         client = boto3.client("s3")
         parts = client.list_multipart_uploads(Bucket=name).get("Uploads", [])
@@ -61,8 +61,8 @@ def everything(folder: str) -> list[str]:
 
 def test_paths(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert storage.remote("s3://b/k")
-    assert not storage.remote("/s3://b")
+    assert storage.is_remote("s3://b/k")
+    assert not storage.is_remote("/s3://b")
     assert storage.absolute("a/../b/") == str(tmp_path / "b")
     assert storage.absolute("s3://bucket/a//b/") == "s3://bucket/a//b"
     assert storage.join("s3://bucket/a/", "b", "c.txt") == "s3://bucket/a/b/c.txt"

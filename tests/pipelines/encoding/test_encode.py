@@ -24,15 +24,10 @@ from litevae.autoencoder import encode_latents, fingerprint, load_autoencoder
 from litevae.cache import LatentCache
 from litevae.errors import UserError
 from litevae.images import ImageError, ImageTransform, to_tensor
-from pipelines.data import decode
-from pipelines.data.config import Views
-from pipelines.data.sources import open_source
-from pipelines.encoding import auto, encode, verify
-from pipelines.encoding.encode import encode_dataset
-from pipelines.encoding.encoder import Encoder
-from pipelines.encoding.partition import Partition, cut
-from pipelines.encoding.plan import _content_of, make_plan
-from pipelines.runtime import cluster, host, paths
+from pipelines import audit, cluster, decode, encode
+from pipelines.config import Source, Views
+from pipelines.encode import encode_dataset
+from pipelines.sources import open_source
 from tests.commands import run_in_this_process
 from tests.encoding import (
     BAD,

@@ -23,7 +23,7 @@ from pipelines.data.decode import Lost, Shard, Task
 from pipelines.data.source import Item
 from pipelines.encoding import encode, maintenance, totals
 from pipelines.encoding.config import Encode, Retry
-from pipelines.encoding.encoder import Encoder, _merged_rows, exact, load_encoder
+from pipelines.encoding.encoder import Encoder, _merged_rows, deterministic_fp32, load_encoder
 from pipelines.encoding.listings import source_of
 from pipelines.encoding.partition import Partition
 from pipelines.encoding.plan import CachePlan, PlannedModel, make_plan
@@ -390,7 +390,7 @@ def test_an_encoder_loads_its_model_once_and_again_after_it_was_closed(model, tm
 
 def test_a_gpu_computes_the_same_each_time_and_in_fp32():
     before = torch.backends.cudnn.flags(enabled=False, benchmark=True, deterministic=False, allow_tf32=True)
-    with before, exact():
+    with before, deterministic_fp32():
         cudnn = torch.backends.cudnn
         assert (cudnn.enabled, cudnn.deterministic, cudnn.allow_tf32) == (True, True, False)
 

@@ -17,7 +17,7 @@ from litevae import generation, metrics
 from litevae.images import ImageError, ImageTransform, to_tensor
 from pipelines.evaluation import generated, image_batches, latent_mmd, reconstruction, report
 from pipelines.evaluation.config import Evaluate
-from pipelines.evaluation.image_batches import Bad, Read
+from pipelines.evaluation.image_batches import PixelBatch, UnreadableImage
 from pipelines.evaluation.report import Score
 from pipelines.runtime import tables
 from pipelines.runtime.schema import validate
@@ -67,21 +67,21 @@ def test_a_batch_is_what_can_be_read():
     whole, none = image_batches._read(Photos(), transform, [range(3, 7), [9]])
     assert whole.units == [3, 4, 6]
     assert whole.pixels[:, 0, 0].tolist() == [[3, 6, 252], [4, 8, 251], [6, 12, 249]]
-    assert whole.bad == [Bad("5.png", "empty", "no 5")]
-    assert (none.pixels.shape, none.units, none.bad) == ((0, 4, 4, 3), [], [Bad("9.png", "empty", "no 9")])
+    assert whole.bad == [UnreadableImage("5.png", "empty", "no 5")]
+    assert (none.pixels.shape, none.units, none.bad) == ((0, 4, 4, 3), [], [UnreadableImage("9.png", "empty", "no 9")])
 
 
 def test_images_are_taken_evenly():
-    assert image_batches.spaced(range(10), 4) == [0, 2, 5, 7]
-    assert image_batches.spaced([3, 5, 8], 3) == [3, 5, 8]
-    assert image_batches.spaced([3, 5, 8], 2) == [3, 5]
+    assert image_batches.evenly_spaced(range(10), 4) == [0, 2, 5, 7]
+    assert image_batches.evenly_spaced([3, 5, 8], 3) == [3, 5, 8]
+    assert image_batches.evenly_spaced([3, 5, 8], 2) == [3, 5]
 
 
 def test_a_few_names_are_given():
-    bad = [Bad(f"{n}.png", "empty", "") for n in range(7)]
-    assert image_batches.named(bad[:2]) == "0.png (empty), 1.png (empty)"
-    assert image_batches.named(bad[:5]).endswith("4.png (empty)")
-    assert image_batches.named(bad).endswith("4.png (empty) and 2 more")
+    bad = [UnreadableImage(f"{n}.png", "empty", "") for n in range(7)]
+    assert image_batches.describe_unreadable(bad[:2]) == "0.png (empty), 1.png (empty)"
+    assert image_batches.describe_unreadable(bad[:5]).endswith("4.png (empty)")
+    assert image_batches.describe_unreadable(bad).endswith("4.png (empty) and 2 more")
 
 
 def test_chunks_hold_64_megabytes_and_give_each_worker_four():
@@ -95,15 +95,15 @@ def test_chunks_hold_64_megabytes_and_give_each_worker_four():
 
 def test_few_images_are_warned_of():
     network = SimpleNamespace(dimension=512)
-    assert report.caution(513, network) == []
+    assert report.small_sample_warning(513, network) == []
     for count in (512, 3):
-        (said,) = report.caution(count, network)
+        (said,) = report.small_sample_warning(count, network)
         assert said.startswith(f"CAUTION: {count} images make a singular covariance of 512 features")
 
 
 def test_how_images_were_brought_to_their_size():
-    assert report.shown(ImageTransform(64, "none")) == "centre crop of 64 px, not resized"
-    assert report.shown(ImageTransform(64)).startswith("shorter side to 64 px (Pillow ")
+    assert report.describe_transform(ImageTransform(64, "none")) == "centre crop of 64 px, not resized"
+    assert report.describe_transform(ImageTransform(64)).startswith("shorter side to 64 px (Pillow ")
 
 
 def test_scores_are_written_and_logged(tmp_path):
@@ -111,7 +111,7 @@ def test_scores_are_written_and_logged(tmp_path):
     tracker = SimpleNamespace(metrics=lambda values, step: logged.update({step: values} | values), artifact=kept.append)
     marks = [Score("fid", "FID", 1.5, None, "p"), Score("is", "IS", 2.0, 0.25, "p"), Score("x", "Long", 3.0, None, "q")]
     summary = {"metrics": [mark._asdict() for mark in marks], "remarks": ["no LPIPS"], "run": "link"}
-    report.leave(summary, str(tmp_path), tracker)
+    report.write_scores(summary, str(tmp_path), tracker)
     assert json.loads((tmp_path / "metrics.json").read_text()) == summary
     assert kept == [f"{tmp_path}/metrics.json"]
     assert {k: v for k, v in logged.items() if k} == {
@@ -154,7 +154,9 @@ def test_means_are_of_images_not_of_batches():
     pairs = [(DRAW.random((size, 3)), DRAW.random((size, 3))) for size in (5, 1, 3)]
     for number, (values, pair) in enumerate(zip(batches, pairs, strict=True)):
         named = {"reconstruction/psnr": values, "bicubic/psnr": values + 1, "imbalance": values * 2}
-        part = reconstruction.Measured(len(values), 1.0, 2.0, named, {"colours": pair}, [Bad(str(number), "r", "m")])
+        part = reconstruction.Measured(
+            len(values), 1.0, 2.0, named, {"colours": pair}, [UnreadableImage(str(number), "r", "m")]
+        )
         part.latents = np.full((len(values), 2), number) if number else None
         part.pictures, part.maps = ((f"p{number}",), ()) if number == 1 else ((), (f"m{number}",))
         total.add(part)
@@ -204,7 +206,7 @@ def evaluator(monkeypatch, posterior=True, networks=(), **more):
 def batch_of(units):
     smooth = np.add.outer(np.arange(8), np.arange(8))[..., None] * np.array([9, 5, 1])
     pixels = np.stack([(smooth + 11 * unit) % 256 for unit in units]).astype(np.uint8)
-    return Read(pixels, list(units), [Bad("x", "r", "m")])
+    return PixelBatch(pixels, list(units), [UnreadableImage("x", "r", "m")])
 
 
 @pytest.mark.parametrize("posterior", [True, False])
@@ -244,8 +246,10 @@ def test_only_at_the_jobs_resolution_latents_and_maps_are_looked_at(monkeypatch)
     (found,) = worker.measure([batch_of([0, 1])], [0], False)
     assert (found.latents, found.pictures, found.maps) == (None, (), ())
     assert "imbalance" not in found.values
-    (empty,) = worker.measure([Read(np.empty((0, 8, 8, 3), np.uint8), [], [Bad("x", "r", "m")])], [0], True)
-    assert (empty.images, empty.values, empty.bad) == (0, {}, [Bad("x", "r", "m")])
+    (empty,) = worker.measure(
+        [PixelBatch(np.empty((0, 8, 8, 3), np.uint8), [], [UnreadableImage("x", "r", "m")])], [0], True
+    )
+    assert (empty.images, empty.values, empty.bad) == (0, {}, [UnreadableImage("x", "r", "m")])
 
 
 def test_what_constant_colours_come_out_as(monkeypatch):
@@ -269,7 +273,7 @@ def test_pictures_are_evenly_spaced(monkeypatch, images, pictures, shown):
             call(actor, "read", [units[start : start + 5]])
             yield [reconstruction.Measured(len(units[start : start + 5]))]
 
-    monkeypatch.setattr(image_batches, "over", over)
+    monkeypatch.setattr(image_batches, "process_batches", over)
     values = {"transform": {"resolution": 32}, "batch_size": 5, "images": images, "pictures": pictures}
     cfg, judges = validate(Evaluate, values), SimpleNamespace(networks=[])
     total = reconstruction._measure(cfg, Photos(), 32, [actor], 7, judges)
@@ -302,7 +306,7 @@ def test_mmd_is_of_all_latents_normalised_by_their_own_channels(moments):
 
 def test_subsets_of_an_mmd_are_told():
     values = torch.randn(50, 3, 2, 2, generator=torch.Generator().manual_seed(0))
-    found = latent_mmd.judged(values, values / 2, "the cache", "means", [2.0, 5.0], 20, 3)
+    found = latent_mmd.mmd_scores(values, values / 2, "the cache", "means", [2.0, 5.0], 20, 3)
     assert [score.name for score in found] == [f"mmd/{kind}/{s}" for kind in ("normalised", "raw") for s in (2, 5)]
     for scores_of, given in ((found[:2], values / 2), (found[2:], values)):
         expected = generation.mmd(given, [2.0, 5.0], 20, 3)
@@ -334,7 +338,7 @@ def set_of(features, logits=None, kept=slice(None)):
     statistics.add(features)
     found = generated.Features(statistics, [features[kept]], [] if logits is None else [logits])
     transform = ImageTransform(64)
-    result = generated.Set(Photos(), transform, range(len(features)), frozenset(), {})
+    result = generated.ImageSet(Photos(), transform, range(len(features)), frozenset(), {})
     return result, found
 
 
@@ -382,8 +386,8 @@ def test_features_are_of_the_images_that_can_be_read(monkeypatch):
         for part in image_batches.chunks(units, 3, 4, 1):
             yield call(actor, image_batches._read(source, transform, part), part)
 
-    monkeypatch.setattr(image_batches, "over", over)
-    images = generated.Set(Photos(), transform, range(2, 18), frozenset([2, 5, 7, 17]))
+    monkeypatch.setattr(image_batches, "process_batches", over)
+    images = generated.ImageSet(Photos(), transform, range(2, 18), frozenset([2, 5, 7, 17]))
     generated._extract(images, [network], 6, [actor], 2, "samples")
     found, units = images.features["colours"], [unit for unit in range(2, 18) if unit not in (5, 9)]
     expected = np.array([[unit, 2 * unit, 255 - unit] for unit in units])
@@ -397,10 +401,12 @@ def test_features_are_of_the_images_that_can_be_read(monkeypatch):
         "uri": "/photos", "digest": "d", "images": 14,
         "unreadable": [{"id": f"{n}.png", "reason": "empty", "message": f"no {n}"} for n in (5, 9)],
     }  # fmt: skip
-    few = generated.Set(Photos(), transform, range(11), frozenset())
+    few = generated.ImageSet(Photos(), transform, range(11), frozenset())
     with pytest.raises(generated.UserError, match=r"9 of 11 images could be read: 5.png \(empty\), 9.png \(empty\)"):
         generated._extract(few, [network], 6, [actor], 2, "samples")
-    generated._extract(generated.Set(Photos(), transform, range(12), frozenset()), [network], 6, [actor], 2, "samples")
+    generated._extract(
+        generated.ImageSet(Photos(), transform, range(12), frozenset()), [network], 6, [actor], 2, "samples"
+    )
 
 
 def test_a_set_takes_its_images_evenly():
@@ -418,8 +424,8 @@ def test_generated_images_are_not_resized(tmp_path):
         Image.new("RGB", size).save(tmp_path / "a.png")
         data = (tmp_path / "a.png").read_bytes()
         if size == (48, 48):
-            assert generated.AsDrawn(48)(data).pixels.shape == (48, 48, 3)
+            assert generated.ExactSizeTransform(48)(data).pixels.shape == (48, 48, 3)
             continue
         with pytest.raises(ImageError, match=f"{size[0]}x{size[1]} pixels") as error:
-            generated.AsDrawn(48)(data)
+            generated.ExactSizeTransform(48)(data)
         assert error.value.reason == "other_size"

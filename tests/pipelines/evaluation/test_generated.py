@@ -202,8 +202,8 @@ def test_two_workers_parquet_and_a_kept_reference_give_the_same(fake, real, weig
     shutil.copy(fake / "grid.png", drawn)
     (drawn / "sampling.json").write_text("{}")
     read = []
-    over = generated.image_batches.over
-    monkeypatch.setattr(generated.image_batches, "over", lambda *a: read.append(a[2].uri) or over(*a))
+    over = generated.image_batches.process_batches
+    monkeypatch.setattr(generated.image_batches, "process_batches", lambda *a: read.append(a[2].uri) or over(*a))
     ray = {"gpu": "no", "cpus_per_worker": 1, "workers": 2, "decode_tasks": 1}
     with pytest.raises(UserError, match="the sample job is not finished"):
         generated.samples(config(drawn, real, tmp_path, ray=ray, **weights))
@@ -247,7 +247,7 @@ def kept(cfg):
         source, generated.ImageTransform(SIDE), cfg.reference_images, cfg.pr_images, "reference_images"
     )
     network = SqueezeNetCaffe(cfg.squeezenet)
-    return generated.Kept(cfg.root + "/references", images, network), images
+    return generated.FeatureCache(cfg.root + "/references", images, network), images
 
 
 @pytest.fixture
@@ -258,7 +258,7 @@ def reference(real, fake, weights, tmp_path):
     found = generated.Features(generated.FrechetStatistics(512), [torch.randn(9, 512), torch.randn(2, 512)])
     found.statistics.add(torch.cat(found.kept))
     images.features["squeezenet-caffe"] = found
-    images.bad = [generated.Bad("a", "b", "c")]
+    images.bad = [generated.UnreadableImage("a", "b", "c")]
     file.save()
     return cfg, file, found
 
@@ -267,7 +267,7 @@ def test_what_is_kept_comes_back_for_the_same_set_only(reference, real, fake, tm
     cfg, file, found = reference
     again, images = kept(cfg)
     assert again.load() == ""
-    assert images.bad == [generated.Bad("a", "b", "c")]
+    assert images.bad == [generated.UnreadableImage("a", "b", "c")]
     loaded = images.features["squeezenet-caffe"]
     assert loaded.statistics.count == 11
     assert torch.equal(loaded.statistics.outer, found.statistics.outer)

@@ -20,7 +20,17 @@ from pipelines.evaluation import reconstruction
 from pipelines.evaluation import sample as sample_job
 from pipelines.experiments import paper, run_trial, search_space, sweep
 from pipelines.experiments.config import Sweep
-from pipelines.experiments.trials import Row, Trial, _is, _jobs, _train, point, slug, training_lengths, trials_of_table
+from pipelines.experiments.trials import (
+    Trial,
+    TrialRow,
+    _is,
+    _jobs,
+    _train,
+    point,
+    slug,
+    training_lengths,
+    trials_of_table,
+)
 from pipelines.runtime import cluster, mlflow_run
 from pipelines.runtime.cli import load
 from pipelines.training import ldm, vae
@@ -168,7 +178,7 @@ def tuner(monkeypatch):
 
 
 def trials_in(folder, count=4):
-    rows = [Row(f"row {n}", n, str(folder / "rows" / f"{n}"), {}) for n in range(count)]
+    rows = [TrialRow(f"row {n}", n, str(folder / "rows" / f"{n}"), {}) for n in range(count)]
     return [Trial({"name": f"vae-{n}", "root": str(folder / "trained")}, [row]) for n, row in enumerate(rows)]
 
 
@@ -179,7 +189,7 @@ def leave(row, name):
 
 def test_trials_that_are_done_or_were_stopped_are_not_run_again(tuner, tmp_path, monkeypatch):
     trials = trials_in(tmp_path)
-    trials[3].rows.append(Row("row 3 again", 0, str(tmp_path / "rows" / "again"), {}))
+    trials[3].rows.append(TrialRow("row 3 again", 0, str(tmp_path / "rows" / "again"), {}))
     for row, name in (
         (trials[0].rows[0], "result.json"),
         (trials[2].rows[0], "stopped.json"),
@@ -399,7 +409,7 @@ def result_of(row, psnr):
 
 
 def test_a_trial_is_a_training_and_its_rows_that_are_not_done(tmp_path, monkeypatch, capsys):
-    rows = [Row(f"row {n}", n, str(tmp_path / str(n)), {"evaluate": {"images": n}}, "decoder") for n in range(2)]
+    rows = [TrialRow(f"row {n}", n, str(tmp_path / str(n)), {"evaluate": {"images": n}}, "decoder") for n in range(2)]
     result_of(rows[0], 20.0)
     trained, judged = [], []
 
@@ -433,7 +443,7 @@ def test_a_trial_is_a_training_and_its_rows_that_are_not_done(tmp_path, monkeypa
 
 
 def test_a_training_is_done_once(tmp_path, monkeypatch):
-    row = Row("a row", 3, str(tmp_path / "row"), {})
+    row = TrialRow("a row", 3, str(tmp_path / "row"), {})
     mine = Trial({"name": "vae-1", "root": str(tmp_path / "trained"), "seed": 3}, [row])
     ran = []
 
@@ -496,7 +506,7 @@ def tracked(monkeypatch):
 def test_a_row_is_evaluated_and_joins_its_trainings_run(tracked, tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(reconstruction, "evaluate", lambda config: asked.append(config) or {"remarks": ["no rFID"]})
-    row = Row("a row", 3, str(tmp_path / "row"), {"evaluate": {"images": 5}})
+    row = TrialRow("a row", 3, str(tmp_path / "row"), {"evaluate": {"images": 5}})
     training = tmp_path / "training"
     for folder in (training, tmp_path / "row"):
         folder.mkdir()
@@ -540,7 +550,7 @@ def test_a_row_with_a_diffusion_model(tracked, tmp_path, monkeypatch):
         "evaluate": {}, "encode_dataset": {"rows_per_shard": 7}, "train_ldm": {"images": 6}, "sample": {"steps": 4},
         "evaluate_samples": {"images": 12},
     }  # fmt: skip
-    row = Row("a row", 3, str(tmp_path), jobs)
+    row = TrialRow("a row", 3, str(tmp_path), jobs)
     (tmp_path / "metrics.jsonl").write_text("")
     trained = {"folder": str(tmp_path), "model": "the model", "metrics": {"images": 800}, "row": row.folder}
     run_trial._evaluate(configured(tmp_path), {"name": "vae-1"}, trained, row, "")

@@ -426,11 +426,11 @@ def test_rays_handler_does_not_take_the_place_of_ours():
 
     with shutdown.on_sigterm():
         ours = signal.getsignal(signal.SIGTERM)
-        with shutdown.kept():
+        with shutdown.keep_sigterm_handler():
             signal.signal(signal.SIGTERM, rays)
         assert signal.getsignal(signal.SIGTERM) == ours
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # no job of ours: Ray's stays
-    with shutdown.kept():
+    with shutdown.keep_sigterm_handler():
         signal.signal(signal.SIGTERM, rays)
     assert signal.getsignal(signal.SIGTERM) == rays
 
@@ -448,10 +448,10 @@ def test_the_first_signal_asks_a_run_to_stop(tmp_path, capsys, number, code):
 
     with shutdown.on_sigterm():
         ours = signal.getsignal(signal.SIGTERM)
-        assert shutdown.patiently(run, str(tmp_path)) == "a result"
+        assert shutdown.call_stoppable(run, str(tmp_path)) == "a result"
         assert signal.getsignal(signal.SIGTERM) == ours
     assert "stopping: the run leaves at its next step" in capsys.readouterr().out
-    assert shutdown.withdraw(str(tmp_path)) == code
+    assert shutdown.clear_stop_request(str(tmp_path)) == code
     assert not file.exists()
 
 
@@ -472,9 +472,9 @@ def test_what_a_run_raises_comes_back_and_without_a_job_signals_are_left(tmp_pat
         raise UserError("no such column")
 
     with shutdown.on_sigterm(), pytest.raises(UserError, match="no such column"):
-        shutdown.patiently(fail, str(tmp_path))
+        shutdown.call_stoppable(fail, str(tmp_path))
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    assert shutdown.patiently(lambda: signal.getsignal(signal.SIGTERM), str(tmp_path)) == signal.SIG_DFL
+    assert shutdown.call_stoppable(lambda: signal.getsignal(signal.SIGTERM), str(tmp_path)) == signal.SIG_DFL
 
 
 @pytest.mark.parametrize(("text", "code"), [(None, 130), ("", 130), ("143\n", 143), ("by hand", 130)])
@@ -482,5 +482,5 @@ def test_a_request_is_forgotten_with_its_code(tmp_path, text, code):
     file = Path(tmp_path, shutdown.FILE)
     if text is not None:
         file.write_text(text)
-    assert shutdown.withdraw(str(tmp_path)) == code
+    assert shutdown.clear_stop_request(str(tmp_path)) == code
     assert not file.exists()

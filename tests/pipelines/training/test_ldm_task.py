@@ -22,7 +22,7 @@ from pipelines.runtime.schema import validate, values_to_keep
 from pipelines.training import latent_feeds, ranks, run_folder
 from pipelines.training import ldm as module
 from pipelines.training.config import TrainLDM
-from pipelines.training.ldm import CACHED, FREE, Diffusion
+from pipelines.training.ldm import MAY_CHANGE, MAY_CHANGE_CACHED, Diffusion
 from pipelines.training.worker_setup import LatentData
 from tests.encoding import encoded_crops
 from tests.in_process import up_to_the_workers
@@ -421,7 +421,7 @@ STAYS = [
 
 @pytest.mark.parametrize("mode", ["cache", "online"])
 def test_what_may_differ_when_a_run_goes_on(tmp_path, mode):
-    folder, free = str(tmp_path), CACHED if mode == "cache" else FREE
+    folder, free = str(tmp_path), MAY_CHANGE_CACHED if mode == "cache" else MAY_CHANGE
     run_folder.write_config(folder, load(TrainLDM, None, SMALL))
     decode = ["data.decode=pillow"]
     for word in [*MAY_DIFFER, *(decode if mode == "cache" else [])]:

@@ -19,7 +19,7 @@ from diffusers import DDPMScheduler
 from litevae.autoencoder import LiteVAE
 from litevae.cache import LatentCache
 from litevae.denoiser import build_denoiser
-from litevae.diffusion import draws
+from litevae.diffusion import random_numbers
 from litevae.errors import UserError
 from litevae.ldm import load_ldm
 from pipelines.encoding import verify
@@ -147,7 +147,7 @@ def test_ranks_make_up_the_global_batch_with_its_noise(task, ranks, made, tmp_pa
         for name in ("noise", "u", "labels"):
             assert torch.equal(torch.stack([part[name] for _, part in parts], dim=1).flatten(0, 1), batch[name])
         assert set(batch["labels"].tolist()) <= {0, 1, 1000}
-        assert torch.equal(batch["noise"][3], draws(0, [batch["positions"][3]], (4, 8, 8))[0][0])
+        assert torch.equal(batch["noise"][3], random_numbers(0, [batch["positions"][3]], (4, 8, 8))[0][0])
 
 
 def test_labels_are_the_rows_and_are_dropped_as_often_as_asked(task, made):
@@ -156,7 +156,7 @@ def test_labels_are_the_rows_and_are_dropped_as_often_as_asked(task, made):
     labels = torch.cat([batch["labels"] for _, batch in fed(task("classes=2", "label_dropout=0"), 0, 24)])
     assert labels.bincount().tolist() == [12, 12]
     for _, batch in fed(task("classes=2", "label_dropout=0.25"), 0, 48):
-        assert torch.equal(batch["labels"] == 1000, draws(0, batch["positions"], (1,))[2] < 0.25)
+        assert torch.equal(batch["labels"] == 1000, random_numbers(0, batch["positions"], (1,))[2] < 0.25)
     assert all(batch["labels"] is None for _, batch in fed(task(), 0, 16))
     with pytest.raises(UserError, match="holds 1; with classes=1 it takes 0 to 0"):
         fed(task("classes=1"), 0, 24)
@@ -344,7 +344,7 @@ def test_a_step_is_adam_on_the_mean_squared_error_of_the_noise(task):
     assert all(torch.equal(a, b) for a, b in zip(one.network.parameters(), reference.parameters(), strict=True))
     value = one.step(batch, 0)["loss"]
 
-    noise, u, _ = draws(0, range(8), z.shape[1:])
+    noise, u, _ = random_numbers(0, range(8), z.shape[1:])
     t = (u * 1000).long()
     schedule = DDPMScheduler(1000, 0.0015, 0.0195, "scaled_linear")
     loss = (reference(schedule.add_noise(z, noise, t), t).sample - noise).square().mean()

@@ -38,7 +38,7 @@ from pipelines.runtime.cli import load, main
 from pipelines.training import checkpoint, compiling, loop, run_folder
 from pipelines.training.config import TrainVAE
 from pipelines.training.image_feed import Images
-from pipelines.training.vae import FREE, Networks, Objective, build_model, lpips_or_warning, train_vae
+from pipelines.training.vae import MAY_CHANGE, Networks, Objective, build_model, lpips_or_warning, train_vae
 from pipelines.training.worker_setup import TrainSetup
 from tests.setups import untracked
 
@@ -696,7 +696,7 @@ def test_a_run_with_checkpoints_of_its_own_no_longer_needs_what_it_began_with(ph
 
 def test_a_run_from_before_a_field_was_there_had_its_default(photos, tmp_path):
     folder = tmp_path / "run"
-    assert not run_folder.open_run(str(folder), configured(photos, WHOLE), FREE)
+    assert not run_folder.open_run(str(folder), configured(photos, WHOLE), MAY_CHANGE)
     values = yaml.safe_load((folder / "config.yaml").read_text())
     newer = {"": ["begin"], "model": ["extractor", "levels"], "loss": ["esrgan", "ldl"]}
     for section, names in newer.items():
@@ -704,7 +704,7 @@ def test_a_run_from_before_a_field_was_there_had_its_default(photos, tmp_path):
             del (values[section] if section else values)[name]
     del values["loss"]["adversarial"]["r1"], values["model"]["decoder"]["output"]
     (folder / "config.yaml").write_text(yaml.safe_dump(values))
-    assert run_folder.open_run(str(folder), configured(photos, WHOLE), FREE)
+    assert run_folder.open_run(str(folder), configured(photos, WHOLE), MAY_CHANGE)
     for other, message in (
         ("loss.adversarial.r1=1", "loss.adversarial.r1: was 0.0, is 1.0"),
         ("model.levels=[2, 3]", r"model.levels: was \[1, 2, 3\], is \[2, 3\]"),
@@ -712,7 +712,7 @@ def test_a_run_from_before_a_field_was_there_had_its_default(photos, tmp_path):
         ("begin=/elsewhere", "begin: was '', is '/elsewhere'"),
     ):
         with pytest.raises(UserError, match=message):
-            run_folder.open_run(str(folder), configured(photos, other), FREE)
+            run_folder.open_run(str(folder), configured(photos, other), MAY_CHANGE)
 
 
 # --- images ---------------------------------------------------------------------------------------------------------

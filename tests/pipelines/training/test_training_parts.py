@@ -15,7 +15,7 @@ from pipelines.runtime.cli import load
 from pipelines.runtime.schema import Ray
 from pipelines.training import checkpoint, compiling, launch, loop, optimizer, ranks, run_folder, step_metrics
 from pipelines.training.config import Optimizer, TrainLDM, TrainVAE
-from pipelines.training.ldm import CACHED, FREE
+from pipelines.training.ldm import MAY_CHANGE, MAY_CHANGE_CACHED
 
 
 def test_batches_are_whole_and_go_on_at_any_position():
@@ -236,9 +236,9 @@ def test_a_run_from_before_there_was_a_choice_of_decoders_goes_on_with_pillow(tm
     assert values["data"].pop("decode") == "pillow"
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
     with pytest.raises(UserError, match=r"data\.decode: was 'pillow', is 'fast'"):
-        run_folder.open_run(str(tmp_path), load(cls), FREE)
-    assert run_folder.open_run(str(tmp_path), load(cls, None, ["data.decode=pillow"]), FREE)
-    assert run_folder.open_run(str(tmp_path), load(cls), CACHED)  # what decodes nothing need not say so
+        run_folder.open_run(str(tmp_path), load(cls), MAY_CHANGE)
+    assert run_folder.open_run(str(tmp_path), load(cls, None, ["data.decode=pillow"]), MAY_CHANGE)
+    assert run_folder.open_run(str(tmp_path), load(cls), MAY_CHANGE_CACHED)  # what decodes nothing need not say so
 
 
 def test_a_foreign_folder_is_no_run(tmp_path):

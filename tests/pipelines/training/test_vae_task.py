@@ -24,7 +24,15 @@ from pipelines.runtime.schema import validate, values_to_keep
 from pipelines.training import checkpoint, run_folder
 from pipelines.training import vae as module
 from pipelines.training.config import TrainVAE
-from pipelines.training.vae import FREE, Autoencoder, Networks, Objective, Validation, build_model, lpips_or_warning
+from pipelines.training.vae import (
+    MAY_CHANGE,
+    Autoencoder,
+    Networks,
+    Objective,
+    Validation,
+    build_model,
+    lpips_or_warning,
+)
 from tests.in_process import up_to_the_workers
 from tests.networks import Noted, save_squeezenet
 from tests.setups import vae_setup
@@ -602,7 +610,7 @@ def test_what_may_differ_when_a_run_goes_on(photos, tmp_path):
     folder = str(tmp_path)
     run_folder.write_config(folder, configured(photos))
     for word in MAY_DIFFER:
-        assert run_folder.open_run(folder, configured(photos, word), FREE), word
+        assert run_folder.open_run(folder, configured(photos, word), MAY_CHANGE), word
     for word in STAYS:
         with pytest.raises(UserError, match=f"  {word.partition('=')[0]}: was"):
-            run_folder.open_run(folder, configured(photos, word), FREE)
+            run_folder.open_run(folder, configured(photos, word), MAY_CHANGE)
