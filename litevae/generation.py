@@ -4,7 +4,6 @@ Weights are read only from local files. Each number carries the name of the netw
 Inception of the FID literature gives an FID.
 """
 
-import hashlib
 import importlib.metadata
 import importlib.util
 import io
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 
 from litevae.errors import UserError
 from litevae.images import to_tensor
-from litevae.perceptual import BackboneFeatures, SqueezeNetFeatures, WeightsMissing, load_state
+from litevae.perceptual import BackboneFeatures, SqueezeNetFeatures, WeightsMissing, load_state, sha256_of
 
 # The same file under the names of torch-fidelity and pytorch-fid. The last part of a name is the beginning of the
 # file's SHA-256.
@@ -107,7 +106,7 @@ class Inception(FeatureNetwork):
             raise UserError(f"{path} does not hold the weights of the FID Inception: {INCEPTION_URL}") from None
         if not all(parameter.isfinite().all() for parameter in self.network.state_dict().values()):
             raise UserError(f"{path} holds NaN or infinite weights; fetch the file again")
-        self.sha256 = _sha256(path)
+        self.sha256 = sha256_of(path)
         published = self.sha256.startswith(INCEPTION_FILES[0].removesuffix(".pth").rpartition("-")[2])
         self.name = "inception" if published else f"inception on other weights {self.sha256[:8]}"
         version = importlib.metadata.version("torch-fidelity")
@@ -149,7 +148,7 @@ class SqueezeNetCaffe(FeatureNetwork):
     def __init__(self, weights: str | Path) -> None:
         super().__init__()
         self.network = SqueezeNetFeatures(weights)
-        self.sha256 = _sha256(Path(weights))
+        self.sha256 = sha256_of(Path(weights))
         self.protocol = f"SqueezeNet 1.1 (Caffe, {self.sha256[:8]}), last feature maps averaged, images not resized"
 
     @torch.no_grad()
@@ -178,7 +177,7 @@ class Backbone(FeatureNetwork):
         super().__init__()
         self.network = BackboneFeatures(model, weights)
         self.name = self.network.name
-        self.sha256 = _sha256(Path(weights))
+        self.sha256 = sha256_of(Path(weights))
         side = self.network.smallest
         self.dimension = self.network.maps(torch.zeros(1, 3, side, side))[-1].shape[1]
         self.protocol = f"torchvision's {model} ({self.sha256[:8]}), last feature maps averaged, images not resized"
@@ -192,11 +191,6 @@ class Backbone(FeatureNetwork):
     def distance(self, x: Tensor, y: Tensor) -> Tensor:
         """Return the distances (N,) of `BackboneFeatures` between images (N, 3, H, W) in [-1, 1]."""
         return self.network.distance(x, y)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # --- features -------------------------------------------------------------------------------------------------

@@ -224,7 +224,7 @@ class BackboneFeatures(FeatureDistance):
             raise UserError(f"unknown backbone {model!r}; one of {', '.join(MODELS)}")
         path = Path(weights)
         features = _load_features(model, path)
-        super().__init__(f"{model} {_digest(path)[:8]}", features, [len(features) - 1])
+        super().__init__(f"{model} {sha256_of(path)[:8]}", features, [len(features) - 1])
         self.smallest = 63 if model == "alexnet" else 32
 
     def maps(self, x: Tensor) -> list[Tensor]:
@@ -255,12 +255,13 @@ def _checkpoint(what: str, backbone: BackboneSpec, weights: str | Path) -> Path:
 
 def _name(name: str, backbone: BackboneSpec, path: Path) -> str:
     """Return `name` if the file holds the published weights; otherwise a name that says that they are others."""
-    digest = _digest(path)
+    digest = sha256_of(path)
     published = digest.startswith(backbone.file.removesuffix(".pth").rpartition("-")[2])
     return name if published else f"{name} on other weights {digest[:8]}"
 
 
-def _digest(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """Return the sha256 of a file, in hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -228,3 +228,8 @@ def _refuse_packed(path: str) -> None:
     """Raise a UserError if the file is a compressed tar."""
     if path.lower().endswith(PACKED):
         raise UserError(f"{path} is compressed, which leaves no way to read one image of it; unpack it to a plain .tar")
+
+
+def shown_path(path: bytes) -> str:
+    """Return a file name as valid text. Bytes that are not UTF-8 become backslash escapes."""
+    return path.decode("utf-8", "backslashreplace")

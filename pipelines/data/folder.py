@@ -11,8 +11,8 @@ import pyarrow.json
 from litevae import storage
 from litevae.errors import UserError
 from pipelines.data.config import Source as SourceConfig
-from pipelines.data.discovery import Found
-from pipelines.data.source import Source, about_of, locate, make_listing, read_file, shown_path
+from pipelines.data.discovery import Found, shown_path
+from pipelines.data.source import Source, about_of, locate, make_listing, read_file
 
 
 class FileSource(Source):

@@ -16,7 +16,7 @@ from litevae.errors import UserError
 from litevae.images import ImageError
 from litevae.storage import LRUCache
 from pipelines.data.config import Source as SourceConfig
-from pipelines.data.discovery import THREADS, Found
+from pipelines.data.discovery import THREADS, Found, shown_path
 from pipelines.data.source import (
     MAX_GROUP_BYTES,
     Source,
@@ -28,7 +28,6 @@ from pipelines.data.source import (
     locate,
     make_listing,
     read_file,
-    shown_path,
 )
 
 

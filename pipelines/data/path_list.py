@@ -10,7 +10,7 @@ import pyarrow.json
 from litevae import storage
 from litevae.errors import UserError
 from pipelines.data.config import Source as SourceConfig
-from pipelines.data.discovery import Found
+from pipelines.data.discovery import Found, shown_path
 from pipelines.data.folder import FileSource
 from pipelines.data.source import (
     DEFAULTS,
@@ -22,7 +22,6 @@ from pipelines.data.source import (
     id_column_of,
     is_text,
     make_listing,
-    shown_path,
 )
 
 PATH_COLUMNS = ("image", "file_name", "path", "file", "uri", "url")  # the first of these that a list has

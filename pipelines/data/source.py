@@ -310,8 +310,3 @@ def encode_path(path: str) -> bytes:
 def decode_path(path: bytes) -> str:
     """Return a path that `encode_path` encoded."""
     return path.decode("utf-8", "surrogateescape")
-
-
-def shown_path(path: bytes) -> str:
-    """Return a file name as valid text; bytes that are not UTF-8 become backslash escapes."""
-    return path.decode("utf-8", "backslashreplace")

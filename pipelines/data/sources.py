@@ -13,11 +13,11 @@ import pyarrow.json
 from litevae import storage
 from litevae.errors import UserError
 from pipelines.data.config import Source as SourceConfig
-from pipelines.data.discovery import find, root_of
+from pipelines.data.discovery import find, root_of, shown_path
 from pipelines.data.folder import FileSource, list_folder
 from pipelines.data.parquet import ParquetSource, list_parquet
 from pipelines.data.path_list import list_paths
-from pipelines.data.source import LISTING, Source, digest_of, shown_path, with_about
+from pipelines.data.source import LISTING, Source, digest_of, with_about
 from pipelines.data.webdataset import TarSource, list_tars
 
 

@@ -10,6 +10,7 @@ from typing import IO, NamedTuple
 
 from litevae import storage
 from litevae.errors import UserError
+from pipelines.data.discovery import shown_path
 
 # A range is read at once and held in memory, so it ends when it has this many samples or this many bytes.
 RANGE_SAMPLES = 256
@@ -200,8 +201,3 @@ def _pax(content: bytes) -> dict[bytes, bytes]:
         key, _, value = record[: length - len(digits) - 2].partition(b"=")
         records[key], content = value, content[length:]
     return records
-
-
-def shown_path(name: bytes) -> str:
-    """Return a name as valid text; bytes that are not UTF-8 become backslash escapes."""
-    return name.decode(errors="backslashreplace")

@@ -15,7 +15,7 @@ from litevae.images import ImageError
 from litevae.storage import LRUCache
 from pipelines.data import tar_index
 from pipelines.data.config import Source as SourceConfig
-from pipelines.data.discovery import IMAGE_SUFFIXES, THREADS, Found
+from pipelines.data.discovery import IMAGE_SUFFIXES, THREADS, Found, shown_path
 from pipelines.data.source import (
     DEFAULTS,
     UNREADABLE,
@@ -24,7 +24,6 @@ from pipelines.data.source import (
     about_of,
     encode_path,
     make_listing,
-    shown_path,
 )
 
 

@@ -28,7 +28,7 @@ def repair(config: Repair) -> dict[str, Any]:
     Raises:
         UserError: if the plan or the listing is damaged, or if the model or the source is not the one of the cache.
     """
-    from pipelines.encoding.verify import audit
+    from pipelines.encoding.verify import audit, unnamed_files
 
     out, plan, partition = _open(config)
     found = audit(out, source=False)
@@ -38,8 +38,8 @@ def repair(config: Repair) -> dict[str, Any]:
         say(f"{out}: nothing to repair")
     todo = [Task(number, found.generations.get(number, -1) + 1) for number in found.problems]
     done = _encode_again(config, CacheJob(out, plan, partition, cluster.start(config.ray)), todo)
-    # Remove only files that both audits found: a new one belongs to a driver that is about to commit it.
-    unnamed = sorted(set(found.unnamed) & set(audit(out, source=False).unnamed))
+    # Remove only files that were unnamed before, too: a new one belongs to a driver that is about to commit it.
+    unnamed = sorted({*found.unnamed} & {*unnamed_files(out)})
     for file in unnamed:
         storage.remove(storage.join(out, file))
     if unnamed:

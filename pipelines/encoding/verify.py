@@ -126,13 +126,7 @@ def audit(out: str, source: bool = True, threads: int = 8) -> Audit:
     found.general += _duplicates(out, plan, commits, np.concatenate(keys))
     if not found.problems:
         found.general += _check_manifest(out, commits)
-    named = {
-        file for commit in _all_commits(out) for file in (commit.get("file"), commit.get("quarantine", {}).get("file"))
-    }
-    for folder in ("shards", "quarantine"):
-        stored = (f"{folder}/{name}" for name in storage.names(storage.join(out, folder)))
-        found.unnamed += [file for file in stored if file not in named]
-    found.unnamed += _stale(out)
+    found.unnamed = unnamed_files(out)
     return found
 
 
@@ -235,6 +229,25 @@ def _check_manifest(out: str, commits: list[dict[str, Any]]) -> list[str]:
     if not np.allclose([mean, std], [manifest["latents"]["mean"], manifest["latents"]["std"]], rtol=1e-9):
         problems.append(f"{out}/manifest.json: its mean and std are not those of its shards")
     return problems
+
+
+def unnamed_files(out: str) -> list[str]:
+    """List files of the cache that no commit names, left behind by attempts that were not committed.
+
+    Args:
+        out: the cache folder.
+
+    Returns:
+        Paths within the cache folder.
+    """
+    named = {
+        file for commit in _all_commits(out) for file in (commit.get("file"), commit.get("quarantine", {}).get("file"))
+    }
+    found: list[str] = []
+    for folder in ("shards", "quarantine"):
+        stored = (f"{folder}/{name}" for name in storage.names(storage.join(out, folder)))
+        found += [file for file in stored if file not in named]
+    return found + _stale(out)
 
 
 def _all_commits(out: str) -> Iterator[dict[str, Any]]:
