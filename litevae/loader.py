@@ -17,7 +17,7 @@ from litevae.storage import LRUCache
 P = TypeVar("P")
 T = TypeVar("T")
 
-Place = tuple[Shape, list[int], list[int], int]  # shape, this rank's rows, their epochs, position after the batch
+BatchPlace = tuple[Shape, list[int], list[int], int]  # shape, this rank's rows, their epochs, position after the batch
 
 
 class LatentLoader:
@@ -119,7 +119,7 @@ class LatentLoader:
                 raise UserError(f"the loader's state is of {name}={state[name]}, and {name} is {now[name]}")
         self.position = state["position"]
 
-    def _load(self, place: Place) -> tuple[int, dict[str, Any]]:
+    def _load(self, place: BatchPlace) -> tuple[int, dict[str, Any]]:
         """Load this rank's part of a batch; return the position after the batch, and the part."""
         (_, height, width), rows, epochs, position = place
         latents = torch.empty(0, len(self.cache.mean), height, width)
@@ -129,7 +129,7 @@ class LatentLoader:
         columns = self.cache.columns(rows, self._columns) if self._columns else {}
         return position, {"latents": latents, **numbers, **columns}
 
-    def _places(self, position: int) -> Iterator[Place]:
+    def _places(self, position: int) -> Iterator[BatchPlace]:
         """Yield this rank's part of each batch from a position on."""
         while (found := self._batch(position)) is not None:
             shape, batch, position = found

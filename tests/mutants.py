@@ -404,8 +404,8 @@ MUTANTS = [
     ),
     Mutant(
         "pipelines/evaluation/cost.py",
-        "return found[self.cfg.warmup :]",
-        "return found",
+        "for _ in range(self.cfg.warmup + self.cfg.repeats)][self.cfg.warmup :]",
+        "for _ in range(self.cfg.warmup + self.cfg.repeats)]",
         ("tests/pipelines/evaluation/test_cost.py::test_one_model_is_measured",),
     ),
     Mutant(

@@ -6,7 +6,6 @@ import shutil
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from PIL import Image, ImageOps
 from litevae.errors import UserError
 from pipelines.benchmark.config import Benchmark
 from pipelines.runtime import host
+from pipelines.runtime.host import now
 
 PACKAGES = (
     *("litevae", "torch", "torchvision", "diffusers", "ray", "pillow", "simplejpeg"),
@@ -162,13 +162,6 @@ def rounds(
             if n >= warmup:
                 found[name].append(seconds)
     return found
-
-
-def now(device: str | torch.device = "cpu") -> float:
-    """Wait until the device has finished its work, then return the time in seconds."""
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def rates(seconds: Iterable[float], items: float) -> list[float]:

@@ -8,7 +8,7 @@ import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -23,7 +23,6 @@ from litevae.autoencoder import (
     ENCODERS,
     LiteVAE,
     count_parameters,
-    downsampling,
     encode_latents,
     latent_content,
     load_autoencoder,
@@ -31,9 +30,9 @@ from litevae.autoencoder import (
 from litevae.encoder import SIZES, Encoder
 from litevae.errors import UserError
 from litevae.inference import best_kernels, prepare_for_inference
-from litevae.precision import autocast
 from pipelines.benchmark import meter
 from pipelines.benchmark.config import Benchmark
+from pipelines.evaluation.timed_half import TimedHalf
 from pipelines.runtime.host import PeakMemory
 
 TITLES = {"sd-vae": "SD-VAE", "taesd": "TAESD", "dc-ae": "DC-AE (f = 32)", "pseudocode-B": "LiteVAE-B, pseudocode"}
@@ -279,26 +278,15 @@ class Contender:
     def __init__(self, name: str, mode: str, part: str, precision: str, threads: str, device: str):
         torch.set_num_threads(int(threads))
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-        self.device, self.precision, self.part = torch.device(device), precision, part
-        self.model: Any = build(name, mode)
-        self.factor = downsampling(self.model)
-        self.channels: int = self.model.config["latent_channels"]
-        # The half that is not measured is removed, so that it takes no memory.
-        setattr(self.model, "decoder" if part == "encoder" else "encoder", nn.Identity())
-        self.model.requires_grad_(False).to(self.device)
-        self.forward: Callable[[Tensor], Tensor] = self._call
+        self.device = torch.device(device)
+        self.half = TimedHalf(build(name, mode), part, self.device, precision)
         compiled = mode == "compiled" or (mode == "fast" and self.device.type == "cuda")
         if mode == "fast":
-            prepare_for_inference(self.model, self.device, best_kernels(self.device, precision), compiled)
+            prepare_for_inference(self.half.model, self.device, best_kernels(self.device, precision), compiled)
         elif mode in ("channels-last", "compiled"):
-            self.model.to(memory_format=torch.channels_last)
+            self.half.model.to(memory_format=torch.channels_last)
         if compiled:
-            self.forward = torch.compile(self._call)
-
-    def _call(self, x: Tensor) -> Tensor:
-        if self.part == "encoder":
-            return encode_latents(self.model, x)
-        return self.model.decode(x, return_dict=False)[0]
+            self.half.forward = torch.compile(self.half.run)
 
     def __call__(self, request: dict[str, Any]) -> dict[str, Any]:
         """Answer {"do": "memory" or "time", "batch": ..., "resolution": ...} with peak bytes or seconds of a pass.
@@ -306,16 +294,16 @@ class Contender:
         Raises:
             UserError: the batch does not fit into the GPU's memory.
         """
-        x = self.input(request["batch"], request["resolution"])
+        x, seconds = self.half.input(request["batch"], request["resolution"]), self.half.seconds
         try:
             if request["do"] == "memory":
                 memory = PeakMemory(self.device)
-                self.seconds(x, 1)
+                seconds(x, 1)
                 return {"bytes": memory.bytes()}
             if self.device.type != "cuda":
-                return {"seconds": self.seconds(x, 1)}
-            self.seconds(x, 1)  # a GPU is slow at first after it was idle
-            return {"seconds": self.seconds(x, max(1, round(GPU_SECONDS / self.seconds(x, 1))))}
+                return {"seconds": seconds(x, 1)}
+            seconds(x, 1)  # a GPU is slow at first after it was idle
+            return {"seconds": seconds(x, max(1, round(GPU_SECONDS / seconds(x, 1))))}
         except torch.OutOfMemoryError:
             raise UserError(
                 f"batches of {request['batch']} do not fit into the GPU's memory: lower batch_sizes"
@@ -323,27 +311,6 @@ class Contender:
         finally:
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()  # other contenders use the same GPU
-
-    def seconds(self, x: Tensor, passes: int) -> float:
-        """Return the mean seconds of one forward pass, over this many passes."""
-        start = meter.now(self.device)
-        with torch.inference_mode(), self.autocast():
-            for _ in range(passes):
-                self.forward(x)
-        return (meter.now(self.device) - start) / passes
-
-    def autocast(self) -> AbstractContextManager:
-        """Return the autocast context of this contender's precision."""
-        return autocast(self.device, self.precision)
-
-    def input(self, count: int, resolution: int) -> Tensor:
-        """Return random input: images (count, 3, resolution, resolution) in [-1, 1], or latents for a decoder."""
-        generator = torch.Generator().manual_seed(0)
-        if self.part == "encoder":
-            pixels = torch.randint(0, 256, (count, resolution, resolution, 3), generator=generator, dtype=torch.uint8)
-            return pixels.to(self.device).permute(0, 3, 1, 2).float().div_(127.5).sub_(1).contiguous()
-        side = resolution // self.factor
-        return torch.randn(count, self.channels, side, side, generator=generator).to(self.device)
 
 
 if __name__ == "__main__":

@@ -7,8 +7,7 @@ counts and nothing else runs at the same time.
 import os
 import textwrap
 import time
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Iterator
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -20,15 +19,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from litevae.autoencoder import (
     ENCODERS,
     LiteVAE,
-    count_parameters,
     downsampling,
     encode_latents,
     latent_content,
     load_autoencoder,
 )
 from litevae.errors import UserError
-from litevae.precision import autocast
 from pipelines.evaluation import config, report
+from pipelines.evaluation.timed_half import TimedHalf
 from pipelines.runtime import cluster, mlflow_run, paths, tables
 from pipelines.runtime.actor_pool import pool, spread
 from pipelines.runtime.host import PeakMemory, processor
@@ -220,17 +218,10 @@ class Meter:
     """A Ray actor that measures one model on one device."""
 
     def __init__(self, plan: Plan, cfg: config.EvaluateComplexity, placement: cluster.Placement):
-        self.plan, self.cfg, self.device, self.threads = plan, cfg, placement.settle(), placement.threads
+        self.plan, self.cfg, self.device, self.threads = plan, cfg, placement.configure_torch(), placement.threads
         torch.manual_seed(0)
         torch.backends.cudnn.deterministic = False  # as in a user's own run
-        model = _model(plan.name, plan.channels)
-        setattr(
-            model, "decoder" if cfg.part == "encoder" else "encoder", torch.nn.Identity()
-        )  # its weights must not count
-        self.model: Any = model.to(self.device)
-        self.forward: Callable[[Tensor], Tensor] = (
-            partial(encode_latents, self.model) if cfg.part == "encoder" else self._decode
-        )
+        self.half = TimedHalf(_model(plan.name, plan.channels), cfg.part, self.device, cfg.precision)
 
     @torch.no_grad()
     def measure(self) -> tuple[dict[str, float], str]:
@@ -244,18 +235,19 @@ class Meter:
             UserError: if the memory of the GPU is too small.
         """
         cfg = self.cfg
-        timed = torch.compile(self.forward) if cfg.compile else self.forward
-        found = {"params_m": count_parameters(getattr(self.model, cfg.part)) / 1e6}
-        batch, one = self._input(cfg.batch_size), self._input(1)
+        if cfg.compile:
+            self.half.forward = torch.compile(self.half.run)
+        found = {"params_m": self.half.parameters / 1e6}
+        batch, one = (self.half.input(count, cfg.resolution) for count in (cfg.batch_size, 1))
         try:
             memory = self._watch_memory()
-            seconds = self._seconds(timed, batch)
+            seconds = self._seconds(batch)
             if memory is not None:
                 loaded = memory.before if self.device.type == "cuda" else 0  # as COLUMNS describes
                 found["memory_mb"] = (memory.bytes() + loaded) / 1e6
         except torch.OutOfMemoryError:
             raise UserError(f"{self.plan.name}: {_TOO_LARGE.format(cfg.batch_size, cfg.resolution)}") from None
-        latencies = self._seconds(timed, one)
+        latencies = self._seconds(one)
         for name, values in (
             ("images_per_s", [cfg.batch_size / value for value in seconds]),
             ("latency_ms", [1000 * value for value in latencies]),
@@ -263,34 +255,13 @@ class Meter:
             found |= {name: median(values), f"{name}_low": min(values), f"{name}_high": max(values)}
         # Compute attention as matrix products, because the counter does not know every fused kernel.
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-            self.forward(one)
+            self.half.run(one)
         found["gmacs"] = counter.get_total_flops() / 2e9
         return found, self._machine()
 
-    def _input(self, count: int) -> Tensor:
-        side, generator = self.cfg.resolution, torch.Generator().manual_seed(0)
-        if self.cfg.part == "encoder":
-            return (torch.rand(count, 3, side, side, generator=generator) * 2 - 1).to(self.device)
-        small = side // self.plan.factor
-        return torch.randn(count, self.plan.channels, small, small, generator=generator).to(self.device)
-
-    def _decode(self, z: Tensor) -> Tensor:
-        return self.model.decode(z, return_dict=False)[0]
-
-    def _seconds(self, forward: Callable[[Tensor], Tensor], x: Tensor) -> list[float]:
+    def _seconds(self, x: Tensor) -> list[float]:
         """Return the seconds of each forward pass after the warm-up."""
-        found = []
-        for _ in range(self.cfg.warmup + self.cfg.repeats):
-            start = self._now()
-            with autocast(self.device, self.cfg.precision):
-                forward(x)
-            found.append(self._now() - start)
-        return found[self.cfg.warmup :]
-
-    def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
+        return [self.half.seconds(x) for _ in range(self.cfg.warmup + self.cfg.repeats)][self.cfg.warmup :]
 
     def _watch_memory(self) -> PeakMemory | None:
         """Return a meter of the peak from now on, or None if the system does not report it."""

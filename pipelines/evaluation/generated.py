@@ -296,7 +296,7 @@ class Extractor:
     """
 
     def __init__(self, placement: cluster.Placement, weights: list[str], known: dict[str, str]):
-        device = placement.settle()
+        device = placement.configure_torch()
         networks, remarks = check_networks(*weights)
         if (here := {network.name: network.sha256 for network in networks}) != known:
             raise UserError(f"the driver has weights {known}, this node {here}. {' '.join(remarks)}")

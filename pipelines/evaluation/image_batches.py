@@ -8,7 +8,7 @@ import numpy as np
 from litevae.images import ImageError, ImageTransform
 from pipelines.data.source import Source
 from pipelines.runtime.actor_pool import spread
-from pipelines.runtime.cluster import anywhere
+from pipelines.runtime.cluster import outside_placement_groups
 
 
 class UnreadableImage(NamedTuple):
@@ -57,7 +57,7 @@ def process_batches(
     import ray
 
     shared = ray.put(source)
-    read = ray.remote(_read).options(num_cpus=1, scheduling_strategy=anywhere())
+    read = ray.remote(_read).options(num_cpus=1, scheduling_strategy=outside_placement_groups())
     ahead = 1 + -(-decoders // len(actors))  # one is measured while the others are read
     parts = chunks(units, batch_size, transform.resolution, len(actors))
     return spread(actors, lambda actor, part: call(actor, read.remote(shared, transform, part), part), parts, ahead)

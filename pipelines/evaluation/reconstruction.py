@@ -240,7 +240,7 @@ def evaluate(cfg: config.Evaluate) -> dict[str, Any]:
         }
         if total.images < 2 and judges.networks:
             remarks.append("no Frechet distance: it takes at least 2 images")
-        found = _own_marks(cfg, total, factor, actors[0], remarks)
+        found = _artefact_and_imbalance_scores(cfg, total, factor, actors[0], remarks)
         if cfg.mmd_images:
             found += _mmd(cfg, total, latent_content(model) == "moments")
         transform = ImageTransform(side, cfg.transform.resize)
@@ -343,7 +343,9 @@ def _protocols(judges: MetricSuite, images: int, transform: ImageTransform) -> d
     }
 
 
-def _own_marks(cfg: config.Evaluate, total: Total, factor: int, actor: Any, remarks: list[str]) -> list[Score]:
+def _artefact_and_imbalance_scores(
+    cfg: config.Evaluate, total: Total, factor: int, actor: Any, remarks: list[str]
+) -> list[Score]:
     """Return scores of the autoencoder without bicubic counterparts, and add a remark about each that is left out.
 
     They are the artefacts that it adds to images of constant colour, and the imbalance of its feature maps.
@@ -427,7 +429,7 @@ class Evaluator:
     """
 
     def __init__(self, cfg: config.Evaluate, placement: cluster.Placement, known: dict[str, str]):
-        self.cfg, self.device = cfg, placement.settle()
+        self.cfg, self.device = cfg, placement.configure_torch()
         self.model = load_autoencoder(cfg.model).to(self.device)
         self.factor, self.posterior = downsampling(self.model), latent_content(self.model) == "moments"
         judges = MetricSuite(cfg)
@@ -477,11 +479,11 @@ class Evaluator:
             latent = encoded.chunk(2, dim=1)[0] if self.posterior else encoded
             result.pictures = tuple(part[:pictures].cpu() for part in (x, y, latent))
         if whole:
-            self._look(batch, x, encoded, result)
+            self._collect_latents_and_maps(batch, x, encoded, result)
         self.maps = None
         return result
 
-    def _look(self, batch: PixelBatch, x: Tensor, encoded: Tensor, result: Measured) -> None:
+    def _collect_latents_and_maps(self, batch: PixelBatch, x: Tensor, encoded: Tensor, result: Measured) -> None:
         """Add latents and feature maps of a batch to its measurements."""
         units = torch.tensor(batch.units)
         if (wanted := units < self.cfg.mmd_images).any():

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar
 
 from litevae.errors import UserError
-from pipelines.runtime.cluster import Placement, anywhere
+from pipelines.runtime.cluster import Placement, outside_placement_groups
 
 Item = TypeVar("Item")
 
@@ -29,7 +29,7 @@ def pool(cls: type, placement: Placement, *arguments: Any, **options: Any) -> li
 
     given = placement.ray_options() | {"max_restarts": 3, "max_task_retries": 3}
     if not placement.labels:
-        given["scheduling_strategy"] = anywhere()
+        given["scheduling_strategy"] = outside_placement_groups()
     actor = ray.remote(cls).options(**given | options)
     actors = [actor.remote(*arguments) for _ in range(placement.workers)]
     try:

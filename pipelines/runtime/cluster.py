@@ -101,7 +101,7 @@ class Placement:
         """Return the Ray options for a decoding task."""
         return {"num_cpus": 1, **on_nodes(self.decode_labels)}
 
-    def settle(self) -> "torch.device":
+    def configure_torch(self) -> "torch.device":
         """Configure PyTorch in a worker that measures, and return the worker's device.
 
         Set the number of threads, turn off TF32 so that fp32 is computed in fp32, and make cuDNN deterministic.
@@ -130,7 +130,7 @@ def _in_worker() -> bool:
     return ray is not None and ray.is_initialized() and ray.get_runtime_context().worker.mode == ray.WORKER_MODE
 
 
-def anywhere() -> Any:
+def outside_placement_groups() -> Any:
     """Return the scheduling strategy that lets actors and tasks run on any node with room.
 
     Without it, actors and tasks of a Ray Tune trial wait for room within what is reserved for the trial. If that is

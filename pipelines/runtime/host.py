@@ -1,6 +1,7 @@
 """Facts about this machine and process: processor, versions of libraries, and peak memory."""
 
 import platform
+import time
 from collections.abc import Iterable
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
@@ -26,6 +27,15 @@ def versions(packages: Iterable[str]) -> dict[str, str]:
         with suppress(PackageNotFoundError):
             found[name] = version(name)
     return found
+
+
+def now(device: "str | torch.device" = "cpu") -> float:
+    """Return a time in seconds, once the device has finished all work that it was given."""
+    if str(device).startswith("cuda"):
+        import torch
+
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 class PeakMemory:

@@ -77,7 +77,7 @@ def call_stoppable(call: Callable[[], Result], folder: str) -> Result:
         except BaseException as error:  # noqa: BLE001 - raised again in the main thread
             raised.append(error)
 
-    with _asking(Path(folder, FILE)):
+    with _stop_on_signal(Path(folder, FILE)):
         thread = threading.Thread(target=work, name="training", daemon=True)
         thread.start()
         while thread.is_alive():
@@ -88,7 +88,7 @@ def call_stoppable(call: Callable[[], Result], folder: str) -> Result:
 
 
 @contextmanager
-def _asking(file: Path) -> Iterator[None]:
+def _stop_on_signal(file: Path) -> Iterator[None]:
     """Make the first signal inside the block write `file`, and the second raise Stopped."""
     asked: list[int] = []
 

@@ -117,7 +117,7 @@ class _Run:
         self.images = self.begun = self.saved = _resume(task, name, setup, rank)
         self.totals, self.throughput = Totals(), Throughput(self.images)
         self.numbers: dict[str, float] = {}  # the last loss and validation metrics, shown to the user
-        self.watch, self.stop = Watch(setup.folder, rank, world), False
+        self.stop_request, self.stop = StopRequest(setup.folder, rank, world), False
         self.notice: Any = None  # the notice of nodes about to be taken away that was found at the last check
         self.tracker: mlflow_run.Tracker | None = None  # only rank 0 has these three
         self.progress: Progress | None = None
@@ -162,10 +162,10 @@ class _Run:
             before, self.images = self.images, self.images + batch_size
             torch.manual_seed(seed_for(self.config.seed, before, self.rank))
             self.totals.add(self.task.step(batch, before))
-            self.stop = self.watch.asked()
+            self.stop = self.stop_request.heard()
             log = due(before, self.images, loop.log_every * batch_size)
             save = due(before, self.images, loop.checkpoint_every) or self.images >= end or self.stop
-            if log and self._heard_notice():
+            if log and self._new_preemption_notice():
                 save = True
             if log or save:
                 self._log(batch_size)
@@ -176,7 +176,7 @@ class _Run:
             if save:
                 self._save()
 
-    def _heard_notice(self) -> bool:
+    def _new_preemption_notice(self) -> bool:
         """Return whether there is a new notice that a node of this run will be taken away."""
         found = _preempted(self.setup)
         if found == self.notice:
@@ -323,7 +323,7 @@ def due(before: int, after: int, every: int) -> bool:
     return every > 0 and before // every != after // every
 
 
-class Watch:
+class StopRequest:
     """Check in a training worker whether the run was asked to stop.
 
     Every rank asks once per step, and all ranks get the same answer at the same step. Rank 0 looks for the file and
@@ -337,7 +337,7 @@ class Watch:
         self._told = torch.zeros(1)
         self._telling: Any = None
 
-    def asked(self) -> bool:
+    def heard(self) -> bool:
         """Return whether the run was asked to stop. All ranks must call this together, once per step."""
         if self._group is None:
             return self._look()

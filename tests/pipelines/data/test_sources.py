@@ -390,7 +390,7 @@ def test_parts_of_many_units_are_small(tmp_path, monkeypatch, units):
     (tmp_path / "0511").mkdir()
     (tmp_path / "0511/photo-00070511.jpg").write_bytes(b"x")
     found = ((b"%04d/photo-%08d.jpg" % (n % 1000, n), n) for n in range(units))
-    monkeypatch.setattr(finding, "_walk", lambda root: found)
+    monkeypatch.setattr(discovery, "_walk", lambda root: found)
     source = source_of(tmp_path)
     assert (source.units, len(source.labels), source.labels[511]) == (units, 1000, "0511")
     place = 511 * units // 1000 + 70

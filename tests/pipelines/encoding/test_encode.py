@@ -24,10 +24,15 @@ from litevae.autoencoder import encode_latents, fingerprint, load_autoencoder
 from litevae.cache import LatentCache
 from litevae.errors import UserError
 from litevae.images import ImageError, ImageTransform, to_tensor
-from pipelines import audit, cluster, decode, encode
-from pipelines.config import Source, Views
-from pipelines.encode import encode_dataset
-from pipelines.sources import open_source
+from pipelines.data import decode
+from pipelines.data.config import Source, Views
+from pipelines.data.sources import open_source
+from pipelines.encoding import auto, encode, verify
+from pipelines.encoding.encode import encode_dataset
+from pipelines.encoding.encoder import Encoder
+from pipelines.encoding.partition import Partition, cut
+from pipelines.encoding.plan import _content_of, make_plan
+from pipelines.runtime import cluster, host, paths
 from tests.commands import run_in_this_process
 from tests.encoding import (
     BAD,
@@ -141,12 +146,12 @@ def test_decoding_brings_neither_diffusers_nor_torchs_compiler(folder):
     code = """if True:
         import pickle, sys
         shard, views = pickle.loads(sys.stdin.buffer.read())
-        from pipelines.decode import decode_shard
+        from pipelines.data.decode import decode_shard
         row = decode_shard({"shard": shard}, views)
         assert len(row["sizes"]), row["error"]
         print([name for name in ("diffusers", "torch._dynamo", "torch._inductor", "mlflow") if name in sys.modules])
     """
-    shard = encode.Planned([open_source(Source(uri=str(folder)))], 8).shard(decode.Task(0))
+    shard = Partition([open_source(Source(uri=str(folder)))], 8).shard(decode.Task(0))
     given = pickle.dumps((shard, Views(resolution=32)))
     done = subprocess.run([sys.executable, "-c", code], input=given, capture_output=True, check=True)
     assert done.stdout == b"[]\n"

@@ -14,7 +14,7 @@ from litevae.errors import UserError
 from pipelines.evaluation import cost as module
 from pipelines.evaluation.config import EvaluateComplexity
 from pipelines.evaluation.cost import complexity
-from pipelines.runtime import cluster
+from pipelines.runtime import cluster, host
 from pipelines.runtime.cli import main, usage
 from pipelines.runtime.schema import validate
 
@@ -85,10 +85,10 @@ def test_one_model_is_measured(folder, tmp_path, monkeypatch, part):
     """The model of diffusers above: warm-up left out, medians and extremes of the others, and its MACs by hand."""
     cfg = config([str(folder)], tmp_path, part=part, warmup=2, batch_size=2, precision="fp32")
     meter = module.Meter(module.Plan(str(folder), 2, 3), cfg, cluster.Placement(workers=1, gpu=False, threads=2))
-    seen, forward = [], meter.forward
-    meter.forward = lambda x: seen.append(x) or forward(x)
+    seen, run = [], meter.half.run
+    meter.half.run = meter.half.forward = lambda x: seen.append(x) or run(x)
     clock = Clock(9, 9, 2.0, 0.5, 1.0, 9, 9, 0.004, 0.001, 0.002)
-    monkeypatch.setattr(module, "time", clock)
+    monkeypatch.setattr(host, "time", clock)
     monkeypatch.setattr(meter, "_watch_memory", lambda: SimpleNamespace(bytes=lambda: 7_500_000))
     found, machine = meter.measure()
     shape = (3, SIDE, SIDE) if part == "encoder" else (3, SIDE // 2, SIDE // 2)
@@ -103,7 +103,7 @@ def test_one_model_is_measured(folder, tmp_path, monkeypatch, part):
         **{name: pytest.approx(ms) for name, ms in latencies.items()},
     }  # fmt: skip
     assert machine.startswith("2 threads of ")
-    assert isinstance(getattr(meter.model, "decoder" if part == "encoder" else "encoder"), torch.nn.Identity)
+    assert isinstance(getattr(meter.half.model, "decoder" if part == "encoder" else "encoder"), torch.nn.Identity)
     if part == "encoder":
         assert -1 <= seen[0].min() < -0.9 < 0.9 < seen[0].max() <= 1
     else:
@@ -113,7 +113,7 @@ def test_one_model_is_measured(folder, tmp_path, monkeypatch, part):
 def test_macs_are_half_the_flops(folder, tmp_path):
     cfg = config([str(folder)], tmp_path, part="decoder", batch_size=1, repeats=1, warmup=1)
     meter = module.Meter(module.Plan(str(folder), 2, 3), cfg, cluster.Placement(workers=1, gpu=False, threads=1))
-    meter.model.decoder = meter.forward = torch.nn.Conv2d(3, 5, 3, padding=1)
+    meter.half.run = meter.half.forward = torch.nn.Conv2d(3, 5, 3, padding=1)
     assert meter.measure()[0]["gmacs"] * 1e9 == pytest.approx(conv(3, 5, SIDE // 2))
 
 

@@ -321,12 +321,12 @@ def test_artefacts_are_looked_for_within_borders(monkeypatch, side, measured):
     means = {"imbalance": SimpleNamespace(value=lambda: 0.25)}
     cfg = SimpleNamespace(transform=SimpleNamespace(resolution=side))
     remarks = []
-    found = reconstruction._own_marks(cfg, SimpleNamespace(means=means, images=7), 8, None, remarks)
+    found = reconstruction._artefact_and_imbalance_scores(cfg, SimpleNamespace(means=means, images=7), 8, None, remarks)
     values = {score.name: score.value for score in found}
     assert values == ({"artefacts": 0.5, "artefacts/period": 8.0} if measured else {}) | {"imbalance": 0.25}
     assert [remark.split(":")[0] for remark in remarks] == ([] if measured else ["no artefacts in constant colour"])
     monkeypatch.setattr(reconstruction, "spread", lambda actors, call, items: [(0.5, None)])
-    found = reconstruction._own_marks(cfg, SimpleNamespace(means={}, images=7), 8, None, remarks)
+    found = reconstruction._artefact_and_imbalance_scores(cfg, SimpleNamespace(means={}, images=7), 8, None, remarks)
     assert [score.name for score in found] == (["artefacts"] if measured else [])
 
 

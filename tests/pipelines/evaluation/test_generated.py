@@ -193,7 +193,7 @@ def test_two_workers_parquet_and_a_kept_reference_give_the_same(fake, real, weig
     """The same samples in Parquet, in a folder as a sample job leaves it; the reference set is not read again."""
     monkeypatch.setattr(FeatureExtractorInceptionV3, "INPUT_IMAGE_SIZE", 299)  # as in Ray's workers
     with in_process():
-        one = judge.samples(config(fake, real, tmp_path, **weights))
+        one = generated.samples(config(fake, real, tmp_path, **weights))
     drawn = tmp_path / "drawn"
     parquet = drawn / "parquet"
     parquet.mkdir(parents=True)
@@ -209,7 +209,7 @@ def test_two_workers_parquet_and_a_kept_reference_give_the_same(fake, real, weig
         generated.samples(config(drawn, real, tmp_path, ray=ray, **weights))
     (drawn / "samples.json").write_text("{}")
     two = generated.samples(config(drawn, real, tmp_path, ray=ray, **weights))
-    assert values(two) == values(summary)  # to the last bit
+    assert values(two) == values(one)  # to the last bit
     assert read == [str(parquet)]
     assert two["reference"]["unreadable"] == one["reference"]["unreadable"]
     assert not two["remarks"]

@@ -126,8 +126,8 @@ def test_a_worker_that_measures_computes_alike_each_time(monkeypatch):
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
     monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(allow_tf32=True))
     monkeypatch.setattr(torch.backends, "cudnn", SimpleNamespace(allow_tf32=True, deterministic=False))
-    assert cluster.Placement(workers=1, gpu=True, threads=5).settle() == torch.device("cuda")
-    assert cluster.Placement(workers=1, gpu=False, threads=6).settle() == torch.device("cpu")
+    assert cluster.Placement(workers=1, gpu=True, threads=5).configure_torch() == torch.device("cuda")
+    assert cluster.Placement(workers=1, gpu=False, threads=6).configure_torch() == torch.device("cpu")
     assert threads == [5, 6]
     assert not torch.backends.cuda.matmul.allow_tf32
     assert not torch.backends.cudnn.allow_tf32
@@ -458,7 +458,7 @@ def test_the_first_signal_asks_a_run_to_stop(tmp_path, capsys, number, code):
 @pytest.mark.usefixtures("handlers")
 def test_a_second_signal_ends_it_at_once(tmp_path):
     file = tmp_path / shutdown.FILE
-    with shutdown._asking(file):
+    with shutdown._stop_on_signal(file):
         signal.raise_signal(signal.SIGINT)
         assert file.read_text() == "130"
         with pytest.raises(shutdown.Stopped) as stopped:

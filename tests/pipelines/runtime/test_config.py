@@ -69,7 +69,7 @@ def test_defaults_are_those_recorded(job):
 
 def test_all_jobs_are_recorded():
     of_jobs = {name for name, cls in CLASSES.items() if issubclass(cls, schema.Tracked)} | {"Verify", "Inspect"}
-    assert RECORDED["defaults"].keys() == of_jobs - {"Tracked", "Mend"}
+    assert RECORDED["defaults"].keys() == of_jobs - {"Tracked", "MaintainCache"}
 
 
 @pytest.mark.parametrize("name", CLASSES)

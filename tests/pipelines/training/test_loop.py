@@ -515,14 +515,14 @@ def test_all_ranks_hear_of_a_request_at_the_same_step(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "LOOK_EVERY", 0.0)
     monkeypatch.setattr(torch.distributed, "new_group", lambda backend: backend)
     monkeypatch.setattr(torch.distributed, "broadcast", broadcast)
-    ranks = [loop.Watch(str(tmp_path), rank, 2) for rank in (0, 1)]
+    ranks = [loop.StopRequest(str(tmp_path), rank, 2) for rank in (0, 1)]
     heard = []
     for step in range(6):
         if step == 2:
             (tmp_path / shutdown.FILE).touch()
         row = []
         for asking in (0, 1):
-            row.append(ranks[asking].asked())
+            row.append(ranks[asking].heard())
         heard.append(row)
     assert heard == [[False, False]] * 3 + [[True, True]] * 3
 
@@ -530,16 +530,16 @@ def test_all_ranks_hear_of_a_request_at_the_same_step(tmp_path, monkeypatch):
 def test_one_rank_looks_for_a_request_now_and_then_and_remembers_it(tmp_path, clock, monkeypatch):
     looks = []
     monkeypatch.setattr(os.path, "exists", lambda path: looks.append(clock.now) or os.access(path, os.F_OK))
-    watch = loop.Watch(str(tmp_path), 0, 1)
+    watch = loop.StopRequest(str(tmp_path), 0, 1)
     for n in range(8):
-        assert watch.asked() == (n >= 6)
+        assert watch.heard() == (n >= 6)
         clock.now += 0.2
         if n == 4:
             (tmp_path / shutdown.FILE).touch()
     assert looks == pytest.approx([1000, 1000.6, 1001.2])
     (tmp_path / shutdown.FILE).unlink()
     clock.now += 10
-    assert watch.asked()
+    assert watch.heard()
 
 
 def test_gradients_cross_the_network_with_the_last_micro_batch_only():

@@ -375,7 +375,7 @@ def test_a_run_whose_list_of_checkpoints_is_cut_goes_on_from_the_newest(photos, 
 
 OWNER = """
 import sys, time
-from pipelines.training.checkpoint import claimed
+from pipelines.training.run_lock import claimed
 with claimed(sys.argv[1]):
     print("has it", flush=True)
     sys.stdin.read()
@@ -428,7 +428,7 @@ def test_of_many_at_once_one_has_it(tmp_path):
 import sys
 from pathlib import Path
 from litevae.errors import UserError
-from pipelines.training.checkpoint import claimed
+from pipelines.training.run_lock import claimed
 print("here", flush=True)
 sys.stdin.read()  # until all are
 had = 0
