@@ -601,7 +601,7 @@ def test_a_tracking_servers_password_is_not_kept_or_printed(tmp_path, capsys):
 START = """
 import json, os, sys, psutil
 from pipelines.runtime import cluster
-from pipelines.config import Ray
+from pipelines.runtime.schema import Ray
 cluster.start(Ray(gpu=False, cpus_per_worker=1))
 import ray
 

@@ -5,8 +5,6 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv
-import pyarrow.json
 
 from litevae import storage
 from litevae.errors import UserError

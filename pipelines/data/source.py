@@ -20,8 +20,6 @@ from urllib.parse import unquote
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv
-import pyarrow.json
 
 from litevae import storage
 from litevae.errors import UserError

@@ -6,8 +6,6 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import IO, Any
 
 import pyarrow as pa
-import pyarrow.csv
-import pyarrow.json
 
 from litevae import storage
 from litevae.errors import UserError

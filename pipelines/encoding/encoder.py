@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 
 from litevae import cache
@@ -255,7 +256,7 @@ def load_encoder(plan: CachePlan, device: torch.device) -> Callable[[torch.Tenso
 def _merged_quarantine(old: pa.Table, new: pa.Table, task: Task) -> pa.Table:
     """Return the quarantine after a retry: retried images with their new result, all others unchanged."""
     tried = pa.array(task.only, pa.int64())
-    others = old.filter(pa.compute.invert(pa.compute.is_in(old["unit"], value_set=tried)))
+    others = old.filter(pc.invert(pc.is_in(old["unit"], value_set=tried)))
     return pa.concat_tables([others, new]).sort_by("unit")
 
 

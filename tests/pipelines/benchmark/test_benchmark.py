@@ -77,6 +77,7 @@ ANSWERING = """
 import os, sys
 from litevae.errors import UserError
 from pipelines.benchmark import meter
+from pipelines.runtime.host import PeakMemory
 
 def answer(request):
     print("not an answer")

@@ -357,9 +357,11 @@ def large(tmp_path_factory):
 def test_an_image_that_memory_does_not_hold_is_lost_alone(large):
     code = """if True:
         import json, sys
-        from pipelines.config import Encode, Views, load
+        from pipelines.data.config import Views
         from pipelines.data.decode import decode_carefully
         from pipelines.data.sources import open_source
+        from pipelines.encoding.config import Encode
+        from pipelines.runtime.cli import load
 
         source = open_source(load(Encode, None, ["source.uri=" + sys.argv[1]]).source)
         found = decode_carefully(source, Views(resolution=32), range(4), memory=100 * 2**20)

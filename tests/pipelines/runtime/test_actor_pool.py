@@ -127,7 +127,7 @@ def test_an_actor_that_can_not_be_made_says_why(monkeypatch, began):
 
 
 @pytest.fixture(scope="module")
-def share():
+def placement():
     return cluster.start(Ray(workers=2))
 
 
