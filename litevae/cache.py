@@ -18,13 +18,10 @@ then the log-variance; for an autoencoder without a posterior the column `latent
 values are little-endian bytes, and the metadata of the Parquet field says their dtype and shape.
 """
 
-import contextlib
 import hashlib
 import json
 import os
-import uuid
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -34,239 +31,26 @@ import torch
 from torch import Tensor
 
 from litevae import storage
+from litevae.commits import committed_shards, json_bytes, mean_and_std, read_commits, read_json
 from litevae.errors import UserError
-from litevae.storage import LRUCache
+from litevae.lru_cache import LRUCache
+from litevae.shards import (
+    CONTENT_COLUMN,
+    DTYPES,
+    LOGVAR_RANGE,
+    ROW_GROUP,
+    VERSION,
+    Shape,
+    check_size,
+    damage_of,
+    finite_rows,
+    from_stored,
+    latents_of,
+    read_checked,
+)
 
-VERSION = 2
-ROW_GROUP = 128  # rows per row group: 2 MB at 8 x 32 x 32; to read one row, a reader reads its whole row group
 WINDOW_GROUPS = 16  # row groups whose rows a reader shuffles together, and which it holds in memory
-LOGVAR_RANGE = (-30.0, 20.0)  # diffusers' DiagonalGaussianDistribution clips log-variances to the same range
-OWN_COLUMNS = pa.schema(
-    [
-        pa.field("unit", pa.int64(), nullable=False),  # number of the input in the listing
-        pa.field("view", pa.int16(), nullable=False),  # number of the view, if an image gives several crops or flips
-        pa.field("height", pa.int32(), nullable=False),  # of the whole image, after EXIF rotation
-        pa.field("width", pa.int32(), nullable=False),
-        pa.field("crop_top", pa.int32(), nullable=False),  # in pixels of the resized image
-        pa.field("crop_left", pa.int32(), nullable=False),
-        pa.field("flip", pa.bool_(), nullable=False),
-    ]
-)
-SIZE_COLUMNS = ("latent_height", "latent_width")  # only in caches whose rows differ in shape
-QUARANTINE = pa.schema(
-    [("unit", pa.int64()), *((name, pa.string()) for name in ("id", "source", "stage", "error", "message"))]
-)
-DTYPES = {"float16": "<f2", "bfloat16": "<u2", "float32": "<f4"}  # NumPy has no bfloat16; its bits are stored
-CONTENT_COLUMN = {"moments": "moments", "mean": "latent"}
 _MEND = "`encode_dataset.py verify` names all such shards, `repair` encodes them again"
-
-Shape = tuple[int, int, int]
-
-
-# --- rows of a shard ------------------------------------------------------------------------------------------
-
-
-def layout(content: Literal["moments", "mean"], dtype: str, views: int = 1, one_shape: bool = True) -> dict[str, Any]:
-    """Return the description of how rows are stored, which is the `latents` entry of the plan.
-
-    Args:
-        content: "moments" of the posterior, or "mean" for a latent without a log-variance.
-        dtype: "float16", "bfloat16" or "float32".
-        views: Number of rows per image.
-        one_shape: Whether all rows have the same shape. False for aspect-ratio buckets.
-    """
-    order = {"moments": "mean, log-variance", "mean": "latent"}[content]
-    common = {"content": content, "dtype": dtype, "byte_order": "little", "order": order}
-    return common | {"views": views, "one_shape": one_shape}
-
-
-def row_schema(carried: pa.Schema) -> pa.Schema:
-    """Return the schema of a row without its latent: the cache's own columns, then those carried over from the source.
-
-    Raises:
-        UserError: A column of the source has the same name as a column of the cache.
-    """
-    ours = ("id", *CONTENT_COLUMN.values(), *SIZE_COLUMNS, *OWN_COLUMNS.names)
-    if taken := [name for name in carried.names if name in ours]:
-        raise UserError(f"column {taken[0]!r} can't be carried: the cache has a column of that name")
-    return pa.schema([pa.field("id", pa.string(), nullable=False), *OWN_COLUMNS, *carried])
-
-
-def storage_errors(values: np.ndarray, dtype: str = "float16") -> list[str | None]:
-    """Return for each row of fp32 latents (N, ...) why it can't be stored in `dtype`.
-
-    The reason is "not_finite" or "out_of_range", or None if the row can be stored.
-    """
-    axes = tuple(range(1, values.ndim))
-    finite = np.isfinite(values).all(axis=axes)
-    largest = torch.finfo(getattr(torch, dtype)).max
-    inside = np.abs(values).max(axis=axes, initial=0) <= largest
-    return [None if f and i else "out_of_range" if f else "not_finite" for f, i in zip(finite, inside, strict=True)]
-
-
-def finite(values: np.ndarray, dtype: str) -> np.ndarray:
-    """Return for each row of stored latents (N, ...) whether all its values are finite."""
-    each = (values & 0x7F80) != 0x7F80 if dtype == "bfloat16" else np.isfinite(values)
-    return each.reshape(len(values), -1).all(axis=1)
-
-
-def to_stored(values: np.ndarray, dtype: str) -> np.ndarray:
-    """Convert fp32 values to the stored dtype, rounded to nearest. bfloat16 is returned as its bits in uint16."""
-    if dtype == "bfloat16":
-        return torch.from_numpy(np.ascontiguousarray(values)).bfloat16().view(torch.int16).numpy().view("<u2")
-    return np.ascontiguousarray(values, dtype=DTYPES[dtype])
-
-
-def from_stored(values: np.ndarray, dtype: str) -> Tensor:
-    """Convert stored values (see `to_stored`) to a tensor of the stored dtype."""
-    if dtype == "bfloat16":
-        return torch.from_numpy(values.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(values)
-
-
-def shard_bytes(rows: pa.Table, latents: Sequence[np.ndarray], how: dict[str, Any]) -> bytes:
-    """Return a shard as the bytes of a Parquet file.
-
-    A row group has up to `ROW_GROUP` rows, all of one shape.
-
-    Args:
-        rows: Table with the columns of `row_schema`: first the rows of the first array of `latents`, then those of the
-            second, and so on.
-        latents: Arrays (n, C, h, w) in the stored dtype, one per shape.
-        how: The storage description from `layout`.
-    """
-    parts, start = [], 0
-    for values in latents:
-        parts.append(_with_latents(rows.slice(start, len(values)), values, how))
-        start += len(values)
-    column = CONTENT_COLUMN[how["content"]]
-    statistics = [name for name in parts[0].column_names if name != column]
-    return _parquet(parts, "none", write_statistics=statistics)
-
-
-def _with_latents(rows: pa.Table, values: np.ndarray, how: dict[str, Any]) -> pa.Table:
-    count, *shape = values.shape
-    width = values.dtype.itemsize * int(np.prod(shape))
-    data, kind = pa.py_buffer(np.ascontiguousarray(values)), pa.binary(width)
-    about = {key: how[key] for key in ("dtype", "byte_order", "order")}
-    if how["one_shape"]:
-        about["shape"] = json.dumps(shape)
-        column = pa.FixedSizeBinaryArray.from_buffers(kind, count, [None, data])
-    else:
-        kind = pa.binary()
-        about["shape"] = json.dumps([shape[0], *SIZE_COLUMNS])
-        offsets = pa.py_buffer(np.arange(0, (count + 1) * width, width, dtype=np.int32))
-        column = pa.BinaryArray.from_buffers(kind, count, [None, offsets, data])
-        for name, side in zip(SIZE_COLUMNS, shape[1:], strict=True):
-            sides = pa.array(np.full(count, side, dtype=np.int32))
-            rows = rows.append_column(pa.field(name, pa.int32(), nullable=False), sides)
-    field = pa.field(CONTENT_COLUMN[how["content"]], kind, nullable=False, metadata=about)
-    rows = rows.replace_schema_metadata(about | {"format": f"litevae-latents {VERSION}"})
-    return rows.add_column(1, field, column)
-
-
-def latents_of(table: pa.Table, shape: Sequence[int], how: dict[str, Any]) -> np.ndarray:
-    """Return the latents of rows of one shape, without a copy.
-
-    Args:
-        table: Rows of a shard.
-        shape: Expected shape (C, h, w) of each row.
-        how: The storage description from `layout`.
-
-    Returns:
-        Array (n, C, h, w) in the stored dtype; for bfloat16, its bits in uint16.
-
-    Raises:
-        UserError: The rows have another shape.
-    """
-    column = table[CONTENT_COLUMN[how["content"]]].combine_chunks()
-    dtype = np.dtype(DTYPES[how["dtype"]])
-    width = dtype.itemsize * int(np.prod(shape))
-    if how["one_shape"]:
-        sizes, start = column.type.byte_width, column.offset * column.type.byte_width
-    else:
-        offsets = np.frombuffer(column.buffers()[1], np.int32, len(column) + 1, offset=4 * column.offset)
-        sizes, start = np.diff(offsets), int(offsets[0])
-    if np.any(sizes != width):
-        raise UserError(f"rows of {sizes} bytes, not the {width} of {tuple(shape)} {how['dtype']}")
-    return np.frombuffer(column.buffers()[-1], dtype, len(column) * width // dtype.itemsize, start).reshape(-1, *shape)
-
-
-def read_shard(folder: str, commit: dict[str, Any], how: dict[str, Any]) -> tuple[pa.Table, list[np.ndarray]]:
-    """Read a shard, and check its sha256 and the checksums of its pages.
-
-    Returns:
-        The rows and the latents, as `shard_bytes` takes them.
-
-    Raises:
-        UserError: The file is missing or damaged.
-    """
-    file = storage.join(folder, commit["file"])
-    data = _checked(file, commit)
-    with _damage_of(file):
-        table = storage.read_table(data)
-    latents, start = [], 0
-    for count, *shape in commit["shapes"]:
-        latents.append(latents_of(table.slice(start, count), shape, how))
-        start += count
-    ours = (CONTENT_COLUMN[how["content"]], *SIZE_COLUMNS)
-    return table.select([name for name in table.column_names if name not in ours]).replace_schema_metadata(), latents
-
-
-def read_quarantine(folder: str, commit: dict[str, Any]) -> pa.Table:
-    """Read the quarantine table of a shard, with the columns of `QUARANTINE`. It may have no rows.
-
-    Raises:
-        UserError: The file is missing or damaged.
-    """
-    if not commit["quarantined"]:
-        return QUARANTINE.empty_table()
-    record = commit["quarantine"]
-    file = storage.join(folder, record["file"])
-    data = _checked(file, record)
-    with _damage_of(file):
-        return storage.read_table(data)
-
-
-@contextlib.contextmanager
-def _damage_of(file: str) -> Iterator[None]:
-    """Turn the errors that reading a missing or damaged Parquet file raises into a UserError."""
-    try:
-        yield
-    except FileNotFoundError:
-        raise UserError(f"{file} is missing; the cache's manifest names it") from None
-    except (OSError, pa.ArrowException) as error:
-        raise UserError(f"{file} is damaged: {error}") from error
-
-
-def _checked(file: str, record: dict[str, Any]) -> bytes:
-    """Read a file and check its size and sha256 against its record in the manifest."""
-    try:
-        data = storage.read(file)
-    except FileNotFoundError:
-        raise UserError(f"{file} is missing; the cache's manifest names it") from None
-    _check_size(file, record, len(data))
-    if hashlib.sha256(data).hexdigest() != record["sha256"]:
-        raise UserError(f"{file} is damaged: its sha256 is not the manifest's")
-    return data
-
-
-def _check_size(file: str, record: dict[str, Any], found: int | None) -> None:
-    if found is None:
-        raise UserError(f"{file} is missing; the cache's manifest names it")
-    if found != record["bytes"]:
-        raise UserError(f"{file} has {found} bytes; the manifest says {record['bytes']}")
-
-
-def _parquet(parts: Sequence[pa.Table], compression: str, **options: Any) -> bytes:
-    """Return a Parquet file of these tables. It is built in memory, so that a store never gets half a file."""
-    sink = pa.BufferOutputStream()
-    with pq.ParquetWriter(
-        sink, parts[0].schema, compression=compression, use_dictionary=False, write_page_checksum=True, **options
-    ) as writer:
-        for part in parts:
-            writer.write_table(part, row_group_size=ROW_GROUP)
-    return sink.getvalue().to_pybytes()
 
 
 # --- plan and listing -----------------------------------------------------------------------------------------
@@ -281,9 +65,9 @@ def write_plan(folder: str, plan: dict[str, Any]) -> None:
         UserError: The folder holds a cache of something else. The message lists the differences.
     """
     plan = {"version": VERSION, **plan}
-    if storage.put_new(storage.join(folder, "plan.json"), _json(plan)):
+    if storage.put_new(storage.join(folder, "plan.json"), json_bytes(plan)):
         return
-    before, now = read_plan(folder), json.loads(_json(plan))
+    before, now = read_plan(folder), json.loads(json_bytes(plan))
     if different := list(_differences(_compared(before), _compared(now))):
         raise UserError(
             f"{folder} is a cache of something else; give another folder, or delete this one. What differs:\n  "
@@ -297,7 +81,7 @@ def read_plan(folder: str) -> dict[str, Any]:
     Raises:
         UserError: There is no plan, or it has another format version.
     """
-    return _read_json(storage.join(folder, "plan.json"))
+    return read_json(storage.join(folder, "plan.json"))
 
 
 def write_listing(folder: str, number: int, listing: pa.Table) -> None:
@@ -327,132 +111,6 @@ def _listing_bytes(listing: pa.Table) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
-# --- commits --------------------------------------------------------------------------------------------------
-
-
-def commit_shard(
-    folder: str,
-    shard: int,
-    units: tuple[int, int],
-    how: dict[str, Any],
-    rows: pa.Table,
-    latents: Sequence[np.ndarray],
-    quarantine: pa.Table,
-    generation: int = 0,
-    **about: Any,
-) -> dict[str, Any]:
-    """Write a shard and its quarantine under names of this attempt, then the commit that makes them count.
-
-    Args:
-        folder: Folder of the cache.
-        shard: Number of the shard.
-        units: Number of the first input, and that of the last input plus one.
-        how: The storage description from `layout`.
-        rows: Rows, as `shard_bytes` takes them.
-        latents: Latents, as `shard_bytes` takes them.
-        quarantine: Table with the columns of `QUARANTINE`.
-        generation: 0 for a new shard. For a shard that is encoded again, the number of its last generation plus one.
-        about: Further entries of the commit.
-
-    Returns:
-        The commit that counts. If this generation was committed before, it is the earlier commit.
-    """
-    attempt = f"{shard:06d}-{uuid.uuid4().hex[:12]}.parquet"
-    latents = [values for values in latents if len(values)]
-    commit: dict[str, Any] = {"shard": shard, "units": list(units), "rows": rows.num_rows, **about}
-    if generation:
-        commit["generation"] = generation
-    if latents:
-        commit["shapes"] = [list(values.shape) for values in latents]
-        commit["statistics"] = statistics(latents, how)
-        commit |= _put(folder, f"shards/{attempt}", shard_bytes(rows, latents, how))
-    commit["quarantined"] = quarantine.num_rows
-    if quarantine.num_rows:
-        commit["reasons"] = _count(quarantine["error"].to_pylist())
-        commit["quarantine"] = _put(folder, f"quarantine/{attempt}", _parquet([quarantine], "zstd"))
-    path = commit_path(folder, shard, generation)
-    if storage.put_new(path, _json(commit)):
-        return commit
-    return _read_json(path)
-
-
-def _put(folder: str, file: str, data: bytes) -> dict[str, Any]:
-    if not storage.put_new(storage.join(folder, file), data):
-        raise RuntimeError(f"{file} exists already")
-    return {"file": file, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-
-
-def commit_path(folder: str, shard: int, generation: int) -> str:
-    """Return the path of the commit of one generation of a shard."""
-    return storage.join(folder, "commits", f"{shard:06d}.{generation}.json" if generation else f"{shard:06d}.json")
-
-
-def committed(folder: str) -> dict[int, int]:
-    """Return the finished shards: a dict from shard number to the newest generation, which is the one that counts."""
-    found: dict[int, int] = {}
-    for name in storage.names(storage.join(folder, "commits")):
-        shard, _, generation = name.removesuffix(".json").partition(".")
-        found[int(shard)] = max(found.get(int(shard), 0), int(generation or 0))
-    return found
-
-
-def read_commit(folder: str, shard: int, generation: int = 0) -> dict[str, Any]:
-    """Read the commit of one generation of a shard.
-
-    Raises:
-        UserError: The commit is missing or damaged.
-    """
-    return _read_json(commit_path(folder, shard, generation))
-
-
-def read_commits(folder: str, shards: dict[int, int]) -> Iterator[dict[str, Any]]:
-    """Read the commits of many shards, in the order of their numbers.
-
-    Args:
-        folder: Folder of the cache.
-        shards: Shard number -> generation, as `committed` returns them.
-    """
-    numbers = sorted(shards)
-    with ThreadPoolExecutor(32) as threads:
-        for start in range(0, len(numbers), 10_000):  # so that millions of requests are never queued at once
-            part = numbers[start : start + 10_000]
-            yield from threads.map(lambda shard: read_commit(folder, shard, shards[shard]), part)
-
-
-def statistics(latents: Sequence[np.ndarray], how: dict[str, Any]) -> dict[str, Any]:
-    """Return sums per channel of stored latents, in float64.
-
-    `mean_and_std` computes the statistics of any set of shards from these sums.
-    """
-    names = ("mean", "square", "variance")
-    total: dict[str, Any] = {"elements": 0, **dict.fromkeys(names, 0.0)}
-    for part in latents:
-        count, channels, height, width = part.shape
-        values = from_stored(part, how["dtype"]).double().numpy().reshape(count, channels, height * width)
-        mean, logvar = np.split(values, 2, axis=1) if how["content"] == "moments" else (values, None)
-        variance = np.zeros_like(mean) if logvar is None else np.exp(logvar.clip(*LOGVAR_RANGE))
-        total["elements"] += count * height * width
-        for name, value in zip(names, (mean, mean**2, variance), strict=True):
-            total[name] = total[name] + value.sum(axis=(0, 2))
-    return {"elements": total["elements"]} | {name: np.asarray(total[name]).tolist() for name in names}
-
-
-def mean_and_std(parts: Iterable[dict[str, Any]]) -> tuple[list[float], list[float]]:
-    """Return the mean and standard deviation of each channel of the latents that are sampled from the posteriors.
-
-    A sample is z = mean + std * eps, so E[z] = E[mean] and Var[z] = Var[mean] + E[std^2].
-
-    Args:
-        parts: Results of `statistics`, one per shard.
-    """
-    parts = list(parts)
-    elements = sum(part["elements"] for part in parts)
-    mean, square, variance = (
-        np.sum([part[key] for part in parts], axis=0) / elements for key in ("mean", "square", "variance")
-    )
-    return mean.tolist(), np.sqrt((square - mean**2).clip(0) + variance).tolist()
-
-
 # --- manifest -------------------------------------------------------------------------------------------------
 
 
@@ -473,7 +131,7 @@ def write_manifest(folder: str, plan: dict[str, Any], source: dict[str, Any], ru
     Raises:
         UserError: No image was encoded, or shards are missing.
     """
-    shards = committed(folder)
+    shards = committed_shards(folder)
     if missing := set(range(source["shards"])) - shards.keys():
         raise UserError(f"{folder} is unfinished: {len(missing)} of {source['shards']} shards have no commit")
     commits = list(read_commits(folder, {shard: shards[shard] for shard in range(source["shards"])}))
@@ -528,7 +186,7 @@ def write_manifest(folder: str, plan: dict[str, Any], source: dict[str, Any], ru
 def _manifest_of(history: str, number: int) -> dict[str, Any] | None:
     """Return the manifest with this number; None if it is missing or damaged."""
     try:
-        return _read_json(storage.join(history, f"{number:06d}.json"))
+        return read_json(storage.join(history, f"{number:06d}.json"))
     except storage.Unavailable:
         raise
     except UserError:
@@ -548,7 +206,7 @@ def digest(manifest: dict[str, Any]) -> str:
     keys = ("model", "transform", "latents", "precision", "columns")
     plan: dict[str, Any] = {key: manifest[key] for key in keys if key in manifest}
     shards = [[shard["units"], shard["rows"], shard.get("sha256")] for shard in manifest["shards"]]
-    return hashlib.sha256(_json([_identity(plan), shards])).hexdigest()
+    return hashlib.sha256(json_bytes([_identity(plan), shards])).hexdigest()
 
 
 def read_manifest(folder: str | os.PathLike[str], number: int | None = None) -> dict[str, Any]:
@@ -564,31 +222,17 @@ def read_manifest(folder: str | os.PathLike[str], number: int | None = None) -> 
         versions = storage.names(storage.join(folder, "manifests"))
         if f"{number:06d}.json" not in versions:
             raise UserError(f"{folder} has no manifest {number}; it has {', '.join(versions) or 'none'}")
-        return _read_json(storage.join(folder, "manifests", f"{number:06d}.json"))
+        return read_json(storage.join(folder, "manifests", f"{number:06d}.json"))
     if "manifest.json" not in files:
         if not files and not storage.folder_exists(folder):
             raise UserError(f"latent cache {folder} does not exist")
         if "plan.json" not in files:
             raise UserError(f"{folder} is not a latent cache: it has no manifest.json")
         raise UserError(
-            f"{folder} is unfinished: {len(committed(folder))} shards are done; "
+            f"{folder} is unfinished: {len(committed_shards(folder))} shards are done; "
             f"run the encode job with the same settings again, it goes on where it stopped"
         )
-    return _read_json(storage.join(folder, "manifest.json"))
-
-
-def _read_json(path: str) -> dict[str, Any]:
-    try:
-        value = json.loads(storage.read(path))
-    except UserError:
-        raise
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing") from None
-    except ValueError as error:
-        raise UserError(f"{path} is damaged: {error}") from None
-    if value.get("version", VERSION) != VERSION:
-        raise UserError(f"{path} has format version {value['version']}; this library reads {VERSION}")
-    return value
+    return read_json(storage.join(folder, "manifest.json"))
 
 
 def _identity(plan: dict[str, Any]) -> dict[str, Any]:
@@ -616,14 +260,6 @@ def _differences(before: Any, now: Any, path: str = "") -> Iterable[str]:
             yield from _differences(before.get(key), now.get(key), f"{path}.{key}" if path else key)
     elif before != now:
         yield f"{path}: {json.dumps(before)} in the cache, {json.dumps(now)} now"
-
-
-def _count(values: list[str]) -> dict[str, int]:
-    return {value: values.count(value) for value in sorted(set(values))}
-
-
-def _json(value: Any) -> bytes:
-    return json.dumps(value, sort_keys=True, indent=1).encode()
 
 
 # --- reading --------------------------------------------------------------------------------------------------
@@ -676,7 +312,7 @@ class LatentCache:
         self._shards = [shard for shard in self.manifest["shards"] if shard["rows"]]
         if not storage.is_remote(self.path):  # on S3 a shard is checked when a row of it is read
             for shard in self._shards:
-                _check_size(self._file(shard), shard, storage.size(self._file(shard)))
+                check_size(self._file(shard), shard, storage.size(self._file(shard)))
         size = self.manifest["row_group"]
         places, self.group_shapes = [], []
         for number, shard in enumerate(self._shards):
@@ -824,7 +460,7 @@ class LatentCache:
             for name, view in zip(table["id"].to_pylist(), table["view"].to_pylist(), strict=True)
         ]
         values = latents_of(table, self.group_shapes[group], self._how)
-        if self.verify and not (good := finite(values, self._how["dtype"])).all():
+        if self.verify and not (good := finite_rows(values, self._how["dtype"])).all():
             file, row = self._file(self._shards[int(self._places[group, 0])]), names[int(good.argmin())]
             raise UserError(f"{file}: the latents of {row!r} are not finite; {_MEND}")
         return (values, names), table.num_rows
@@ -840,12 +476,12 @@ class LatentCache:
     def _read(self, group: int, columns: list[str]) -> pa.Table:
         number, position, _ = (int(value) for value in self._places[group])
         file, size = self._checked_file(number), self._shards[number]["bytes"]
-        with _damage_of(file):
+        with damage_of(file):
             return storage.read_row_group(file, self._footers(number), position, columns, size)
 
     def _read_footer(self, number: int) -> tuple[pq.FileMetaData, int]:
         file = self._checked_file(number)
-        with _damage_of(file):
+        with damage_of(file):
             return storage.read_footer(file, self._shards[number]["bytes"]), 1
 
     def _file(self, shard: dict[str, Any]) -> str:
@@ -858,11 +494,11 @@ class LatentCache:
         if self.local is not None:
             copy = os.path.join(self.local, f"{shard['sha256']}.parquet")
             if number not in self._checked and storage.size(copy) != shard["bytes"]:
-                storage.put(copy, _checked(file, shard))
+                storage.put(copy, read_checked(file, shard))
             file = copy
         if storage.is_remote(file) or not self.verify or number in self._checked:
             return file
-        _checked(file, shard)
+        read_checked(file, shard)
         self._checked.add(number)
         return file
 

@@ -199,8 +199,7 @@ class Backbone(FeatureNetwork):
 class FrechetStatistics:
     """The statistics of features (N, D) that a Frechet distance needs, in float64.
 
-    They are the count, the sum (D,) and the sum of outer products (D, D). So the memory does not grow with N, and
-    statistics of parts can be merged.
+    They are the count, the sum (D,) and the sum of outer products (D, D). So the memory does not grow with N.
 
     Args:
         dimension: Number of features, D.
@@ -223,12 +222,6 @@ class FrechetStatistics:
         self.count += len(values)
         self.sum += values.sum(0)
         self.outer += values.T @ values
-
-    def merge(self, other: "FrechetStatistics") -> None:
-        """Add the statistics of other features."""
-        self.count += other.count
-        self.sum += other.sum
-        self.outer += other.outer
 
     @property
     def mean(self) -> Tensor:

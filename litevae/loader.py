@@ -11,8 +11,8 @@ import torch
 
 from litevae.cache import LatentCache, Shape
 from litevae.errors import UserError
+from litevae.lru_cache import LRUCache
 from litevae.order import EpochOrder
-from litevae.storage import LRUCache
 
 P = TypeVar("P")
 T = TypeVar("T")
@@ -88,7 +88,7 @@ class LatentLoader:
         self._mixes = LRUCache(self._mix, limit=1)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        places = ([place] for place in self._places(self.position))
+        places = ([place] for place in self.places(self.position))
         with contextlib.closing(stream(self._load, places, self._threads, self._prefetch)) as loaded:
             for ((position, batch),) in loaded:
                 self.position = position
@@ -129,7 +129,7 @@ class LatentLoader:
         columns = self.cache.columns(rows, self._columns) if self._columns else {}
         return position, {"latents": latents, **numbers, **columns}
 
-    def _places(self, position: int) -> Iterator[BatchPlace]:
+    def places(self, position: int) -> Iterator[BatchPlace]:
         """Yield this rank's part of each batch from a position on."""
         while (found := self._batch(position)) is not None:
             shape, batch, position = found

@@ -293,16 +293,3 @@ def balance(reconstruction: Tensor, adversarial: Tensor) -> Tensor:
     The ratio is clamped to at most 1e4, as in Esser et al. (2021).
     """
     return 0.5 * (reconstruction / (adversarial + 1e-4)).clamp(0, 1e4)
-
-
-def adaptive_weight(
-    reconstruction: Tensor,
-    adversarial: Tensor,
-    last_layer: Tensor,
-    average: Average = lambda gradient: gradient,
-) -> Tensor:
-    """Return the weight of the adversarial loss that balances both gradients at the last layer of the decoder (Eq. 2).
-
-    It is `balance` of `gradient_norms`, which describes the arguments.
-    """
-    return balance(*gradient_norms(reconstruction, adversarial, last_layer, average))

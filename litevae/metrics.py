@@ -70,7 +70,7 @@ def ssim(x: Tensor, y: Tensor) -> Tensor:
 
 
 class Mean:
-    """An exact mean: it does not depend on how the values are batched, ordered or distributed over workers."""
+    """An exact mean: it does not depend on how the values are batched or ordered."""
 
     def __init__(self) -> None:
         self.total, self.count = Fraction(0), 0
@@ -79,11 +79,6 @@ class Mean:
         """Add all elements of a tensor."""
         self.total += sum(map(Fraction, values.double().flatten().tolist()), Fraction(0))
         self.count += values.numel()
-
-    def merge(self, other: "Mean") -> None:
-        """Add the values of another mean."""
-        self.total += other.total
-        self.count += other.count
 
     def value(self) -> float:
         """Return the mean; NaN if nothing was added."""

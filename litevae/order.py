@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from litevae.storage import LRUCache
+from litevae.lru_cache import LRUCache
 
 
 @dataclass(frozen=True)

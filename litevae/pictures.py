@@ -1,5 +1,7 @@
 """Pictures for people: grids of images, reconstructions next to their inputs, and feature maps."""
 
+import io
+
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -151,3 +153,10 @@ def _resized(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 def _thinned(points: Tensor, limit: int = 1_000_000) -> Tensor:
     """Return at most `limit` evenly spaced rows, because torch.quantile takes at most 16 million values."""
     return points[:: -(-len(points) // limit)]
+
+
+def png(image: np.ndarray) -> bytes:
+    """Encode an image, uint8 (H, W, 3), as PNG."""
+    data = io.BytesIO()
+    Image.fromarray(image).save(data, format="png")
+    return data.getvalue()

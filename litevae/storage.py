@@ -1,4 +1,4 @@
-"""Atomic reading and writing of files, local or on S3, and a store of recently read values. The cache is built on it.
+"""Atomic reading and writing of files, local or on S3. The cache is built on it.
 
 Paths are strings: local paths, or `s3://bucket/key`. The store, its region and the credentials come from the usual
 AWS_* environment variables (AWS_ENDPOINT_URL for a store that is not Amazon's), with their values at each call.
@@ -16,20 +16,15 @@ import io
 import os
 import platform
 import re
-import threading
 import time
 import uuid
-from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from typing import IO, Any, Generic, TypeVar
+from collections.abc import Iterator, Sequence
+from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from litevae.errors import UserError, redact
-
-K = TypeVar("K", bound=Hashable)
-T = TypeVar("T")
 
 SILENCE = 60  # seconds without a byte from S3 after which a request is given up and sent again
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)
@@ -590,39 +585,3 @@ class _Remote(io.RawIOBase):
         data = self.read(len(view))
         view[: len(data)] = data
         return len(data)
-
-
-class LRUCache(Generic[K, T]):
-    """A store of the most recently used values (LRU), up to a total size.
-
-    It is thread-safe. It is pickled without its values.
-
-    Args:
-        load: Function that returns (value, size) for a key. It is called by one thread at a time.
-        limit: Upper limit of the total size. The newest value is kept in any case.
-    """
-
-    def __init__(self, load: Callable[[K], tuple[T, int]], limit: int):
-        self._load, self._limit = load, limit
-        self._start()
-
-    def _start(self) -> None:
-        self._held: OrderedDict[K, tuple[T, int]] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def __call__(self, key: K) -> T:
-        """Return the value of a key, and load it if it is not in the store."""
-        with self._lock:
-            if key not in self._held:
-                self._held[key] = self._load(key)
-                while len(self._held) > 1 and sum(size for _, size in self._held.values()) > self._limit:
-                    self._held.popitem(last=False)
-            self._held.move_to_end(key)
-            return self._held[key][0]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"_load": self._load, "_limit": self._limit}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__ |= state
-        self._start()

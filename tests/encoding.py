@@ -10,9 +10,10 @@ import torch
 from PIL import Image
 from skimage import data as photos
 
-from litevae import cache, storage
+from litevae import storage
 from litevae.autoencoder import LiteVAE, encode_latents, load_autoencoder
 from litevae.images import ImageTransform
+from litevae.shards import latent_layout
 from pipelines.data.config import Views
 from pipelines.encoding.config import Encode
 from pipelines.encoding.encode import encode_dataset
@@ -38,7 +39,7 @@ def save_model(folder, seed=0, change=lambda model: None):
 def cache_plan(**fields) -> CachePlan:
     """A plan whose other fields are of no account."""
     given = {
-        "model": PlannedModel("/m", "f", {}), "transform": {}, "latents": cache.layout("moments", "float16"),
+        "model": PlannedModel("/m", "f", {}), "transform": {}, "latents": latent_layout("moments", "float16"),
         "precision": "fp32", "compile": False, "columns": {}, "rows_per_shard": 8, "source": {},
         "settings": plan_settings(),
     }  # fmt: skip

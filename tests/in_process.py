@@ -13,7 +13,7 @@ import pytest
 
 from pipelines.data.decode import decode_shard
 from pipelines.encoding import encode
-from pipelines.encoding.encoder import Encoder
+from pipelines.encoding.encoder import ShardEncoder
 from pipelines.encoding.plan import CachePlan
 from pipelines.evaluation import generated, image_batches, reconstruction, sample
 from pipelines.runtime import cluster, mlflow_run, paths
@@ -84,7 +84,7 @@ class _Pipeline:
         self.plan, self.shards, self.out, self.placement = plan, shards, out, placement
 
     def iter_rows(self) -> Iterator[dict[str, Any]]:
-        encoder = Encoder(self.out, self.plan, False, self.placement.threads)
+        encoder = ShardEncoder(self.out, self.plan, False, self.placement.threads)
         for shard in self.shards:
             yield encoder(decode_shard({"shard": shard}, self.plan.views))
 

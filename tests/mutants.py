@@ -249,20 +249,20 @@ MUTANTS = [
         ("tests/pipelines/training/test_train_vae.py::test_accumulated_micro_batches_are_one_batch",),
     ),
     Mutant(
-        "pipelines/training/vae.py",
+        "pipelines/training/vae_loss.py",
         "self.lpips(reconstruction, x).mean()",
         "self.lpips((reconstruction + 1) / 2, (x + 1) / 2).mean()",
         ("tests/pipelines/training/test_vae_task.py::test_lpips_gets_images_in_minus_one_to_one",),
     ),
     Mutant(
-        "pipelines/training/vae.py",
-        "networks.model(x, sample_posterior=False)",
-        "networks.model(x)",
+        "pipelines/training/vae_validation.py",
+        "model(x, sample_posterior=False)",
+        "model(x)",
         ("tests/pipelines/training/test_vae_task.py::test_validation_judges_the_mode_with_the_averaged_weights",),
     ),
     Mutant(
-        "pipelines/training/vae.py",
-        "with networks.averaged(), compiling.uncompiled():",
+        "pipelines/training/vae_validation.py",
+        "with averaged, compiling.uncompiled():",
         "with compiling.uncompiled():",
         ("tests/pipelines/training/test_vae_task.py::test_validation_judges_the_mode_with_the_averaged_weights",),
     ),
@@ -355,7 +355,7 @@ MUTANTS = [
         ("tests/pipelines/runtime/test_config.py::test_shipped_presets_are_valid",),
     ),
     Mutant(
-        "litevae/cache.py",
+        "litevae/commits.py",
         "np.exp(logvar.clip(*LOGVAR_RANGE))",
         "np.exp(logvar)",
         ("tests/litevae/test_cache.py::test_statistics_clip_log_variances_as_diffusers_does",),
@@ -656,8 +656,8 @@ MUTANTS = [
     ),
     Mutant(
         "pipelines/experiments/run_trial.py",
-        'own = trained["row"] == row.folder and',
-        'own = trained["row"] != row.folder and',
+        "own = trained.row == row.folder and",
+        "own = trained.row != row.folder and",
         ("tests/pipelines/experiments/test_sweep_parts.py::test_a_row_is_evaluated_and_joins_its_trainings_run",),
     ),
 ]

@@ -38,23 +38,46 @@ def floor_of(room: str) -> int:
 def test_imports_go_down(path):
     here = room_of(".".join(path.relative_to(ROOT).with_suffix("").parts))
     for node in ast.walk(ast.parse(path.read_text())):
-        if (
-            isinstance(node, ast.ImportFrom)
-            and node.module
-            and node.module.partition(".")[0] in ("litevae", "pipelines")
-        ):
-            names = [f"{node.module}.{name.name}" for name in node.names]
-            for name in names:
+        for name in imported_by(node):
+            if name.partition(".")[0] in ("litevae", "pipelines"):
                 there = room_of(name)
                 assert there == here or floor_of(there) > floor_of(here), f"line {node.lineno} imports {name}"
+
+
+def imported_by(node: ast.AST) -> list[str]:
+    """Dotted names that an import names; relative imports, whose room is not to be seen in them, are not allowed."""
+    if isinstance(node, ast.Import):
+        return [name.name for name in node.names]
+    if isinstance(node, ast.ImportFrom):
+        assert node.level == 0, f"line {node.lineno} is a relative import"
+        return [f"{node.module}.{name.name}" for name in node.names]
+    return []
 
 
 def imports_of(path: Path) -> set[str]:
     """Modules of ours that a file imports, in functions, too."""
     modules = {".".join(each.relative_to(ROOT).with_suffix("").parts) for each in FILES}
-    nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom) and node.module]
-    named = {f"{node.module}.{name.name}" for node in nodes for name in node.names}
-    return (named | {node.module for node in nodes if node.module}) & modules
+    named = [name for node in ast.walk(ast.parse(path.read_text())) for name in imported_by(node)]
+    return {*named, *(name.rpartition(".")[0] for name in named)} & modules
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("import os, pipelines.training.loop as loop", ["os", "pipelines.training.loop"]),
+        ("from pipelines.data import source, folder", ["pipelines.data.source", "pipelines.data.folder"]),
+        ("x = 1", []),
+    ],
+)
+def test_all_ways_to_import_are_seen(text, names):
+    (node,) = ast.parse(text).body
+    assert imported_by(node) == names
+
+
+def test_relative_imports_are_refused():
+    (node,) = ast.parse("from ..data import source").body
+    with pytest.raises(AssertionError, match="relative"):
+        imported_by(node)
 
 
 def test_there_are_no_circles():

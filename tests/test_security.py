@@ -37,14 +37,16 @@ from ray.data._internal.object_extensions.arrow import ArrowPythonObjectType
 from litevae import cache, storage
 from litevae.autoencoder import WEIGHTS, LiteVAE, fingerprint, load_autoencoder
 from litevae.cache import LatentCache
+from litevae.commits import commit_shard, committed_shards, read_commit, read_commits
 from litevae.diffusion import Objective
 from litevae.errors import UserError, redact
 from litevae.generation import Backbone, Inception, SqueezeNetCaffe
 from litevae.images import ImageError, ImageTransform
 from litevae.ldm import LDM, NormalizedAutoencoder, load_ldm, save_ldm
 from litevae.perceptual import load_esrgan, load_lpips
+from litevae.shards import OWN_COLUMNS, QUARANTINE, latent_layout, read_quarantine, read_shard, row_schema
 from pipelines.data.config import Source
-from pipelines.data.sources import open_source
+from pipelines.data.open_source import open_source
 from pipelines.encoding.config import Encode
 from pipelines.encoding.listings import open_listings
 from pipelines.experiments.comparison import ComparedRow, Comparison, Run
@@ -253,12 +255,12 @@ def test_a_listing_with_pickles(bomb, tmp_path):
 
 def small_cache(folder: Path) -> None:
     """One shard of two rows and one quarantined image."""
-    how = cache.layout("moments", "float16")
+    how = latent_layout("moments", "float16")
     cache.write_plan(str(folder), {"latents": how, "settings": {}})
-    own = {name: [0, 0] for name in cache.OWN_COLUMNS.names} | {"unit": [0, 1], "flip": [False] * 2, "id": ["a", "b"]}
-    rows = pa.table(own, schema=None).select(["id", *cache.OWN_COLUMNS.names]).cast(cache.row_schema(pa.schema([])))
-    lost = pa.Table.from_pylist([{"unit": 2, "id": "c", "error": "corrupt"}], schema=cache.QUARANTINE)
-    cache.commit_shard(str(folder), 0, (0, 3), how, rows, [np.zeros((2, 8, 4, 4), np.float16)], lost)
+    own = {name: [0, 0] for name in OWN_COLUMNS.names} | {"unit": [0, 1], "flip": [False] * 2, "id": ["a", "b"]}
+    rows = pa.table(own, schema=None).select(["id", *OWN_COLUMNS.names]).cast(row_schema(pa.schema([])))
+    lost = pa.Table.from_pylist([{"unit": 2, "id": "c", "error": "corrupt"}], schema=QUARANTINE)
+    commit_shard(str(folder), 0, (0, 3), how, rows, [np.zeros((2, 8, 4, 4), np.float16)], lost)
     source = {"uri": "/photos", "digest": "d" * 64, "units": 3, "shards": 1}
     cache.write_manifest(str(folder), {"latents": how, "settings": {}}, source, {})
 
@@ -286,13 +288,13 @@ def test_a_caches_files_with_pickles(bomb, tmp_path, of):
         return table.set_column(table.column_names.index("id"), "id", ids)
 
     replant(tmp_path, of, plant)
-    commit = cache.read_commit(str(tmp_path), 0)
+    commit = read_commit(str(tmp_path), 0)
     if of == "quarantine":
         with pytest.raises(UserError, match="'id' .*may hold pickles"):
-            cache.read_quarantine(str(tmp_path), commit)
+            read_quarantine(str(tmp_path), commit)
         return
     with pytest.raises(UserError, match="'id' .*may hold pickles"):
-        cache.read_shard(str(tmp_path), commit, cache.layout("moments", "float16"))
+        read_shard(str(tmp_path), commit, latent_layout("moments", "float16"))
     opened = LatentCache(str(tmp_path))
     for use in (lambda: opened.latents([0, 1], 0, 0), lambda: opened.row(0)):
         with pytest.raises(UserError, match="may hold pickles"):
@@ -304,7 +306,7 @@ def test_a_pickle_in_place_of_a_caches_json(bomb, tmp_path, name):
     small_cache(tmp_path)
     (tmp_path / name).write_bytes(pickle.dumps(bomb))
     np.save(tmp_path / "shards/000000.npy", np.array([bomb], object), allow_pickle=True)
-    read = {"plan.json": cache.read_plan, "manifest.json": LatentCache}.get(name, partial(cache.read_commit, shard=0))
+    read = {"plan.json": cache.read_plan, "manifest.json": LatentCache}.get(name, partial(read_commit, shard=0))
     with pytest.raises(UserError, match=re.escape(name)):
         read(str(tmp_path))
 
@@ -797,8 +799,8 @@ def test_an_encoding_of_hostile_names(bomb, tmp_path):
     ids = {opened.row(n)["id"] for n in range(len(opened))}
     assert {f"a.tar/{name}" for name in names} <= ids
     cached = str(place / "cache")
-    commits = cache.read_commits(cached, cache.committed(cached))
-    lost = [row for commit in commits for row in cache.read_quarantine(cached, commit).to_pylist()]
+    commits = read_commits(cached, committed_shards(cached))
+    lost = [row for commit in commits for row in read_quarantine(cached, commit).to_pylist()]
     assert {"a.tar/pickle", "a.tar/link"} <= {row["id"] for row in lost}
     made = set(tmp_path.rglob("*")) - before
     assert all(place / "cache" in (path, *path.parents) or "-runs" in str(path) for path in made), made

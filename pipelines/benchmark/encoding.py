@@ -32,7 +32,7 @@ from pipelines.benchmark import meter
 from pipelines.data.decode import transform_of
 from pipelines.encoding.config import Encode
 from pipelines.encoding.encode import encode_dataset
-from pipelines.encoding.encoder import Encoder
+from pipelines.encoding.encoder import ShardEncoder
 from pipelines.encoding.plan import CachePlan
 from pipelines.runtime.cli import load
 from pipelines.runtime.host import process_memory
@@ -90,7 +90,7 @@ class Request:
 # --- the job and its alternatives ---------------------------------------------------------------------------------
 
 
-def encode(setting: meter.Setting) -> Iterator[meter.Table]:
+def encode(setting: meter.Setting) -> Iterator[meter.ReportTable]:
     """Measure the encode job and its alternatives: one table for photos, and one for images of a camera's size.
 
     Raises:
@@ -123,13 +123,13 @@ def encode(setting: meter.Setting) -> Iterator[meter.Table]:
 
 def _table(
     setting: meter.Setting, title: str, count: int, decoders: int, plan: CachePlan, runs: list[dict[str, float]]
-) -> meter.Table:
+) -> meter.ReportTable:
     def of(key: str) -> list[float]:
         return [run[key] for run in runs]
 
     slower = [min(run["decode"], run["encode"]) for run in runs]
     model = setting.config.model or "LiteVAE-S with random weights"
-    table = meter.Table(
+    table = meter.ReportTable(
         f"The encode job, {title}",
         f"images/s at {SIDE} px; {model}, {plan.precision}; {count} images a run, {len(runs)} runs of each in turn: "
         f"median (range). Everything gets {decoders} decoding process{'es' * (decoders > 1)} and one that encodes, of "
@@ -142,8 +142,8 @@ def _table(
         samples={"runs": runs, "plan": {name: getattr(plan, name) for name in ("precision", "kernels", "transform")}},
     )
     for system, name in SYSTEMS.items():
-        whole = meter.spread(of(f"{system} whole")) if f"{system} whole" in runs[0] else ""
-        table.rows.append([name, meter.spread(of(system)), f"{meter.ratio(of(system), slower):.2f}", whole])
+        whole = meter.median_and_range(of(f"{system} whole")) if f"{system} whole" in runs[0] else ""
+        table.rows.append([name, meter.median_and_range(of(system)), f"{meter.ratio(of(system), slower):.2f}", whole])
     return table
 
 
@@ -234,13 +234,13 @@ class EncodeHalf:
     """Encoding alone, in one thread, with the encoder that the job's actor uses."""
 
     def __init__(self) -> None:
-        self._encoder: Encoder | None = None
+        self._encoder: ShardEncoder | None = None
         self._batch: list[np.ndarray] = []
 
     def __call__(self, given: Request) -> dict[str, Any]:
         torch.set_num_threads(1)
         if self._encoder is None:
-            self._encoder = Encoder("", CachePlan.read(given.out), gpu=given.device == "cuda", threads=1)
+            self._encoder = ShardEncoder("", CachePlan.read(given.out), gpu=given.device == "cuda", threads=1)
             transform = _transform(given.out)
             self._batch = [transform(file.read_bytes()).pixels for file in given.files[: given.batch]]
         encoder = self._encoder
@@ -355,7 +355,7 @@ SERVED: dict[str, Callable[[], Callable[[Request], dict[str, Any]]]] = {
 # --- memory -------------------------------------------------------------------------------------------------------
 
 
-def memory(setting: meter.Setting) -> Iterator[meter.Table]:
+def memory(setting: meter.Setting) -> Iterator[meter.ReportTable]:
     """Measure the peak memory of the encode job's processes for increasing numbers of images."""
     files, place, count = setting.photos(), setting.place / "memory", setting.config.encode_images
     place.mkdir()
@@ -368,7 +368,7 @@ def memory(setting: meter.Setting) -> Iterator[meter.Table]:
             places = [f"source.uri={folder}", f"out={place / f'out-{repeat}-{times}'}"]
             found[times].append(_peaks([sys.executable, str(JOB), *words, *places]))
     kinds = ["driver", *KINDS.values()]
-    table = meter.Table(
+    table = meter.ReportTable(
         "Peak memory of the encode job",
         f"MB of resident memory of the largest process of a kind, and in brackets how much of it was its own, neither "
         f"libraries nor Ray's object store; at 128 px, shards of 64 images; {setting.config.repeats} runs: medians.",

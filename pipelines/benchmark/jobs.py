@@ -16,7 +16,7 @@ from litevae.errors import UserError
 from litevae.order import seed_for
 from pipelines.benchmark import meter
 from pipelines.benchmark.loader import synthetic_cache
-from pipelines.data.sources import open_source
+from pipelines.data.open_source import open_source
 from pipelines.runtime import cluster
 from pipelines.runtime.cli import load
 from pipelines.runtime.mlflow_server import RunHandle
@@ -39,9 +39,9 @@ CASES = {  # job, its settings, side of a latent, images per step, number of ste
 }
 
 
-def ray(setting: meter.Setting) -> Iterator[meter.Table]:
+def ray(setting: meter.Setting) -> Iterator[meter.ReportTable]:
     """Measure images/s of both training jobs, and of their loops without Ray."""
-    table = meter.Table(
+    table = meter.ReportTable(
         "What Ray Train adds",
         f"`jobs/train_vae.py` and `jobs/train_ldm.py` beside their own loops in a process without Ray, in turn, "
         f"{setting.config.repeats} of each; of a run the median of {INTERVALS - 1} equal intervals after the first; "
@@ -65,7 +65,7 @@ def ray(setting: meter.Setting) -> Iterator[meter.Table]:
             rates["job"].append(found["rate"])
             waiting = max(waiting, found["waiting"])
         table.samples[title] = rates
-        shown = [meter.spread(rates[name], 2) for name in ("alone", "job")]
+        shown = [meter.median_and_range(rates[name], 2) for name in ("alone", "job")]
         share = meter.ratio(rates["job"], rates["alone"])
         table.rows.append([f"{title}, batch {batch}", *shown, f"{share:.3f}", f"{waiting:.2%}"])
     yield table
@@ -151,14 +151,14 @@ def loop_rate(job: str, words: list[str], batch: int, steps: int, threads: int) 
             untracked = RunHandle("", None, "benchmark", cfg.root)
             source = open_source(cfg.data.train, "data.train")
             setup = VaeSetup(config={}, folder="", data="", handle=untracked, source=source, val=None, lpips=False)
-            task = vae.Autoencoder(cfg.model_copy(update={"val_images": 1}), setup, 0, 1, device)
+            task = vae.VaeTask(cfg.model_copy(update={"val_images": 1}), setup, 0, 1, device)
         else:
             config = load(TrainLDM, None, words)
             device = _device(config.ray.gpu)
             untracked = RunHandle("", None, "benchmark", config.root)
             latents = ldm.cached_latents(config)
             given = LdmSetup(config={}, folder="", data="", handle=untracked, latents=latents)
-            task = ldm.Diffusion(config, given, 0, 1, device)
+            task = ldm.LdmTask(config, given, 0, 1, device)
     task.begin(0)
     rates, every = [], steps // INTERVALS
     start = meter.now(device)

@@ -20,8 +20,10 @@ from torch import Tensor
 
 from litevae import cache
 from litevae.cache import LatentCache
+from litevae.commits import commit_shard
 from litevae.errors import UserError
 from litevae.loader import LatentLoader
+from litevae.shards import QUARANTINE, latent_layout, row_schema
 from pipelines.benchmark import meter
 
 BATCH, SHAPE, SHARD, PART = 64, (8, 32, 32), 500, 1000
@@ -29,7 +31,7 @@ BATCH, SHAPE, SHARD, PART = 64, (8, 32, 32), 500, 1000
 Epoch = Callable[[np.ndarray], Iterator[Tensor]]  # takes an order of rows, and yields its batches
 
 
-def loader(setting: meter.Setting) -> Iterator[meter.Table]:
+def loader(setting: meter.Setting) -> Iterator[meter.ReportTable]:
     """Measure rows/s of each reader, cold and warm, and how much it read from the disk."""
     import datasets  # only developers have this package, and jobs.py uses this module without it
 
@@ -44,7 +46,7 @@ def loader(setting: meter.Setting) -> Iterator[meter.Table]:
                 run = child.ask()
             if n >= 0:  # the first round is warm-up
                 runs[name].append(run)
-    table = meter.Table(
+    table = meter.ReportTable(
         "The latent loader",
         f"{rows:,} rows of 8 x 32 x 32 fp16, batches of {BATCH}, in random order; one thread; each run a process of "
         f"its own, {setting.config.repeats} of each in turn: median (range). Cold: the files put out of the page cache "
@@ -57,7 +59,16 @@ def loader(setting: meter.Setting) -> Iterator[meter.Table]:
     for name, (_, title, what) in READERS.items():
         cold, warm, read = ([run[key] for run in runs[name]] for key in ("cold", "warm", "cold MB"))
         times = f"{meter.ratio(warm, first):.2f}"
-        table.rows.append([title, what, meter.spread(cold, 0), meter.spread(warm, 0), times, meter.spread(read, 0)])
+        table.rows.append(
+            [
+                title,
+                what,
+                meter.median_and_range(cold, 0),
+                meter.median_and_range(warm, 0),
+                times,
+                meter.median_and_range(read, 0),
+            ]
+        )
     yield table
 
 
@@ -83,15 +94,15 @@ def synthetic_cache(folder: Path, rows: int, shape: Sequence[int], **model: str)
         shape: shape of the moments (C, h, w), which are standard normal numbers in fp16.
         model: the manifest's entry about the model.
     """
-    how = cache.layout("moments", "float16")
+    how = latent_layout("moments", "float16")
     plan = {"model": model, "transform": {}, "latents": how, "precision": "fp32", "columns": {}}
-    schema = cache.row_schema(pa.schema([]))
-    same, none = dict.fromkeys(schema.names, 0) | {"flip": False}, cache.QUARANTINE.empty_table()
+    schema = row_schema(pa.schema([]))
+    same, none = dict.fromkeys(schema.names, 0) | {"flip": False}, QUARANTINE.empty_table()
     for number, start in enumerate(range(0, rows, SHARD)):
         units = range(start, min(start + SHARD, rows))
         values = np.random.default_rng(start).standard_normal((len(units), *shape)).astype(np.float16)
         table = pa.Table.from_pylist([same | {"id": f"{unit:06d}", "unit": unit} for unit in units], schema=schema)
-        cache.commit_shard(str(folder), number, (units.start, units.stop), how, table, [values], none)
+        commit_shard(str(folder), number, (units.start, units.stop), how, table, [values], none)
     source = {"uri": "", "digest": "", "units": rows, "shards": -(-rows // SHARD)}
     cache.write_manifest(str(folder), plan, source, {})
 
@@ -108,7 +119,7 @@ def ours(folder: Path) -> Epoch:
 def moments(folder: Path) -> Epoch:
     """Read raw moments in the latent loader's order; the given order gives only its seed."""
     latents = LatentCache(str(folder / "cache"))
-    return lambda order: (latents.moments(rows) for _, rows, _, _ in _loader(latents, order)._places(0))
+    return lambda order: (latents.moments(rows) for _, rows, _, _ in _loader(latents, order).places(0))
 
 
 def _loader(latents: LatentCache, order: np.ndarray) -> LatentLoader:

@@ -28,7 +28,7 @@ PACKAGES = (
 
 
 @dataclass
-class Table:
+class ReportTable:
     """A table of the report.
 
     Attributes:
@@ -169,7 +169,7 @@ def rates(seconds: Iterable[float], items: float) -> list[float]:
     return [items / value for value in seconds]
 
 
-def spread(values: Sequence[float], digits: int = 1) -> str:
+def median_and_range(values: Sequence[float], digits: int = 1) -> str:
     """Format values as their median and range; a single value is shown as it is."""
     low, high = min(values), max(values)
     if len(values) == 1:

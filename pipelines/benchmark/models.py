@@ -45,24 +45,26 @@ MODES = {
 }
 
 
-def encoder(setting: meter.Setting) -> Iterator[meter.Table]:
+def encoder(setting: meter.Setting) -> Iterator[meter.ReportTable]:
     """Measure encoders; yield one table per resolution and precision."""
     return _tables(setting, "encoder")
 
 
-def decoder(setting: meter.Setting) -> Iterator[meter.Table]:
+def decoder(setting: meter.Setting) -> Iterator[meter.ReportTable]:
     """Measure decoders; yield one table per resolution and precision."""
     return _tables(setting, "decoder")
 
 
-def _tables(setting: meter.Setting, part: str) -> Iterator[meter.Table]:
+def _tables(setting: meter.Setting, part: str) -> Iterator[meter.ReportTable]:
     for precision in setting.config.precisions:
         limits = meter.limits(setting.device, torch.bfloat16 if precision == "bf16" else torch.float32)
         for resolution in setting.config.resolutions:
             yield _table(setting, part, precision, resolution, limits)
 
 
-def _table(setting: meter.Setting, part: str, precision: str, resolution: int, limits: dict[str, float]) -> meter.Table:
+def _table(
+    setting: meter.Setting, part: str, precision: str, resolution: int, limits: dict[str, float]
+) -> meter.ReportTable:
     config = setting.config
     contenders: list[tuple[str, str]] = [
         (name, mode) for mode in config.modes for name in config.models if _has(config, name, mode, part)
@@ -90,7 +92,7 @@ def _table(setting: meter.Setting, part: str, precision: str, resolution: int, l
                 found[contender][f"seconds {batch}"] = taken
     for (name, _), values in found.items():
         values |= about(name, part, resolution, precision)
-    table = meter.Table(
+    table = meter.ReportTable(
         f"The {part} at {resolution} px, {precision}",
         f"Batches of {' and '.join(map(str, sorted(config.batch_sizes)))}, {config.repeats} of each in turn: median "
         f"(range). Times: against the first row, the median of ratios of the same round. Memory: the peak of a fresh "
@@ -112,12 +114,12 @@ def _table(setting: meter.Setting, part: str, precision: str, resolution: int, l
                 f"{_title(name, part)}, {mode}",
                 f"{values['parameters'] / 1e6:.2f} M",
                 f"{sum(flops for flops, _ in values['layers']) / 1e9:.1f}",
-                meter.spread(meter.rates(taken, largest), 2),
+                meter.median_and_range(meter.rates(taken, largest), 2),
                 f"{1 / meter.ratio(taken, base[f'seconds {largest}']):.2f}",
                 f"{memory / 1e6:,.0f}",
                 f"{memory / max(1, base['memory']):.3f}",
                 *(
-                    meter.spread([1000 * value for value in values[f"seconds {batch}"]], 1)
+                    meter.median_and_range([1000 * value for value in values[f"seconds {batch}"]], 1)
                     for batch in sorted(config.batch_sizes)
                     if batch != largest
                 ),

@@ -15,7 +15,7 @@ from litevae import storage
 from litevae.errors import UserError
 from pipelines.benchmark import meter
 from pipelines.benchmark.config import Benchmark
-from pipelines.benchmark.meter import Setting, Table
+from pipelines.benchmark.meter import ReportTable, Setting
 from pipelines.runtime import mlflow_run, paths
 
 PARTS = {  # the function that measures each part; some parts need packages that only developers have
@@ -81,7 +81,7 @@ def _device(config: Benchmark) -> torch.device:
     return torch.device("cuda" if there and config.gpu else "cpu")
 
 
-def _tables(part: str, place: str, setting: Setting) -> Iterator[Table]:
+def _tables(part: str, place: str, setting: Setting) -> Iterator[ReportTable]:
     """Yield the tables of a part, or raise a UserError if it needs a package that is not installed."""
     module, _, function = place.partition(":")
     try:
@@ -100,7 +100,7 @@ def _write(out: str, found: dict[str, Any]) -> None:
     text = [
         f"{where}{about['threads']} threads on {about['cores']} cores of {about['processor']}; load before "
         f"{', '.join(map(str, about['load']))}; {versions}",
-        *(Table(**table).markdown for part in found["parts"].values() for table in part["tables"]),
+        *(ReportTable(**table).markdown for part in found["parts"].values() for table in part["tables"]),
     ]
     storage.put(os.path.join(out, "benchmark.md"), "\n\n".join(text).encode())
     storage.put(os.path.join(out, "benchmark.json"), json.dumps(found, indent=1).encode())

@@ -46,7 +46,7 @@ PARTS = {
 # --- the autoencoder ------------------------------------------------------------------------------------------------
 
 
-def vae_step(setting: meter.Setting) -> Iterator[meter.Table]:
+def vae_step(setting: meter.Setting) -> Iterator[meter.ReportTable]:
     """Measure the autoencoder's training step, its parts, and what recomputing activations saves and costs.
 
     Raises:
@@ -75,7 +75,7 @@ def _backbone(folder: Path) -> list[str]:
     return []
 
 
-def steps_of_vae(setting: meter.Setting, resolution: int, batch: int, words: list[str]) -> Iterator[meter.Table]:
+def steps_of_vae(setting: meter.Setting, resolution: int, batch: int, words: list[str]) -> Iterator[meter.ReportTable]:
     """Measure whole training steps of the autoencoder and their parts; also compiled ones if `modes` names them.
 
     Args:
@@ -112,12 +112,12 @@ def steps_of_vae(setting: meter.Setting, resolution: int, batch: int, words: lis
     title = f"VAE training step, {where}"
     backbone = made["ours"].nets.objective.lpips
     about = f"{backbone.name if backbone is not None else 'no LPIPS'}; losses of the first step agree"
-    yield meter.Table(
+    yield meter.ReportTable(
         title,
         f"Contenders in turn, {repeats} rounds: median (range). {about}.",
         ["", "images/s", "x plain (median of rounds)", "first step, s"],
         [
-            [name, meter.spread(meter.rates(s, batch), 3), f"{meter.ratio(base, s):.2f}", f"{warm[name]:.1f}"]
+            [name, meter.median_and_range(meter.rates(s, batch), 3), f"{meter.ratio(base, s):.2f}", f"{warm[name]:.1f}"]
             for name, s in seconds.items()
         ],
         {"seconds": seconds, "first": first, "warm": warm},
@@ -135,11 +135,11 @@ def steps_of_vae(setting: meter.Setting, resolution: int, batch: int, words: lis
     rows: list[Sequence[str]] = []
     for part, words_of in parts.items():
         times = [found[f"{part} {name}"] for name in shown]
-        cells = [meter.spread([1e3 * s for s in samples], 1) for samples in times]
+        cells = [meter.median_and_range([1e3 * s for s in samples], 1) for samples in times]
         rows.append([words_of, *cells, *(f"{meter.ratio(times[0], samples):.2f}" for samples in times[1:])])
     heads = [*(f"{name}, ms" for name in shown), *(f"x plain, {name}" for name in shown[1:])]
     how = f"Forward and backward pass of each part alone, in turn, {repeats} rounds: median (range)."
-    yield meter.Table(f"{title}, by part", how, ["", *heads], rows, {"seconds": found})
+    yield meter.ReportTable(f"{title}, by part", how, ["", *heads], rows, {"seconds": found})
 
 
 def _check_same(first: dict[str, dict[str, float]], rtol: float) -> None:
@@ -251,7 +251,8 @@ class Ours:
     def judging(self, x: Tensor, y: Tensor) -> Tensor:
         """Return the discriminator's loss on images and reconstructions."""
         self.disc.requires_grad_(True)
-        return self.nets._discriminator_loss(x, y, 0, 0)[0]
+        assert self.nets.adversarial is not None
+        return self.nets.adversarial.discriminator_loss(x, y, 0, 0)[0]
 
     def optimize(self, gradients: dict[Tensor, Tensor]) -> None:
         """Do one step of both optimizers with the given gradients."""
@@ -359,7 +360,7 @@ def _block(block: Any, x: Tensor) -> Tensor:
 # --- memory against speed -------------------------------------------------------------------------------------------
 
 
-def checkpointing(setting: meter.Setting, resolution: int, batch: int, words: list[str]) -> meter.Table:
+def checkpointing(setting: meter.Setting, resolution: int, batch: int, words: list[str]) -> meter.ReportTable:
     """Measure peak memory and speed with activations kept, and with activations recomputed."""
     repeats, device = setting.config.repeats, setting.device.type
     where = f"{resolution} px, batch {batch}, {device}"
@@ -375,10 +376,10 @@ def checkpointing(setting: meter.Setting, resolution: int, batch: int, words: li
             for name, (child, _more) in children.items():
                 seconds[name].append(child.ask(step=True)["seconds"])
     for name in children:
-        rate = meter.spread(meter.rates(seconds[name], batch), 3)
+        rate = meter.median_and_range(meter.rates(seconds[name], batch), 3)
         cost = f"{meter.ratio(seconds['kept'], seconds[name]):.2f}"
         rows.append([name, f"{peaks[name] / 2**20:,.0f}", rate, cost])
-    return meter.Table(
+    return meter.ReportTable(
         f"Activations kept or recomputed, {where}",
         "Peak memory of two steps beyond weights and code (with gradients and optimizers' moments), a process each; "
         f"then steps in turn, {repeats} rounds: median (range).",
@@ -415,14 +416,14 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
 LDM = (("small", 32, 8), ("tiny", 8, 64))  # network, side of its latents, batch size
 
 
-def ldm_step(setting: meter.Setting) -> Iterator[meter.Table]:
+def ldm_step(setting: meter.Setting) -> Iterator[meter.ReportTable]:
     """Measure the diffusion model's training step, with noise, clipping, optimizer and EMA."""
     return steps_of_ldm(setting, LDM)
 
 
 def steps_of_ldm(
     setting: meter.Setting, networks: Sequence[tuple[str, int, int]], words: Sequence[str] = ()
-) -> Iterator[meter.Table]:
+) -> Iterator[meter.ReportTable]:
     """Measure training steps of diffusion models; yield one table per network.
 
     Args:
@@ -453,12 +454,12 @@ def steps_of_ldm(
         calls: dict[str, Callable[[], object]] = {name: one.step for name, one in made.items()}
         seconds = meter.rounds(calls, repeats, device=where.type)
         base = seconds["plain loop"]
-        yield meter.Table(
+        yield meter.ReportTable(
             f"Diffusion model's training step, {network}, {side}x{side}, batch {batch}, {where.type}",
             f"Contenders in turn, {repeats} rounds: median (range). {given}; losses of the first step agree.",
             ["", "steps/s", "x plain (median of rounds)", "first step, s"],
             [
-                [name, meter.spread(meter.rates(s, 1), 3), f"{meter.ratio(base, s):.2f}", f"{warm[name]:.1f}"]
+                [name, meter.median_and_range(meter.rates(s, 1), 3), f"{meter.ratio(base, s):.2f}", f"{warm[name]:.1f}"]
                 for name, s in seconds.items()
             ],
             {"seconds": seconds, "first": first, "warm": warm},
@@ -478,7 +479,7 @@ class _Latents:
 
 
 class OurDiffusion:
-    """This project's training step of a diffusion model (`Diffusion` of train_ldm), on random latents.
+    """This project's training step of a diffusion model (`LdmTask` of train_ldm), on random latents.
 
     Args:
         words: words of the job's config.
@@ -494,7 +495,7 @@ class OurDiffusion:
         untracked = RunHandle("", None, "benchmark", config.root)
         setup = LdmSetup(config={}, folder="", data="", handle=untracked, latents=latents)
         with _without_ray(), mock.patch.object(ldm, "make_feed", return_value=_Latents(self.latents)):
-            self.task = ldm.Diffusion(config, setup, 0, 1, device)
+            self.task = ldm.LdmTask(config, setup, 0, 1, device)
         self.config, self.device, self.taken = config, device, 0
         self.task.network.train()
 
@@ -506,7 +507,7 @@ class OurDiffusion:
         """
         taken = self.taken = self.taken + 1 if taken is None else taken
         positions = range(taken * self.config.batch_size, (taken + 1) * self.config.batch_size)
-        return self.task.step(self.task._with_noise({"positions": positions, "labels": None}), 0)["loss"]
+        return self.task.step(self.task.with_noise({"positions": positions, "labels": None}), 0)["loss"]
 
 
 class PlainDiffusion(OurDiffusion):
@@ -530,7 +531,7 @@ class PlainDiffusion(OurDiffusion):
             noise = torch.randn_like(self.latents)
             timesteps = torch.randint(0, 1000, (size,), device=device)
         else:  # the first step gets the same noise as the other loop's, so that the losses can be compared
-            given = self.task._with_noise({"positions": range(size), "labels": None})
+            given = self.task.with_noise({"positions": range(size), "labels": None})
             noise, timesteps = given["noise"].to(device), (given["u"] * 1000).long().to(device)
         noisy = self.scheduler.add_noise(self.latents, noise, timesteps)
         with autocast(device, self.config.loop.precision):

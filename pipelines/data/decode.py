@@ -22,9 +22,9 @@ import numpy as np
 import psutil
 import pyarrow as pa
 
-from litevae import cache
 from litevae.errors import UserError
 from litevae.images import ImageError, ImageTransform, View
+from litevae.shards import QUARANTINE, row_schema
 from pipelines.data.config import Views
 from pipelines.data.source import Item, Source
 
@@ -36,7 +36,7 @@ READERS = 16  # images of a shard that are read at a time if they come over a ne
 
 
 @dataclass(frozen=True)
-class Task:
+class ShardTask:
     """A shard to encode, for the first time or as its next generation.
 
     Attributes:
@@ -60,7 +60,7 @@ class Shard:
         first: number of the first of these units in the whole cache.
     """
 
-    task: Task
+    task: ShardTask
     source: Source
     first: int
 
@@ -108,9 +108,9 @@ def decode_shard(row: dict[str, Any], views: Views) -> dict[str, Any]:
         views: which views to cut from each image.
 
     Returns:
-        The row that `Encoder` takes: `pixels`, all views end to end in one uint8 array; `sizes`, int32 (rows, 2), the
-        height and width of each view; `rows` and `quarantine`, Arrow tables as bytes (see `unpack`), with the columns
-        of the rows and with the images that could not be read; `decode_seconds`; `shard` and `error`.
+        The row that `ShardEncoder` takes: `pixels`, all views end to end in one uint8 array; `sizes`, int32 (rows, 2),
+        the height and width of each view; `rows` and `quarantine`, Arrow tables as bytes (see `unpack`), with the
+        columns of the rows and with the images that could not be read; `decode_seconds`; `shard` and `error`.
     """
     start = time.perf_counter()
     shard: Shard = row["shard"]
@@ -137,14 +137,14 @@ def decode_shard(row: dict[str, Any], views: Views) -> dict[str, Any]:
                 sizes.append(image.pixels.shape[:2])
                 own = {name: getattr(image, name) for name in ("height", "width", "crop_top", "crop_left", "flip")}
                 rows.append({"id": item.id, "unit": shard.first + unit, "view": view, **own, **item.columns})
-        table = pa.Table.from_pylist(rows, schema=cache.row_schema(source.schema))
+        table = pa.Table.from_pylist(rows, schema=row_schema(source.schema))
     except UserError as error:
         common["error"], end, sizes, lost, table = str(error), 0, [], [], pa.table({})
     return common | {
         "pixels": pixels[:end],
         "sizes": np.array(sizes, dtype=np.int32).reshape(-1, 2),
         "rows": pack(table),
-        "quarantine": pack(pa.Table.from_pylist(lost, schema=cache.QUARANTINE)),
+        "quarantine": pack(pa.Table.from_pylist(lost, schema=QUARANTINE)),
         "decode_seconds": time.perf_counter() - start,
     }
 

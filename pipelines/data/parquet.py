@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from litevae import storage
 from litevae.errors import UserError
 from litevae.images import ImageError
-from litevae.storage import LRUCache
+from litevae.lru_cache import LRUCache
 from pipelines.data.config import Source as SourceConfig
 from pipelines.data.discovery import THREADS, Found, shown_path
 from pipelines.data.source import (

@@ -10,7 +10,7 @@ import pyarrow as pa
 from litevae import storage
 from litevae.errors import UserError
 from litevae.images import ImageError
-from litevae.storage import LRUCache
+from litevae.lru_cache import LRUCache
 from pipelines.data import tar_index
 from pipelines.data.config import Source as SourceConfig
 from pipelines.data.discovery import IMAGE_SUFFIXES, THREADS, Found, shown_path

@@ -15,8 +15,8 @@ from litevae.images import ImageError, ImageTransform, to_tensor
 from litevae.inference import best_kernels, prepare_for_inference
 from litevae.perceptual import WeightsMissing, load_lpips
 from litevae.precision import autocast
+from pipelines.data.open_source import open_source
 from pipelines.data.source import Source
-from pipelines.data.sources import open_source
 from pipelines.diagnostics.config import Doctor
 from pipelines.diagnostics.probe import DRIVER, Ask, Finding, answered, counted, failure
 from pipelines.evaluation import image_batches

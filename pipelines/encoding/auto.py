@@ -9,7 +9,7 @@ from litevae.inference import best_kernels
 from litevae.precision import autocast
 from pipelines.data.decode import transform_of
 from pipelines.encoding.config import Encode
-from pipelines.encoding.encoder import Encoder
+from pipelines.encoding.encoder import ShardEncoder
 from pipelines.encoding.plan import CachePlan
 from pipelines.runtime.cluster import Placement
 from pipelines.runtime.logs import say
@@ -61,7 +61,7 @@ def largest_batch(plan: CachePlan, placement: Placement) -> int:
     tried = replace(plan, settings=replace(plan.settings, batch_size=AUTO_BATCH["cuda"]))
 
     def probe() -> int:
-        encoder = Encoder("", tried, gpu=True, threads=1)
+        encoder = ShardEncoder("", tried, gpu=True, threads=1)
         encoder.encode([np.zeros((*largest, 3), dtype=np.uint8)])
         return encoder.batch_size
 

@@ -2,8 +2,8 @@
 
     shard -> decode (CPU tasks) -> uint8 pixels -> encode and commit (one actor per worker, on a GPU or on CPUs)
 
-Ray provides streaming, back-pressure and restarts. The plan and the commits (litevae/cache.py) ensure that every image
-is in the cache or in its quarantine exactly once, and that a run which is killed, or started twice, does no harm.
+Ray provides streaming, back-pressure and restarts. The plan and the commits (litevae/commits.py) ensure that every
+image is in the cache or in its quarantine exactly once, and that a run which is killed, or started twice, does no harm.
 Repairing a shard and retrying its quarantine do the same work on some of the shards, and commit the result as the next
 generation of each.
 """
@@ -20,12 +20,13 @@ from datetime import UTC, datetime
 from typing import Any
 
 from litevae import cache, storage
-from litevae.errors import UserError
-from pipelines.data.decode import Shard, Task, decode_shard
-from pipelines.data.sources import restore
+from litevae.commits import committed_shards, read_commits
+from litevae.errors import UserError, redact
+from pipelines.data.decode import Shard, ShardTask, decode_shard
+from pipelines.data.open_source import restore
 from pipelines.encoding import auto
 from pipelines.encoding.config import Encode, MaintainCache
-from pipelines.encoding.encoder import Encoder
+from pipelines.encoding.encoder import ShardEncoder
 from pipelines.encoding.listings import inputs_of, source_of
 from pipelines.encoding.partition import Partition
 from pipelines.encoding.plan import CachePlan, make_plan
@@ -65,7 +66,7 @@ def encode_dataset(config: Encode) -> dict[str, Any]:
             than the error budget allows.
     """
     job = plan_cache(config)
-    if job.placement is None:
+    if job.finished:
         return _summary(job.out, cache.read_manifest(job.out), config.root)
     return encode_and_track(config, config.model_dump(mode="json"), job, job.todo())
 
@@ -78,23 +79,20 @@ class CacheJob:
         out: the cache folder.
         plan: what the cache holds.
         partition: how its images are divided into shards.
-        placement: the workers that Ray provides; None for a finished cache, which needs none.
+        finished: whether every shard is committed and the manifest names them all.
+        placement: the workers that Ray provides; None where `encode_dataset` finds a finished cache, which needs none.
     """
 
     out: str
     plan: CachePlan
     partition: Partition
+    finished: bool
     placement: Placement | None
 
-    @property
-    def finished(self) -> bool:
-        """Whether every shard is committed and the manifest is written."""
-        return self.placement is None
-
-    def todo(self) -> list[Task]:
+    def todo(self) -> list[ShardTask]:
         """Return a task for each shard that has no commit yet."""
-        committed = cache.committed(self.out)
-        return [Task(number) for number in range(len(self.partition)) if number not in committed]
+        committed = committed_shards(self.out)
+        return [ShardTask(number) for number in range(len(self.partition)) if number not in committed]
 
 
 def plan_cache(config: Encode) -> CacheJob:
@@ -121,7 +119,7 @@ def plan_cache(config: Encode) -> CacheJob:
             sources = [restore(listing, sources[0].uri) for listing in cache.read_listings(out)]
     partition = Partition(sources, plan.rows_per_shard)
     if "manifest.json" in files and cache.read_manifest(out)["source"]["shards"] == len(partition):
-        return CacheJob(out, plan, partition, None)
+        return CacheJob(out, plan, partition, finished=True, placement=None)
     placement = cluster.start(config.ray)
     paths.check_folders({"out": out}, {"source.uri": sources[0].uri, "model": config.model})
     if not before:
@@ -129,7 +127,7 @@ def plan_cache(config: Encode) -> CacheJob:
         plan.write(out)
     if not storage.names(storage.join(out, "listing")):
         cache.write_listing(out, 1, sources[0].listing)
-    return CacheJob(out, plan, partition, placement)
+    return CacheJob(out, plan, partition, finished=False, placement=placement)
 
 
 def _is_empty(out: str) -> bool:
@@ -143,7 +141,7 @@ def _is_empty(out: str) -> bool:
 
 
 def encode_and_track(
-    config: Encode | MaintainCache, settings: dict[str, Any], job: CacheJob, todo: Sequence[Task]
+    config: Encode | MaintainCache, settings: dict[str, Any], job: CacheJob, todo: Sequence[ShardTask]
 ) -> dict[str, Any]:
     """Encode shards and write the manifest, tracked as an MLflow run.
 
@@ -213,7 +211,7 @@ def finish(
     about = {
         "job": job,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "config": mlflow_run.redact(settings),
+        "config": redact(settings),
         "versions": host.versions(LIBRARIES),
         "devices": list(devices),
         "tracking": {"experiment": handle.experiment, "run_id": handle.run_id},
@@ -226,7 +224,7 @@ def tracking_folder(out: str, root: str) -> str:
     return os.path.join(os.path.abspath(root), os.path.basename(out)) if storage.is_remote(out) else out
 
 
-def _encode(job: CacheJob, todo: Sequence[Task]) -> dict[str, Any]:
+def _encode(job: CacheJob, todo: Sequence[ShardTask]) -> dict[str, Any]:
     """Encode the shards of these tasks. All other shards keep their commits."""
     import ray.data
 
@@ -236,14 +234,14 @@ def _encode(job: CacheJob, todo: Sequence[Task]) -> dict[str, Any]:
     slots = {"decode": placement.decoders, "encode": placement.workers}
     totals = EncodeTotals(partition.units, {stage: min(count, max(1, len(todo))) for stage, count in slots.items()})
     numbers = {task.shard for task in todo}
-    kept = {shard: generation for shard, generation in cache.committed(out).items() if shard not in numbers}
-    for commit in cache.read_commits(out, kept):
+    kept = {shard: generation for shard, generation in committed_shards(out).items() if shard not in numbers}
+    for commit in read_commits(out, kept):
         totals.add_earlier(commit)
     check_budget(totals.reasons, budget, out, totals.images)
     if kept and todo:
         say(f"{len(todo):,} of {len(partition):,} shards to do")
     progress = Progress("encode", totals.images, totals.done, sys.stderr.isatty())
-    exported = prometheus.Encoding(os.path.basename(out))
+    exported = prometheus.EncodingGauges(os.path.basename(out))
     totals.started = time.monotonic()
     rows: Any = None
     try:
@@ -294,7 +292,7 @@ def _pipeline(plan: CachePlan, shards: Sequence[Shard], out: str, placement: Pla
             **placement.decode_options(),
         )
         return pixels.map(
-            Encoder,
+            ShardEncoder,
             fn_constructor_kwargs={"out": out, "plan": plan, "gpu": placement.gpu, "threads": placement.threads},
             compute=ActorPoolStrategy(
                 size=min(placement.workers, len(shards)),

@@ -13,19 +13,20 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from litevae import cache
 from litevae.autoencoder import (
     encode_latents,
     fingerprint,
     latent_content,
     load_autoencoder,
 )
+from litevae.commits import commit_shard, read_commit
 from litevae.errors import UserError
 from litevae.images import to_tensor
 from litevae.inference import prepare_for_inference
 from litevae.native import NoKernels
 from litevae.precision import autocast
-from pipelines.data.decode import Lost, Shard, Task, quarantined, unpack
+from litevae.shards import QUARANTINE, read_quarantine, read_shard, row_schema, storage_errors, to_stored
+from pipelines.data.decode import Lost, Shard, ShardTask, quarantined, unpack
 from pipelines.encoding.plan import CachePlan
 from pipelines.runtime.logs import say
 
@@ -33,7 +34,7 @@ from pipelines.runtime.logs import say
 Rows = tuple[pa.Table, np.ndarray]
 
 
-class Encoder:
+class ShardEncoder:
     """A Ray actor that holds the model, encodes the pixels of a shard into latents, and commits the shard.
 
     Ray calls it from two threads: one thread commits a shard while the other encodes the next.
@@ -95,15 +96,15 @@ class Encoder:
         shard: Shard = row["shard"]
         parts, quarantine = self._storable(shard, unpack(row["rows"]), unpack(row["quarantine"]), encoded)
         if shard.task.only:
-            before = cache.read_commit(self.out, shard.task.shard, shard.task.generation - 1)
-            old = cache.read_quarantine(self.out, before)
+            before = read_commit(self.out, shard.task.shard, shard.task.generation - 1)
+            old = read_quarantine(self.out, before)
             quarantine = _merged_quarantine(old, quarantine, shard.task)
             if _reasons(quarantine).equals(_reasons(old.sort_by("unit"))):
                 return before  # the retry changed nothing
             parts += self._rows_of(before)
-        table, latents = _merged_rows(parts, cache.row_schema(shard.source.schema))
+        table, latents = _merged_rows(parts, row_schema(shard.source.schema))
         planned = self.plan.settings.batch_size
-        return cache.commit_shard(
+        return commit_shard(
             self.out,
             shard.task.shard,
             (shard.first, shard.first + shard.source.units),
@@ -127,7 +128,7 @@ class Encoder:
             units = part["unit"].to_numpy()
             bad = {
                 int(unit): problem
-                for unit, problem in zip(units, cache.storage_errors(values, self.how["dtype"]), strict=True)
+                for unit, problem in zip(units, storage_errors(values, self.how["dtype"]), strict=True)
                 if problem
             }
             names = dict(zip(units.tolist(), part["id"].to_pylist(), strict=True))
@@ -135,14 +136,14 @@ class Encoder:
                 message = f"the model's latents are {problem} for {self.how['dtype']}"
                 lost.append(quarantined(shard, unit, names[unit], Lost("encode", problem, message)))
             good = ~np.isin(units, list(bad))
-            parts.append((part.filter(pa.array(good)), cache.to_stored(values[good], self.how["dtype"])))
-        return parts, pa.concat_tables([quarantine, pa.Table.from_pylist(lost, schema=cache.QUARANTINE)])
+            parts.append((part.filter(pa.array(good)), to_stored(values[good], self.how["dtype"])))
+        return parts, pa.concat_tables([quarantine, pa.Table.from_pylist(lost, schema=QUARANTINE)])
 
     def _rows_of(self, commit: dict[str, Any]) -> list[Rows]:
         """Return the rows of a committed shard, one item per latent shape."""
         if not commit["rows"]:
             return []
-        table, latents = cache.read_shard(self.out, commit, self.how)
+        table, latents = read_shard(self.out, commit, self.how)
         starts = np.cumsum([0, *map(len, latents)])
         return [(table.slice(start, len(values)), values) for start, values in zip(starts, latents, strict=False)]
 
@@ -253,7 +254,7 @@ def load_encoder(plan: CachePlan, device: torch.device) -> Callable[[torch.Tenso
     return torch.compile(latents) if plan.compile else latents
 
 
-def _merged_quarantine(old: pa.Table, new: pa.Table, task: Task) -> pa.Table:
+def _merged_quarantine(old: pa.Table, new: pa.Table, task: ShardTask) -> pa.Table:
     """Return the quarantine after a retry: retried images with their new result, all others unchanged."""
     tried = pa.array(task.only, pa.int64())
     others = old.filter(pc.invert(pc.is_in(old["unit"], value_set=tried)))

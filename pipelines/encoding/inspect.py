@@ -12,9 +12,10 @@ from litevae import cache, metrics, storage
 from litevae.autoencoder import encode_latents, fingerprint, load_autoencoder
 from litevae.errors import UserError
 from litevae.images import to_tensor
-from litevae.pictures import reconstruction_picture
+from litevae.pictures import png, reconstruction_picture
 from litevae.precision import autocast
-from pipelines.data.decode import Shard, Task, seed_of, transform_of
+from litevae.shards import from_stored, read_shard
+from pipelines.data.decode import Shard, ShardTask, seed_of, transform_of
 from pipelines.encoding.config import Inspect
 from pipelines.encoding.listings import open_listings
 from pipelines.encoding.partition import Partition
@@ -51,7 +52,7 @@ def inspect(config: Inspect) -> dict[str, Any]:
     partition = Partition(open_listings(latents.path, config.source), plan.rows_per_shard)
     shown = []
     for number in _spread([shard["shard"] for shard in manifest["shards"] if shard["rows"]], config.shards):
-        pixels, stored = _rows_of(latents, partition.shard(Task(number)), plan, config.rows)
+        pixels, stored = _rows_of(latents, partition.shard(ShardTask(number)), plan, config.rows)
         seen = [_look(model, image, values, plan) for image, values in zip(pixels, stored, strict=True)]
         psnr = float(np.mean([one["psnr"] for one in seen]))
         drift = max(one["drift"] for one in seen)
@@ -64,7 +65,7 @@ def inspect(config: Inspect) -> dict[str, Any]:
     out.mkdir(parents=True, exist_ok=True)
     same = [one for one in shown if one[0].shape == shown[0][0].shape]  # all rows of a picture have one shape
     picture = reconstruction_picture(*(torch.cat(column) for column in zip(*same, strict=True)))
-    storage.put(str(out / "inspection.png"), tables.png(picture))
+    storage.put(str(out / "inspection.png"), png(picture))
     storage.put(str(out / "inspection.json"), json.dumps(about, indent=1).encode())
     print(f"\npicture  {out}/inspection.png")
     return about
@@ -110,7 +111,7 @@ def _rows_of(
     if (now := transform.identity) != {key: plan.transform.get(key) for key in now}:
         say(f"note: shard {shard.task.shard}: images are not decoded here as they were: {now}", "WARNING")
     commit = next(entry for entry in latents.manifest["shards"] if entry["shard"] == shard.task.shard)
-    table, parts = cache.read_shard(latents.path, commit, plan.latents)
+    table, parts = read_shard(latents.path, commit, plan.latents)
     stored = [values for part in parts for values in part]
     pixels, kept = [], []
     for index in _spread(list(range(table.num_rows)), count):
@@ -126,7 +127,7 @@ def _look(model: Any, pixels: np.ndarray, stored: np.ndarray, plan: CachePlan) -
     """Decode the latent of a row, and encode its image again."""
     how = plan.latents
     x = to_tensor(pixels[None])
-    kept = cache.from_stored(stored[None].copy(), how["dtype"]).float()
+    kept = from_stored(stored[None].copy(), how["dtype"]).float()
     with autocast(x.device, plan.precision):
         fresh = encode_latents(model, x).float()
     fresh = fresh[:, : kept.shape[1]]

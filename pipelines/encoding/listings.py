@@ -7,8 +7,8 @@ import pyarrow as pa
 
 from litevae import cache
 from litevae.errors import UserError
+from pipelines.data.open_source import compare, open_source, restore
 from pipelines.data.source import Source
-from pipelines.data.sources import compare, open_source, restore
 from pipelines.encoding.config import Encode
 from pipelines.encoding.partition import Partition
 from pipelines.encoding.plan import CachePlan, source_settings

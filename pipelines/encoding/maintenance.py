@@ -7,14 +7,17 @@ from typing import Any
 
 from litevae import cache, storage
 from litevae.autoencoder import fingerprint
+from litevae.commits import committed_shards, read_commits
 from litevae.errors import UserError
-from pipelines.data.decode import Task
+from litevae.shards import read_quarantine
+from pipelines.data.decode import ShardTask
 from pipelines.encoding.config import MaintainCache, Repair, Retry
 from pipelines.encoding.encode import CacheJob, encode_and_track, print_summary
 from pipelines.encoding.listings import open_listings
 from pipelines.encoding.partition import Partition
 from pipelines.encoding.plan import CachePlan
 from pipelines.encoding.totals import listed_reasons
+from pipelines.encoding.verify import audit, unnamed_files
 from pipelines.runtime import cluster, paths
 from pipelines.runtime.logs import say
 
@@ -28,16 +31,15 @@ def repair(config: Repair) -> dict[str, Any]:
     Raises:
         UserError: if the plan or the listing is damaged, or if the model or the source is not the one of the cache.
     """
-    from pipelines.encoding.verify import audit, unnamed_files
-
     out, plan, partition = _open(config)
     found = audit(out, source=False)
     for number, problems in found.problems.items():
         say(f"shard {number}: {problems[0]}", "WARNING", shard=number)
-    if not found.problems and not found.general:
+    whole = not found.problems and not found.general
+    if whole:
         say(f"{out}: nothing to repair")
-    todo = [Task(number, found.generations.get(number, -1) + 1) for number in found.problems]
-    done = _encode_again(config, CacheJob(out, plan, partition, cluster.start(config.ray)), todo)
+    todo = [ShardTask(number, found.generations.get(number, -1) + 1) for number in found.problems]
+    done = _encode_again(config, CacheJob(out, plan, partition, whole, cluster.start(config.ray)), todo)
     # Remove only files that were unnamed before, too: a new one belongs to a driver that is about to commit it.
     unnamed = sorted({*found.unnamed} & {*unnamed_files(out)})
     for file in unnamed:
@@ -63,17 +65,18 @@ def retry(config: Retry) -> dict[str, Any]:
         raise UserError(
             f"reasons: nothing is quarantined as {unknown[0]}; there is {listed_reasons(known) or 'nothing at all'}"
         )
-    committed, todo = cache.committed(out), []
-    for commit in cache.read_commits(out, committed):
-        lost = cache.read_quarantine(out, commit).to_pylist()
+    committed, todo = committed_shards(out), []
+    for commit in read_commits(out, committed):
+        lost = read_quarantine(out, commit).to_pylist()
         if wanted := [row["unit"] for row in lost if not config.reasons or row["error"] in config.reasons]:
-            todo.append(Task(commit["shard"], committed[commit["shard"]] + 1, tuple(wanted)))
-    done = _encode_again(config, CacheJob(out, plan, partition, cluster.start(config.ray)), todo)
+            todo.append(ShardTask(commit["shard"], committed[commit["shard"]] + 1, tuple(wanted)))
+    whole = manifest["source"]["shards"] == len(partition)
+    done = _encode_again(config, CacheJob(out, plan, partition, whole, cluster.start(config.ray)), todo)
     recovered = done["images"] - manifest["counts"]["encoded"]
     return print_summary(done | {"encoded_now": recovered, "recovered": recovered})
 
 
-def _encode_again(config: MaintainCache, job: CacheJob, todo: Sequence[Task]) -> dict[str, Any]:
+def _encode_again(config: MaintainCache, job: CacheJob, todo: Sequence[ShardTask]) -> dict[str, Any]:
     return encode_and_track(config, asdict(job.plan.settings) | config.model_dump(mode="json"), job, todo)
 
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pipelines.data.decode import Shard, Task
+from pipelines.data.decode import Shard, ShardTask
 from pipelines.data.source import Source
 
 
@@ -34,7 +34,7 @@ class Partition:
     def __len__(self) -> int:
         return int(self._shards[-1])
 
-    def shard(self, task: Task) -> Shard:
+    def shard(self, task: ShardTask) -> Shard:
         """Return what a worker needs for a task: its part of the source, with units renumbered from 0."""
         place = int(np.searchsorted(self._shards, task.shard, side="right")) - 1
         ends, index = self._ends[place], task.shard - int(self._shards[place])

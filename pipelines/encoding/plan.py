@@ -14,6 +14,7 @@ from litevae.autoencoder import (
 )
 from litevae.errors import UserError
 from litevae.images import ImageTransform
+from litevae.shards import latent_layout, row_schema
 from pipelines.data.config import Views
 from pipelines.data.decode import transform_of
 from pipelines.data.source import Source
@@ -61,7 +62,7 @@ class CachePlan:
     Attributes:
         model: the autoencoder.
         transform: `ImageTransform.identity`, and the seed of random crops.
-        latents: how rows are stored; the result of `cache.layout`.
+        latents: how rows are stored; the result of `latent_layout`.
         precision: "fp32" or "bf16"; "auto" until the job has examined its machine.
         compile: whether torch.compile compiles the encoder.
         columns: the Arrow type of each column of a row except its latent, by name.
@@ -155,10 +156,10 @@ def make_plan(config: Encode, source: Source, identity: dict[str, Any], before: 
     return CachePlan(
         model=PlannedModel(os.path.abspath(config.model), fingerprint(config.model), described),
         transform=transform.identity | ({"seed": config.transform.seed} if transform.crop == "random" else {}),
-        latents=cache.layout(content, DTYPES[config.dtype], transform.views, not transform.buckets),
+        latents=latent_layout(content, DTYPES[config.dtype], transform.views, not transform.buckets),
         precision=before.precision if before and config.precision == "auto" else config.precision,
         compile=config.compile,
-        columns={field.name: str(field.type) for field in cache.row_schema(source.schema)},
+        columns={field.name: str(field.type) for field in row_schema(source.schema)},
         rows_per_shard=config.rows_per_shard,
         source=identity,
         settings=PlanSettings(

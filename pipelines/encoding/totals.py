@@ -43,7 +43,7 @@ class EncodeTotals:
         self.reasons.update(commit.get("reasons", {}))
 
     def add(self, row: Mapping[str, Any]) -> tuple[int, dict[str, int]]:
-        """Count a shard that an `Encoder` has just committed.
+        """Count a shard that a `ShardEncoder` has just committed.
 
         Args:
             row: what the encoder returned.

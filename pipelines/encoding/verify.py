@@ -11,8 +11,10 @@ from typing import Any
 import numpy as np
 
 from litevae import cache, storage
+from litevae.commits import committed_shards, latent_statistics, mean_and_std, read_commit
 from litevae.errors import UserError
-from pipelines.data.decode import Shard, Task
+from litevae.shards import from_stored, read_quarantine, read_shard, storage_errors
+from pipelines.data.decode import Shard, ShardTask
 from pipelines.encoding.config import Verify
 from pipelines.encoding.listings import open_listings
 from pipelines.encoding.partition import Partition
@@ -104,14 +106,14 @@ def audit(out: str, source: bool = True, threads: int = 8) -> Audit:
     if not sources:
         raise UserError(f"{out} is unfinished: its source was not listed yet; run the encode job again")
     partition = Partition(sources, plan.rows_per_shard)
-    found = Audit(len(partition), generations=cache.committed(out))
+    found = Audit(len(partition), generations=committed_shards(out))
     if "manifest.json" not in files and not storage.names(storage.join(out, "manifests")):
         found.missing = [number for number in range(len(partition)) if number not in found.generations]
 
     def check(number: int) -> tuple[dict[str, Any], list[str], np.ndarray]:
         if number not in found.generations:
             return {}, ["has no commit"], np.empty(0, np.int64)
-        return _check_shard(out, plan, partition.shard(Task(number)), found.generations[number], source)
+        return _check_shard(out, plan, partition.shard(ShardTask(number)), found.generations[number], source)
 
     commits, keys = [], []
     with ThreadPoolExecutor(threads) as pool:
@@ -136,7 +138,7 @@ def _check_shard(
     """Return the commit of a shard, what is wrong with the shard, and a hash of the id of each image in its rows."""
     how, nothing = plan.latents, np.empty(0, np.int64)
     try:
-        commit = cache.read_commit(out, shard.task.shard, generation)
+        commit = read_commit(out, shard.task.shard, generation)
     except storage.Unavailable:  # says nothing about the shard
         raise
     except UserError as error:
@@ -145,8 +147,8 @@ def _check_shard(
         units = (shard.first, shard.first + shard.source.units)
         if tuple(commit["units"]) != units:
             return commit, [f"its commit is of inputs {commit['units']}, the plan says {list(units)}"], nothing
-        lost = cache.read_quarantine(out, commit)
-        rows, latents = cache.read_shard(out, commit, how) if commit["rows"] else (None, [])
+        lost = read_quarantine(out, commit)
+        rows, latents = read_shard(out, commit, how) if commit["rows"] else (None, [])
         statistics = commit["statistics"] if rows is not None else {}
     except storage.Unavailable:
         raise
@@ -169,9 +171,9 @@ def _check_shard(
         names = rows["id"].to_pylist()
         ids |= dict(zip(rows["unit"].to_pylist(), names, strict=True))
         keys = np.array([hash(name) for name, view in zip(names, rows["view"].to_pylist(), strict=True) if view == 0])
-        if any(cache.storage_errors(_fp32(values, how), how["dtype"]) != [None] * len(values) for values in latents):
+        if any(storage_errors(_fp32(values, how), how["dtype"]) != [None] * len(values) for values in latents):
             problems.append("has latents that are not finite")
-        if not _close(cache.statistics(latents, how), statistics):
+        if not _close(latent_statistics(latents, how), statistics):
             problems.append("its statistics are not those of its latents")
     elif len(expected):
         problems.append(f"has no rows, but {len(expected)} inputs that are not in quarantine")
@@ -186,7 +188,7 @@ def _check_shard(
 
 
 def _fp32(values: np.ndarray, how: dict[str, Any]) -> np.ndarray:
-    return cache.from_stored(values, how["dtype"]).float().numpy()
+    return from_stored(values, how["dtype"]).float().numpy()
 
 
 def _close(ours: dict[str, Any], theirs: dict[str, Any]) -> bool:
@@ -200,7 +202,7 @@ def _duplicates(out: str, plan: CachePlan, commits: list[dict[str, Any]], keys: 
     seen: set[str] = set()
     found: list[str] = []
     for commit in commits if twice else ():
-        rows, _ = cache.read_shard(out, commit, plan.latents) if commit["rows"] else (None, [])
+        rows, _ = read_shard(out, commit, plan.latents) if commit["rows"] else (None, [])
         pairs = zip(rows["id"].to_pylist(), rows["view"].to_pylist(), strict=True) if rows is not None else ()
         for name in [name for name, view in pairs if view == 0 and hash(name) in twice]:
             if name in seen:
@@ -225,7 +227,7 @@ def _check_manifest(out: str, commits: list[dict[str, Any]]) -> list[str]:
             problems.append(f"{out}/manifest.json: shard {shard['shard']} has another {wrong[0]} than its commit")
     if len(manifest["shards"]) != len(commits):
         problems.append(f"{out}/manifest.json has {len(manifest['shards'])} shards; {len(commits)} are committed")
-    mean, std = cache.mean_and_std(commit["statistics"] for commit in commits if commit["rows"])
+    mean, std = mean_and_std(commit["statistics"] for commit in commits if commit["rows"])
     if not np.allclose([mean, std], [manifest["latents"]["mean"], manifest["latents"]["std"]], rtol=1e-9):
         problems.append(f"{out}/manifest.json: its mean and std are not those of its shards")
     return problems

@@ -63,7 +63,7 @@ COLUMNS = {
 }
 
 
-class Plan(NamedTuple):
+class ModelToMeasure(NamedTuple):
     """A model to measure.
 
     Attributes:
@@ -160,7 +160,7 @@ def summary_text(summary: dict[str, Any], out: str) -> str:
 # --- models -----------------------------------------------------------------------------------------------------
 
 
-def _plans(cfg: config.EvaluateComplexity) -> Iterator[Plan]:
+def _plans(cfg: config.EvaluateComplexity) -> Iterator[ModelToMeasure]:
     """Yield the models of a config.
 
     Raises:
@@ -183,7 +183,7 @@ def _plans(cfg: config.EvaluateComplexity) -> Iterator[Plan]:
             if name not in ENCODERS:
                 given = encode_latents(model, torch.zeros(1, 3, 4 * factor, 4 * factor)).shape[1]
                 channels = given // 2 if latent_content(model) == "moments" else given
-        yield Plan(name, factor, channels)
+        yield ModelToMeasure(name, factor, channels)
 
 
 def _model(name: str, channels: int) -> torch.nn.Module:
@@ -193,13 +193,15 @@ def _model(name: str, channels: int) -> torch.nn.Module:
 # --- measuring --------------------------------------------------------------------------------------------------
 
 
-def _measured(plan: Plan, cfg: config.EvaluateComplexity, placement: cluster.Placement) -> tuple[dict[str, float], str]:
-    """Run `Meter.measure` in a new process."""
+def _measured(
+    plan: ModelToMeasure, cfg: config.EvaluateComplexity, placement: cluster.Placement
+) -> tuple[dict[str, float], str]:
+    """Run `CostMeter.measure` in a new process."""
     import ray
 
     # Ray reuses a process only for actors with the same environment, and no two have this one.
     fresh = {"env_vars": {"LITEVAE_METER": f"{plan.name} {time.time_ns()}"}}
-    (actor,) = pool(Meter, placement, plan, cfg, placement, max_restarts=0, max_task_retries=0, runtime_env=fresh)
+    (actor,) = pool(CostMeter, placement, plan, cfg, placement, max_restarts=0, max_task_retries=0, runtime_env=fresh)
     try:
         (found,) = spread([actor], lambda actor, _: actor.measure.remote(), [None])
     except ray.exceptions.RayActorError:
@@ -214,10 +216,10 @@ _TOO_LARGE = (
 )
 
 
-class Meter:
+class CostMeter:
     """A Ray actor that measures one model on one device."""
 
-    def __init__(self, plan: Plan, cfg: config.EvaluateComplexity, placement: cluster.Placement):
+    def __init__(self, plan: ModelToMeasure, cfg: config.EvaluateComplexity, placement: cluster.Placement):
         self.plan, self.cfg, self.device, self.threads = plan, cfg, placement.configure_torch(), placement.threads
         torch.manual_seed(0)
         torch.backends.cudnn.deterministic = False  # as in a user's own run

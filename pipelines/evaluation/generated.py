@@ -25,8 +25,8 @@ from litevae import generation, storage
 from litevae.errors import UserError
 from litevae.generation import FeatureNetwork, FrechetStatistics
 from litevae.images import ImageError, ImageTransform, View
+from pipelines.data.open_source import open_source
 from pipelines.data.source import Source
-from pipelines.data.sources import open_source
 from pipelines.evaluation import config, image_batches, report
 from pipelines.evaluation.image_batches import PixelBatch, UnreadableImage, describe_unreadable, evenly_spaced
 from pipelines.evaluation.report import Score

@@ -34,14 +34,14 @@ from litevae.errors import UserError
 from litevae.generation import Backbone, FeatureNetwork, FrechetStatistics, SqueezeNetCaffe
 from litevae.images import ImageTransform, to_tensor, to_uint8
 from litevae.perceptual import WeightsMissing, load_lpips
-from litevae.pictures import feature_map_picture, reconstruction_picture, strongest_maps
+from litevae.pictures import feature_map_picture, png, reconstruction_picture, strongest_maps
 from litevae.precision import autocast
+from pipelines.data.open_source import open_source
 from pipelines.data.source import Source
-from pipelines.data.sources import open_source
 from pipelines.evaluation import config, image_batches, latent_mmd, report
 from pipelines.evaluation.image_batches import PixelBatch, UnreadableImage, describe_unreadable
 from pipelines.evaluation.report import Score
-from pipelines.runtime import cluster, mlflow_run, paths, tables
+from pipelines.runtime import cluster, host, mlflow_run, paths, tables
 from pipelines.runtime.actor_pool import pool, spread
 from pipelines.runtime.progress import Progress
 
@@ -50,7 +50,7 @@ MAPS = 4  # rows of feature_maps.png
 DISTANCE = "mean over images of squared distances of unit-length features, averaged over positions, summed over layers"
 
 
-class Metric(NamedTuple):
+class QualityMetric(NamedTuple):
     """A measure of reconstruction quality.
 
     Attributes:
@@ -66,8 +66,8 @@ class Metric(NamedTuple):
 
 
 METRICS = {
-    "psnr": Metric("PSNR (dB)", metrics.PROTOCOLS["psnr"], metrics.psnr),
-    "ssim": Metric("SSIM", metrics.PROTOCOLS["ssim"], metrics.ssim),
+    "psnr": QualityMetric("PSNR (dB)", metrics.PROTOCOLS["psnr"], metrics.psnr),
+    "ssim": QualityMetric("SSIM", metrics.PROTOCOLS["ssim"], metrics.ssim),
 }
 
 
@@ -92,7 +92,7 @@ class MetricSuite:
         try:
             lpips = load_lpips(cfg.lpips, cfg.lpips_weights)
             protocol = f"{DISTANCE}, with the heads of LPIPS 0.1 (Zhang et al. 2018); images not resized"
-            self.metrics[lpips.name] = Metric(lpips.name, protocol, lpips)
+            self.metrics[lpips.name] = QualityMetric(lpips.name, protocol, lpips)
             modules.append(lpips)
         except WeightsMissing as error:
             self.remarks.append(f"no LPIPS: {error}")
@@ -102,7 +102,7 @@ class MetricSuite:
             if isinstance(network, SqueezeNetCaffe | Backbone):
                 name = f"{network.name} feature distance"
                 protocol = f"{DISTANCE}, all weighted equally; weights {network.sha256[:8]}; images not resized"
-                self.metrics[name] = Metric(name, protocol, network.distance)
+                self.metrics[name] = QualityMetric(name, protocol, network.distance)
         self._modules = [*modules, *self.networks]
 
     @property
@@ -275,7 +275,7 @@ def evaluate(cfg: config.Evaluate) -> dict[str, Any]:
             values = {f"eval/scale/{metric}": value for metric, value in each["reconstruction"].items()}
             tracker.metrics(values, step=int(pixels))
         for name, picture in pictures.items():
-            storage.put(os.path.join(out, f"{name}.png"), tables.png(picture))
+            storage.put(os.path.join(out, f"{name}.png"), png(picture))
             tracker.image(name, picture, step=0)
         report.write_scores(summary, out, tracker)
     print(summary_text(summary, out))
@@ -503,15 +503,10 @@ class Evaluator:
             encoder and of the decoder.
         """
         with autocast(self.device, self.cfg.precision):
-            start = self._now()
+            start = host.now(self.device)
             encoded = encode_latents(self.model, x)
             latent = encoded.chunk(2, dim=1)[0] if self.posterior else encoded
-            middle = self._now()
+            middle = host.now(self.device)
             reconstruction = self.model.decode(latent, return_dict=False)[0]
-            end = self._now()
+            end = host.now(self.device)
         return reconstruction.float().clamp(-1, 1), encoded.float(), middle - start, end - middle
-
-    def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()

@@ -36,11 +36,11 @@ from litevae import storage
 from litevae.errors import UserError
 from litevae.images import to_uint8
 from litevae.ldm import LDM, ldm_fingerprint, load_ldm
-from litevae.pictures import grid
+from litevae.pictures import grid, png
 from litevae.precision import autocast
 from litevae.sampling import SAMPLERS, label_numbers, sampler_of
 from pipelines.evaluation import config
-from pipelines.runtime import cluster, mlflow_run, paths, tables
+from pipelines.runtime import cluster, mlflow_run, paths
 from pipelines.runtime.actor_pool import pool, spread
 from pipelines.runtime.progress import Progress
 
@@ -104,7 +104,7 @@ def sample(cfg: config.Sample) -> dict[str, Any]:
             _draw(cfg, actors, missing)
         seconds = time.monotonic() - started
         picture = grid(np.stack([*_first(pieces, min(cfg.images, GRID))]), columns=8)
-        storage.put(storage.join(out, "grid.png"), tables.png(picture))
+        storage.put(storage.join(out, "grid.png"), png(picture))
         summary: dict[str, Any] = {
             **job,
             "model": cfg.model,
@@ -322,4 +322,4 @@ class Sampler:
             )
         if not images.isfinite().all():
             raise UserError(f"{cfg.model} draws NaN or infinite pixels: its training has diverged")
-        return list(self.encoders.map(tables.png, to_uint8(images)))
+        return list(self.encoders.map(png, to_uint8(images)))

@@ -15,7 +15,7 @@ from typing import Any
 from PIL import Image
 
 from litevae import storage
-from litevae.errors import UserError
+from litevae.errors import UserError, redact
 from pipelines.experiments import paper
 from pipelines.experiments.comparison import FINISHED, Run, clean, comparison, listed
 from pipelines.experiments.config import Compare
@@ -120,7 +120,7 @@ def _read(cfg: Compare) -> tuple[Any, list[Run]]:
     if not cfg.tracking.enabled:
         raise UserError("tracking.enabled=false, and a comparison reads MLflow")
     uri = mlflow_run.tracking_uri(cfg.tracking, cfg.root)
-    where = f"{mlflow_run.redact(uri)}, experiment {cfg.tracking.experiment!r}"
+    where = f"{redact(uri)}, experiment {cfg.tracking.experiment!r}"
     if uri.startswith("sqlite:///") and not os.path.isfile(uri.removeprefix("sqlite:///")):
         raise UserError(f"{where}: no such database; root=FOLDER or tracking.uri says where the runs are")
 
@@ -153,7 +153,7 @@ def _asked(where: str, ask: Callable[[], Any]) -> Any:
 
 def _problem(error: Exception) -> str:
     """Return the error's cause in one line of at most 200 characters, without passwords."""
-    return mlflow_run.redact(" ".join(mlflow_server.cause_of(error).split()))[:200]
+    return redact(" ".join(mlflow_server.cause_of(error).split()))[:200]
 
 
 def _run(run: Any) -> Run:

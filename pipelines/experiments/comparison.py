@@ -8,14 +8,13 @@ import fnmatch
 import math
 import os
 import re
-import statistics
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 from litevae.errors import UserError
+from pipelines.experiments.statistics import mean_over_seeds, significance, std_over_seeds
 
 # Names of metrics whose higher, or lower, value is better. For other metrics no value is marked as best.
 HIGHER = re.compile(r"\b(psnr|ssim|precision|recall|inception_score|images_per_s(econd)?)\b")
@@ -85,7 +84,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Metric:
+class ComparedMetric:
     """A metric that rows are compared by.
 
     Attributes:
@@ -168,7 +167,7 @@ class Comparison:
     title: str
     baseline: str
     test: str
-    metrics: list[Metric]
+    metrics: list[ComparedMetric]
     rows: list[ComparedRow]
     params: list[str]
     curves: dict[str, list[list[list[tuple[int, float]]]]]
@@ -317,7 +316,7 @@ def _beside(rows: list[ComparedRow], table: Any) -> list[ComparedRow]:
     return sorted(rows, key=lambda row: place.get(row.runs[0].tag("row") if row.runs else row.name, len(order)))
 
 
-def _columns(runs: Sequence[Run], patterns: Sequence[str], table: Any) -> list[Metric]:
+def _columns(runs: Sequence[Run], patterns: Sequence[str], table: Any) -> list[ComparedMetric]:
     """Return the metrics to show, those of the paper's table first and in its order.
 
     Args:
@@ -339,10 +338,11 @@ def _columns(runs: Sequence[Run], patterns: Sequence[str], table: Any) -> list[M
         raise UserError("these runs have logged no metrics")
     keys = dict.fromkeys(key for row in table.rows.values() for key in row.paper) if table else {}
     columns = [
-        Metric(name, key if (key := paper_key(name)) in keys else "", _higher(name)) for name in dict.fromkeys(ours)
+        ComparedMetric(name, key if (key := paper_key(name)) in keys else "", _higher(name))
+        for name in dict.fromkeys(ours)
     ]
     missing = [] if patterns else [key for key in keys if key not in {metric.paper for metric in columns}]
-    columns += [Metric("", key, _higher(key)) for key in missing]
+    columns += [ComparedMetric("", key, _higher(key)) for key in missing]
     return sorted(columns, key=lambda metric: [*keys].index(metric.paper) if metric.paper else len(keys))
 
 
@@ -358,15 +358,13 @@ def _higher(name: str) -> bool | None:
     return True if HIGHER.search(words) else False if LOWER.search(words) else None
 
 
-def _cell(row: ComparedRow, baseline: ComparedRow, metric: Metric, test: str) -> Cell:
+def _cell(row: ComparedRow, baseline: ComparedRow, metric: ComparedMetric, test: str) -> Cell:
     """Compute one metric of a row, and compare it with the baseline's unless the row is the baseline."""
     values, others = (
         {run.seed: run.metrics[metric.name] for run in each.runs if metric.name in run.metrics}
         for each in (row, baseline)
     )
-    cell = Cell(values, _mean(values), paper=row.paper.get(metric.paper))
-    if len(values) > 1 and all(map(math.isfinite, values.values())):
-        cell.std = statistics.stdev(values.values())
+    cell = Cell(values, mean_over_seeds(values), std_over_seeds(values), paper=row.paper.get(metric.paper))
     if row is baseline:
         return cell
     if cell.paper is not None and metric.paper in baseline.paper:
@@ -374,7 +372,7 @@ def _cell(row: ComparedRow, baseline: ComparedRow, metric: Metric, test: str) ->
     paired, shared = test == "paired", sorted({*values} & {*others})
     if paired and shared:
         values, others = ({seed: side[seed] for seed in shared} for side in (values, others))
-    mean, other = _mean(values), _mean(others)
+    mean, other = mean_over_seeds(values), mean_over_seeds(others)
     if mean is not None and other is not None:
         cell.difference = mean - other
         cell.p = significance([*values.values()], [*others.values()], paired) if shared or not paired else None
@@ -382,33 +380,8 @@ def _cell(row: ComparedRow, baseline: ComparedRow, metric: Metric, test: str) ->
     return cell
 
 
-def _mean(values: Mapping[str, float]) -> float | None:
-    return sum(values.values()) / len(values) if values else None
-
-
-def significance(x: Sequence[float], y: Sequence[float], paired: bool = False) -> float | None:
-    """Return the two-sided p-value of Welch's t-test, or of a paired t-test.
-
-    Args:
-        x, y: the values of the two sides.
-        paired: whether x[i] and y[i] have the same seed.
-
-    Returns:
-        The p-value; None if a side has fewer than two values, a value is not finite, or nothing varies.
-    """
-    varying = [[b - a for a, b in zip(x, y, strict=True)]] if paired else [x, y]
-    if min(len(x), len(y)) < 2 or not all(map(math.isfinite, [*x, *y])) or not any(len({*v}) > 1 for v in varying):
-        return None
-    from scipy import stats
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # scipy warns if values hardly vary
-        p = float((stats.ttest_rel(x, y) if paired else stats.ttest_ind(x, y, equal_var=False)).pvalue)
-    return p if math.isfinite(p) else None
-
-
 def _remarks(
-    rows: list[ComparedRow], columns: list[Metric], test: str, repeated: int, table: Any, scales: str
+    rows: list[ComparedRow], columns: list[ComparedMetric], test: str, repeated: int, table: Any, scales: str
 ) -> list[str]:
     remarks = []
     if any(cell.std is not None for row in rows for cell in row.cells):

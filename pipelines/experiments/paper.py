@@ -9,6 +9,7 @@ from typing import Any, Literal
 import yaml
 
 from litevae.errors import UserError
+from pipelines.runtime.schema import merged
 
 DATA = Path(__file__).with_name("paper.yaml")
 STEP = 16  # images per step in the paper (Appendix F)
@@ -42,7 +43,7 @@ class PaperRow:
 
 
 @dataclass(frozen=True)
-class Table:
+class PaperTable:
     """A table of the paper.
 
     Attributes:
@@ -66,13 +67,13 @@ class Table:
 
 
 @cache
-def tables() -> dict[str, Table]:
+def tables() -> dict[str, PaperTable]:
     """Return the paper's tables by name."""
     data = _data()
     return {name: _table(name, table, data["settings"]) for name, table in data["tables"].items()}
 
 
-def table(name: str) -> Table:
+def table(name: str) -> PaperTable:
     """Return a table of the paper; "9", "t9" and "table-9" name the same one.
 
     Raises:
@@ -84,7 +85,7 @@ def table(name: str) -> Table:
     return found
 
 
-def chosen(table: Table, patterns: list[str]) -> list[PaperRow]:
+def chosen(table: PaperTable, patterns: list[str]) -> list[PaperRow]:
     """Return the rows whose names match one of the patterns (with * and ?), or all rows if there are no patterns.
 
     Raises:
@@ -96,7 +97,7 @@ def chosen(table: Table, patterns: list[str]) -> list[PaperRow]:
     return [row for name, row in table.rows.items() if not patterns or any(fnmatchcase(name, p) for p in patterns)]
 
 
-def scaled(table: Table, row: PaperRow, scale: str) -> dict[str, Values]:
+def scaled(table: PaperTable, row: PaperRow, scale: str) -> dict[str, Values]:
     """Return the values of each job's config for a row at a scale.
 
     They give architecture, losses, stages and sizes, but no data and no names.
@@ -141,22 +142,12 @@ def at_scale(scale: str, job: str) -> Values:
     return _data()["scales"][scale].get(job, {})
 
 
-def merged(*parts: Values) -> Values:
-    """Merge nested values; later parts override earlier ones."""
-    found: Values = {}
-    for part in parts:
-        for key, value in part.items():
-            both = isinstance(value, dict) and isinstance(found.get(key), dict)
-            found[key] = merged(found[key], value) if both else value
-    return found
-
-
 @cache
 def _data() -> dict[str, Any]:
     return yaml.safe_load(DATA.read_text())
 
 
-def _table(name: str, data: dict[str, Any], settings: dict[str, Any]) -> Table:
+def _table(name: str, data: dict[str, Any], settings: dict[str, Any]) -> PaperTable:
     """Make a table from its entry in paper.yaml; its rows inherit the named settings and the table's own values."""
     metrics = data["metrics"]
     rows = {}
@@ -173,4 +164,4 @@ def _table(name: str, data: dict[str, Any], settings: dict[str, Any]) -> Table:
             own.get("needs", ""),
         )
     more = {key: data[key] for key in ("scales", "part") if key in data}
-    return Table(name, data["title"], data.get("kind", "vae"), metrics, rows, **more)
+    return PaperTable(name, data["title"], data.get("kind", "vae"), metrics, rows, **more)

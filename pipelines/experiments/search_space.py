@@ -12,7 +12,7 @@ from pipelines.experiments.config import Sweep
 DRAWS = ("uniform", "loguniform", "randint", "choice")
 
 
-def fields_of(space: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def space_fields(space: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield (dotted field name, list of values or {kind of draw: arguments}) for each field of a nested space.
 
     Raises:
@@ -35,7 +35,7 @@ def fields_of(space: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, An
                 raise UserError(f"space.{name}: loguniform takes numbers above 0, not {arguments}")
             yield name, {draw: arguments}
         elif isinstance(value, dict) and value:
-            yield from fields_of(value, f"{name}.")
+            yield from space_fields(value, f"{name}.")
         else:
             kinds = ", ".join(f"{{{draw}: [a, b]}}" for draw in DRAWS)
             raise UserError(f"space.{name}={value!r} is neither a list of values nor one of {kinds}")
@@ -78,7 +78,7 @@ def drawn_value(values: Any, generator: np.random.Generator) -> Any:
 
 def tune_space(cfg: Sweep) -> dict[str, Any]:
     """Return the search space for Ray Tune: the first seed, and the domain of each field."""
-    return {"seed": cfg.seeds[0]} | {key: domain(values) for key, values in fields_of(cfg.space)}
+    return {"seed": cfg.seeds[0]} | {key: domain(values) for key, values in space_fields(cfg.space)}
 
 
 def domain(values: Any) -> Any:
@@ -98,7 +98,7 @@ def within(config: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
 
     Args:
         config: values by dotted field name.
-        fields: the search space, as `fields_of` yields it.
+        fields: the search space, as `space_fields` yields it.
     """
     for key, values in fields.items():
         kind, arguments = ("choice", values) if isinstance(values, list) else next(iter(values.items()))

@@ -11,7 +11,6 @@ import logging
 import math
 import os
 import re
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,10 +24,11 @@ from pipelines.evaluation import report
 from pipelines.evaluation.config import Evaluate, EvaluateComplexity
 from pipelines.experiments import paper, run_trial
 from pipelines.experiments.config import Compare, Sweep
-from pipelines.experiments.search_space import domain, fields_of, tune_space, within
+from pipelines.experiments.search_space import domain, space_fields, tune_space, within
 from pipelines.experiments.trials import (
     RESULT,
     TRAINED,
+    SweepSetup,
     Trial,
     TrialRow,
     check_fields,
@@ -40,7 +40,7 @@ from pipelines.experiments.trials import (
 )
 from pipelines.runtime import cluster, mlflow_run, mlflow_server, paths, tables
 from pipelines.runtime.logs import say
-from pipelines.runtime.schema import dump, validate, values_to_keep
+from pipelines.runtime.schema import dump, merged, validate, values_to_keep
 from pipelines.training import run_folder, run_lock
 from pipelines.training.config import TrainVAE
 
@@ -80,7 +80,7 @@ def sweep(cfg: Sweep) -> list[dict[str, Any]]:
         return _sweep(cfg, table, sources, folder)
 
 
-def _sweep(cfg: Sweep, table: paper.Table | None, sources: dict[str, Any], folder: str) -> list[dict[str, Any]]:
+def _sweep(cfg: Sweep, table: paper.PaperTable | None, sources: dict[str, Any], folder: str) -> list[dict[str, Any]]:
     """Run the sweep in its folder, which this process has locked; see `sweep`."""
     root, name = cfg.root, cfg.name
     if table and table.kind == "complexity":
@@ -130,7 +130,7 @@ def _sweep(cfg: Sweep, table: paper.Table | None, sources: dict[str, Any], folde
     return results
 
 
-def _complexity(cfg: Sweep, table: paper.Table, folder: str) -> list[dict[str, Any]]:
+def _complexity(cfg: Sweep, table: paper.PaperTable, folder: str) -> list[dict[str, Any]]:
     """Measure the rows of a complexity table one after the other, in one job; nothing is trained."""
     from pipelines.evaluation.cost import complexity
 
@@ -138,7 +138,7 @@ def _complexity(cfg: Sweep, table: paper.Table, folder: str) -> list[dict[str, A
     own = {"models": [row.model for row in rows], "out": os.path.join(folder, "complexity")}
     shared = {"root": cfg.root, "ray": cfg.ray.model_dump(mode="json"), "tracking": {"enabled": False}}
     parts = paper.at_scale(cfg.scale, "evaluate_complexity"), cfg.evaluate_complexity, own, shared
-    job = validate(EvaluateComplexity, paper.merged(*parts))
+    job = validate(EvaluateComplexity, merged(*parts))
     run_folder.open_run(folder, cfg, MAY_CHANGE)
     run = mlflow_run.start_run(cfg.tracking, cfg.root, "sweep", cfg.name, cfg.model_dump(mode="json"), folder)
     status: mlflow_server.Status = "FAILED"
@@ -190,19 +190,15 @@ def _tune(
     import ray.util
     from ray import tune
 
-    setup = {
-        "cfg": cfg.model_dump(mode="json"),
-        "trials": [asdict(each) for each in trials],
-        "parent": run.run_id or "",
-        "folder": folder,
-        "ray": cfg.ray.model_dump(mode="json")
-        | {
-            "cpus_per_worker": placement.threads,
-            "worker_labels": placement.labels,
-            "decode_labels": placement.decode_labels,
-        },
-        "cwd": os.getcwd(),
+    own = {
+        "cpus_per_worker": placement.threads,
+        "worker_labels": placement.labels,
+        "decode_labels": placement.decode_labels,
     }
+    setup = SweepSetup(
+        cfg=cfg.model_dump(mode="json"), trials=trials, parent=run.run_id or "", folder=folder,
+        ray=cfg.ray.model_dump(mode="json") | own, cwd=os.getcwd(),
+    )  # fmt: skip
 
     def one(values: dict[str, Any]) -> None:
         run_trial.run(values, setup)
@@ -243,7 +239,7 @@ def _stopped(trials: list[Trial]) -> Any:
     """Return a callback of Tune that records which trainings the scheduler has stopped, so that none is resumed."""
     from ray import tune
 
-    class Stopped(tune.Callback):
+    class RecordStopped(tune.Callback):
         def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
             mine = given[trial.config["trial"]]
             if os.path.exists(os.path.join(mine.folder, TRAINED)):
@@ -255,7 +251,7 @@ def _stopped(trials: list[Trial]) -> Any:
                 print(f"{row.label}: stopped after {at['images']:,} images, psnr {at['psnr']:.4g}", flush=True)
 
     given = trials
-    return Stopped()
+    return RecordStopped()
 
 
 def _tune_config(cfg: Sweep, placement: cluster.Placement, given: bool) -> Any:
@@ -284,7 +280,7 @@ def _tune_config(cfg: Sweep, placement: cluster.Placement, given: bool) -> Any:
         scheduler = ASHAScheduler(time_attr="images", grace_period=every, max_t=total + 1, reduction_factor=3, **best)
     elif cfg.scheduler == "pbt":
         # A value from a list stays in the list. A drawn value is changed by 20%, and `within` keeps it in its range.
-        fields = dict(fields_of(cfg.space))
+        fields = dict(space_fields(cfg.space))
         scheduler = PopulationBasedTraining(
             time_attr="images",
             perturbation_interval=every,

@@ -15,22 +15,22 @@ import numpy as np
 from litevae.errors import UserError
 from litevae.perceptual import WeightsMissing, load_esrgan, load_lpips
 from pipelines.data.config import Source as SourceConfig
+from pipelines.data.open_source import open_source
 from pipelines.data.source import Source
-from pipelines.data.sources import open_source
 from pipelines.encoding.config import Encode
 from pipelines.evaluation.config import Evaluate, EvaluateSamples, Sample
 from pipelines.evaluation.generated import check_networks
 from pipelines.experiments import paper
 from pipelines.experiments.config import Sweep
-from pipelines.experiments.search_space import drawn_value, fields_of, nested
-from pipelines.runtime.schema import Tracked, validate, values_to_keep
+from pipelines.experiments.search_space import drawn_value, nested, space_fields
+from pipelines.runtime.schema import Tracked, merged, validate, values_to_keep
 from pipelines.training import run_folder
 from pipelines.training.config import TrainLDM, TrainVAE
 
 TRAINED, RESULT = "trained.json", "result.json"  # in a training's, or a row's, folder when it is done
 
 
-@dataclass
+@dataclass(frozen=True)
 class TrialRow:
     """One row of a sweep's results.
 
@@ -59,7 +59,7 @@ class TrialRow:
         return os.path.exists(os.path.join(self.folder, RESULT))
 
 
-@dataclass
+@dataclass(frozen=True)
 class Trial:
     """One training and the rows that use it.
 
@@ -75,6 +75,44 @@ class Trial:
     def folder(self) -> str:
         """The training's run folder."""
         return os.path.join(self.train["root"], self.train["name"])
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A training that is done, as its file `TRAINED` stores it.
+
+    Attributes:
+        folder: the training's run folder.
+        model: the model folder.
+        metrics: the training's last metrics.
+        row: the folder of the row that trained it.
+    """
+
+    folder: str
+    model: str
+    metrics: dict[str, float]
+    row: str
+
+
+@dataclass(frozen=True)
+class SweepSetup:
+    """What all trials of a sweep share, as the driver gives it to them.
+
+    Attributes:
+        cfg: all values of the sweep's config.
+        trials: the trials that are known beforehand; none if Tune draws the points.
+        parent: id of the sweep's MLflow run; "": none.
+        folder: the sweep's folder.
+        ray: values of the `ray` section of each trial's jobs.
+        cwd: the driver's working folder, where relative paths begin.
+    """
+
+    cfg: dict[str, Any]
+    trials: list[Trial]
+    parent: str
+    folder: str
+    ray: dict[str, Any]
+    cwd: str
 
 
 # Fields that `train_vae` and `space` may not set.
@@ -97,7 +135,7 @@ NOT_WEIGHTS = (
 FEATURE_NETWORK_FIELDS = ("inception", "squeezenet", "backbone", "backbone_model")
 
 
-def trials_of_table(cfg: Sweep, table: paper.Table, folder: str) -> tuple[list[Trial], dict[str, str]]:
+def trials_of_table(cfg: Sweep, table: paper.PaperTable, folder: str) -> tuple[list[Trial], dict[str, str]]:
     """Make the trials of a table; rows that share a training are in one trial.
 
     Returns:
@@ -110,7 +148,7 @@ def trials_of_table(cfg: Sweep, table: paper.Table, folder: str) -> tuple[list[T
     trials: dict[str, Trial] = {}
     for row in paper.chosen(table, cfg.rows):
         values = paper.scaled(table, row, cfg.scale)
-        train = paper.merged(values["train_vae"], cfg.train_vae)
+        train = merged(values["train_vae"], cfg.train_vae)
         if reason := _missing(train, row.needs):
             left_out[row.name] = reason
             continue
@@ -132,7 +170,7 @@ def trials_of_space(cfg: Sweep, folder: str) -> list[Trial]:
     Raises:
         UserError: a field or a value is wrong, or the space or the seeds do not fit the search.
     """
-    fields, by_tune = dict(fields_of(cfg.space)), cfg.search == "optuna" or cfg.scheduler == "pbt"
+    fields, by_tune = dict(space_fields(cfg.space)), cfg.search == "optuna" or cfg.scheduler == "pbt"
     drawn = [key for key, values in fields.items() if isinstance(values, dict)]
     if cfg.search == "grid" and drawn and not by_tune:
         raise UserError(f"space.{drawn[0]} is drawn: set search=random or optuna, or give a list of values")
@@ -158,7 +196,7 @@ def trials_of_space(cfg: Sweep, folder: str) -> list[Trial]:
 def _add(trials: dict[str, Trial], new: Trial) -> None:
     """Add a trial; rows with the same training share one trial, and a point that is drawn twice is one row."""
     known = trials.setdefault(new.train["name"], Trial(new.train))
-    known.rows += [row for row in new.rows if row.folder not in [other.folder for other in known.rows]]
+    known.rows.extend(row for row in new.rows if row.folder not in [other.folder for other in known.rows])
 
 
 def point(cfg: Sweep, values: dict[str, Any], seed: int, folder: str, begin: str = "") -> Trial:
@@ -176,7 +214,7 @@ def point(cfg: Sweep, values: dict[str, Any], seed: int, folder: str, begin: str
     """
     shown = {key: f"{value:.6g}" if isinstance(value, float) else value for key, value in values.items()}
     name = ", ".join(f"{key}={value}" for key, value in shown.items())
-    train = _train(cfg, paper.merged(cfg.train_vae, nested(values)), seed, begin)
+    train = _train(cfg, merged(cfg.train_vae, nested(values)), seed, begin)
     if begin:  # other trials may have the same values but another checkpoint to begin with
         name += f" ({train['name']})"
     jobs = _jobs(cfg, {"evaluate": {"transform": {"resolution": train["stages"][-1]["resolution"]}}}, "vae")
@@ -189,10 +227,10 @@ def _train(cfg: Sweep, values: dict[str, Any], seed: int, begin: str = "") -> di
     if cfg.scheduler != "none" or cfg.search == "optuna":
         total, every = training_lengths(cfg, values)
         own["loop"] = {"val_every": every, "checkpoint_every": every, "keep": 1 + total // every}
-    config = validate(TrainVAE, paper.merged({"data": cfg.data.model_dump(mode="json")}, values, own))
+    config = validate(TrainVAE, merged({"data": cfg.data.model_dump(mode="json")}, values, own))
     # Without LPIPS weights the training would switch the term off. It is done here so that the name's hash shows it.
     if config.loss.lpips.weight and _missing(values, "lpips"):
-        values = paper.merged(values, {"loss": {"lpips": {"weight": 0.0}}})
+        values = merged(values, {"loss": {"lpips": {"weight": 0.0}}})
         return _train(cfg, values, seed, begin)
     kept = values_to_keep(config)
     named = run_folder.flatten(kept) | {f"data.{name}": _digest(cfg, name) for name in ("train", "val")}
@@ -228,7 +266,7 @@ def check_fields(cfg: Sweep) -> None:
 
 def _leaves(space: dict[str, Any]) -> dict[str, Any]:
     """Return the dotted names of a space's fields as keys, each with the value 0."""
-    return {key: 0 for key, _ in fields_of(space)}
+    return {key: 0 for key, _ in space_fields(space)}
 
 
 def training_lengths(cfg: Sweep, values: dict[str, Any]) -> tuple[int, int]:
@@ -256,7 +294,7 @@ def _jobs(cfg: Sweep, values: dict[str, Any], kind: paper.Kind) -> dict[str, dic
     found = {}
     for job, cls in classes.items():
         parts = values.get(job, {}), sources.get(job, {}), getattr(cfg, job), shared
-        found[job] = validate(cls, paper.merged(*parts)).model_dump(mode="json")
+        found[job] = validate(cls, merged(*parts)).model_dump(mode="json")
     if kind == "ldm":
         check_networks(*(found["evaluate_samples"][key] for key in FEATURE_NETWORK_FIELDS))
     judged, units = found["evaluate"], _source(cfg, "val").units

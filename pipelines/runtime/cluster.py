@@ -44,9 +44,10 @@ ENVIRONMENT = {
 # most of its servers listen on every address, whatever address they are given. Ray reads it on import, on Linux too.
 _MANY_MACHINES = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 # If this is 0, a training has no actor that waits for preemption notices of spot machines; a cluster on this machine
-# gets none. Each training reads it again. A value that the user has set is kept.
-_NOTICES = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
-_NOTICES_ASKED = os.environ.get(_NOTICES)
+# gets none. Each training reads it again, and its workers hear of notices in pipelines/training/interruptions.py. A
+# value that the user has set is kept.
+PREEMPTION_NOTICES = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
+_PREEMPTION_NOTICES_ASKED = os.environ.get(PREEMPTION_NOTICES)
 # The oldest Ray that is accepted. With older versions, web pages can delete a cluster's jobs (CVE-2026-27482, before
 # 2.54), and Parquet files can run code where Ray Data is imported (CVE-2026-41486, before 2.55). Ray itself refuses to
 # join a cluster of another version.
@@ -162,7 +163,7 @@ def start(config: RayConfig, jobs: int = 1) -> Placement:
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     joining = in_ray_job() or "RAY_ADDRESS" in os.environ
-    os.environ[_NOTICES] = _NOTICES_ASKED or str(int(joining))
+    os.environ[PREEMPTION_NOTICES] = _PREEMPTION_NOTICES_ASKED or str(int(joining))
     if not joining and not _in_worker():
         config = config.model_copy(update={"worker_labels": {}, "decode_labels": {}})  # there is one machine only
     if not joining:

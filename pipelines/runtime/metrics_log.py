@@ -2,9 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 
 def repair_log(path: str) -> dict[str, int]:
@@ -42,16 +40,3 @@ def clear_log(folder: str) -> None:
 def metric_name(key: str) -> str:
     """Return a name that MLflow accepts for metrics and for pictures."""
     return re.sub(r"[^A-Za-z0-9_\-./ ]", "_", key)
-
-
-def flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Yield (dotted name, text) of every value in nested config values. Items of a list of sections are numbered."""
-    if isinstance(value, dict):
-        pairs: Any = value.items()
-    elif isinstance(value, list | tuple) and any(isinstance(item, dict) for item in value):
-        pairs = enumerate(value)
-    else:
-        yield prefix, str(value)
-        return
-    for key, item in pairs:
-        yield from flatten(item, f"{prefix}.{key}" if prefix else str(key))

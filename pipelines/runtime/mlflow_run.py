@@ -40,6 +40,7 @@ from pipelines.runtime.schema import Tracked, Tracking
 CLOSE_TIMEOUT = 300  # seconds that close() waits for uploads that make progress; it gives up at the first failure
 
 FLUSH_EVERY = 2.0  # seconds
+BACKOFF = (5.0, 300.0)  # first and longest wait after a failure, in seconds
 SYSTEM_EVERY = 10.0  # seconds
 _SENT = "litevae.metrics_sent"  # tag of the run: bytes of metrics.jsonl that have arrived
 _CHUNK = 16 * 2**10  # bytes of metrics.jsonl per request: a few hundred metrics (MLflow accepts 1000)
@@ -197,7 +198,7 @@ class Tracker:
         self._sampled = 0.0
         self._failing = False
         self._closing = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="tracking", daemon=True)
+        self._thread = threading.Thread(target=self._send_with_retries, name="tracking", daemon=True)
         self._thread.start()
 
     def metrics(self, values: dict[str, float], step: int) -> None:
@@ -280,7 +281,7 @@ class Tracker:
                 self._handle, "too many pictures and files are waiting; further ones are dropped until it catches up"
             )
 
-    def _run(self) -> None:
+    def _send_with_retries(self) -> None:
         """Save pictures and send everything to MLflow until close(). After each failure, wait longer."""
         wait = FLUSH_EVERY
         while True:
@@ -291,7 +292,7 @@ class Tracker:
                     self._deliver()
                 self._failing, wait = False, FLUSH_EVERY
             except Exception as error:  # noqa: BLE001 - whatever MLflow raises is reported here, and training continues
-                self._failing, wait = True, min(2 * max(wait, mlflow_server.BACKOFF[0] / 2), mlflow_server.BACKOFF[1])
+                self._failing, wait = True, min(2 * max(wait, BACKOFF[0] / 2), BACKOFF[1])
                 mlflow_server.warn_once(self._handle, error)
             if last or (self._failing and self._closing.is_set()):
                 return

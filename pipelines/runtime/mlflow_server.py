@@ -9,13 +9,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar
 
 from litevae.errors import redact
-from pipelines.runtime.metrics_log import flatten
+from pipelines.runtime.schema import flatten
 
 # Seconds. MLflow's own defaults (120 s per request, 7 retries) block for 4 minutes if a server refuses connections and
 # for 20 minutes if it hangs. Here a request is tried once, and what failed is tried again later.
 REQUEST_TIMEOUT = int(os.environ.get("MLFLOW_HTTP_REQUEST_TIMEOUT", 5))
 UPLOAD_TIMEOUT = 120  # seconds for an artifact: a server answers only after its own store has accepted the file
-BACKOFF = (5.0, 300.0)  # first and longest wait after a failure, in seconds
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 Result = TypeVar("Result")
 
@@ -78,7 +77,7 @@ def open_run(
         run = client.create_run(experiment_id, run_name=name, tags=tags)
     else:
         client.update_run(run.info.run_id, status="RUNNING")
-    values = {key: redact(value)[:6000] for key, value in flatten(params)}
+    values = {key: redact(str(value))[:6000] for key, value in flatten(params, number_sections=True).items()}
     known = run.data.params  # MLflow does not let a parameter change; a changed one becomes a tag
     client.log_batch(
         run.info.run_id,

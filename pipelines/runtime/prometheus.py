@@ -7,7 +7,7 @@ MLflow.
 from typing import Any
 
 
-class Training:
+class TrainingGauges:
     """The metrics of a training run, set in the process of rank 0."""
 
     def __init__(self, run: str):
@@ -33,7 +33,7 @@ class Training:
             self._skipped.inc(skipped)
 
 
-class Encoding:
+class EncodingGauges:
     """The metrics of an encode job, set on its driver."""
 
     def __init__(self, run: str):

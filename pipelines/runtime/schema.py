@@ -100,17 +100,38 @@ def validate(cls: type[ConfigT], values: dict[str, Any]) -> ConfigT:
         UserError: if keys or values are wrong; the message names every wrong field.
     """
     try:
-        return cls.model_validate(_merge(cls().model_dump(mode="json"), values))
+        return cls.model_validate(merged(cls().model_dump(mode="json"), values))
     except ValidationError as error:
         raise UserError("\n".join(_explain(cls, dict(problem)) for problem in error.errors())) from None
 
 
-def _merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """Return `base` updated with `over`, recursively for nested dicts."""
-    return base | {
-        key: _merge(base[key], value) if isinstance(value, dict) and isinstance(base.get(key), dict) else value
-        for key, value in over.items()
-    }
+def merged(*parts: dict[str, Any]) -> dict[str, Any]:
+    """Merge nested values; later parts override earlier ones."""
+    found: dict[str, Any] = {}
+    for part in parts:
+        for key, value in part.items():
+            both = isinstance(value, dict) and isinstance(found.get(key), dict)
+            found[key] = merged(found[key], value) if both else value
+    return found
+
+
+def flatten(values: dict[str, Any], number_sections: bool = False) -> dict[str, Any]:
+    """Flatten nested dicts to {dotted name: value}.
+
+    Args:
+        values: nested config values.
+        number_sections: whether the items of a list of sections are numbered (`stages.0.images`). If not, every list is
+            kept as a value.
+    """
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        if number_sections and isinstance(value, list | tuple) and any(isinstance(item, dict) for item in value):
+            value = dict(enumerate(value))
+        if isinstance(value, dict):
+            found |= {f"{key}.{name}": item for name, item in flatten(value, number_sections).items()}
+        else:
+            found[str(key)] = value
+    return found
 
 
 def dump(config: BaseModel) -> str:

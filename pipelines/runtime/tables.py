@@ -1,17 +1,6 @@
-"""Tables and pictures for people."""
+"""Tables for people."""
 
-import io
 from collections.abc import Sequence
-
-import numpy as np
-from PIL import Image
-
-
-def png(image: np.ndarray) -> bytes:
-    """Encode an image, uint8 (H, W, 3), as PNG."""
-    data = io.BytesIO()
-    Image.fromarray(image).save(data, format="png")
-    return data.getvalue()
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:

@@ -225,7 +225,7 @@ class TrainVAE(Job):
         return self
 
 
-class Objective(Section):
+class DiffusionObjective(Section):
     prediction: Literal["epsilon", "v", "flow"] = Field(
         "epsilon", description="epsilon: the noise (the paper, after Rombach); v; flow: rectified flow"
     )
@@ -291,7 +291,7 @@ class TrainLDM(Job):
     classes: Count = Field(0, description="number of classes; 0: unconditional")
     label: str = Field("label", description="column with the class, an integer; rows without one train unconditionally")
     label_dropout: Fraction = Field(0.1, description="share of labels dropped, for classifier-free guidance")
-    objective: Objective = Objective()
+    objective: DiffusionObjective = DiffusionObjective()
     draw: Literal["sample", "mean"] = Field(
         "sample", description="latents drawn anew from the moments each epoch, or their mean"
     )

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from litevae import cache
 from litevae.autoencoder import encode_latents, fingerprint, latent_content, load_autoencoder
 from litevae.cache import LatentCache, sample_posteriors
+from litevae.commits import latent_statistics, mean_and_std
 from litevae.denoiser import null_class
 from litevae.errors import UserError
 from litevae.images import ImageError, ImageTransform, to_tensor
@@ -33,7 +33,7 @@ CHUNK = 32  # images per forward pass of the encoder
 Batch = dict[str, Any]
 
 
-def transform_of(config: TrainLDM) -> ImageTransform:
+def training_transform(config: TrainLDM) -> ImageTransform:
     """Return the image transform for training that `config.data` describes."""
     data = config.data
     return ImageTransform(data.resolution, data.resize, data.crop, data.flip, decode=data.decode)
@@ -122,7 +122,7 @@ class Feed(ABC):
         self.mean, self.std = state["mean"], state["std"]
 
 
-class Cached(Feed):
+class CachedFeed(Feed):
     """Latents from a cache; with `draw=sample` they are drawn anew from their posteriors in each epoch."""
 
     def __init__(self, config: TrainLDM, setup: LdmSetup, rank: int, world: int, device: torch.device):
@@ -156,13 +156,13 @@ def from_cache(latents: LatentCache, feed: Feed, at: int, start: int, end: int, 
         yield {"positions": step[feed.rank :: feed.world], "labels": labels, "latents": batch["latents"]}
 
 
-class Encoding(Feed):
+class EncodingFeed(Feed):
     """Base of the two feeds that encode images: it keeps the source and computes statistics from some of its images."""
 
     def __init__(self, config: TrainLDM, source: Source, setup: LdmSetup, rank: int, world: int, device: torch.device):
         super().__init__(config, rank, world, device)
         self.source = source
-        about = [source.digest, transform_of(config).identity, setup.latents.fingerprint]
+        about = [source.digest, training_transform(config).identity, setup.latents.fingerprint]
         self.digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
 
     def begin(self) -> None:
@@ -192,12 +192,12 @@ class Encoding(Feed):
         for number, loaded in enumerate(stream(load, mine, data.loaders)):
             if pixels := [image for image in loaded if image is not None]:
                 values, content = self.encoded(pixels)
-                part = cache.statistics([values], {"dtype": "float32", "content": content})
+                part = latent_statistics([values], {"dtype": "float32", "content": content})
                 found.append((number * self.world + self.rank, part))
         parts = [part for _, part in sorted(ranks.gathered(found, self.world), key=lambda part: part[0])]
         if not parts:
             raise UserError(f"no image of {source.uri} can be read")
-        self.mean, self.std = map(torch.tensor, cache.mean_and_std(parts))
+        self.mean, self.std = map(torch.tensor, mean_and_std(parts))
 
     @abstractmethod
     def encoded(self, pixels: list[np.ndarray]) -> tuple[np.ndarray, str]:
@@ -208,14 +208,14 @@ class Encoding(Feed):
         """
 
 
-class Online(Encoding):
+class OnlineFeed(EncodingFeed):
     """Latents of images that are encoded again in every epoch, so that crops and mirroring can be random."""
 
     def __init__(self, config: TrainLDM, setup: LdmSetup, rank: int, world: int, device: torch.device):
         assert setup.latents.source is not None
         super().__init__(config, setup.latents.source, setup, rank, world, device)
         data = config.data
-        self._images = Images(self.source, transform_of(config), config.seed, data.loaders, data.max_bad)
+        self._images = Images(self.source, training_transform(config), config.seed, data.loaders, data.max_bad)
         if fingerprint(setup.latents.vae) != setup.latents.fingerprint:
             raise UserError(f"{setup.latents.vae} on this node is not the autoencoder that the job was started with")
         self._vae = load_autoencoder(setup.latents.vae)

@@ -18,7 +18,7 @@ from pipelines.runtime.cluster import Placement
 from pipelines.runtime.logs import say
 from pipelines.runtime.schema import Ray
 from pipelines.training.config import Loop, TrainLDM, TrainVAE
-from pipelines.training.loop import Task, run
+from pipelines.training.loop import TrainingTask, run
 from pipelines.training.worker_setup import TrainSetup
 
 ERROR = "error.txt"  # file in the run's folder: the error message of one of several workers
@@ -122,7 +122,9 @@ def fit(
     return result | {"model": os.path.join(folder, "model"), "tracking": mlflow_run.link(handle)}
 
 
-def work(task: Callable[..., "Task"], config: TrainVAE | TrainLDM, name: str, setup: TrainSetup) -> dict[str, Any]:
+def work(
+    task: Callable[..., TrainingTask], config: TrainVAE | TrainLDM, name: str, setup: TrainSetup
+) -> dict[str, Any]:
     """Make the task and run it, in a training worker.
 
     Args:

@@ -30,8 +30,8 @@ from litevae.loader import stream
 from litevae.pictures import grid
 from litevae.precision import autocast
 from pipelines.data.config import Views
+from pipelines.data.open_source import open_source
 from pipelines.data.source import Source
-from pipelines.data.sources import open_source
 from pipelines.encoding import encode
 from pipelines.encoding.config import Encode
 from pipelines.runtime import cluster, mlflow_run, paths
@@ -39,9 +39,9 @@ from pipelines.runtime.logs import say
 from pipelines.runtime.schema import validate, values_to_keep
 from pipelines.training import compiling, launch, optimizer, run_folder, run_lock, step_metrics
 from pipelines.training.config import TrainLDM
-from pipelines.training.feeds import make_feed
-from pipelines.training.latent_feeds import Batch
+from pipelines.training.latent_feeds import Batch, CachedFeed, Feed, OnlineFeed
 from pipelines.training.worker_setup import LatentData, LdmSetup
+from pipelines.training.write_through import WriteThroughFeed
 
 # Fields that may differ when a run resumes. `images` may only grow.
 MAY_CHANGE = (
@@ -230,8 +230,15 @@ def _vae(folder: str, what: str = "") -> str:
 # --- in the workers ---------------------------------------------------------------------------------------------
 
 
-class Diffusion:
-    """The training task (see `loop.Task`): the network, its optimizer, its weight averages, and its feed of latents."""
+def make_feed(config: TrainLDM, setup: LdmSetup, rank: int, world: int, device: torch.device) -> Feed:
+    """Make one rank's feed for `config.mode`: a cache, images encoded each time, or images that fill a cache."""
+    if config.mode == "cache":
+        return CachedFeed(config, setup, rank, world, device)
+    return (OnlineFeed if config.mode == "online" else WriteThroughFeed)(config, setup, rank, world, device)
+
+
+class LdmTask:
+    """The training task (see `loop.TrainingTask`): network, optimizer, weight averages, and the feed of latents."""
 
     def __init__(self, config: TrainLDM, setup: LdmSetup, rank: int, world: int, device: torch.device):
         from ray.train.torch import prepare_model
@@ -267,10 +274,10 @@ class Diffusion:
         A thread prepares each batch while the previous step runs. Only encoding (mode=online) is left to the step.
         """
         feed = self.feed.batches(start, end, batch_size)
-        for (batch,) in stream(self._with_noise, ([batch] for batch in feed), threads=1, ahead=1):
+        for (batch,) in stream(self.with_noise, ([batch] for batch in feed), threads=1, ahead=1):
             yield batch
 
-    def _with_noise(self, batch: Batch) -> Batch:
+    def with_noise(self, batch: Batch) -> Batch:
         """Add to a batch its noise, uniform numbers for the noise levels, and labels of which some are dropped."""
         noise, u, drop = random_numbers(self.config.seed, batch["positions"], self._shape)
         labels = batch["labels"]
@@ -396,4 +403,4 @@ def _by_level(errors: Tensor, levels: Tensor) -> dict[str, Tensor]:
 def _worker(given: dict[str, Any]) -> dict[str, Any]:
     setup: LdmSetup = given["setup"]
     config = validate(TrainLDM, setup.config)
-    return launch.work(Diffusion, config, f"train_ldm {config.name}", setup)
+    return launch.work(LdmTask, config, f"train_ldm {config.name}", setup)

@@ -7,7 +7,6 @@ resumed run needs only the number of images seen, besides weights and optimizers
 import os
 import shutil
 import textwrap
-import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -20,19 +19,18 @@ from torch import Tensor
 from litevae import storage
 from litevae.errors import UserError
 from litevae.order import seed_for
-from pipelines.runtime import mlflow_run, prometheus, shutdown
+from pipelines.runtime import mlflow_run, prometheus
 from pipelines.runtime.logs import say
 from pipelines.runtime.progress import Progress
 from pipelines.runtime.schema import values_to_keep
 from pipelines.training import checkpoint, ranks
 from pipelines.training.config import TrainLDM, TrainVAE
+from pipelines.training.interruptions import PreemptionNotices, StopRequest
 from pipelines.training.step_metrics import Throughput, Totals
 from pipelines.training.worker_setup import TrainSetup
 
-LOOK_EVERY = 0.5  # seconds between checks for a request to stop
 
-
-class Task(Protocol):
+class TrainingTask(Protocol):
     """What `run` trains: networks, optimizers and data. Every rank has one.
 
     Attributes:
@@ -86,7 +84,9 @@ class Task(Protocol):
         """
 
 
-def run(task: Task, name: str, config: TrainVAE | TrainLDM, setup: TrainSetup, rank: int, world: int) -> dict[str, Any]:
+def run(
+    task: TrainingTask, name: str, config: TrainVAE | TrainLDM, setup: TrainSetup, rank: int, world: int
+) -> dict[str, Any]:
     """Train `task` from the latest checkpoint: steps, metrics, validation, checkpoints, and the final model.
 
     Args:
@@ -111,22 +111,24 @@ def run(task: Task, name: str, config: TrainVAE | TrainLDM, setup: TrainSetup, r
 class _Run:
     """One rank's part of a training run, starting from the latest checkpoint."""
 
-    def __init__(self, task: Task, name: str, config: TrainVAE | TrainLDM, setup: TrainSetup, rank: int, world: int):
+    def __init__(
+        self, task: TrainingTask, name: str, config: TrainVAE | TrainLDM, setup: TrainSetup, rank: int, world: int
+    ):
         self.task, self.name, self.config, self.setup, self.rank = task, name, config, setup, rank
         self.total = sum(images for images, _ in task.stages)
         self.images = self.begun = self.saved = _resume(task, name, setup, rank)
         self.totals, self.throughput = Totals(), Throughput(self.images)
         self.numbers: dict[str, float] = {}  # the last loss and validation metrics, shown to the user
         self.stop_request, self.stop = StopRequest(setup.folder, rank, world), False
-        self.notice: Any = None  # the notice of nodes about to be taken away that was found at the last check
+        self.preemption_notices = PreemptionNotices(setup)
         self.tracker: mlflow_run.Tracker | None = None  # only rank 0 has these three
         self.progress: Progress | None = None
-        self.exported: prometheus.Training | None = None
+        self.exported: prometheus.TrainingGauges | None = None
         if rank == 0:
             self.tracker = mlflow_run.Tracker(setup.handle)
             self.tracker.dataset(os.path.basename(setup.data), task.digest, setup.data)
             self.progress = Progress(name, self.total, self.images, setup.live)
-            self.exported = prometheus.Training(config.name)
+            self.exported = prometheus.TrainingGauges(config.name)
 
     def run(self) -> dict[str, Any]:
         """Train the stages that are left, then publish the final model; see `run` of this module."""
@@ -165,8 +167,10 @@ class _Run:
             self.stop = self.stop_request.heard()
             log = due(before, self.images, loop.log_every * batch_size)
             save = due(before, self.images, loop.checkpoint_every) or self.images >= end or self.stop
-            if log and self._new_preemption_notice():
+            if log and self.preemption_notices.new():
                 save = True
+                if self.progress is not None:
+                    say(f"{self.name}: a node is to be taken away; checkpoint after {self.images:,} images", "WARNING")
             if log or save:
                 self._log(batch_size)
             if self.progress is not None:
@@ -175,16 +179,6 @@ class _Run:
                 self._validate()
             if save:
                 self._save()
-
-    def _new_preemption_notice(self) -> bool:
-        """Return whether there is a new notice that a node of this run will be taken away."""
-        found = _preempted(self.setup)
-        if found == self.notice:
-            return False
-        self.notice = found
-        if found is not None and self.progress is not None:
-            say(f"{self.name}: a node is to be taken away; checkpoint after {self.images:,} images", "WARNING")
-        return found is not None
 
     def _log(self, batch_size: int) -> None:
         """Average the metrics since the last call over steps and ranks, check them, and log them everywhere."""
@@ -242,7 +236,7 @@ class _Run:
             self.tracker.artifacts(folder, exported)
 
 
-def _resume(task: Task, name: str, setup: TrainSetup, rank: int) -> int:
+def _resume(task: TrainingTask, name: str, setup: TrainSetup, rank: int) -> int:
     """Load a checkpoint into `task`: the run's latest one, or else the one that `setup.begin` names.
 
     Returns:
@@ -280,17 +274,6 @@ def _resume(task: Task, name: str, setup: TrainSetup, rank: int) -> int:
     return state["images"]
 
 
-def _preempted(setup: TrainSetup) -> Any:
-    """Return Ray's notice about nodes of this run that will be taken away, or None if there is none.
-
-    Such a notice comes from a spot instance or from `ray drain-node`. All ranks must call this together, and all get
-    the same answer.
-    """
-    import ray.train
-
-    return ray.train.get_preemption_info() if setup.nodes > 1 else None
-
-
 def _report(metrics: dict[str, Any], folder: str | None, run: Path) -> None:
     """Hand a checkpoint folder to Ray Train. All ranks must call this together.
 
@@ -315,43 +298,6 @@ def _report(metrics: dict[str, Any], folder: str | None, run: Path) -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-# --- the loop ---------------------------------------------------------------------------------------------------
-
-
 def due(before: int, after: int, every: int) -> bool:
     """Return whether a multiple of `every` lies in (before, after]. With `every` = 0 the result is False."""
     return every > 0 and before // every != after // every
-
-
-class StopRequest:
-    """Check in a training worker whether the run was asked to stop.
-
-    Every rank asks once per step, and all ranks get the same answer at the same step. Rank 0 looks for the file and
-    broadcasts the result over gloo (on CPUs) while the step's own work goes on, so the answer comes one step late.
-    """
-
-    def __init__(self, folder: str, rank: int, world: int):
-        self._file, self._rank = Path(folder, shutdown.FILE), rank
-        self._looked, self._seen = 0.0, False
-        self._group: Any = torch.distributed.new_group(backend="gloo") if world > 1 else None
-        self._told = torch.zeros(1)
-        self._telling: Any = None
-
-    def heard(self) -> bool:
-        """Return whether the run was asked to stop. All ranks must call this together, once per step."""
-        if self._group is None:
-            return self._look()
-        told = False
-        if self._telling is not None:
-            self._telling.wait()
-            told = bool(self._told)
-        if self._rank == 0:
-            self._told.fill_(self._look())
-        self._telling = torch.distributed.broadcast(self._told, src=0, group=self._group, async_op=True)
-        return told
-
-    def _look(self) -> bool:
-        """Look for the request's file, at most once every `LOOK_EVERY` seconds."""
-        if not self._seen and time.monotonic() - self._looked >= LOOK_EVERY:
-            self._looked, self._seen = time.monotonic(), os.path.exists(self._file)
-        return self._seen

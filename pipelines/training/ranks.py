@@ -1,4 +1,4 @@
-"""Exchange of values other than gradients between the workers of a training."""
+"""Exchange of values between the workers of a training, besides the gradients that DDP averages."""
 
 from typing import Any
 
@@ -35,3 +35,11 @@ def mean_over_ranks(tensors: dict[str, Tensor]) -> dict[str, float]:
     everywhere = gathered([values], torch.distributed.get_world_size())
     found = {key: [one[key] for one in everywhere if np.isfinite(one[key])] for key in values}
     return {key: sum(numbers) / len(numbers) if numbers else float("nan") for key, numbers in found.items()}
+
+
+def average(tensor: Tensor) -> Tensor:
+    """Average a tensor over all ranks. All ranks must call this together."""
+    if torch.distributed.is_initialized():
+        torch.distributed.all_reduce(tensor)
+        tensor = tensor / torch.distributed.get_world_size()
+    return tensor

@@ -7,14 +7,13 @@ other data is refused, so that the two are never mixed.
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import yaml
 from pydantic import BaseModel
 
 from litevae import storage
 from litevae.errors import UserError
-from pipelines.runtime.schema import values_to_keep
+from pipelines.runtime.schema import flatten, values_to_keep
 from pipelines.training.run_lock import DRIVER
 
 # Fields whose default differs from what runs did before the field existed, with that earlier behaviour.
@@ -92,14 +91,3 @@ def write_config(folder: str, config: BaseModel) -> None:
     os.makedirs(folder, exist_ok=True)
     text = yaml.safe_dump(values_to_keep(config), sort_keys=False)
     storage.put(str(Path(folder) / "config.yaml"), text.encode())
-
-
-def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Flatten nested dicts to {dotted name: value}; lists are kept as values."""
-    return {
-        name: item
-        for key, child in value.items()
-        for name, item in (
-            flatten(child, f"{prefix}{key}.").items() if isinstance(child, dict) else [(f"{prefix}{key}", child)]
-        )
-    }

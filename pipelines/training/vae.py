@@ -9,27 +9,26 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor, nn
 
-from litevae import losses, metrics, order
+from litevae import losses
 from litevae.autoencoder import LiteVAE, count_parameters, load_autoencoder, model_config
 from litevae.diffusion import EMA
 from litevae.discriminators import Discriminator, build_discriminator
 from litevae.errors import UserError
-from litevae.images import ImageError, ImageTransform, to_tensor
+from litevae.images import ImageTransform, to_tensor
 from litevae.loader import stream
 from litevae.perceptual import SqueezeNetFeatures, WeightsMissing, load_esrgan, load_lpips
-from litevae.pictures import reconstruction_picture
 from litevae.precision import autocast
-from pipelines.data.source import Source
-from pipelines.data.sources import open_source
+from pipelines.data.open_source import open_source
 from pipelines.runtime import cluster, mlflow_run, paths
 from pipelines.runtime.logs import say
 from pipelines.runtime.schema import validate, values_to_keep
 from pipelines.training import checkpoint, compiling, launch, optimizer, ranks, run_folder, run_lock, step_metrics
 from pipelines.training.config import TrainVAE
 from pipelines.training.image_feed import Images, Picture
+from pipelines.training.vae_loss import AdversarialLoss, AutoencoderLoss
+from pipelines.training.vae_validation import Validation
 from pipelines.training.worker_setup import VaeSetup
 
 # Fields that may differ when a run resumes. Stages may only grow; see _check_stages.
@@ -37,7 +36,6 @@ MAY_CHANGE = (
     "root", "ray", "stages", "checkpointing", "val_images", "data.val", "data.loaders", "data.max_bad",
     "loop.val_every", "loop.checkpoint_every", "loop.keep", "loop.log_every", "loop.max_restarts",
 )  # fmt: skip
-PICTURES = 8  # validation images in the picture of a validation
 
 
 @run_lock.exclusive
@@ -194,76 +192,6 @@ def _check_stages(folder: str, config: TrainVAE) -> None:
 # --- in the workers -------------------------------------------------------------------------------------------------
 
 
-class Objective(nn.Module):
-    """The weighted sum of the autoencoder's loss terms, except the adversarial one.
-
-    Its modules are frozen backbones; nothing in it is trained.
-
-    Args:
-        config: the run's config, whose `loss` gives weights and starts of the terms.
-        lpips: whether the LPIPS term is on.
-    """
-
-    def __init__(self, config: TrainVAE, lpips: bool):
-        super().__init__()
-        self.config = config.loss
-        self.lpips = load_lpips(self.config.lpips.net, self.config.lpips.weights) if lpips else None
-        features = self.config.features
-        self.features = SqueezeNetFeatures(features.weights) if features.weight else None
-        self.esrgan = load_esrgan(self.config.esrgan.weights) if self.config.esrgan.weight else None
-
-    def forward(
-        self,
-        x: Tensor,
-        reconstruction: Tensor,
-        posterior: DiagonalGaussianDistribution,
-        images: int,
-        averaged: Tensor | None = None,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Compute the loss terms that are on after `images` images.
-
-        Args:
-            x: images (N, 3, H, W) in [-1, 1].
-            reconstruction: the model's reconstruction of `x`, of the same shape.
-            posterior: the encoder's posterior; where it is deterministic there is no KL term.
-            images: images seen before this step.
-            averaged: the averaged model's reconstruction, if LDL needs it (`wants_averaged`).
-
-        Returns:
-            The weighted sum without the adversarial term, and each term unweighted, as scalars.
-        """
-        terms = {
-            "l1": lambda: losses.l1(reconstruction, x),
-            "l2": lambda: losses.l2(reconstruction, x),
-            "wavelet": lambda: losses.wavelet(reconstruction, x),
-            "gaussian": lambda: losses.gaussian(reconstruction, x),
-        }
-        if not posterior.deterministic:
-            terms["kl"] = lambda: losses.kl(posterior)
-        if self.lpips is not None:
-            terms["lpips"] = lambda: self.lpips(reconstruction, x).mean()  # type: ignore[misc]
-        if self.features is not None:
-            terms["features"] = lambda: self.features(reconstruction, x).mean()  # type: ignore[misc]
-        if self.esrgan is not None:
-            terms["esrgan"] = lambda: self.esrgan(reconstruction, x).mean()  # type: ignore[misc]
-        if averaged is not None:
-            terms["ldl"] = lambda: losses.ldl(x, reconstruction, averaged)
-        values = {name: term() for name, term in terms.items() if self._counts(name, images)}
-        total = torch.zeros((), device=x.device)
-        for name, value in values.items():
-            total = total + getattr(self.config, name).weight * value
-        return total, values
-
-    def wants_averaged(self, images: int) -> bool:
-        """Return whether the step after `images` images needs the averaged model's reconstruction (for LDL)."""
-        return self._counts("ldl", images)
-
-    def _counts(self, name: str, images: int) -> bool:
-        """Return whether the term has a weight and has started."""
-        term = getattr(self.config, name)
-        return bool(term.weight) and images >= term.start
-
-
 class Networks:
     """Autoencoder, discriminator, their optimizers and the EMA: everything that a step updates and a checkpoint stores.
 
@@ -282,11 +210,12 @@ class Networks:
         if config.checkpointing:
             self.model.enable_gradient_checkpointing()
         self.net = prepare_model(self.model)
-        self.objective = Objective(config, lpips).to(device).to(memory_format=self.memory_format)
+        self.objective = AutoencoderLoss(config, lpips).to(device).to(memory_format=self.memory_format)
         self.optimizer = optimizer.Adam(self.model, config.optim)
         self.ema = EMA(self.model, config.loop.ema) if config.loop.ema else None
         self.disc: Discriminator | None = None
         self.lecam: losses.LeCam | None = None
+        self.adversarial: AdversarialLoss | None = None
         adversarial = config.loss.adversarial
         if adversarial.weight:
             torch.manual_seed(config.seed + 1)
@@ -294,7 +223,8 @@ class Networks:
             self.disc.to(device).to(memory_format=self.memory_format)
             self.disc_net = prepare_model(self.disc)
             self.disc_optimizer = optimizer.Adam(self.disc, config.optim, lr=adversarial.lr)
-            self.lecam = losses.LeCam(_average, device=device) if adversarial.lecam else None
+            self.lecam = losses.LeCam(ranks.average, device=device) if adversarial.lecam else None
+            self.adversarial = AdversarialLoss(config, self.disc, self.disc_net, self.lecam)
         if config.loop.compile:  # but the posterior's draw between encoder and decoder stays eager
             compiling.compile_parts(self.model.encoder, self.model.decoder, self.disc, *self.objective.children())
         self.total = sum(stage.images for stage in config.stages)
@@ -310,7 +240,7 @@ class Networks:
             The unweighted loss terms, the total `loss`, and the optimizers' metrics, as scalars.
         """
         optim, adversarial = self.config.optim, self.config.loss.adversarial
-        gan = self.disc is not None and images >= adversarial.start
+        gan = self.adversarial if images >= adversarial.start else None
         factor = optimizer.learning_rate_factor(optim, images, self.total)
         values: list[dict[str, Tensor]] = []
         fakes: list[tuple[Tensor, Tensor]] = []
@@ -323,8 +253,8 @@ class Networks:
                     reconstruction, posterior = self.net(x)
                 reconstruction = reconstruction.float()
                 loss, terms = self.objective(x, reconstruction, posterior, images, averaged)
-                if gan:
-                    weight, more = self._adversarial(loss, reconstruction, images)
+                if gan is not None:
+                    weight, more = gan.term(loss, reconstruction, self.model.decoder.conv_out.weight, images)
                     terms |= more
                     loss = loss + weight * terms["adversarial"]
                     fakes.append((x, reconstruction.detach()))
@@ -334,84 +264,23 @@ class Networks:
         _share_buffers(self.model)
         if self.ema is not None:
             self.ema.update(self.model)
-        if gan:
+        if gan is not None:
             found |= self._discriminator_step(fakes, images, adversarial.lr * factor)
         return found
-
-    def _adversarial(self, loss: Tensor, reconstruction: Tensor, images: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the weight of the adversarial term, and the term with its metrics.
-
-        `gradient_ratio` (Figure 7) is the norm of the weighted term's gradient over that of all other terms, at the
-        decoder's last layer.
-        """
-        assert self.disc is not None
-        config = self.config.loss.adversarial
-        self.disc.requires_grad_(False)
-        with autocast(self.device, self.config.loop.precision):
-            logits = self.disc(reconstruction)
-        term = losses.hinge_generator(logits) if config.loss == "hinge" else losses.logistic_generator(logits)
-        values = {"adversarial": term}
-        weight = torch.full((), config.weight, device=self.device)  # copying it from the host would wait for the device
-        if config.adaptive or self._due(config.ratio_every, images):
-            norms = losses.gradient_norms(loss, term, self.model.decoder.conv_out.weight, _average)
-            if config.adaptive:
-                values["adversarial_weight"] = weight = weight * losses.balance(*norms)
-            values["gradient_ratio"] = weight * norms[1] / norms[0]
-        return weight, values
 
     def _discriminator_step(self, fakes: list[tuple[Tensor, Tensor]], images: int, lr: float) -> dict[str, Tensor]:
         """Do one optimizer step for the discriminator on each micro-batch's (images, reconstructions)."""
         assert self.disc is not None
+        assert self.adversarial is not None
         self.disc.requires_grad_(True)
         values: list[dict[str, Tensor]] = []
         for n, (x, fake) in enumerate(fakes):
             with compiling.synced(self.disc_net, n == len(fakes) - 1):
-                loss, terms = self._discriminator_loss(x, fake, images, n)
+                loss, terms = self.adversarial.discriminator_loss(x, fake, images, n)
                 (loss / len(fakes)).backward()
             values.append(terms)
         stepped = {f"discriminator_{key}": value for key, value in self.disc_optimizer.step(lr).items()}
         return step_metrics.mean_of(values) | stepped
-
-    def _discriminator_loss(self, x: Tensor, fake: Tensor, images: int, part: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the discriminator's loss on micro-batch number `part`, and its terms."""
-        config = self.config.loss.adversarial
-        penalized = config.r1 > 0 and self._due(config.r1_every, images)
-        # All ranks decide the same, because each forward pass under DDP is a collective operation.
-        mixed = np.random.default_rng(order.seed_for(self.config.seed, images, part)).random() < config.cutmix
-        mask = losses.cutmix_mask(len(x), *x.shape[-2:]).to(x.device) if mixed else None
-        batches = [x.requires_grad_(penalized), fake]
-        if mask is not None:
-            batches.append(losses.cutmix(x, fake, mask))
-        with autocast(self.device, self.config.loop.precision):
-            if self.disc.mixes_images:  # type: ignore[union-attr]
-                outputs = [self.disc_net(batch) for batch in batches]
-            else:  # one forward pass for all batches, since DDP expects one forward per backward
-                heads = [head.chunk(len(batches)) for head in self.disc_net(torch.cat(batches))]
-                outputs = [tuple(head[n] for head in heads) for n in range(len(batches))]
-        real, made, *mixture = outputs
-        hinge = config.loss == "hinge"
-        loss = (losses.hinge_discriminator if hinge else losses.logistic_discriminator)(real, made)
-        values = {"discriminator": loss, "logits_real": _mean(real), "logits_fake": _mean(made)}
-        if mask is not None:
-            values["cutmix"] = losses.cutmix_discriminator(real, made, mixture[0], mask, config.loss)
-            loss = loss + values["cutmix"]
-        if self.lecam is not None:
-            values["lecam"] = self.lecam(real, made)
-            loss = loss + config.lecam * values["lecam"]
-        if penalized:
-            values["r1"] = losses.r1(real, x)
-            loss = loss + config.r1 * config.r1_every * values["r1"]
-            x.requires_grad_(False)
-        return loss, values
-
-    def _due(self, every: int, images: int) -> bool:
-        """Return whether the step after `images` images is one of every `every` steps of its stage; False for 0."""
-        begin = 0
-        for stage in self.config.stages:
-            if images < begin + stage.images or stage is self.config.stages[-1]:
-                return every > 0 and (images - begin) // stage.batch_size % every == 0
-            begin += stage.images
-        return False
 
     @torch.no_grad()
     def _averaged_reconstruction(self, x: Tensor) -> Tensor:
@@ -450,11 +319,6 @@ class Networks:
             self.lecam.load_state_dict(state["lecam"])
 
 
-def _mean(logits: tuple[Tensor, ...]) -> Tensor:
-    """Return the mean logit over the discriminator's heads, each head with the same weight."""
-    return torch.stack([head.float().mean() for head in logits]).mean()
-
-
 def _share_buffers(model: nn.Module) -> None:
     """Copy rank 0's running statistics (decoder.norm=batch) to all ranks after a step.
 
@@ -466,16 +330,8 @@ def _share_buffers(model: nn.Module) -> None:
             torch.distributed.broadcast(buffer, 0)
 
 
-def _average(gradient: Tensor) -> Tensor:
-    """Average a tensor over all ranks."""
-    if torch.distributed.is_initialized():
-        torch.distributed.all_reduce(gradient)
-        gradient = gradient / torch.distributed.get_world_size()
-    return gradient
-
-
-class Autoencoder(Networks):
-    """The training task (see `loop.Task`): the networks, the images of the current stage, and validation."""
+class VaeTask(Networks):
+    """The training task (see `loop.TrainingTask`): the networks, the images of the current stage, and validation."""
 
     def __init__(self, config: TrainVAE, setup: VaeSetup, rank: int, world: int, device: torch.device):
         super().__init__(config, setup.lpips, device)
@@ -519,7 +375,7 @@ class Autoencoder(Networks):
 
     def validate(self) -> tuple[dict[str, float], np.ndarray | None]:
         """Return the metrics and the picture of the validation images, if there are any."""
-        return self._validation.run(self) if self._validation.images else ({}, None)
+        return self._validation.run(self.model, self.averaged()) if self._validation.images else ({}, None)
 
     def exports(self) -> dict[str, Callable[[Path], None]]:
         """Return the writer of the run's only model folder."""
@@ -534,64 +390,4 @@ class Autoencoder(Networks):
 def _worker(given: dict[str, Any]) -> dict[str, Any]:
     setup: VaeSetup = given["setup"]
     config = validate(TrainVAE, setup.config)
-    return launch.work(Autoencoder, config, f"train_vae {config.name}", setup)
-
-
-class Validation:
-    """Validation on the first images of the validation source, centre-cropped and divided among the ranks.
-
-    Metrics are means over all of these images, not means of the ranks' means. Unreadable images are skipped.
-
-    Args:
-        source: the validation source; None: no validation.
-        config: the run's config.
-        resolution: side of the images in pixels.
-        rank, world: this rank takes the images rank, rank + world, ...
-    """
-
-    def __init__(self, source: Source | None, config: TrainVAE, resolution: int, rank: int, world: int):
-        self.images = min(config.val_images, source.units) if source is not None else 0
-        self._batch = max(1, config.stages[-1].batch_size // world)
-        self._precision = config.loop.precision
-        self._world = world
-        transform = ImageTransform(resolution, config.data.resize)
-        pixels = []
-        for unit in range(rank, self.images, world):
-            assert source is not None
-            try:
-                pixels.append(transform(source.data(unit)).pixels)
-            except ImageError as error:
-                say(f"skipped unreadable validation image {source.id(unit)} ({error.reason}: {error})", "WARNING")
-        self._pixels = np.stack(pixels) if pixels else np.empty((0, resolution, resolution, 3), np.uint8)
-
-    @torch.no_grad()
-    def run(self, networks: Networks) -> tuple[dict[str, float], np.ndarray | None]:
-        """Reconstruct the images from the posterior's mode. All ranks must call this together.
-
-        Returns:
-            `psnr` and `ssim` over all ranks, and a picture of this rank's first images, or None if it has no images.
-        """
-        values: dict[str, list[float]] = {"psnr": [], "ssim": []}
-        shown: list[list[Tensor]] = [[], [], []]
-        networks.model.eval()
-        with networks.averaged(), compiling.uncompiled():
-            for start in range(0, len(self._pixels), self._batch):
-                pixels = torch.from_numpy(self._pixels[start : start + self._batch]).to(networks.device)
-                x = to_tensor(pixels, networks.memory_format)
-                with autocast(networks.device, self._precision):
-                    reconstruction, posterior = networks.model(x, sample_posterior=False)
-                reconstruction = reconstruction.float()
-                values["psnr"] += metrics.psnr(reconstruction, x).tolist()
-                values["ssim"] += metrics.ssim(reconstruction, x).tolist()
-                if start < PICTURES:
-                    for column, tensor in zip(shown, (x, reconstruction, posterior.mode().float()), strict=True):
-                        column.append(tensor[: PICTURES - start])
-        networks.model.train()
-        means = {}
-        everywhere = ranks.gathered([values], self._world)
-        for name in values:
-            mean = metrics.Mean()
-            for part in everywhere:
-                mean.add(torch.tensor(part[name], dtype=torch.float64))
-            means[name] = mean.value()
-        return means, reconstruction_picture(*map(torch.cat, shown)) if shown[0] else None
+    return launch.work(VaeTask, config, f"train_vae {config.name}", setup)

@@ -9,25 +9,27 @@ import numpy as np
 import torch
 
 from litevae import cache
-from litevae.cache import LatentCache, from_stored, sample_posteriors
+from litevae.cache import LatentCache, sample_posteriors
+from litevae.commits import committed_shards, read_commits
 from litevae.errors import UserError
 from litevae.loader import stream
 from litevae.order import EpochOrder, batch_positions
-from pipelines.data.decode import Task, decode_shard
+from litevae.shards import from_stored, read_shard
+from pipelines.data.decode import ShardTask, decode_shard
 from pipelines.encoding.encode import finish
-from pipelines.encoding.encoder import Encoder
+from pipelines.encoding.encoder import ShardEncoder
 from pipelines.encoding.listings import open_listings
 from pipelines.encoding.partition import Partition
 from pipelines.encoding.totals import check_budget
 from pipelines.training import ranks
 from pipelines.training.config import TrainLDM
-from pipelines.training.latent_feeds import Batch, Encoding, from_cache, labels_of
+from pipelines.training.latent_feeds import Batch, EncodingFeed, from_cache, labels_of
 from pipelines.training.worker_setup import LdmSetup
 
 WINDOW = 8  # number of shards whose images are shuffled together in the first epoch
 
 
-class WriteThrough(Encoding):
+class WriteThroughFeed(EncodingFeed):
     """A feed whose first epoch encodes images and fills a cache, shard by shard; later epochs read the cache.
 
     In the first epoch images are shuffled within windows of `WINDOW` shards. Before a window's first batch, its shards
@@ -45,7 +47,7 @@ class WriteThrough(Encoding):
         # manifest's number, which is known after the first epoch, fixes its rows.
         self._listings = len(listings)
         self._version: int | None = None
-        self._encoder = Encoder(self._out, self._plan, device.type == "cuda", setup.threads)
+        self._encoder = ShardEncoder(self._out, self._plan, device.type == "cuda", setup.threads)
         self._how = self._plan.latents
         self._done: set[int] = set()  # committed shards; all ranks have the same set
         self._reasons: dict[int, dict[str, int]] = {}  # for each shard: how many images are in quarantine, by reason
@@ -64,7 +66,7 @@ class WriteThrough(Encoding):
     def batches(self, start: int, end: int, batch_size: int) -> Iterator[Batch]:
         first = -(-self._partition.units // batch_size) * batch_size  # position where the first epoch's last batch ends
         if start < first:
-            mine = [*cache.committed(self._out)] if self.rank == 0 else []  # rank 0's view counts; others may see more
+            mine = [*committed_shards(self._out)] if self.rank == 0 else []  # rank 0's view counts; others may see more
             self._done = set(ranks.gathered(mine, self.world))
             windows = self._windows(start, self._partition.units)
             todo = [[shard] for window in windows for shard in self._mine(window)]
@@ -99,7 +101,7 @@ class WriteThrough(Encoding):
         return [int(shard) for shard in shards if int(shard) not in self._done][self.rank :: self.world]
 
     def _decode(self, shard: int) -> dict[str, Any]:
-        row = {"shard": self._partition.shard(Task(shard))}
+        row = {"shard": self._partition.shard(ShardTask(shard))}
         return decode_shard(row, self._plan.views)
 
     def _first(self, mine: range, step: range) -> Batch:
@@ -142,8 +144,8 @@ class WriteThrough(Encoding):
             raise UserError(errors[0])
         numbers = [int(shard) for shard in shards]
         self._done |= {*numbers}
-        generations = cache.committed(self._out)
-        commits = list(cache.read_commits(self._out, {shard: generations[shard] for shard in numbers}))
+        generations = committed_shards(self._out)
+        commits = list(read_commits(self._out, {shard: generations[shard] for shard in numbers}))
         self._reasons |= {commit["shard"]: commit.get("reasons", {}) for commit in commits}
         total: Counter[str] = sum(map(Counter, self._reasons.values()), Counter())
         check_budget(total, self.config.data.max_bad, self._out, self._partition.units, "data.max_bad")
@@ -183,7 +185,7 @@ class Window:
         tables, self._latents = [], []
         for commit in commits:
             if commit["rows"]:
-                table, latents = cache.read_shard(folder, commit, how)
+                table, latents = read_shard(folder, commit, how)
                 tables.append(table)
                 self._latents += [*latents[0]]
         if not tables:

@@ -28,7 +28,7 @@ LEAST = 0.5  # seconds that a sample takes Pillow: a few small images are read a
 Decoder = Callable[[bytes], np.ndarray]
 
 
-def images(setting: meter.Setting) -> Iterator[meter.Table]:
+def images(setting: meter.Setting) -> Iterator[meter.ReportTable]:
     """A table for photos without a colour profile, for those with one, and for each size of mosaics."""
     files: dict[bool, list[Path]] = {False: [], True: []}
     photos = setting.photos()
@@ -71,7 +71,9 @@ DECODERS: dict[str, Decoder] = {
 }
 
 
-def _table(title: str, files: Sequence[Path], setting: meter.Setting, decoders: dict[str, Decoder]) -> meter.Table:
+def _table(
+    title: str, files: Sequence[Path], setting: meter.Setting, decoders: dict[str, Decoder]
+) -> meter.ReportTable:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -80,7 +82,9 @@ def _table(title: str, files: Sequence[Path], setting: meter.Setting, decoders: 
         torch.set_num_threads(threads)
 
 
-def _measured(title: str, data: Sequence[bytes], setting: meter.Setting, decoders: dict[str, Decoder]) -> meter.Table:
+def _measured(
+    title: str, data: Sequence[bytes], setting: meter.Setting, decoders: dict[str, Decoder]
+) -> meter.ReportTable:
     first = next(iter(decoders))
     outputs, start = {first: [decoders[first](each) for each in data]}, time.process_time()
     outputs[first] = [decoders[first](each) for each in data]  # once more: the first pass warms up
@@ -88,7 +92,7 @@ def _measured(title: str, data: Sequence[bytes], setting: meter.Setting, decoder
     outputs |= {name: [decoder(each) for each in data] for name, decoder in decoders.items() if name != first}
     calls = {name: partial(_all, decoder, data, passes) for name, decoder in decoders.items()}
     seconds = meter.rounds(calls, setting.config.repeats, clock=time.process_time)
-    table = meter.Table(
+    table = meter.ReportTable(
         f"Decoding to {SIDE} px: {len(data)} {title}",
         f"{sum(map(len, data)) / len(data) / 1000:,.1f} kB each on average; one thread; {setting.config.repeats} runs "
         f"of each in turn: median (range). Times: the median of the ratios of the same round. PSNR: against Pillow, of "
@@ -99,7 +103,7 @@ def _measured(title: str, data: Sequence[bytes], setting: meter.Setting, decoder
         overall, worst = psnr(outputs[name], outputs[first])
         shown = ["identical", ""] if math.isinf(overall) else [f"{overall:.1f}", f"{worst:.1f}"]
         rates = meter.rates(taken, passes * len(data))
-        table.rows.append([name, meter.spread(rates), f"{meter.ratio(seconds[first], taken):.2f}", *shown])
+        table.rows.append([name, meter.median_and_range(rates), f"{meter.ratio(seconds[first], taken):.2f}", *shown])
         table.samples[name] = {"images": passes * len(data), "CPU seconds": taken}
     return table
 

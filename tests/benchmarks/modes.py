@@ -34,7 +34,7 @@ IMAGES, BATCH = 32, 8  # the images are also a forward pass of write-through, wh
 SHOWN = ("online", "write-through", "cache")
 
 
-def modes(setting: meter.Setting) -> Iterator[meter.Table]:
+def modes(setting: meter.Setting) -> Iterator[meter.ReportTable]:
     """images/s of each mode by each encoder."""
     place = setting.place / "modes"
     place.mkdir()
@@ -49,7 +49,7 @@ def modes(setting: meter.Setting) -> Iterator[meter.Table]:
             ) as child:
                 runs[name].append(child.ask(**given, threads=setting.threads, device=setting.device.type))
     size = statistics.mean(path.stat().st_size for path in photos.iterdir())
-    table = meter.Table(
+    table = meter.ReportTable(
         "Training a diffusion model online, filling a cache, and from the cache",
         f"{IMAGES} JPEGs at 256 px ({size / 1000:,.1f} kB each), network small on 32 x 32 x 4, batch {BATCH}, encoders "
         f"of full size with random weights, no Ray; images/s of {setting.config.repeats} runs of each in turn: median "
@@ -70,7 +70,7 @@ def _row(title: str, runs: list[dict[str, Any]]) -> list[str]:
     once, saved = middle["write-through"] - middle["cache"], middle["online"] - middle["cache"]
     return [
         title,
-        *(meter.spread(meter.rates(values, 1)) for values in seconds.values()),
+        *(meter.median_and_range(meter.rates(values, 1)) for values in seconds.values()),
         f"{meter.ratio(seconds['online'], seconds['cache']):.1f}",
         ", ".join(feeding),
         f"{runs[0]['bytes']:,.0f}",
@@ -116,7 +116,7 @@ def _timed(config: TrainLDM, threads: int, device: torch.device) -> dict[str, fl
         ray.shutdown()  # of which the plan only asked what there is: its processes would be measured, too
     untracked = RunHandle("", None, "benchmark", config.root)
     setup = LdmSetup(config={}, folder="", data="", handle=untracked, threads=threads, latents=latents)
-    task = ldm.Diffusion(config, setup, 0, 1, device)
+    task = ldm.LdmTask(config, setup, 0, 1, device)
     task.begin(0)  # encoders warm up by calibrating
     encoding: list[float] = []
     raw = task.feed.raw
@@ -129,7 +129,7 @@ def _timed(config: TrainLDM, threads: int, device: torch.device) -> dict[str, fl
 
     with mock.patch.object(task.feed, "raw", return_value=torch.randn(BATCH, *latents.shape, device=device)):
         for _ in range(2):
-            task.step(task._with_noise({"positions": range(BATCH), "labels": None}), 0)
+            task.step(task.with_noise({"positions": range(BATCH), "labels": None}), 0)
     waited, start, position = 0.0, meter.now(device), 0
     with mock.patch.object(task.feed, "raw", measured):
         batches = iter(task.batches(0, IMAGES, BATCH))

@@ -35,12 +35,14 @@ from PIL import Image
 from litevae import cache, storage
 from litevae.autoencoder import LiteVAE
 from litevae.cache import LatentCache
+from litevae.commits import commit_path, commit_shard, committed_shards, json_bytes, read_commits
 from litevae.errors import UserError
 from litevae.loader import LatentLoader
+from litevae.shards import QUARANTINE, latent_layout, row_schema
 from pipelines.benchmark import encoding, meter
 from pipelines.data.config import Source as SourceConfig
-from pipelines.data.decode import Task
-from pipelines.data.sources import open_source, restore
+from pipelines.data.decode import ShardTask
+from pipelines.data.open_source import open_source, restore
 from pipelines.encoding.config import Encode
 from pipelines.encoding.partition import Partition
 from pipelines.runtime.host import PeakMemory
@@ -230,13 +232,13 @@ def _linked(file: Path, names: Sequence[Path]) -> None:
 def commit(folder: Path, shard: int, rows: int = SHARD) -> dict[str, Any]:
     """A shard as a folder of images gives it, committed as the job does it. Latents are normal numbers; they are stored
     as they are, so their values do not matter for sizes."""
-    first, how = shard * rows, cache.layout("moments", "float16")
-    schema = cache.row_schema(pa.schema([("label", pa.int64()), ("label_name", pa.string())]))
+    first, how = shard * rows, latent_layout("moments", "float16")
+    schema = row_schema(pa.schema([("label", pa.int64()), ("label_name", pa.string())]))
     same = dict.fromkeys(schema.names, 0) | {"flip": False, "height": 375, "width": 500, "label_name": "n01440764"}
     own = [same | {"id": f"n01440764/{unit:010d}.jpg", "unit": unit} for unit in range(first, first + rows)]
     values = np.random.default_rng(shard).standard_normal((rows, *SHAPE)).astype(np.float16)
-    table, none = pa.Table.from_pylist(own, schema=schema), cache.QUARANTINE.empty_table()
-    return cache.commit_shard(str(folder), shard, (first, first + rows), how, table, [values], none, device="x86_64")
+    table, none = pa.Table.from_pylist(own, schema=schema), QUARANTINE.empty_table()
+    return commit_shard(str(folder), shard, (first, first + rows), how, table, [values], none, device="x86_64")
 
 
 def commit_log(folder: Path, shards: int, rows: int = SHARD) -> None:
@@ -246,12 +248,12 @@ def commit_log(folder: Path, shards: int, rows: int = SHARD) -> None:
     _linked(folder / first["file"], [folder / file for file in files])
     for n, file in enumerate(files, 1):
         own = first | {"shard": n, "units": [n * rows, (n + 1) * rows], "file": file}
-        Path(cache.commit_path(str(folder), n, 0)).write_bytes(cache._json(own))
+        Path(commit_path(str(folder), n, 0)).write_bytes(json_bytes(own))
 
 
 def merge(folder: Path, shards: int, rows: int = SHARD) -> dict[str, Any]:
     """The manifest, as the end of the job writes it."""
-    plan = {"model": {}, "transform": {}, "latents": cache.layout("moments", "float16"), "precision": "fp32"}
+    plan = {"model": {}, "transform": {}, "latents": latent_layout("moments", "float16"), "precision": "fp32"}
     source = {"uri": "", "digest": "", "units": shards * rows, "shards": shards}
     return cache.write_manifest(str(folder), plan | {"columns": {}}, source, {})
 
@@ -279,7 +281,7 @@ def plan(uri: str, images: int, out: str) -> dict[str, Any]:
         source = open_source(SourceConfig(uri=uri))
     with watch("cut"):
         partition = Partition([source], SHARD)
-        tasks = [Task(number) for number in range(len(partition))]
+        tasks = [ShardTask(number) for number in range(len(partition))]
     with watch("write"):
         cache.write_listing(out, 1, source.listing)
     some = tasks[:: max(1, len(tasks) // 100)][:100]
@@ -304,9 +306,9 @@ def resume(out: str) -> dict[str, Any]:
         with watch("listing"):
             Partition([restore(listing) for listing in cache.read_listings(out)], SHARD)
     with watch("names"):
-        committed = cache.committed(out)
+        committed = committed_shards(out)
     with watch("commits"):
-        done = sum(commit["units"][1] - commit["units"][0] for commit in cache.read_commits(out, committed))
+        done = sum(commit["units"][1] - commit["units"][0] for commit in read_commits(out, committed))
     return watch.found | {"done": done}
 
 
@@ -348,7 +350,7 @@ def step(name: str, environment: Mapping[str, str | None] | None = None, **reque
 # --- the part -----------------------------------------------------------------------------------------------------
 
 
-def scale(setting: meter.Setting) -> Iterator[meter.Table]:
+def scale(setting: meter.Setting) -> Iterator[meter.ReportTable]:
     """Plans, commit logs, requests, and the model beside a measured job."""
     sizes = [setting.config.scale_rows // 10**n for n in (3, 2, 1, 0)]
     place = setting.place / "scale"
@@ -360,8 +362,8 @@ def scale(setting: meter.Setting) -> Iterator[meter.Table]:
     yield costs(DECODE, ENCODE, setting.config.scale_gpu_rate)
 
 
-def plans(place: Path, sizes: Sequence[int]) -> meter.Table:
-    table = meter.Table(
+def plans(place: Path, sizes: Sequence[int]) -> meter.ReportTable:
+    table = meter.ReportTable(
         "Listing and plan",
         f"What the driver does before its first shard. Folder: keys of 24 bytes in 1000 classes, the store's answers "
         f"made up and so without its time; Parquet: files of {FILE:,} rows in row groups of {GROUP}; tars of "
@@ -413,8 +415,8 @@ def _check(runs: Mapping[int, Mapping[str, Any]], name: str) -> str:
     return f"{_by_law(smaller, name, largest) / runs[largest][name]:.2f}" if len(smaller) > 1 else ""
 
 
-def logs(place: Path, sizes: Sequence[int]) -> meter.Table:
-    table = meter.Table(
+def logs(place: Path, sizes: Sequence[int]) -> meter.ReportTable:
+    table = meter.ReportTable(
         "Commit log, manifest, readers",
         f"Shards of {SHARD} rows of 8 x 32 x 32 fp16 on a local disk. Resuming: names and commits are read; "
         f"finishing: commits are merged into the manifest; reading: what each training worker does until its first "
@@ -582,8 +584,8 @@ def small_model(folder: Path) -> str:
 METHODS = ("LIST", "HEAD", "GET", "PUT")
 
 
-def requests(place: Path, shards: int = 2, rows: int = SHARD) -> meter.Table:
-    table = meter.Table(
+def requests(place: Path, shards: int = 2, rows: int = SHARD) -> meter.ReportTable:
+    table = meter.ReportTable(
         "Requests to S3",
         f"The encode job (`jobs/encode_dataset.py`) from S3 to S3, {shards} shards of {rows} images, as a server "
         f"(moto) got them. Parquet: one file, row groups of {rows // 2}; tars: one file, ranges of 256 samples. Each "
@@ -609,7 +611,7 @@ def requests(place: Path, shards: int = 2, rows: int = SHARD) -> meter.Table:
 # --- the model beside measurements --------------------------------------------------------------------------------
 
 
-def predictions(setting: meter.Setting, place: Path) -> meter.Table:
+def predictions(setting: meter.Setting, place: Path) -> meter.ReportTable:
     """A job whose encoder is the slower half, and one whose decoder is."""
     count, photos = setting.config.encode_images, setting.photos()
     torch.manual_seed(0)
@@ -619,7 +621,7 @@ def predictions(setting: meter.Setting, place: Path) -> meter.Table:
         "photos": (meter.linked(photos, count, place / "photos"), str(place / "S")),
         "24-megapixel JPEGs": (meter.linked(mosaics, count, place / "large"), str(place / "small")),
     }
-    table = meter.Table(
+    table = meter.ReportTable(
         "The model against the job",
         f"images/s, 256 px, fp32, {count} images, one run each; one core decodes, one encodes (the model's GPU). "
         f"Photos by LiteVAE-S; the large ones by one of 8 channels a layer, so that decoding is the slower. "
@@ -657,13 +659,13 @@ EXAMPLES = {  # prices and networks are examples, for the reader to replace
 SIZES = {"10 M": 10**7, "1 B": 10**9, "10 B": 10**10}
 
 
-def costs(decode: float, encode: float, gpu: float) -> meter.Table:
+def costs(decode: float, encode: float, gpu: float) -> meter.ReportTable:
     """
     Args:
         decode, encode: images/s a core.
         gpu: images/s a GPU.
     """
-    table = meter.Table(
+    table = meter.ReportTable(
         "Time and cost by the model",
         f"A core decodes {decode:,.0f} images/s and encodes {encode:.1f} (LiteVAE-S, fp32, 256 px: BENCHMARKS.md); a "
         f"GPU is taken to do {gpu:,.0f}, which is NOT measured. Images of {PHOTO / 1e3:,.0f} kB in Parquet on S3, one "

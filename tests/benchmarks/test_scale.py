@@ -12,10 +12,11 @@ import pytest
 
 from litevae import cache, storage
 from litevae.cache import LatentCache
+from litevae.commits import committed_shards, read_commit, read_commits
 from pipelines.data.config import Source as SourceConfig
-from pipelines.data.decode import Task, decode_shard
-from pipelines.data.sources import open_source
-from pipelines.encoding.encoder import Encoder
+from pipelines.data.decode import ShardTask, decode_shard
+from pipelines.data.open_source import open_source
+from pipelines.encoding.encoder import ShardEncoder
 from pipelines.encoding.partition import Partition
 from pipelines.encoding.plan import make_plan
 from tests.benchmarks import scale
@@ -64,9 +65,9 @@ def test_a_made_commit_log_is_one_of_real_commits(tmp_path):
     for shard in range(3):
         scale.commit(real, shard, rows=4)
     scale.commit_log(made, 3, rows=4)
-    assert cache.committed(str(made)) == cache.committed(str(real)) == {0: 0, 1: 0, 2: 0}
+    assert committed_shards(str(made)) == committed_shards(str(real)) == {0: 0, 1: 0, 2: 0}
     for shard in range(3):
-        one, other = (cache.read_commit(str(folder), shard) for folder in (real, made))
+        one, other = (read_commit(str(folder), shard) for folder in (real, made))
         assert one.keys() == other.keys()
         same = ("shard", "units", "rows", "shapes", "quarantined")
         assert [one[name] for name in same] == [other[name] for name in same]
@@ -185,13 +186,13 @@ def test_requests_of_a_shard_are_the_models(kind, groups, s3, model, tmp_path):
     plan = make_plan(settings, source, source.identity, None)
     plan.write(out)
     partition = Partition([source], 8)
-    encoder = Encoder(out, plan, gpu=False, threads=1)
+    encoder = ShardEncoder(out, plan, gpu=False, threads=1)
     encoder.encode([np.zeros((32, 32, 3), np.uint8)])
 
     def work():
-        row = encoder(decode_shard({"shard": partition.shard(Task(1))}, plan.views))
+        row = encoder(decode_shard({"shard": partition.shard(ShardTask(1))}, plan.views))
         assert row["error"] == ""
-        (commit,) = cache.read_commits(out, {1: 0})
+        (commit,) = read_commits(out, {1: 0})
         assert (commit["rows"], commit["quarantined"]) == (8, 0)
 
     found = requests_by_operation(work)

@@ -22,10 +22,10 @@ NEIGHBOURS = 2
 STEPS = 2  # timed ones of each, a repeat
 
 
-def threads(setting: meter.Setting) -> Iterator[meter.Table]:
+def threads(setting: meter.Setting) -> Iterator[meter.ReportTable]:
     """Seconds of a step, alone and beside two busy processes."""
     steps = STEPS * setting.config.repeats
-    table = meter.Table(
+    table = meter.ReportTable(
         "How long OpenMP threads wait awake",
         f"Seconds of a training step of the demo's autoencoder, batch 16 at 64 px, {THREADS} threads; {steps} steps of "
         f"each in turn: median (range). What counts is the worst of them. Jobs set 20000.",
@@ -41,7 +41,7 @@ def threads(setting: meter.Setting) -> Iterator[meter.Table]:
         with _busy():
             beside = meter.rounds(calls, steps)
     for name in calls:
-        table.rows.append([name, meter.spread(alone[name], 2), meter.spread(beside[name], 2)])
+        table.rows.append([name, meter.median_and_range(alone[name], 2), meter.median_and_range(beside[name], 2)])
         table.samples[name] = {"alone": alone[name], "beside": beside[name]}
     yield table
 

@@ -18,15 +18,17 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 from litevae import cache, storage
 from litevae.cache import LatentCache
+from litevae.commits import commit_shard, committed_shards, latent_statistics, mean_and_std
 from litevae.errors import UserError
 from litevae.order import EpochOrder
+from litevae.shards import DTYPES, QUARANTINE, finite_rows, latent_layout, row_schema, storage_errors, to_stored
 
 ROOT = Path(__file__).parents[2]
 SHAPE = (6, 4, 5)  # n_z = 3
 CARRIED = pa.schema([("label", pa.int64()), ("caption", pa.string())])
 SIZES = (300, 0, 150)  # shard 1: nothing but quarantine
 BAD = ["lost", "broken"]
-HOW = cache.layout("moments", "float16")
+HOW = latent_layout("moments", "float16")
 SOURCE = {"uri": "/photos", "digest": "d" * 64, "units": 452, "shards": len(SIZES)}
 UNITS = {0: (0, 300), 1: (300, 302), 2: (302, 452)}
 
@@ -61,13 +63,13 @@ def rows_of(start, count, unit=None):
         "label": [n if n % 2 else None for n in numbers],
         "caption": [f"ünïcode {n}" for n in numbers],
     }
-    return pa.table(columns, schema=cache.row_schema(CARRIED))
+    return pa.table(columns, schema=row_schema(CARRIED))
 
 
 def quarantine_of(ids):
     common = {"source": "/photos", "stage": "decode", "error": "corrupt", "message": "cut"}
     rows = [{"unit": 300 + n, "id": i} | common for n, i in enumerate(ids)]
-    return pa.Table.from_pylist(rows, schema=cache.QUARANTINE)
+    return pa.Table.from_pylist(rows, schema=QUARANTINE)
 
 
 def write(folder, finish=True):
@@ -79,7 +81,7 @@ def write(folder, finish=True):
     for shard, size in enumerate(SIZES):
         part = moments[start : start + size]
         rows = rows_of(start, size, UNITS[shard][0])
-        cache.commit_shard(folder, shard, UNITS[shard], HOW, rows, [part], quarantine_of([] if size else BAD))
+        commit_shard(folder, shard, UNITS[shard], HOW, rows, [part], quarantine_of([] if size else BAD))
         start += size
     if finish:
         cache.write_manifest(folder, plan_of(), SOURCE, {"job": "test"})
@@ -145,7 +147,7 @@ def test_draws_depend_on_seed_epoch_and_id_only(made, tmp_path):
     others = [latents.latents([200], epoch=e, seed=s)[0] for e, s in ((2, 7), (1, 8), (7, 1))]
     assert all(not torch.equal(a, b) for n, a in enumerate([z[1], *others]) for b in others[n:])
     # The same image in a cache cut up otherwise: same id, same draw.
-    cache.commit_shard(str(tmp_path), 0, (0, 10), HOW, rows_of(195, 10, 0), [moments[195:205]], quarantine_of([]))
+    commit_shard(str(tmp_path), 0, (0, 10), HOW, rows_of(195, 10, 0), [moments[195:205]], quarantine_of([]))
     cache.write_manifest(str(tmp_path), plan_of(), SOURCE | {"units": 10, "shards": 1}, {})
     raw = LatentCache(tmp_path).latents([5], epoch=1, seed=7, normalize=False)
     torch.testing.assert_close(raw, latents.denormalize(z[1:2]), atol=1e-5, rtol=1e-5)
@@ -198,16 +200,14 @@ def test_the_first_commit_counts(tmp_path):
 
     def attempt():
         barrier.wait()
-        commits.append(
-            cache.commit_shard(folder, 0, (0, 3), HOW, rows_of(0, 3), [random_moments(3)], quarantine_of([]))
-        )
+        commits.append(commit_shard(folder, 0, (0, 3), HOW, rows_of(0, 3), [random_moments(3)], quarantine_of([])))
 
     threads = [threading.Thread(target=attempt) for _ in range(8)]
     [thread.start() for thread in threads]
     [thread.join() for thread in threads]
     assert len({commit["file"] for commit in commits}) == 1
     assert len(os.listdir(tmp_path / "shards")) == 8  # seven that nobody reads
-    assert cache.committed(folder) == {0: 0}
+    assert committed_shards(folder) == {0: 0}
     assert (tmp_path / commits[0]["file"]).stat().st_size == commits[0]["bytes"]
 
 
@@ -284,13 +284,13 @@ def test_damaged_shards_are_refused(tmp_path):
 
 
 def test_everything_quarantined_is_no_cache(tmp_path):
-    cache.commit_shard(str(tmp_path), 0, (0, 2), HOW, rows_of(0, 0), [random_moments(0)], quarantine_of(BAD))
+    commit_shard(str(tmp_path), 0, (0, 2), HOW, rows_of(0, 0), [random_moments(0)], quarantine_of(BAD))
     with pytest.raises(UserError, match="none of 2 images could be encoded"):
         cache.write_manifest(str(tmp_path), plan_of(), SOURCE | {"units": 2, "shards": 1}, {})
 
 
 def test_lost_rows_are_no_cache(tmp_path):
-    cache.commit_shard(str(tmp_path), 0, (0, 4), HOW, rows_of(0, 3), [random_moments(3)], quarantine_of([]))
+    commit_shard(str(tmp_path), 0, (0, 4), HOW, rows_of(0, 3), [random_moments(3)], quarantine_of([]))
     with pytest.raises(RuntimeError, match="3 rows"):
         cache.write_manifest(str(tmp_path), plan_of(), SOURCE | {"units": 4, "shards": 1}, {})
     with pytest.raises(UserError, match="unfinished: 1 of 2 shards have no commit"):
@@ -302,8 +302,8 @@ def test_a_shard_encoded_again_is_a_new_version(tmp_path):
     first = LatentCache(tmp_path)
     folder, again = str(tmp_path), random_moments(150, seed=1)
     assert cache.write_manifest(folder, plan_of(), SOURCE, {})["number"] == 1  # nothing new
-    cache.commit_shard(folder, 2, UNITS[2], HOW, rows_of(300, 150, 302), [again], quarantine_of([]), generation=1)
-    assert cache.committed(folder) == {0: 0, 1: 0, 2: 1}
+    commit_shard(folder, 2, UNITS[2], HOW, rows_of(300, 150, 302), [again], quarantine_of([]), generation=1)
+    assert committed_shards(folder) == {0: 0, 1: 0, 2: 1}
     manifest = cache.write_manifest(folder, plan_of(), SOURCE, {})
     assert (manifest["number"], manifest["digest"] != first.manifest["digest"]) == (2, True)
     assert torch.equal(LatentCache(tmp_path).moments([300, 449]), torch.from_numpy(again[[0, 149]]))
@@ -311,7 +311,7 @@ def test_a_shard_encoded_again_is_a_new_version(tmp_path):
     with pytest.raises(UserError, match=r"no manifest 3; it has 000001.json, 000002.json"):
         LatentCache(tmp_path, version=3)
     # The same content once more, as a repair on the same machine makes it: another file, the same digest.
-    cache.commit_shard(folder, 2, UNITS[2], HOW, rows_of(300, 150, 302), [again], quarantine_of([]), generation=2)
+    commit_shard(folder, 2, UNITS[2], HOW, rows_of(300, 150, 302), [again], quarantine_of([]), generation=2)
     repaired = cache.write_manifest(folder, plan_of(), SOURCE, {})
     assert (repaired["number"], repaired["digest"]) == (3, manifest["digest"])
 
@@ -319,7 +319,7 @@ def test_a_shard_encoded_again_is_a_new_version(tmp_path):
 def write_one(folder, how, parts, rows=None):
     count = sum(map(len, parts))
     rows = rows_of(0, count) if rows is None else rows
-    cache.commit_shard(folder, 0, (0, count), how, rows, parts, quarantine_of([]))
+    commit_shard(folder, 0, (0, count), how, rows, parts, quarantine_of([]))
     cache.write_manifest(folder, plan_of(latents=how), SOURCE | {"units": count, "shards": 1}, {})
     return LatentCache(folder)
 
@@ -327,8 +327,8 @@ def write_one(folder, how, parts, rows=None):
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
 def test_every_dtype(tmp_path, dtype):
     values = np.random.default_rng(0).normal(0, 3, (140, 6, 4, 5)).astype(np.float32)
-    how = cache.layout("moments", dtype)
-    latents = write_one(str(tmp_path), how, [cache.to_stored(values, dtype)])
+    how = latent_layout("moments", dtype)
+    latents = write_one(str(tmp_path), how, [to_stored(values, dtype)])
     expected = torch.from_numpy(values).to(getattr(torch, dtype))
     found = latents.moments(range(140))
     assert found.dtype == expected.dtype
@@ -339,7 +339,7 @@ def test_every_dtype(tmp_path, dtype):
 
 def test_latents_without_a_posterior(tmp_path):
     values = np.random.default_rng(0).normal(1, 3, (140, 3, 4, 5)).astype(np.float16)
-    latents = write_one(str(tmp_path), cache.layout("mean", "float16"), [values])
+    latents = write_one(str(tmp_path), latent_layout("mean", "float16"), [values])
     assert (latents.content, latents.shape, len(latents.mean)) == ("mean", (3, 4, 5), 3)
     z = latents.latents(range(140), epoch=0, seed=0)
     torch.testing.assert_close(latents.denormalize(z), torch.from_numpy(values).float(), atol=1e-5, rtol=1e-5)
@@ -352,7 +352,7 @@ def test_latents_without_a_posterior(tmp_path):
 def test_rows_of_several_shapes(tmp_path):
     draw = np.random.default_rng(0)
     parts = [draw.normal(0, 1, (n, 6, h, w)).astype(np.float16) for n, h, w in ((150, 4, 8), (20, 6, 6))]
-    latents = write_one(str(tmp_path), cache.layout("moments", "float16", one_shape=False), parts)
+    latents = write_one(str(tmp_path), latent_layout("moments", "float16", one_shape=False), parts)
     assert latents.shape is None
     assert latents.groups.tolist() == [128, 22, 20]
     assert latents.group_shapes == [(6, 4, 8), (6, 4, 8), (6, 6, 6)]
@@ -369,10 +369,10 @@ def test_rows_of_several_shapes(tmp_path):
 def test_views_of_an_image_are_drawn_apart(tmp_path):
     rows = rows_of(0, 4).to_pydict() | {"id": ["a", "a", "b", "b"], "unit": [0, 0, 1, 1], "view": [0, 1, 0, 1]}
     moments = np.repeat(random_moments(1), 4, axis=0)
-    how = cache.layout("moments", "float16", views=2)
+    how = latent_layout("moments", "float16", views=2)
     folder = str(tmp_path)
-    rows = pa.table(rows, schema=cache.row_schema(CARRIED))
-    cache.commit_shard(folder, 0, (0, 2), how, rows, [moments], quarantine_of([]))
+    rows = pa.table(rows, schema=row_schema(CARRIED))
+    commit_shard(folder, 0, (0, 2), how, rows, [moments], quarantine_of([]))
     manifest = cache.write_manifest(folder, plan_of(latents=how), SOURCE | {"units": 2, "shards": 1}, {})
     assert (manifest["counts"]["input"], manifest["counts"]["rows"]) == (2, 4)
     z = LatentCache(tmp_path).latents(range(4), epoch=0, seed=0)
@@ -394,15 +394,15 @@ def test_what_fp16_can_not_hold():
     moments[1, 2, 0, 0] = np.nan
     moments[2, 5, 1, 1] = -70000
     moments[3, 0, 0, 0] = 65504
-    assert cache.storage_errors(moments) == [None, "not_finite", "out_of_range", None]
+    assert storage_errors(moments) == [None, "not_finite", "out_of_range", None]
     moments[1, 2, 0, 0] = np.inf
-    assert cache.storage_errors(moments)[1] == "not_finite"
-    assert cache.storage_errors(moments[:0]) == []
+    assert storage_errors(moments)[1] == "not_finite"
+    assert storage_errors(moments[:0]) == []
 
 
 def test_reserved_columns_are_refused():
     with pytest.raises(UserError, match="'width' can't be carried"):
-        cache.row_schema(pa.schema([("width", pa.int32())]))
+        row_schema(pa.schema([("width", pa.int32())]))
 
 
 def test_a_copy_in_another_process_reads_the_same(made):
@@ -431,15 +431,15 @@ WILD = [[-100.0, -30.5], [30.0, 20.5], [0.0, 1.0]]  # of three channels of 1 x 2
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "bfloat16"])
 def test_statistics_clip_log_variances_as_diffusers_does(dtype):
-    how = cache.layout("moments", dtype)
+    how = latent_layout("moments", dtype)
     moments = np.array([[[[1.0, 2.0]], [[0.0, 0.0]], [[-1.0, 1.0]], *([row] for row in WILD)]], np.float32)
     posterior = DiagonalGaussianDistribution(torch.from_numpy(moments).double())
-    found = cache.statistics([cache.to_stored(moments, dtype)], how)
+    found = latent_statistics([to_stored(moments, dtype)], how)
     np.testing.assert_allclose(found["variance"], posterior.var.sum((0, 2, 3)), rtol=1e-6)
     assert found["variance"][1] == pytest.approx(2 * np.exp(20))
     assert found["elements"] == 2
     assert (found["mean"], found["square"]) == ([3, 0, 0], [5, 0, 2])
-    assert cache.statistics([cache.to_stored(moments, dtype)], cache.layout("mean", dtype))["variance"] == [0] * 6
+    assert latent_statistics([to_stored(moments, dtype)], latent_layout("mean", dtype))["variance"] == [0] * 6
 
 
 def test_draws_clip_log_variances_as_diffusers_does():
@@ -457,15 +457,11 @@ def test_draws_clip_log_variances_as_diffusers_does():
 def test_what_can_not_be_stored_by_type():
     values = np.zeros((4, 2, 1, 1), np.float32)
     values[1, 1], values[2, 0], values[3, 1] = 65_505, np.inf, -70_000
-    assert cache.storage_errors(values) == [None, "out_of_range", "not_finite", "out_of_range"]
-    assert (
-        cache.storage_errors(values, "bfloat16")
-        == cache.storage_errors(values, "float32")
-        == [None, None, "not_finite", None]
-    )
-    for dtype in cache.DTYPES:
-        assert cache.finite(cache.to_stored(values[:3], dtype), dtype).tolist()[::2] == [True, False]
-    assert not cache.finite(cache.to_stored(values, "float16"), "float16")[3]
+    assert storage_errors(values) == [None, "out_of_range", "not_finite", "out_of_range"]
+    assert storage_errors(values, "bfloat16") == storage_errors(values, "float32") == [None, None, "not_finite", None]
+    for dtype in DTYPES:
+        assert finite_rows(to_stored(values[:3], dtype), dtype).tolist()[::2] == [True, False]
+    assert not finite_rows(to_stored(values, "float16"), "float16")[3]
 
 
 def test_mean_and_std_of_parts_of_different_sizes():
@@ -473,7 +469,7 @@ def test_mean_and_std_of_parts_of_different_sizes():
         {"elements": 1, "mean": [1.0], "square": [1.0], "variance": [0.5]},
         {"elements": 3, "mean": [15.0], "square": [75.0], "variance": [1.5]},
     ]
-    mean, std = cache.mean_and_std(parts)  # of 1, 5, 5, 5, each with a variance of 0.5
+    mean, std = mean_and_std(parts)  # of 1, 5, 5, 5, each with a variance of 0.5
     assert (mean, std) == ([4.0], [pytest.approx((3 + 0.5) ** 0.5)])
 
 

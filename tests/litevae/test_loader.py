@@ -17,10 +17,13 @@ import pytest
 import torch
 
 from litevae import cache
+from litevae import shards as shards_module
 from litevae.cache import LatentCache
+from litevae.commits import commit_shard
 from litevae.errors import UserError
 from litevae.loader import LatentLoader, stream
 from litevae.order import EpochOrder
+from litevae.shards import QUARANTINE, latent_layout, row_schema
 
 ROWS = 150
 ONE = [(60, [(60, 4, 2, 2)]), (20, [(20, 4, 2, 2)]), (70, [(70, 4, 2, 2)])]  # shards: rows of shapes
@@ -31,19 +34,20 @@ SEVERAL = [(60, [(35, *WIDE), (25, *TALL)]), (20, [(3, *RARE), (17, *WIDE)]), (7
 def write(folder, shards):
     """A cache with row groups of 8 rows, 128 of which are a window."""
     one_shape = len({shape[1:] for _, shapes in shards for shape in shapes}) == 1
-    how = cache.layout("moments", "float16", one_shape=one_shape)
+    how = latent_layout("moments", "float16", one_shape=one_shape)
     plan, start, draw = {"latents": how}, 0, np.random.default_rng(0)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cache, "ROW_GROUP", 8)
+        patch.setattr(shards_module, "ROW_GROUP", 8)
         for shard, (count, shapes) in enumerate(shards):
             numbers = range(start, start + count)
             columns = {"id": [f"img-{n}" for n in numbers], "unit": numbers, "view": [0] * count}
             columns |= {name: [0] * count for name in ("height", "width", "crop_top", "crop_left")}
             columns |= {"flip": [False] * count, "label": [n % 5 or None for n in numbers]}
-            rows = pa.table(columns, schema=cache.row_schema(pa.schema([("label", pa.int64())])))
+            rows = pa.table(columns, schema=row_schema(pa.schema([("label", pa.int64())])))
             parts = [draw.normal(0, 1, shape).astype(np.float16) for shape in shapes]
-            nothing = cache.QUARANTINE.empty_table()
-            cache.commit_shard(str(folder), shard, (start, start + count), how, rows, parts, nothing)
+            nothing = QUARANTINE.empty_table()
+            commit_shard(str(folder), shard, (start, start + count), how, rows, parts, nothing)
             start += count
         cache.write_manifest(str(folder), plan, {"digest": "d", "units": start, "shards": len(shards)}, {})
     return folder

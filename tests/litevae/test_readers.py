@@ -10,6 +10,8 @@ import pyarrow as pa
 import pytest
 
 from litevae import cache
+from litevae.commits import commit_shard
+from litevae.shards import QUARANTINE, latent_layout, row_schema, to_stored
 
 CARRIED = pa.schema([("label", pa.int64()), ("caption", pa.string()), ("score", pa.float64()), ("good", pa.bool_())])
 CACHES = {  # content, dtype, the shapes of the rows of each shard
@@ -113,7 +115,7 @@ def rows_of(start, count):
         "score": [n / 7 for n in numbers],
         "good": [n % 7 == 0 for n in numbers],
     }
-    return pa.table(columns, schema=cache.row_schema(CARRIED))
+    return pa.table(columns, schema=row_schema(CARRIED))
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +124,7 @@ def written(tmp_path_factory):
     root, expected = tmp_path_factory.mktemp("caches"), {}
     for name, (content, dtype, shards) in CACHES.items():
         folder, start, draw = str(root / name), 0, np.random.default_rng(0)
-        how = cache.layout(content, dtype, one_shape=name != "buckets")
+        how = latent_layout(content, dtype, one_shape=name != "buckets")
         expected[folder] = []
         for shard, shapes in enumerate(shards):
             rows = rows_of(start, sum(count for count, *_ in shapes))
@@ -130,8 +132,8 @@ def written(tmp_path_factory):
             if dtype == "bfloat16":  # what it holds exactly: seven bits after the point
                 latents = [(part.view(np.uint32) & 0xFFFF0000).view(np.float32) for part in latents]
             units = (start, start := start + rows.num_rows)
-            stored = [cache.to_stored(part, dtype) for part in latents]
-            cache.commit_shard(folder, shard, units, how, rows, stored, cache.QUARANTINE.empty_table())
+            stored = [to_stored(part, dtype) for part in latents]
+            commit_shard(folder, shard, units, how, rows, stored, QUARANTINE.empty_table())
             values = [row.tolist() for part in latents for row in part]
             expected[folder] += [list(pair) for pair in zip(values, rows.to_pylist(), strict=True)]
         cache.write_manifest(folder, {"latents": how}, {"units": start, "shards": len(shards)}, {})

@@ -118,7 +118,7 @@ def test_encoding_over_nodes_that_go_and_come(nodes, photos, tmp_path):
     environment = os.environ | {"RAY_ADDRESS": nodes.address}
     with log.open("w") as file:
         process = start_job(photos, model, out, *small, *where, "ray.wait=200", stdout=file, env=environment)
-    seen = {"ray::Map(decode_shard)": set(), "ray::MapWorker(Map(Encoder))": set()}
+    seen = {"ray::Map(decode_shard)": set(), "ray::MapWorker(Map(ShardEncoder))": set()}
 
     def look(until):
         for title, where in seen.items():
@@ -129,7 +129,7 @@ def test_encoding_over_nodes_that_go_and_come(nodes, photos, tmp_path):
         commits = out / "commits"
         wait_for(lambda: process.poll() is not None or "waiting up to 200 s for the cluster to grow" in log.read_text())
         nodes.add("b", num_cpus=1, labels=GPU)
-        encoders = seen["ray::MapWorker(Map(Encoder))"]
+        encoders = seen["ray::MapWorker(Map(ShardEncoder))"]
         wait_for(lambda: process.poll() is not None or look(lambda: encoders == {"a", "b"}))
         wait_for(lambda: process.poll() is not None or look(lambda: commits.is_dir() and len(os.listdir(commits)) >= 3))
         # the other one waits, or it might be through with all that is left before there is a third
@@ -144,7 +144,7 @@ def test_encoding_over_nodes_that_go_and_come(nodes, photos, tmp_path):
     finally:
         process.kill()
     assert seen["ray::Map(decode_shard)"] == {"decode"}
-    assert seen["ray::MapWorker(Map(Encoder))"] == {"a", "b", "c"}
+    assert seen["ray::MapWorker(Map(ShardEncoder))"] == {"a", "b", "c"}
     found = verify.audit(str(out))
     assert (found.problems, found.general, found.missing) == ({}, [], [])
     counts = json.loads((out / "manifest.json").read_text())["counts"]

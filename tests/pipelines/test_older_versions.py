@@ -11,9 +11,9 @@ import pytest
 import torch
 from PIL import Image
 
-from litevae import cache
 from litevae.autoencoder import fingerprint, load_autoencoder
 from litevae.cache import LatentCache
+from litevae.commits import read_commit
 from litevae.images import to_tensor
 from litevae.ldm import load_ldm
 from pipelines.encoding import maintenance, verify
@@ -84,7 +84,7 @@ def test_an_unfinished_cache_is_finished_and_a_damaged_one_mended(old):
     shutil.rmtree(old / "cache/manifests")
     (old / "cache/commits/000001.json").unlink()
     assert encode()["digest"] == digest
-    shard = cache.read_commit(str(old / "cache"), 0)["file"]
+    shard = read_commit(str(old / "cache"), 0)["file"]
     (old / "cache" / shard).unlink()
     words = ["cache=cache", "model=model", "source=photos", "root=runs"]
     with in_process():

@@ -54,8 +54,8 @@ def test_rounds_by_another_clock():
 
 
 def test_numbers_by_hand():
-    assert meter.spread([3.0, 1.0, 2000.0], 1) == "3.0 (1.0 to 2,000.0)"
-    assert meter.spread([2.5], 2) == "2.50"
+    assert meter.median_and_range([3.0, 1.0, 2000.0], 1) == "3.0 (1.0 to 2,000.0)"
+    assert meter.median_and_range([2.5], 2) == "2.50"
     assert meter.ratio([2.0, 9.0, 4.0], [1.0, 3.0, 4.0]) == 2.0  # of 2, 3 and 1
     assert meter.rates([2.0, 0.5], 4) == [2.0, 8.0]
     with pytest.raises(ValueError):
@@ -69,7 +69,7 @@ def test_steady_rates_leave_the_first_quarter_out():
 
 
 def test_tables_in_markdown():
-    table = meter.Table("Title", "How.", ["", "a"], [["x", "1"], ["y", "2"]])
+    table = meter.ReportTable("Title", "How.", ["", "a"], [["x", "1"], ["y", "2"]])
     assert table.markdown == "### Title\n\nHow.\n\n|  | a |\n| --- | --- |\n| x | 1 |\n| y | 2 |\n"
 
 
@@ -258,10 +258,10 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch):
 def test_what_is_measured_is_written_at_once(tmp_path, monkeypatch):
     def part(setting):
         assert setting.place.is_dir()
-        yield meter.Table("First", "How.", ["a"], [["1"]], {"raw": [1.5]})
+        yield meter.ReportTable("First", "How.", ["a"], [["1"]], {"raw": [1.5]})
 
     def interrupted(setting):
-        yield meter.Table("Second", "How.", ["a"], [["2"]])
+        yield meter.ReportTable("Second", "How.", ["a"], [["2"]])
         raise KeyboardInterrupt
 
     monkeypatch.setattr(images, "part", part, raising=False)

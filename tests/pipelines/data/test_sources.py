@@ -24,8 +24,8 @@ from litevae.images import ImageError
 from litevae.order import EpochOrder
 from pipelines.data import discovery, tar_index
 from pipelines.data.config import Source as SourceConfig
+from pipelines.data.open_source import compare, open_source, restore
 from pipelines.data.source import Item
-from pipelines.data.sources import compare, open_source, restore
 
 ORIGINALS = Path(__file__).resolve().parents[4] / "shared" / "data" / "originals"
 

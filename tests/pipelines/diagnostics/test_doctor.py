@@ -14,8 +14,8 @@ from PIL import Image
 
 from litevae import native, storage
 from litevae.errors import UserError
+from pipelines.data.open_source import restore
 from pipelines.data.source import Source
-from pipelines.data.sources import restore
 from pipelines.diagnostics import doctor, folders, machine, probe, services, workload
 from pipelines.diagnostics.config import Doctor
 from pipelines.diagnostics.doctor import DRIVER, Finding, examined

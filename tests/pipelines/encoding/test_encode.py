@@ -26,10 +26,10 @@ from litevae.errors import UserError
 from litevae.images import ImageError, ImageTransform, to_tensor
 from pipelines.data import decode
 from pipelines.data.config import Source, Views
-from pipelines.data.sources import open_source
+from pipelines.data.open_source import open_source
 from pipelines.encoding import auto, encode, verify
 from pipelines.encoding.encode import encode_dataset
-from pipelines.encoding.encoder import Encoder
+from pipelines.encoding.encoder import ShardEncoder
 from pipelines.encoding.partition import Partition, cut
 from pipelines.encoding.plan import _content_of, make_plan
 from pipelines.runtime import cluster, host, paths
@@ -151,7 +151,7 @@ def test_decoding_brings_neither_diffusers_nor_torchs_compiler(folder):
         assert len(row["sizes"]), row["error"]
         print([name for name in ("diffusers", "torch._dynamo", "torch._inductor", "mlflow") if name in sys.modules])
     """
-    shard = Partition([open_source(Source(uri=str(folder)))], 8).shard(decode.Task(0))
+    shard = Partition([open_source(Source(uri=str(folder)))], 8).shard(decode.ShardTask(0))
     given = pickle.dumps((shard, Views(resolution=32)))
     done = subprocess.run([sys.executable, "-c", code], input=given, capture_output=True, check=True)
     assert done.stdout == b"[]\n"
@@ -164,11 +164,11 @@ def test_decoding_is_not_done_in_the_encoder(folder, model, tmp_path, capsys):
     source = open_source(settings.source)
     plan = make_plan(settings, source, source.identity, None)
     placement = cluster.start(settings.ray)
-    shards = [Partition([source], 8).shard(decode.Task(n)) for n in range(2)]
+    shards = [Partition([source], 8).shard(decode.ShardTask(n)) for n in range(2)]
     encode._pipeline(plan, shards, settings.out, placement).explain()
     physical = capsys.readouterr().out.rpartition("Physical Plan")[2]
     assert "TaskPoolMapOperator[Map(decode_shard)]" in physical
-    assert "ActorPoolMapOperator[Map(Encoder)]" in physical
+    assert "ActorPoolMapOperator[Map(ShardEncoder)]" in physical
 
 
 @pytest.mark.usefixtures("wherever")
@@ -388,7 +388,7 @@ def test_a_batch_too_large_for_the_memory_is_halved(few, model, tmp_path):
     settings = config(few, model, tmp_path / "cache", "batch_size=8")
     source = open_source(settings.source)
     plan = make_plan(settings, source, source.identity, None)
-    encoder = Encoder(str(tmp_path / "cache"), plan, False, 1)
+    encoder = ShardEncoder(str(tmp_path / "cache"), plan, False, 1)
     forward, sizes = encoder._forward, []
 
     def limited(batch):
@@ -398,7 +398,7 @@ def test_a_batch_too_large_for_the_memory_is_halved(few, model, tmp_path):
         return forward(batch)
 
     encoder._forward = limited
-    row = decode.decode_shard({"shard": Partition([source], 8).shard(decode.Task(0))}, settings.transform)
+    row = decode.decode_shard({"shard": Partition([source], 8).shard(decode.ShardTask(0))}, settings.transform)
     done = encoder(row)
     assert not done["error"]
     assert sizes == [8, 4, 2, 2, 2]
@@ -416,7 +416,7 @@ def test_what_is_compiled_runs_channels_last_and_gives_the_same(few, model, tmp_
     found = []
     for more in ([], ["compile=true"]):
         plan = make_plan(config(few, model, tmp_path / "cache", *more), source, source.identity, None)
-        found.append(Encoder(str(tmp_path / "cache"), plan, False, 1).encode(images))
+        found.append(ShardEncoder(str(tmp_path / "cache"), plan, False, 1).encode(images))
     (function,) = compiled
     (used,) = (cell.cell_contents for cell in function.__closure__ if isinstance(cell.cell_contents, torch.nn.Module))
     convolutions = [m for m in used.modules() if isinstance(m, torch.nn.Conv2d) and m.kernel_size == (3, 3)]

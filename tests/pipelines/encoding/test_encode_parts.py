@@ -15,15 +15,17 @@ from PIL import Image
 
 from litevae import cache
 from litevae.autoencoder import fingerprint
+from litevae.commits import commit_shard, committed_shards
 from litevae.errors import UserError
 from litevae.images import ImageError, to_tensor
+from litevae.shards import QUARANTINE, latent_layout, read_quarantine, read_shard, row_schema
 from pipelines.data import decode
 from pipelines.data.config import Views
-from pipelines.data.decode import Lost, Shard, Task
+from pipelines.data.decode import Lost, Shard, ShardTask
 from pipelines.data.source import Item
 from pipelines.encoding import encode, maintenance, totals
 from pipelines.encoding.config import Encode, Retry
-from pipelines.encoding.encoder import Encoder, _merged_rows, deterministic_fp32, load_encoder
+from pipelines.encoding.encoder import ShardEncoder, _merged_rows, deterministic_fp32, load_encoder
 from pipelines.encoding.listings import source_of
 from pipelines.encoding.partition import Partition
 from pipelines.encoding.plan import CachePlan, PlannedModel, make_plan
@@ -31,8 +33,8 @@ from pipelines.runtime import cluster, paths
 from pipelines.runtime.schema import validate
 from tests.encoding import cache_plan, plan_settings, save_model
 
-HOW = cache.layout("moments", "float16")
-ROWS = cache.row_schema(pa.schema([("label", pa.int64())]))
+HOW = latent_layout("moments", "float16")
+ROWS = row_schema(pa.schema([("label", pa.int64())]))
 PLACEMENT = cluster.Placement(workers=2, gpu=False, threads=1, decoders=4)
 
 
@@ -66,7 +68,7 @@ def encoder_of(out="", batch_size=4, how=HOW, native=False):
     """An encoder with a model whose latents are the means of an image's colours, at 1 x 1, and the shapes that it was
     given."""
     plan = cache_plan(latents=how, settings=plan_settings(batch_size=batch_size), kernels="native" if native else "")
-    encoder = Encoder(str(out), plan, False, 1)
+    encoder = ShardEncoder(str(out), plan, False, 1)
     seen = []
 
     def model(x):
@@ -88,11 +90,11 @@ def test_shards_are_cut_within_each_listing_and_count_units_on():
     partition = Partition([Listed([1] * 5), Listed([2, 2, 1], first=5)], 2)
     assert (len(partition), partition.units) == (6, 10)
     assert partition.sizes.tolist() == [2, 2, 1, 2, 2, 1]
-    shards = [partition.shard(Task(number)) for number in range(6)]
+    shards = [partition.shard(ShardTask(number)) for number in range(6)]
     assert [(shard.first, shard.source.units, shard.source.first) for shard in shards] == [
         (0, 2, 0), (2, 2, 2), (4, 1, 4), (5, 2, 5), (7, 2, 7), (9, 1, 9),
     ]  # fmt: skip
-    assert partition.shard(Task(3, 2, (6,))).task == Task(3, 2, (6,))
+    assert partition.shard(ShardTask(3, 2, (6,))).task == ShardTask(3, 2, (6,))
 
 
 def test_what_is_listed_is_one_source():
@@ -112,7 +114,7 @@ def test_what_is_listed_is_one_source():
 
 
 def decoded(units=8, first=20, only=(), **views):
-    shard = Shard(Task(3, 1 if only else 0, only), Listed([1] * units), first)
+    shard = Shard(ShardTask(3, 1 if only else 0, only), Listed([1] * units), first)
     return decode.decode_shard({"shard": shard}, Views(resolution=8, decode="pillow", **views))
 
 
@@ -232,7 +234,7 @@ def test_images_of_each_size_are_encoded_together():
 
 
 def test_a_shard_comes_out_as_its_commit(tmp_path):
-    encoder, _ = encoder_of(tmp_path, how=cache.layout("mean", "float32"))
+    encoder, _ = encoder_of(tmp_path, how=latent_layout("mean", "float32"))
     done = encoder(decoded())
     commit = json.loads(done["commit"])
     assert (done["error"], done["device"]) == ("", encoder.name)
@@ -241,7 +243,7 @@ def test_a_shard_comes_out_as_its_commit(tmp_path):
     assert commit["reasons"] == {"missing": 2, "not_an_image": 1}
     assert "generation" not in commit
     assert "batch_size" not in commit
-    rows, (latents,) = cache.read_shard(str(tmp_path), commit, encoder.how)
+    rows, (latents,) = read_shard(str(tmp_path), commit, encoder.how)
     assert rows["unit"].to_pylist() == [20, 21, 22, 26, 27]
     np.testing.assert_allclose(latents[:, 0, 0, 0], np.array([0, 10, 20, 60, 70]) / 127.5 - 1, atol=1e-6)
 
@@ -256,7 +258,7 @@ def test_what_goes_wrong_in_a_shard_is_told(tmp_path):
     encoder._model = refuse
     done = encoder(decoded())
     assert (done["error"], json.loads(done["commit"])) == ("another model", {})
-    assert cache.committed(str(tmp_path)) == {}
+    assert committed_shards(str(tmp_path)) == {}
 
 
 # --- commits ------------------------------------------------------------------------------------------------------
@@ -271,13 +273,13 @@ def numbered(first, count, **changes):
 
 
 def lost(*pairs, first=20):
-    shard = Shard(Task(3), Listed([1] * 8), first)
+    shard = Shard(ShardTask(3), Listed([1] * 8), first)
     rows = [decode.quarantined(shard, unit, f"i{unit}", Lost("decode", why, why)) for unit, why in pairs]
-    return pa.Table.from_pylist(rows, schema=cache.QUARANTINE)
+    return pa.Table.from_pylist(rows, schema=QUARANTINE)
 
 
 def row_of(rows, quarantine, task=None):
-    shard = Shard(task or Task(3), Listed([1] * 8), 20)
+    shard = Shard(task or ShardTask(3), Listed([1] * 8), 20)
     return {"shard": shard, "rows": decode.pack(rows), "quarantine": decode.pack(quarantine)}
 
 
@@ -292,10 +294,10 @@ def test_latents_that_can_not_be_stored_are_quarantined(tmp_path):
     values = latents(6)
     values[1, 1], values[4, 0], values[5, 0] = np.nan, 70_000, -65_504
     commit = encoder._commit(row_of(numbered(20, 6), lost((26, "corrupt"), (27, "empty"))), [(np.arange(6), values)])
-    rows, (stored,) = cache.read_shard(str(tmp_path), commit, HOW)
+    rows, (stored,) = read_shard(str(tmp_path), commit, HOW)
     assert rows["unit"].to_pylist() == [20, 22, 23, 25]
     assert stored[:, 0, 0, 0].tolist() == [0, 2, 3, -65_504]
-    found = cache.read_quarantine(str(tmp_path), commit).to_pylist()
+    found = read_quarantine(str(tmp_path), commit).to_pylist()
     assert [(r["unit"], r["id"], r["stage"], r["error"]) for r in found] == [
         (21, "i21", "encode", "not_finite"), (24, "i24", "encode", "out_of_range"),
         (26, "i26", "decode", "corrupt"), (27, "i27", "decode", "empty"),
@@ -315,19 +317,19 @@ def test_a_retry_keeps_rows_and_the_rest_of_the_quarantine(tmp_path):
     rows = numbered(20, 8).take([0, 2, 5, 7])  # of these shapes: 22 is of another size
     parts = [(np.array([0, 2, 3]), latents(3)), (np.array([1]), latents(1, 9, side=2))]
     quarantine = lost((21, "corrupt"), (23, "missing"), (24, "missing"), (26, "empty"))
-    how = encoder.how = cache.layout("moments", "float16", one_shape=False)
+    how = encoder.how = latent_layout("moments", "float16", one_shape=False)
     first = encoder._commit(row_of(rows, quarantine), parts)
-    again = Task(3, 1, (23, 24))
+    again = ShardTask(3, 1, (23, 24))
     same = encoder._commit(row_of(numbered(20, 0), lost((23, "missing"), (24, "missing")), again), [])
     assert same == first
-    assert cache.committed(str(tmp_path)) == {3: 0}
+    assert committed_shards(str(tmp_path)) == {3: 0}
     second = encoder._commit(row_of(numbered(23, 1), lost((24, "empty")), again), [(np.array([0]), latents(1, 50))])
     assert (second["generation"], second["rows"], second["quarantined"]) == (1, 5, 3)
     assert second["reasons"] == {"corrupt": 1, "empty": 2}
-    kept, stored = cache.read_shard(str(tmp_path), second, how)
+    kept, stored = read_shard(str(tmp_path), second, how)
     assert kept["unit"].to_pylist() == [20, 23, 25, 27, 22]
     assert [part[:, 0, 0, 0].tolist() for part in stored] == [[0, 50, 1, 2], [9]]
-    assert cache.read_quarantine(str(tmp_path), second)["unit"].to_pylist() == [21, 24, 26]
+    assert read_quarantine(str(tmp_path), second)["unit"].to_pylist() == [21, 24, 26]
 
 
 def test_rows_are_in_the_order_of_units_and_views():
@@ -351,7 +353,7 @@ def model(tmp_path_factory):
 
 def plan_for(model, content="moments", **more):
     return cache_plan(
-        model=PlannedModel(model, fingerprint(model), {}), latents=cache.layout(content, "float16"), **more
+        model=PlannedModel(model, fingerprint(model), {}), latents=latent_layout(content, "float16"), **more
     )
 
 
@@ -380,7 +382,7 @@ def test_an_encoder_loads_its_model_once_and_again_after_it_was_closed(model, tm
     monkeypatch.setattr(
         "pipelines.encoding.encoder.load_encoder", lambda plan, device: loaded.append(device.type) or (lambda x: x)
     )
-    encoder = Encoder("", plan_for(model, settings=plan_settings(batch_size=2)), False, 1)
+    encoder = ShardEncoder("", plan_for(model, settings=plan_settings(batch_size=2)), False, 1)
     encoder.encode(colours(3))
     assert loaded == ["cpu"]
     encoder.close()
@@ -410,7 +412,7 @@ def test_a_plan_says_all_that_decides_on_bytes(model, tmp_path):
     assert plan.model.config["_class_name"] == "LiteVAE"
     assert not [key for key in plan.model.config if key[0] == "_" and key != "_class_name"]
     assert plan.transform == decode.transform_of(config.transform).identity | {"seed": 9}
-    assert plan.latents == cache.layout("mean", "bfloat16", 4)
+    assert plan.latents == latent_layout("mean", "bfloat16", 4)
     assert (plan.precision, plan.compile, plan.kernels, plan.rows_per_shard) == ("fp32", False, "torch", 7)
     assert plan.columns == {field.name: str(field.type) for field in ROWS}
     assert asdict(plan.settings) == {
@@ -419,7 +421,7 @@ def test_a_plan_says_all_that_decides_on_bytes(model, tmp_path):
     }  # fmt: skip
     buckets = {"resolution": 64, "buckets": True, "bucket_step": 32}
     plan, _ = planned("/photos", model, transform=buckets, kernels="native", dtype="fp32")
-    assert plan.latents == cache.layout("moments", "float32", one_shape=False)
+    assert plan.latents == latent_layout("moments", "float32", one_shape=False)
     assert "seed" not in plan.transform
     assert plan.kernels == "native"
 
@@ -472,7 +474,7 @@ def commit(out, number, reasons=(), generation=0):
     count = 8 - len(reasons)
     quarantine = lost(*((first + count + n, why) for n, why in enumerate(reasons)), first=first)
     rows = numbered(first, count)
-    return cache.commit_shard(
+    return commit_shard(
         str(out), number, (first, first + 8), HOW, rows, [latents(count).astype(np.float16)], quarantine, generation
     )
 
@@ -480,11 +482,11 @@ def commit(out, number, reasons=(), generation=0):
 def test_shards_without_a_commit_are_done(tmp_path, monkeypatch):
     commit(tmp_path, 0)
     commit(tmp_path, 2)
-    job = encode.CacheJob(str(tmp_path), cache_plan(), Partition([Listed([1] * 40)], 8), PLACEMENT)
+    job = encode.CacheJob(str(tmp_path), cache_plan(), Partition([Listed([1] * 40)], 8), False, PLACEMENT)
     monkeypatch.setattr(encode, "plan_cache", lambda config: job)
     monkeypatch.setattr(encode, "encode_and_track", lambda *given: given)
     found = encode.encode_dataset(validate(Encode, {}))
-    assert found[2:] == (job, [Task(1), Task(3), Task(4)])
+    assert found[2:] == (job, [ShardTask(1), ShardTask(3), ShardTask(4)])
 
 
 def test_a_retry_is_of_the_quarantined_for_these_reasons(tmp_path, monkeypatch):
@@ -495,15 +497,15 @@ def test_a_retry_is_of_the_quarantined_for_these_reasons(tmp_path, monkeypatch):
     plan, partition = cache_plan(settings=plan_settings(batch_size=3)), Partition([Listed([1] * 24)], 8)
     counts = {"encoded": 10, "reasons": {"missing": 3, "empty": 1}}
     monkeypatch.setattr(maintenance, "_open", lambda config: (str(tmp_path), plan, partition))
-    monkeypatch.setattr(encode.cache, "read_manifest", lambda out: {"counts": counts})
+    monkeypatch.setattr(encode.cache, "read_manifest", lambda out: {"counts": counts, "source": {"shards": 3}})
     monkeypatch.setattr(encode.cluster, "start", lambda ray: PLACEMENT)
     given = []
     monkeypatch.setattr(maintenance, "encode_and_track", lambda *values: given.append(values) or {"images": 12})
     monkeypatch.setattr(maintenance, "print_summary", lambda done: done)
     assert maintenance.retry(Retry(reasons=["missing"])) == {"images": 12, "encoded_now": 2, "recovered": 2}
-    assert given[0][3] == [Task(0, 1, (7,)), Task(2, 2, (22, 23))]
+    assert given[0][3] == [ShardTask(0, 1, (7,)), ShardTask(2, 2, (22, 23))]
     maintenance.retry(Retry())
-    assert given[1][3] == [Task(0, 1, (6, 7)), Task(2, 2, (22, 23))]
+    assert given[1][3] == [ShardTask(0, 1, (6, 7)), ShardTask(2, 2, (22, 23))]
     assert given[1][1]["batch_size"] == 3
     with pytest.raises(UserError, match="nothing is quarantined as burnt; there is 1 empty, 3 missing"):
         maintenance.retry(Retry(reasons=["missing", "burnt"]))
@@ -542,7 +544,7 @@ class Shown:
 def runs(monkeypatch, tmp_path):
     """Encode shards of 8 by a stand-in for Ray's pipeline: `run(numbers, budget)`, the batches of shards that it was
     given, the progress and what is shown."""
-    given, progress, shown = [], type("Progress", (Shown,), {}), type("Encoding", (Shown,), {})
+    given, progress, shown = [], type("Progress", (Shown,), {}), type("EncodingGauges", (Shown,), {})
 
     def pipeline(plan, shards, out, placement):
         given.append([shard.task.shard for shard in shards])
@@ -559,15 +561,15 @@ def runs(monkeypatch, tmp_path):
 
     monkeypatch.setattr(encode, "_pipeline", pipeline)
     monkeypatch.setattr(encode, "Progress", progress)
-    monkeypatch.setattr(encode.prometheus, "Encoding", shown)
+    monkeypatch.setattr(encode.prometheus, "EncodingGauges", shown)
     clock = Clock()
     monkeypatch.setattr(encode, "time", clock)
     monkeypatch.setattr(totals, "time", clock)
 
     def run(numbers, budget=1.0, total=4):
         plan = cache_plan(settings=plan_settings(error_budget=budget))
-        job = encode.CacheJob(str(tmp_path), plan, Partition([Listed([1] * 8 * total)], 8), PLACEMENT)
-        return encode._encode(job, [Task(number) for number in numbers])
+        job = encode.CacheJob(str(tmp_path), plan, Partition([Listed([1] * 8 * total)], 8), False, PLACEMENT)
+        return encode._encode(job, [ShardTask(number) for number in numbers])
 
     return SimpleNamespace(run=run, given=given, progress=progress, shown=shown, out=tmp_path)
 
@@ -614,7 +616,7 @@ def test_the_budget_is_of_what_was_and_of_what_comes(runs):
     commit(runs.out, 0, ["missing"])
     with pytest.raises(UserError, match=r"2 of 32 images .*\(1 empty, 1 missing\), more than error_budget=0.05"):
         runs.run([1, 2], budget=0.05)
-    assert cache.committed(str(runs.out)).keys() == {0, 1}
+    assert committed_shards(str(runs.out)).keys() == {0, 1}
     runs.given.clear()
     with pytest.raises(UserError, match="2 of 32 images"):
         runs.run([2], budget=0.05)  # before anything more is done

@@ -31,7 +31,10 @@ from tests.nodes import cluster, title_of
 pytestmark = pytest.mark.chaos
 
 SEED = 2026
-TITLES = {"decode": "ray::Map(decode_shard)", "encoder": "ray::MapWorker(Map(Encoder))"}  # as Ray names its processes
+TITLES = {
+    "decode": "ray::Map(decode_shard)",
+    "encoder": "ray::MapWorker(Map(ShardEncoder))",
+}  # as Ray names its processes
 SIZES = ("rows_per_shard=3", "transform.resolution=96", "batch_size=16", "kernels=torch")  # a third of a second each
 TWO = ("ray.workers=2", "ray.decode_tasks=2")  # of each one for either node
 # `Job` has a method for each.

@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from litevae import cache, storage
+from litevae import cache, shards, storage
 from litevae.autoencoder import load_autoencoder
 from litevae.cache import LatentCache
 from litevae.errors import UserError
@@ -104,9 +104,9 @@ def rewrite(root, number, change):
     """A whole, valid shard with another content, and a commit that names it: only its meaning is wrong."""
     path = commit_file(root, number)
     commit, plan = json.loads(path.read_text()), cache.read_plan(str(root / "cache"))
-    rows, latents = cache.read_shard(str(root / "cache"), commit, plan["latents"])
+    rows, latents = shards.read_shard(str(root / "cache"), commit, plan["latents"])
     rows, latents = change(rows, [values.copy() for values in latents])
-    data = cache.shard_bytes(rows, latents, plan["latents"])
+    data = shards.shard_bytes(rows, latents, plan["latents"])
     name = f"shards/{number:06d}-other.parquet"
     (root / "cache" / name).write_bytes(data)
     record = {"file": name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}

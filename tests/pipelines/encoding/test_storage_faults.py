@@ -30,7 +30,7 @@ from litevae.errors import UserError
 from litevae.loader import LatentLoader
 from pipelines.data.config import Views
 from pipelines.data.decode import decode_carefully
-from pipelines.data.sources import open_source
+from pipelines.data.open_source import open_source
 from pipelines.encoding import verify
 from pipelines.encoding.config import Encode
 from pipelines.encoding.encode import encode_dataset, run
@@ -359,7 +359,7 @@ def test_an_image_that_memory_does_not_hold_is_lost_alone(large):
         import json, sys
         from pipelines.data.config import Views
         from pipelines.data.decode import decode_carefully
-        from pipelines.data.sources import open_source
+        from pipelines.data.open_source import open_source
         from pipelines.encoding.config import Encode
         from pipelines.runtime.cli import load
 

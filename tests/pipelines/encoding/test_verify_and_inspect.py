@@ -13,11 +13,13 @@ import torch
 from PIL import Image
 
 from litevae import cache
+from litevae.commits import commit_shard, latent_statistics
 from litevae.errors import UserError
 from litevae.images import to_tensor
+from litevae.shards import QUARANTINE, latent_layout, read_shard, row_schema, shard_bytes
 from pipelines.data import decode
 from pipelines.data.config import Source, Views
-from pipelines.data.sources import open_source
+from pipelines.data.open_source import open_source
 from pipelines.encoding import inspect, verify
 from pipelines.encoding.config import Inspect, Verify
 from pipelines.encoding.listings import source_of
@@ -25,7 +27,7 @@ from pipelines.encoding.partition import Partition
 from pipelines.encoding.plan import CachePlan
 from tests.encoding import cache_plan, plan_settings
 
-HOW = cache.layout("moments", "float16", views=2)
+HOW = latent_layout("moments", "float16", views=2)
 VIEWS = Views(resolution=8, decode="pillow", flips=True)
 LOST = {3: "empty", 11: "corrupt"}
 INPUTS = 20  # in 3 shards of 8, 8 and 4
@@ -51,7 +53,7 @@ def rows_of(units, source, **changes):
                 "flip": bool(view),
             }
             rows.append({"id": source.id(unit)} | own | source.columns(unit) | changes)
-    return pa.Table.from_pylist(rows, schema=cache.row_schema(source.schema))
+    return pa.Table.from_pylist(rows, schema=row_schema(source.schema))
 
 
 def commit(root, number, generation=0, lost=None):
@@ -63,8 +65,8 @@ def commit(root, number, generation=0, lost=None):
         for unit in units if unit in lost
     ]  # fmt: skip
     good = [unit for unit in units if unit not in lost]
-    quarantine = pa.Table.from_pylist(bad, schema=cache.QUARANTINE)
-    return cache.commit_shard(
+    quarantine = pa.Table.from_pylist(bad, schema=QUARANTINE)
+    return commit_shard(
         str(root / "cache"), number, (units.start, units.stop), HOW, rows_of(good, source), [latents_of(good)],
         quarantine, generation,
     )  # fmt: skip
@@ -81,7 +83,7 @@ def made(tmp_path_factory):
     source = open_source(Source(uri=str(tmp_path / "photos")))
     plan = cache_plan(
         transform=decode.transform_of(VIEWS).identity, latents=HOW,
-        columns={field.name: str(field.type) for field in cache.row_schema(source.schema)},
+        columns={field.name: str(field.type) for field in row_schema(source.schema)},
         settings=plan_settings(transform=VIEWS.model_dump(mode="json")),
     )  # fmt: skip
     out = str(tmp_path / "cache")
@@ -117,13 +119,13 @@ def change_commit(root, number, **changes):
 def rewrite(root, number, change, statistics=False):
     """Another content of a shard, whose bytes are as its commit says."""
     found = json.loads(commit_of(root, number).read_text())
-    rows, latents = cache.read_shard(str(root / "cache"), found, HOW)
+    rows, latents = read_shard(str(root / "cache"), found, HOW)
     rows, latents = change(rows, [values.copy() for values in latents])
-    data = cache.shard_bytes(rows, latents, HOW)
+    data = shard_bytes(rows, latents, HOW)
     (root / f"cache/shards/other-{number}.parquet").write_bytes(data)
     about = {"file": f"shards/other-{number}.parquet", "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     about |= {"rows": rows.num_rows, "shapes": [[*values.shape] for values in latents]}
-    change_commit(root, number, **about, **({"statistics": cache.statistics(latents, HOW)} if statistics else {}))
+    change_commit(root, number, **about, **({"statistics": latent_statistics(latents, HOW)} if statistics else {}))
 
 
 def with_column(rows, name, values):
@@ -386,7 +388,7 @@ def test_nothing_is_decoded_where_only_facts_are_wanted(root, monkeypatch):
 def test_rows_come_with_the_views_that_they_are_of(root):
     latents = cache.LatentCache(root / "cache")
     source = open_source(Source(uri=str(root / "photos")))
-    shard = Partition([source], 8).shard(decode.Task(1))
+    shard = Partition([source], 8).shard(decode.ShardTask(1))
     pixels, stored = inspect._rows_of(latents, shard, CachePlan.from_json(latents.manifest, ""), 14)
     assert [values[0, 0, 0] for values in stored] == [u + v / 2 for u in (8, 9, 10, 12, 13, 14, 15) for v in (0, 1)]
     assert [image[0, 0, 0] for image in pixels] == [12 * u for u in (8, 9, 10, 12, 13, 14, 15) for _ in (0, 1)]

@@ -84,7 +84,9 @@ class Clock:
 def test_one_model_is_measured(folder, tmp_path, monkeypatch, part):
     """The model of diffusers above: warm-up left out, medians and extremes of the others, and its MACs by hand."""
     cfg = config([str(folder)], tmp_path, part=part, warmup=2, batch_size=2, precision="fp32")
-    meter = module.Meter(module.Plan(str(folder), 2, 3), cfg, cluster.Placement(workers=1, gpu=False, threads=2))
+    meter = module.CostMeter(
+        module.ModelToMeasure(str(folder), 2, 3), cfg, cluster.Placement(workers=1, gpu=False, threads=2)
+    )
     seen, run = [], meter.half.run
     meter.half.run = meter.half.forward = lambda x: seen.append(x) or run(x)
     clock = Clock(9, 9, 2.0, 0.5, 1.0, 9, 9, 0.004, 0.001, 0.002)
@@ -112,7 +114,9 @@ def test_one_model_is_measured(folder, tmp_path, monkeypatch, part):
 
 def test_macs_are_half_the_flops(folder, tmp_path):
     cfg = config([str(folder)], tmp_path, part="decoder", batch_size=1, repeats=1, warmup=1)
-    meter = module.Meter(module.Plan(str(folder), 2, 3), cfg, cluster.Placement(workers=1, gpu=False, threads=1))
+    meter = module.CostMeter(
+        module.ModelToMeasure(str(folder), 2, 3), cfg, cluster.Placement(workers=1, gpu=False, threads=1)
+    )
     meter.half.run = meter.half.forward = torch.nn.Conv2d(3, 5, 3, padding=1)
     assert meter.measure()[0]["gmacs"] * 1e9 == pytest.approx(conv(3, 5, SIDE // 2))
 

@@ -197,7 +197,7 @@ def evaluator(monkeypatch, posterior=True, networks=(), **more):
     found.model = SimpleNamespace(decode=decode)
     measures = {
         "psnr": reconstruction.METRICS["psnr"],
-        "first": reconstruction.Metric("", "", lambda x, y: x[:, 0, 0, 0]),
+        "first": reconstruction.QualityMetric("", "", lambda x, y: x[:, 0, 0, 0]),
     }
     found.judges = SimpleNamespace(metrics=measures, networks=list(networks))
     return found

@@ -24,7 +24,7 @@ from litevae.errors import UserError
 from litevae.images import to_uint8
 from litevae.ldm import LDM, NormalizedAutoencoder, ldm_fingerprint, load_ldm, save_ldm
 from pipelines.data.config import Source
-from pipelines.data.sources import open_source
+from pipelines.data.open_source import open_source
 from pipelines.evaluation import sample as module
 from pipelines.evaluation.config import Sample
 from pipelines.evaluation.sample import sample

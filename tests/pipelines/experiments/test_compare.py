@@ -22,9 +22,10 @@ from litevae.errors import UserError
 from pipelines.experiments import paper
 from pipelines.experiments.charts import chart, mean, thinned
 from pipelines.experiments.compare import compare, select
-from pipelines.experiments.comparison import Metric, Run, comparison, paper_key, significance, tagged
+from pipelines.experiments.comparison import ComparedMetric, Run, comparison, paper_key, tagged
 from pipelines.experiments.config import Compare
 from pipelines.experiments.page import as_json, markdown, page, report
+from pipelines.experiments.statistics import significance
 from pipelines.runtime.cli import load
 
 PSNR = "eval/reconstruction/psnr"
@@ -155,14 +156,14 @@ def test_numbers_have_four_digits_of_the_largest(values: tuple[float, float], sh
 
 
 def test_signs_and_numbers_that_are_next_to_nothing() -> None:
-    metric = Metric("eval/lpips", "", False, 3)
+    metric = ComparedMetric("eval/lpips", "", False, 3)
     assert (metric.text(None), metric.text(0.0), metric.text(-0.5, sign=True)) == ("–", "0.000", "−0.500")
     assert (metric.text(0.25, sign=True), metric.text(0.0001), metric.text(0.001)) == ("+0.250", "1.0e−04", "0.001")
     assert [metric.better(value) for value in (1.0, -1.0, 0.0, None)] == [False, True, None, None]
     assert replace(metric, higher=True).better(1.0) is True
     assert replace(metric, higher=None).better(1.0) is None
     assert [replace(metric, higher=way).arrow for way in (True, False, None)] == [" ↑", " ↓", ""]
-    assert (metric.title, Metric("", "rfid", False).title) == ("LPIPS", "rFID")
+    assert (metric.title, ComparedMetric("", "rfid", False).title) == ("LPIPS", "rFID")
 
 
 def test_remarks_say_what_the_numbers_are() -> None:

@@ -9,7 +9,7 @@ from litevae.errors import UserError
 from pipelines.encoding.config import Encode
 from pipelines.evaluation.config import Evaluate, EvaluateSamples, Sample
 from pipelines.experiments import paper
-from pipelines.runtime.schema import validate
+from pipelines.runtime.schema import merged, validate
 from pipelines.training.config import TrainLDM, TrainVAE
 from pipelines.training.vae import build_model
 
@@ -278,9 +278,9 @@ def test_what_smaller_scales_set():
 
 def test_settings_are_merged_and_leave_what_they_are_of():
     first, second = {"a": {"b": 1, "c": {"d": 2}}, "e": [1]}, {"a": {"c": {"f": 3}}, "e": [2], "g": {"h": 1}}
-    assert paper.merged(first, second) == {"a": {"b": 1, "c": {"d": 2, "f": 3}}, "e": [2], "g": {"h": 1}}
+    assert merged(first, second) == {"a": {"b": 1, "c": {"d": 2, "f": 3}}, "e": [2], "g": {"h": 1}}
     assert first == {"a": {"b": 1, "c": {"d": 2}}, "e": [1]}
-    assert paper.merged({"a": 1}, {"a": {"b": 2}}) == {"a": {"b": 2}}
+    assert merged({"a": 1}, {"a": {"b": 2}}) == {"a": {"b": 2}}
     assert paper.table("Table-9") is paper.table("t9") is paper.table("9")
 
 

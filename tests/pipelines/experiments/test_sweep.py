@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,7 +20,16 @@ from ray.util.queue import Queue
 from litevae.autoencoder import load_autoencoder
 from pipelines.experiments import paper, run_trial, search_space, sweep, trials
 from pipelines.experiments.config import Sweep
-from pipelines.experiments.trials import RESULT, TRAINED, Trial, _listed, load_network, trials_of_space, trials_of_table
+from pipelines.experiments.trials import (
+    RESULT,
+    TRAINED,
+    SweepSetup,
+    Trial,
+    _listed,
+    load_network,
+    trials_of_space,
+    trials_of_table,
+)
 from pipelines.runtime.cli import load, main
 from pipelines.runtime.schema import validate
 from pipelines.training.config import TrainVAE
@@ -249,15 +257,12 @@ KINDS = {
 
 def _in_this_process(cfg, trials, placement, run, folder):
     """Instead of Tune, which other tests have: trials one after another, with Ray Train's workers, and no others."""
-    setup = {
-        "cfg": cfg.model_dump(mode="json"),
-        "ray": cfg.ray.model_dump(mode="json"),
-        "cwd": "",
-        "parent": run.run_id,
-    }
+    setup = SweepSetup(
+        cfg.model_dump(mode="json"), trials, run.run_id, folder, ray=cfg.ray.model_dump(mode="json"), cwd=""
+    )
     with in_process():
         for each in trials:
-            run_trial._work(asdict(each), setup, Queue())
+            run_trial._work(each, setup, Queue())
     return []
 
 
@@ -328,9 +333,9 @@ def simulated(monkeypatch):
     below 1e-6 comes to no end by itself."""
 
     def work(found, setup, reports):
-        cfg, train = validate(Sweep, setup["cfg"]), found["train"]
+        cfg, train = validate(Sweep, setup.cfg), found.train
         total, every = train["stages"][0]["images"], cfg.every
-        folder, started = Path(train["root"], train["name"]), Path(setup["folder"], "started")
+        folder, started = Path(train["root"], train["name"]), Path(setup.folder, "started")
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(json.dumps(train))
         started.mkdir(exist_ok=True)
@@ -359,11 +364,11 @@ def simulated(monkeypatch):
             kept = folder / f"checkpoint-{images}.json"
             kept.write_text(json.dumps([images, psnr]))
             reports.put(({"images": images, "psnr": psnr}, str(kept)))
-        for row in found["rows"]:
-            os.makedirs(row["folder"], exist_ok=True)
+        for row in found.rows:
+            os.makedirs(row.folder, exist_ok=True)
             metrics = {"eval/reconstruction/psnr": psnr}
-            result = {"row": row["name"], "seed": row["seed"], "metrics": metrics, "remarks": [], "train_vae": train}
-            Path(row["folder"], RESULT).write_text(json.dumps(result))
+            result = {"row": row.name, "seed": row.seed, "metrics": metrics, "remarks": [], "train_vae": train}
+            Path(row.folder, RESULT).write_text(json.dumps(result))
         (folder / TRAINED).touch()
         return {"images": images, "psnr": psnr}
 
@@ -371,7 +376,7 @@ def simulated(monkeypatch):
         run_trial._work = work  # in Tune's actor
         run_trial.run(values, setup)
 
-    monkeypatch.setattr(sweep, "trial", SimpleNamespace(run=run))
+    monkeypatch.setattr(sweep, "run_trial", SimpleNamespace(run=run))
 
     def words(images, every=80):
         stage = f"{{resolution: 32, images: {images}, batch_size: 8}}"

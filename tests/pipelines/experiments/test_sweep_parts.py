@@ -3,6 +3,7 @@
 import json
 import queue
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,6 +22,8 @@ from pipelines.evaluation import sample as sample_job
 from pipelines.experiments import paper, run_trial, search_space, sweep
 from pipelines.experiments.config import Sweep
 from pipelines.experiments.trials import (
+    SweepSetup,
+    TrainedModel,
     Trial,
     TrialRow,
     _is,
@@ -135,7 +138,7 @@ def test_numbers_as_yaml_does_not_take_them():
         5,
         None,
     ]
-    assert dict(search_space.fields_of({"a": {"b": ["1e-4", "x"]}, "c": {"uniform": ["1e-4", 1]}})) == {
+    assert dict(search_space.space_fields({"a": {"b": ["1e-4", "x"]}, "c": {"uniform": ["1e-4", 1]}})) == {
         "a.b": [1e-4, "x"], "c": {"uniform": [1e-4, 1]},
     }  # fmt: skip
     assert search_space.nested({"a.b": 1, "a.c.d": 2, "e": 3}) == {"a": {"b": 1, "c": {"d": 2}}, "e": 3}
@@ -212,11 +215,11 @@ def test_trials_that_are_done_or_were_stopped_are_not_run_again(tuner, tmp_path,
     function({"trial": 1})
     ((values, setup),) = called
     assert values == {"trial": 1}
-    assert setup["cfg"] == cfg.model_dump(mode="json")
-    assert [each["train"]["name"] for each in setup["trials"]] == [f"vae-{n}" for n in range(4)]
-    assert (setup["parent"], setup["folder"]) == ("parent", str(tmp_path / "sweep"))
+    assert setup.cfg == cfg.model_dump(mode="json")
+    assert [each.train["name"] for each in setup.trials] == [f"vae-{n}" for n in range(4)]
+    assert (setup.parent, setup.folder) == ("parent", str(tmp_path / "sweep"))
     own = {"cpus_per_worker": 3, "worker_labels": {"pool": "w"}, "decode_labels": {"pool": "d"}}
-    assert setup["ray"] == cfg.ray.model_dump(mode="json") | own
+    assert setup.ray == cfg.ray.model_dump(mode="json") | own
     for each in trials:
         leave(each.rows[-1], "result.json")
     leave(trials[1].rows[0], "result.json")
@@ -359,12 +362,8 @@ def tunes_actor(monkeypatch):
 
 
 def setup_of(cfg, **more):
-    return {
-        "cfg": cfg.model_dump(mode="json"),
-        "ray": {"worker_labels": {}},
-        "folder": "f",
-        "trials": ["zero", "one"],
-    } | more
+    given = {"ray": {"worker_labels": {}}, "folder": "f", "trials": ["zero", "one"], "parent": "", "cwd": ""} | more
+    return SweepSetup(cfg.model_dump(mode="json"), **given)
 
 
 def test_what_a_training_reports_at_checkpoints_is_tunes(tunes_actor):
@@ -387,7 +386,7 @@ def test_with_pbt_a_trial_goes_on_from_another_ones_checkpoint(tunes_actor, tmp_
         points.append((values, seed, folder, begin))
         return Trial({"name": "n", "root": "r"})
 
-    monkeypatch.setattr("pipelines.experiments.trials.point", point)
+    monkeypatch.setattr(run_trial, "point", point)
     (tmp_path / "checkpoint.json").write_text('{"path": "runs/a/checkpoint-8"}')
     cfg = configured("runs", "scheduler=pbt", "space.optim.lr=[1]")
     tunes_actor.begin = SimpleNamespace(as_directory=lambda: nullcontext(str(tmp_path)))
@@ -395,7 +394,7 @@ def test_with_pbt_a_trial_goes_on_from_another_ones_checkpoint(tunes_actor, tmp_
         {"optim.lr": 0.5, "seed": 3}, setup_of(cfg), [[({"psnr": 1.0}, "runs/b/checkpoint-16"), "end"]]
     )
     assert points == [({"optim.lr": 0.5}, 3, "f", "runs/a/checkpoint-8")]
-    assert found.task[0] == {"train": {"name": "n", "root": "r"}, "rows": []}
+    assert found.task[0] == Trial({"name": "n", "root": "r"})
     assert found.checkpoints == [{"path": "runs/b/checkpoint-16"}, None]
     tunes_actor.begin = None
     tunes_actor.run({"optim.lr": 0.5, "seed": 3}, setup_of(cfg), [["end"]])
@@ -416,7 +415,7 @@ def test_a_trial_is_a_training_and_its_rows_that_are_not_done(tmp_path, monkeypa
     def train(cfg, mine, parent, reports):
         print("much")
         trained.append((mine, parent, reports))
-        return {"metrics": {"psnr": 1.0, "images": 800}}
+        return TrainedModel("folder", "the model", {"psnr": 1.0, "images": 800}, rows[0].folder)
 
     def judge(cfg, values, trained, row, parent):
         print("more")
@@ -425,7 +424,7 @@ def test_a_trial_is_a_training_and_its_rows_that_are_not_done(tmp_path, monkeypa
 
     monkeypatch.setattr(run_trial, "_trained", train)
     monkeypatch.setattr(run_trial, "_evaluate", judge)
-    asked = {"train": {"name": "n", "root": "r"}, "rows": [vars(row) for row in rows]}
+    asked = Trial({"name": "n", "root": "r"}, rows)
     setup = setup_of(configured(), ray={"workers": 2}, cwd=str(tmp_path / "nowhere"), parent="p")
     found = run_trial._work(asked, setup, "reports")
     assert found == {"psnr": 30.0, "ssim": 0.3, "images": 800}
@@ -457,7 +456,8 @@ def test_a_training_is_done_once(tmp_path, monkeypatch):
     cfg = configured(tmp_path, "name=mine", "tracking.tags={a: b}")
     for _ in range(2):
         found = run_trial._trained(cfg, mine, "parent", "queue")
-    assert found == {
+    assert found == TrainedModel(mine.folder, "the model", {"psnr": 20.5, "images": 8}, row.folder)
+    assert json.loads(Path(mine.folder, "trained.json").read_text()) == {
         "folder": mine.folder, "model": "the model", "metrics": {"psnr": 20.5, "images": 8}, "row": row.folder,
     }  # fmt: skip
     ((config, callbacks),) = ran
@@ -511,7 +511,7 @@ def test_a_row_is_evaluated_and_joins_its_trainings_run(tracked, tmp_path, monke
     for folder in (training, tmp_path / "row"):
         folder.mkdir()
     (training / "metrics.jsonl").write_text('{"train/loss": 1}\n')
-    trained = {"folder": str(training), "model": "the model", "metrics": {"images": 800}, "row": row.folder}
+    trained = TrainedModel(str(training), "the model", {"images": 800}, row.folder)
     cfg, values = configured(tmp_path), {"name": "vae-1", "optim": {}}
     run_trial._evaluate(cfg, values, trained, row, "parent")
     assert (asked[0].model, asked[0].images, asked[0].out) == ("the model", 5, str(tmp_path / "row/evaluation"))
@@ -527,7 +527,7 @@ def test_a_row_is_evaluated_and_joins_its_trainings_run(tracked, tmp_path, monke
         "run": "link to run", "train_vae": values,
     }  # fmt: skip
     # of another row, or where the run has an evaluation already: a run of its own, with the training's metrics
-    run_trial._evaluate(cfg, values, trained | {"row": "another"}, row, "parent")
+    run_trial._evaluate(cfg, values, replace(trained, row="another"), row, "parent")
     (training / "metrics.jsonl").write_text('{"eval/reconstruction/psnr": 1}\n')
     run_trial._evaluate(cfg, values, trained, row, "parent")
     for started in tracked.started[1:]:
@@ -552,7 +552,7 @@ def test_a_row_with_a_diffusion_model(tracked, tmp_path, monkeypatch):
     }  # fmt: skip
     row = TrialRow("a row", 3, str(tmp_path), jobs)
     (tmp_path / "metrics.jsonl").write_text("")
-    trained = {"folder": str(tmp_path), "model": "the model", "metrics": {"images": 800}, "row": row.folder}
+    trained = TrainedModel(str(tmp_path), "the model", {"images": 800}, row.folder)
     run_trial._evaluate(configured(tmp_path), {"name": "vae-1"}, trained, row, "")
     encoded, trained, drawn, judged = (asked[name] for name in ("encode", "ldm", "sample", "judge"))
     assert (encoded.model, encoded.out, encoded.rows_per_shard) == ("the model", f"{tmp_path}/cache", 7)

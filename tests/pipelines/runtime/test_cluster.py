@@ -141,7 +141,7 @@ def test_a_worker_that_measures_computes_alike_each_time(monkeypatch):
 def init(monkeypatch, nodes):
     """What Ray is started with; no variable of Ray's is set."""
     given = []
-    for name in [*cluster.ENVIRONMENT, cluster._MANY_MACHINES, cluster._NOTICES, "RAY_ADDRESS",
+    for name in [*cluster.ENVIRONMENT, cluster._MANY_MACHINES, cluster.PREEMPTION_NOTICES, "RAY_ADDRESS",
                  "RAY_JOB_CONFIG_JSON_ENV_VAR", "RAY_API_SERVER_ADDRESS"]:  # fmt: skip
         monkeypatch.setenv(name, "")  # restored in the end, whatever is set meanwhile
         monkeypatch.delenv(name)
@@ -169,7 +169,7 @@ def test_without_a_cluster_one_is_started_on_loopback_alone(init, nodes):
     assert (placement.workers, placement.jobs, placement.labels, placement.decode_labels) == (3, 2, {}, {})
     assert cluster._MANY_MACHINES not in os.environ
     assert "RAY_API_SERVER_ADDRESS" not in os.environ
-    assert os.environ[cluster._NOTICES] == "0"
+    assert os.environ[cluster.PREEMPTION_NOTICES] == "0"
     assert {name: os.environ[name] for name in cluster.ENVIRONMENT} == {
         "RAY_USAGE_STATS_ENABLED": "0", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5", "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
         "RAY_TRAIN_COLLECTIVE_TIMEOUT_S": "600", "RAY_CHDIR_TO_TRIAL_DIR": "0", "RAY_DEDUP_LOGS": "0",
@@ -227,7 +227,7 @@ def test_a_cluster_that_there_is_is_joined(init, monkeypatch):
         monkeypatch.setenv("RAY_DEDUP_LOGS", "1")  # the user's own is left
         cluster.start(Ray())
         assert init.pop() == {"logging_level": "ERROR", "log_to_driver": True, "alone": None, "server": None}
-        assert os.environ[cluster._NOTICES] == "1"
+        assert os.environ[cluster.PREEMPTION_NOTICES] == "1"
         assert os.environ["RAY_DEDUP_LOGS"] == "1"
         monkeypatch.delenv(name)
     monkeypatch.setenv("RAY_ADDRESS", "here")

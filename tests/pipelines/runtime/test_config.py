@@ -19,7 +19,7 @@ from pipelines.experiments.config import Compare, Sweep
 from pipelines.runtime import cli, schema
 from pipelines.runtime.cli import PRESETS, load, main, section_of, usage
 from pipelines.runtime.schema import dump
-from pipelines.training.config import Objective, Stage, TrainLDM, TrainVAE
+from pipelines.training.config import DiffusionObjective, Stage, TrainLDM, TrainVAE
 
 RECORDED = yaml.safe_load((Path(__file__).parents[2] / "data" / "configs.yaml").read_text())
 ROOMS = sorted(path.parent.name for path in Path(pipelines.__file__).parent.glob("*/config.py"))
@@ -82,7 +82,7 @@ def test_fields_allow_what_is_recorded(name):
 def test_a_stage_has_a_size():
     stage = Stage(images=5)
     assert (stage.resolution, stage.batch_size) == (256, 16)
-    assert TrainLDM().objective == Objective()
+    assert TrainLDM().objective == DiffusionObjective()
 
 
 def test_configs_do_not_change():

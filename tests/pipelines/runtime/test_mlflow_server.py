@@ -172,7 +172,7 @@ def test_server_killed_in_the_middle_and_back(
     server: Server, tmp_path: Path, capfd, monkeypatch, asked: list["Request"]
 ) -> None:
     monkeypatch.setattr(mlflow_run, "FLUSH_EVERY", 0.05)
-    monkeypatch.setattr(mlflow_server, "BACKOFF", (0.1, 0.5))
+    monkeypatch.setattr(mlflow_run, "BACKOFF", (0.1, 0.5))
     folder = tmp_path / "vae"
     handle = begin(folder, server.uri)
     tracker = Tracker(handle)
@@ -253,7 +253,7 @@ def log_on_a_dead_server(handle: RunHandle, asked: list[Request]) -> None:
 def dead(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """A server that refuses, or one that hangs; what failed is not tried again for hours."""
     monkeypatch.setattr(mlflow_server, "REQUEST_TIMEOUT", 1)
-    monkeypatch.setattr(mlflow_server, "BACKOFF", (9999.0, 9999.0))
+    monkeypatch.setattr(mlflow_run, "BACKOFF", (9999.0, 9999.0))
     if request.param == "hanging":
         return request.getfixturevalue("hanging")
     return f"http://me:secret@127.0.0.1:{request.getfixturevalue('closed_port')}"

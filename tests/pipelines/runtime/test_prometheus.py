@@ -33,7 +33,7 @@ def exported():
 
 @pytest.mark.slow
 def test_what_is_shown_is_exported(exported):
-    training, encoding = prometheus.Training("vae"), prometheus.Encoding("cache")
+    training, encoding = prometheus.TrainingGauges("vae"), prometheus.EncodingGauges("cache")
     speed = {"images_per_second": 25.0, "waiting_for_data": 0.5}
     training.show(64, 8, {"loss": 2.0, "skipped_steps": 0.25} | speed)
     training.show(64, 8, {"loss": float("nan"), "skipped_steps": 0.0} | speed)

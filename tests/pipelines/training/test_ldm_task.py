@@ -22,7 +22,7 @@ from pipelines.runtime.schema import validate, values_to_keep
 from pipelines.training import latent_feeds, ranks, run_folder
 from pipelines.training import ldm as module
 from pipelines.training.config import TrainLDM
-from pipelines.training.ldm import MAY_CHANGE, MAY_CHANGE_CACHED, Diffusion
+from pipelines.training.ldm import MAY_CHANGE, MAY_CHANGE_CACHED, LdmTask
 from pipelines.training.worker_setup import LatentData
 from tests.encoding import encoded_crops
 from tests.in_process import up_to_the_workers
@@ -48,7 +48,7 @@ def task(made, tmp_path, monkeypatch):
 
     def make(*more, rank=0, world=1):
         config = load(TrainLDM, None, [*SMALL, f"cache={made[0]}", f"root={tmp_path}", *more])
-        return Diffusion(config, ldm_setup(config), rank, world, torch.device("cpu"))
+        return LdmTask(config, ldm_setup(config), rank, world, torch.device("cpu"))
 
     return make
 

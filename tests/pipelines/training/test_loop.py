@@ -17,8 +17,9 @@ from pipelines.runtime import mlflow_run, progress, prometheus, shutdown
 from pipelines.runtime.cli import load
 from pipelines.runtime.cluster import Placement
 from pipelines.runtime.schema import values_to_keep
-from pipelines.training import checkpoint, compiling, launch, loop, optimizer, step_metrics
+from pipelines.training import checkpoint, compiling, interruptions, launch, loop, optimizer, step_metrics
 from pipelines.training.config import Loop, Optimizer, TrainLDM
+from pipelines.training.interruptions import StopRequest
 from pipelines.training.worker_setup import TrainSetup
 from tests.setups import untracked
 
@@ -29,7 +30,7 @@ WAIT, STEP = 0.5, 1.5  # seconds for a batch, and for a step unless the task say
 def clock(monkeypatch):
     """Moves when the task does something."""
     clock = SimpleNamespace(now=1000.0)
-    for module in (loop, progress, step_metrics):
+    for module in (interruptions, progress, step_metrics):
         monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: clock.now))
     return clock
 
@@ -140,7 +141,7 @@ def run(clock, tmp_path, monkeypatch):
     monkeypatch.setattr("ray.train.report", report)
     monkeypatch.setattr("ray.train.get_checkpoint", lambda: None)
     monkeypatch.setattr(mlflow_run, "Tracker", Told)
-    monkeypatch.setattr(loop, "LOOK_EVERY", 0.0)
+    monkeypatch.setattr(interruptions, "LOOK_EVERY", 0.0)
     monkeypatch.setattr(prometheus, "Training", lambda name: SimpleNamespace(
         show=lambda *arguments: shown.append((name, *arguments))
     ))  # fmt: skip
@@ -512,10 +513,10 @@ def test_all_ranks_hear_of_a_request_at_the_same_step(tmp_path, monkeypatch):
             sent.append(float(tensor))
         return SimpleNamespace(wait=lambda: tensor.fill_(sent[number]))
 
-    monkeypatch.setattr(loop, "LOOK_EVERY", 0.0)
+    monkeypatch.setattr(interruptions, "LOOK_EVERY", 0.0)
     monkeypatch.setattr(torch.distributed, "new_group", lambda backend: backend)
     monkeypatch.setattr(torch.distributed, "broadcast", broadcast)
-    ranks = [loop.StopRequest(str(tmp_path), rank, 2) for rank in (0, 1)]
+    ranks = [StopRequest(str(tmp_path), rank, 2) for rank in (0, 1)]
     heard = []
     for step in range(6):
         if step == 2:
@@ -530,7 +531,7 @@ def test_all_ranks_hear_of_a_request_at_the_same_step(tmp_path, monkeypatch):
 def test_one_rank_looks_for_a_request_now_and_then_and_remembers_it(tmp_path, clock, monkeypatch):
     looks = []
     monkeypatch.setattr(os.path, "exists", lambda path: looks.append(clock.now) or os.access(path, os.F_OK))
-    watch = loop.StopRequest(str(tmp_path), 0, 1)
+    watch = StopRequest(str(tmp_path), 0, 1)
     for n in range(8):
         assert watch.heard() == (n >= 6)
         clock.now += 0.2

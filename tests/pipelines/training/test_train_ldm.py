@@ -29,8 +29,8 @@ from pipelines.encoding.plan import CachePlan
 from pipelines.runtime.cli import load, main
 from pipelines.training import checkpoint
 from pipelines.training.config import TrainLDM
-from pipelines.training.latent_feeds import Online
-from pipelines.training.ldm import Diffusion, train_ldm
+from pipelines.training.latent_feeds import OnlineFeed
+from pipelines.training.ldm import LdmTask, train_ldm
 from tests.encoding import encoded_crops
 from tests.in_process import as_worker
 from tests.killing import kill_driver
@@ -69,7 +69,7 @@ def task(made, tmp_path, monkeypatch, in_process):
 
     def make(*more, rank=0, world=1):
         config = configured(made, tmp_path, *more)
-        return Diffusion(config, ldm_setup(config), rank, world, torch.device("cpu"))
+        return LdmTask(config, ldm_setup(config), rank, world, torch.device("cpu"))
 
     return make
 
@@ -180,9 +180,9 @@ def test_online_gives_the_latents_of_the_cache(task, made):
 def test_calibration_does_not_depend_on_the_number_of_workers(task, ranks, made, monkeypatch):
     monkeypatch.setattr("pipelines.training.latent_feeds.CHUNK", 3)
     seen = []
-    original = Online.encoded
+    original = OnlineFeed.encoded
     monkeypatch.setattr(
-        Online, "encoded", lambda self, pixels: seen.append((self, len(pixels))) or original(self, pixels)
+        OnlineFeed, "encoded", lambda self, pixels: seen.append((self, len(pixels))) or original(self, pixels)
     )
     words = encoding(made, "online", "data.calibrate=13")
     ranks(words, 0, 8)
@@ -201,7 +201,7 @@ def test_unreadable_images_count_once_whoever_meets_them(ranks, made, tmp_path):
     words = [f"vae={made[1]}", f"data.source.uri={photos}", "mode=online", "data.max_bad=0.05"]
     kept = []
 
-    class Spy(Online):
+    class Spy(OnlineFeed):
         def __init__(self, *arguments):
             super().__init__(*arguments)
             kept.append(self)
@@ -212,7 +212,7 @@ def test_unreadable_images_count_once_whoever_meets_them(ranks, made, tmp_path):
             self.check(self.bad())
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pipelines.training.feeds.Online", Spy)
+        patch.setattr("pipelines.training.ldm.OnlineFeed", Spy)
         ranks(words, 0, 96)
     assert [len(feed._images.bad) for feed in kept] == [1, 1]  # both have met it
 
@@ -405,7 +405,7 @@ def test_a_poisoned_batch_is_skipped_and_many_of_them_stop_the_run(made, tmp_pat
     from pipelines.training import loop
 
     poison, folder = {16}, tmp_path / "run"
-    original = Diffusion._with_noise
+    original = LdmTask.with_noise
 
     def poisoned(self, batch):
         batch = original(self, batch)
@@ -413,14 +413,14 @@ def test_a_poisoned_batch_is_skipped_and_many_of_them_stop_the_run(made, tmp_pat
             batch["noise"][0] = float("nan")
         return batch
 
-    monkeypatch.setattr(Diffusion, "_with_noise", poisoned)
+    monkeypatch.setattr(LdmTask, "with_noise", poisoned)
     config = configured(made, tmp_path, "images=64", "loop.max_skipped=3", "loop.checkpoint_every=24")
     setup = ldm_setup(config, folder)
 
     def run():
         folder.mkdir()
         with as_worker():
-            task = Diffusion(config, setup, 0, 1, torch.device("cpu"))
+            task = LdmTask(config, setup, 0, 1, torch.device("cpu"))
             return loop.run(task, "ldm", config, setup, 0, 1)
 
     def saved():

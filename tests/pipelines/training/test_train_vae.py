@@ -32,13 +32,14 @@ from litevae.autoencoder import WEIGHTS, LiteVAE, load_autoencoder
 from litevae.errors import UserError
 from litevae.images import ImageTransform, to_tensor
 from litevae.layers import ResBlock
-from pipelines.data.sources import open_source
+from pipelines.data.open_source import open_source
 from pipelines.runtime import cluster
 from pipelines.runtime.cli import load, main
 from pipelines.training import checkpoint, compiling, loop, run_folder
 from pipelines.training.config import TrainVAE
 from pipelines.training.image_feed import Images
-from pipelines.training.vae import MAY_CHANGE, Networks, Objective, build_model, lpips_or_warning, train_vae
+from pipelines.training.vae import MAY_CHANGE, Networks, build_model, lpips_or_warning, train_vae
+from pipelines.training.vae_loss import AutoencoderLoss
 from pipelines.training.worker_setup import TrainSetup
 from tests.setups import untracked
 
@@ -128,7 +129,7 @@ def test_the_objective_is_the_weighted_sum(networks, photos):
     config = configured(photos, "loss.l1.weight=2", "loss.l2.weight=3", "loss.kl.weight=0.5")
     x, y = torch.rand(2, 3, 16, 16), torch.rand(2, 3, 16, 16)
     posterior = LiteVAE("S", block_out_channels=(8,) * 4).encode(x).latent_dist
-    total, terms = Objective(config, lpips=False)(x, y, posterior, images=0)
+    total, terms = AutoencoderLoss(config, lpips=False)(x, y, posterior, images=0)
     weights = {"l1": 2, "l2": 3, "kl": 0.5, "wavelet": 1, "gaussian": 0.5}
     assert set(terms) == set(weights)
     assert torch.allclose(total, sum(weights[name] * value for name, value in terms.items()))

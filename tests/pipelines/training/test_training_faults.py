@@ -23,14 +23,16 @@ from PIL import Image
 from litevae import cache, storage
 from litevae.autoencoder import WEIGHTS, LiteVAE
 from litevae.cache import LatentCache
+from litevae.commits import _put_file, latent_statistics, read_commit
 from litevae.errors import UserError
-from pipelines.data.sources import open_source
+from litevae.shards import DTYPES, finite_rows, read_shard, shard_bytes, to_stored
+from pipelines.data.open_source import open_source
 from pipelines.encoding import verify
 from pipelines.runtime import mlflow_run, mlflow_server
 from pipelines.runtime.cli import load, main
 from pipelines.training import checkpoint, ldm, loop, run_folder, run_lock
 from pipelines.training.config import TrainLDM, TrainVAE
-from pipelines.training.vae import Autoencoder, train_vae
+from pipelines.training.vae import VaeTask, train_vae
 from tests.disks import fill, resize, small_disk
 from tests.encoding import encoded_crops
 from tests.in_process import as_worker
@@ -73,7 +75,7 @@ def trained_here(config, change=lambda task: None):
     folder.mkdir()
     setup = vae_setup(source, folder=folder)
     with as_worker():
-        task = Autoencoder(config, setup, 0, 1, torch.device("cpu"))
+        task = VaeTask(config, setup, 0, 1, torch.device("cpu"))
         change(task)
         return loop.run(task, "vae", config, setup, 0, 1)
 
@@ -279,13 +281,13 @@ def poisoned(made, folder, honest):
     """
     shutil.copytree(made[0], folder)
     how = cache.read_plan(str(folder))["latents"]
-    commit = cache.read_commit(str(folder), 1)
-    rows, (latents,) = cache.read_shard(str(folder), commit, how)
+    commit = read_commit(str(folder), 1)
+    rows, (latents,) = read_shard(str(folder), commit, how)
     latents = latents.copy()
     latents[3, 0, 0, 0] = np.nan
-    data = cache.shard_bytes(rows, [latents], how)
-    record = cache._put(str(folder), "shards/000001-feedfeedfeed.parquet", data)
-    record |= {"statistics": cache.statistics([latents], how)} if honest else {}
+    data = shard_bytes(rows, [latents], how)
+    record = _put_file(str(folder), "shards/000001-feedfeedfeed.parquet", data)
+    record |= {"statistics": latent_statistics([latents], how)} if honest else {}
     (folder / "commits/000001.json").write_text(json.dumps(commit | record))
     manifest = cache.read_manifest(str(folder))
     shutil.rmtree(folder / "manifests")
@@ -303,7 +305,7 @@ def test_a_poisoned_row_ends_a_training_with_its_name_and_can_be_mended(made, tm
         config = load(TrainLDM, None, ldm_words(copy, tmp_path))
         setup = ldm_setup(config, tmp_path)
         with as_worker():
-            task = ldm.Diffusion(config, setup, 0, 1, torch.device("cpu"))
+            task = ldm.LdmTask(config, setup, 0, 1, torch.device("cpu"))
             task.begin(0)
             return list(task.batches(0, 24, 8))
 
@@ -336,8 +338,8 @@ def test_a_cache_without_a_mean_is_refused(made, tmp_path):
 def test_latents_that_are_not_finite_are_found_in_every_dtype():
     values = np.random.default_rng(0).standard_normal((4, 2, 3, 3), dtype=np.float32)
     values[1, 0, 0, 0], values[3, 1, 2, 2] = np.nan, -np.inf
-    for dtype in cache.DTYPES:
-        assert cache.finite(cache.to_stored(values, dtype), dtype).tolist() == [True, False, True, False]
+    for dtype in DTYPES:
+        assert finite_rows(to_stored(values, dtype), dtype).tolist() == [True, False, True, False]
 
 
 def test_flipped_bits_in_a_store_are_found_by_their_page(made, s3):

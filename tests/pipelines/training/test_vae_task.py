@@ -18,21 +18,21 @@ from litevae.errors import UserError
 from litevae.images import to_tensor
 from litevae.perceptual import SqueezeNetFeatures
 from litevae.pictures import reconstruction_picture
-from pipelines.data.sources import open_source
+from pipelines.data.open_source import open_source
 from pipelines.runtime.cli import load
 from pipelines.runtime.schema import validate, values_to_keep
-from pipelines.training import checkpoint, run_folder
+from pipelines.training import checkpoint, ranks, run_folder
 from pipelines.training import vae as module
 from pipelines.training.config import TrainVAE
 from pipelines.training.vae import (
     MAY_CHANGE,
-    Autoencoder,
     Networks,
-    Objective,
-    Validation,
+    VaeTask,
     build_model,
     lpips_or_warning,
 )
+from pipelines.training.vae_loss import AutoencoderLoss
+from pipelines.training.vae_validation import Validation
 from tests.in_process import up_to_the_workers
 from tests.networks import Noted, save_squeezenet
 from tests.setups import vae_setup
@@ -77,7 +77,7 @@ def task(photos):
     def make(*more, rank=0, world=1, val=True):
         config = configured(photos, f"data.val.uri={photos}", *more)
         setup = vae_setup(open_source(config.data.train), open_source(config.data.val) if val else None)
-        return Autoencoder(config, setup, rank, world, CPU)
+        return VaeTask(config, setup, rank, world, CPU)
 
     return make
 
@@ -133,7 +133,7 @@ def test_networks_compute_in_the_precision_and_losses_in_fp32(networks, photos, 
     assert values["loss"].dtype == torch.float32
     assert {p.dtype for p in nets.model.parameters()} == {torch.float32}
     source = open_source(configured(photos, f"data.val.uri={photos}").data.val)
-    Validation(source, nets.config, 32, 0, 1).run(nets)
+    Validation(source, nets.config, 32, 0, 1).run(nets.model, nets.averaged())
     assert seen["model"] == [wanted] * 3
 
 
@@ -162,7 +162,7 @@ def test_lpips_gets_images_in_minus_one_to_one(photos, tmp_path, monkeypatch):
     torch.manual_seed(7)
     values = nets.step(pixels(), 0)
     torch.testing.assert_close(values["lpips"], expected, rtol=1e-3, atol=0)
-    assert "lpips" not in Objective(config, lpips=False)(x, y, posterior, 0)[1]
+    assert "lpips" not in AutoencoderLoss(config, lpips=False)(x, y, posterior, 0)[1]
 
 
 def test_the_average_is_updated_once_a_step(networks):
@@ -200,7 +200,7 @@ def test_cutmix_is_drawn_by_seed_position_and_micro_batch(networks, monkeypatch)
 
     def mixed(nets, images, part):
         drawn.clear()
-        nets._discriminator_loss(x, x.clone(), images, part)
+        nets.adversarial.discriminator_loss(x, x.clone(), images, part)
         return bool(drawn)
 
     one, other = (networks(GAN, "loss.adversarial.cutmix=0.5", f"seed={seed}", *DWT2) for seed in (0, 1))
@@ -264,7 +264,7 @@ def test_skipped_steps_are_those_of_either_network(task):
 
 def test_what_crosses_ranks_is_averaged_and_buffers_are_rank_0s(monkeypatch):
     gradient = torch.tensor([3.0, 9.0])
-    assert module._average(gradient) is gradient
+    assert ranks.average(gradient) is gradient
     sent = []
     monkeypatch.setattr(torch.distributed, "broadcast", lambda tensor, src: sent.append((tensor, src)))
     model = torch.nn.BatchNorm2d(2)
@@ -273,7 +273,7 @@ def test_what_crosses_ranks_is_averaged_and_buffers_are_rank_0s(monkeypatch):
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 4)
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda tensor: tensor.add_(5))
-    assert module._average(gradient).tolist() == [2.0, 3.5]
+    assert ranks.average(gradient).tolist() == [2.0, 3.5]
     module._share_buffers(model)
     assert [(tensor is buffer, src) for (tensor, src), buffer in zip(sent, model.buffers(), strict=True)] == [
         (True, 0)
@@ -428,7 +428,7 @@ def test_validation_judges_the_mode_with_the_averaged_weights(networks, photos, 
         nets.step(pixels(n), 4 * n)
     before = copy.deepcopy(nets.model.state_dict())
     source = open_source(nets.config.data.val)
-    values, picture = Validation(source, nets.config, 40, 0, 1).run(nets)
+    values, picture = Validation(source, nets.config, 40, 0, 1).run(nets.model, nets.averaged())
 
     x = torch.from_numpy(np.stack(originals(photos)[:images])).permute(0, 3, 1, 2) / 127.5 - 1
     y, latents = judged_by_hand(nets, x)
@@ -451,7 +451,7 @@ def test_validation_judges_the_mode_with_the_averaged_weights(networks, photos, 
 def test_ranks_share_the_validation(networks, photos, monkeypatch):
     nets = ready(networks("model.encoder=dwt-2", "model.latent_channels=48", "val_images=5"))
     source, told = open_source(configured(photos, f"data.val.uri={photos}").data.val), []
-    alone, _ = Validation(source, nets.config, 40, 0, 1).run(nets)
+    alone, _ = Validation(source, nets.config, 40, 0, 1).run(nets.model, nets.averaged())
 
     def all_gather_object(into, mine):
         told.append(mine)
@@ -462,8 +462,8 @@ def test_ranks_share_the_validation(networks, photos, monkeypatch):
     parts = [Validation(source, nets.config, 40, rank, 2) for rank in (1, 0)]
     assert [part._pixels.shape[0] for part in parts] == [2, 3]
     assert [part._batch for part in parts] == [2, 2]  # of 4 over both
-    parts[0].run(nets)
-    values, _ = parts[1].run(nets)
+    parts[0].run(nets.model, nets.averaged())
+    values, _ = parts[1].run(nets.model, nets.averaged())
     assert values == {name: (pytest.approx(value, abs=0.01), 5) for name, value in alone.items()}
 
 

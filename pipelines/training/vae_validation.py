@@ -1,0 +1,83 @@
+"""Validation of train_vae: PSNR, SSIM and a picture of reconstructions."""
+
+from contextlib import AbstractContextManager
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from litevae import metrics
+from litevae.autoencoder import LiteVAE
+from litevae.images import ImageError, ImageTransform, to_tensor
+from litevae.pictures import reconstruction_picture
+from litevae.precision import autocast
+from pipelines.data.source import Source
+from pipelines.runtime.logs import say
+from pipelines.training import compiling, ranks
+from pipelines.training.config import TrainVAE
+
+PICTURES = 8  # validation images in the picture of a validation
+
+
+class Validation:
+    """Validation on the first images of the validation source, centre-cropped and divided among the ranks.
+
+    Metrics are means over all of these images, not means of the ranks' means. Unreadable images are skipped.
+
+    Args:
+        source: the validation source; None: no validation.
+        config: the run's config.
+        resolution: side of the images in pixels.
+        rank, world: this rank takes the images rank, rank + world, ...
+    """
+
+    def __init__(self, source: Source | None, config: TrainVAE, resolution: int, rank: int, world: int):
+        self.images = min(config.val_images, source.units) if source is not None else 0
+        self._batch = max(1, config.stages[-1].batch_size // world)
+        self._precision, self._compile = config.loop.precision, config.loop.compile
+        self._world = world
+        transform = ImageTransform(resolution, config.data.resize)
+        pixels = []
+        for unit in range(rank, self.images, world):
+            assert source is not None
+            try:
+                pixels.append(transform(source.data(unit)).pixels)
+            except ImageError as error:
+                say(f"skipped unreadable validation image {source.id(unit)} ({error.reason}: {error})", "WARNING")
+        self._pixels = np.stack(pixels) if pixels else np.empty((0, resolution, resolution, 3), np.uint8)
+
+    @torch.no_grad()
+    def run(self, model: LiteVAE, averaged: AbstractContextManager[None]) -> tuple[dict[str, float], np.ndarray | None]:
+        """Reconstruct the images from the posterior's mode. All ranks must call this together.
+
+        Args:
+            model: the autoencoder in training mode, to which it returns.
+            averaged: context in which the model has the weights to validate.
+
+        Returns:
+            `psnr` and `ssim` over all ranks, and a picture of this rank's first images, or None if it has no images.
+        """
+        values: dict[str, list[float]] = {"psnr": [], "ssim": []}
+        shown: list[list[Tensor]] = [[], [], []]
+        model.eval()
+        with averaged, compiling.uncompiled():
+            for start in range(0, len(self._pixels), self._batch):
+                pixels = torch.from_numpy(self._pixels[start : start + self._batch]).to(model.device)
+                x = to_tensor(pixels, compiling.memory_format(model.device, self._compile))
+                with autocast(model.device, self._precision):
+                    reconstruction, posterior = model(x, sample_posterior=False)
+                reconstruction = reconstruction.float()
+                values["psnr"] += metrics.psnr(reconstruction, x).tolist()
+                values["ssim"] += metrics.ssim(reconstruction, x).tolist()
+                if start < PICTURES:
+                    for column, tensor in zip(shown, (x, reconstruction, posterior.mode().float()), strict=True):
+                        column.append(tensor[: PICTURES - start])
+        model.train()
+        means = {}
+        everywhere = ranks.gathered([values], self._world)
+        for name in values:
+            mean = metrics.Mean()
+            for part in everywhere:
+                mean.add(torch.tensor(part[name], dtype=torch.float64))
+            means[name] = mean.value()
+        return means, reconstruction_picture(*map(torch.cat, shown)) if shown[0] else None
