@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -152,7 +152,7 @@ class Objective:
 
     def loss(
         self, network: nn.Module, z: Tensor, noise: Tensor, u: Tensor, labels: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> "ImageLosses":
         """Return the loss of each image.
 
         Args:
@@ -161,18 +161,42 @@ class Objective:
             noise: Standard normal noise (N, C, h, w), from `draws`.
             u: Uniform random numbers (N,) in [0, 1), from `draws`.
             labels: Class labels (N,), int64, for a class-conditional network.
-
-        Returns:
-            Three tensors (N,) in fp32: the weighted squared error of the prediction, the squared error without its
-            weight, and the noise level in [0, 1].
         """
         batch = self.noised(z, noise, u)
         predicted = network(batch.noisy, batch.timesteps, **({} if labels is None else {"class_labels": labels})).sample
         error = F.mse_loss(predicted.float(), batch.target, reduction="none").mean(dim=(1, 2, 3))
-        return batch.weights * error, error, batch.timesteps / STEPS
+        return ImageLosses(batch.weights * error, error, batch.timesteps / STEPS)
 
 
-def random_numbers(seed: int, positions: Sequence[int], shape: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+class ImageLosses(NamedTuple):
+    """The losses of the n images of a batch, tensors (n,) in fp32.
+
+    Attributes:
+        weighted: The weighted squared error of the prediction.
+        error: The squared error without its weight.
+        level: The noise level in [0, 1].
+    """
+
+    weighted: Tensor
+    error: Tensor
+    level: Tensor
+
+
+class RandomNumbers(NamedTuple):
+    """The random numbers of a training step for n images.
+
+    Attributes:
+        noise: Standard normal noise (n, C, h, w).
+        u: Uniform numbers (n,) in [0, 1) for the noise level.
+        drop: Uniform numbers (n,) in [0, 1) for dropping the label.
+    """
+
+    noise: Tensor
+    u: Tensor
+    drop: Tensor
+
+
+def random_numbers(seed: int, positions: Sequence[int], shape: Sequence[int]) -> RandomNumbers:
     """Draw the random numbers of a training step for the images at these positions of a run.
 
     All numbers of an image depend only on (seed, position). So what is learned from an image depends neither on the
@@ -182,10 +206,6 @@ def random_numbers(seed: int, positions: Sequence[int], shape: Sequence[int]) ->
         seed: Seed of the run.
         positions: Positions of the n images in the order of the run.
         shape: Shape (C, h, w) of a latent.
-
-    Returns:
-        Standard normal noise (n, *shape), and two tensors (n,) of uniform numbers in [0, 1): one for the noise level,
-        one for dropping the label.
     """
     noise, numbers = np.empty((len(positions), *shape), np.float32), np.empty((len(positions), 2), np.float32)
     for n, position in enumerate(positions):
@@ -193,7 +213,7 @@ def random_numbers(seed: int, positions: Sequence[int], shape: Sequence[int]) ->
         generator.random(out=numbers[n], dtype=np.float32)
         generator.standard_normal(out=noise[n], dtype=np.float32)
     u, drop = torch.from_numpy(numbers).unbind(1)
-    return torch.from_numpy(noise), u, drop
+    return RandomNumbers(torch.from_numpy(noise), u, drop)
 
 
 class EMA:

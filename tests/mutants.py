@@ -196,8 +196,8 @@ MUTANTS = [
     ),
     Mutant(
         "pipelines/training/ldm.py",
-        'noise, u, drop = random_numbers(self.config.seed, batch["positions"], self._shape)',
-        'noise, u, drop = random_numbers(0, batch["positions"], self._shape)',
+        "noise, u, drop = random_numbers(self.config.seed, batch.positions, self._shape)",
+        "noise, u, drop = random_numbers(0, batch.positions, self._shape)",
         ("tests/pipelines/training/test_ldm_task.py::test_weights_and_noise_are_the_seeds",),
     ),
     Mutant(

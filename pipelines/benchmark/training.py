@@ -29,6 +29,7 @@ from pipelines.runtime.host import PeakMemory
 from pipelines.runtime.mlflow_server import RunHandle
 from pipelines.training import ldm, vae
 from pipelines.training.config import TrainLDM, TrainVAE
+from pipelines.training.latent_feeds import LatentBatch
 from pipelines.training.worker_setup import LatentData, LdmSetup
 
 PARTS = {
@@ -507,7 +508,7 @@ class OurDiffusion:
         """
         taken = self.taken = self.taken + 1 if taken is None else taken
         positions = range(taken * self.config.batch_size, (taken + 1) * self.config.batch_size)
-        return self.task.step(self.task.with_noise({"positions": positions, "labels": None}), 0)["loss"]
+        return self.task.step(self.task.with_noise(LatentBatch(positions)), 0)["loss"]
 
 
 class PlainDiffusion(OurDiffusion):
@@ -531,8 +532,10 @@ class PlainDiffusion(OurDiffusion):
             noise = torch.randn_like(self.latents)
             timesteps = torch.randint(0, 1000, (size,), device=device)
         else:  # the first step gets the same noise as the other loop's, so that the losses can be compared
-            given = self.task.with_noise({"positions": range(size), "labels": None})
-            noise, timesteps = given["noise"].to(device), (given["u"] * 1000).long().to(device)
+            given = self.task.with_noise(LatentBatch(range(size)))
+            assert given.noise is not None
+            assert given.u is not None
+            noise, timesteps = given.noise.to(device), (given.u * 1000).long().to(device)
         noisy = self.scheduler.add_noise(self.latents, noise, timesteps)
         with autocast(device, self.config.loop.precision):
             predicted = self.net(noisy, timesteps).sample

@@ -22,6 +22,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from io import BytesIO
 from itertools import islice, repeat
 from typing import Any, NamedTuple
@@ -68,6 +69,32 @@ class Piece(NamedTuple):
     numbers: range
 
 
+@dataclass(frozen=True)
+class SamplingPlan:
+    """Everything that decides the bytes of an image, as sampling.json holds it.
+
+    Attributes:
+        model: fingerprint of the model folder.
+        shard: images in a Parquet file; None for PNG files.
+    """
+
+    model: str
+    sampler: str
+    steps: int
+    eta: float
+    guidance: float
+    seed: int
+    batch_size: int
+    precision: str
+    format: str
+    classes: list[int]
+    shard: int | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the values of sampling.json; `shard` is there only for Parquet files."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
 def sample(cfg: config.Sample) -> dict[str, Any]:
     """Draw the images that are not in `cfg.out` yet, and write grid.png and samples.json there.
 
@@ -81,17 +108,15 @@ def sample(cfg: config.Sample) -> dict[str, Any]:
     out = paths.output_path("out", cfg.out, remote=True)
     if not cfg.model:
         raise UserError("model is empty; give the folder of a latent diffusion model: model=runs/ldm/model")
-    job = _job(cfg, load_ldm(cfg.model))
-    cfg = cfg.model_copy(
-        update={"model": os.path.abspath(cfg.model), "sampler": job["sampler"], "classes": job["classes"]}
-    )
+    plan = _plan(cfg, load_ldm(cfg.model))
+    cfg = cfg.model_copy(update={"model": os.path.abspath(cfg.model), "sampler": plan.sampler, "classes": plan.classes})
     pieces = _pieces(cfg, out)
-    missing = _missing(pieces, job, out)
+    missing = _missing(pieces, plan, out)
 
     placement = cluster.start(cfg.ray)
     paths.check_folders({"out": out}, {"model": cfg.model})
-    storage.put_new(storage.join(out, "sampling.json"), _json(job))
-    _check_job(job, out)  # another job may have written it first
+    storage.put_new(storage.join(out, "sampling.json"), _json(plan.to_json()))
+    _check_plan(plan, out)  # another job may have written it first
     storage.remove(storage.join(out, "samples.json"))
     name = os.path.basename(out)
     folder = os.path.join(os.path.abspath(cfg.root), name) if storage.is_remote(out) else out
@@ -99,16 +124,16 @@ def sample(cfg: config.Sample) -> dict[str, Any]:
         drawn = sum(len(piece.numbers) for piece in missing)
         started = time.monotonic()
         if missing:
-            actors = pool(Sampler, placement, cfg, placement, job["model"])
+            actors = pool(Sampler, placement, cfg, placement, plan.model)
             started = time.monotonic()
             _draw(cfg, actors, missing)
         seconds = time.monotonic() - started
         picture = grid(np.stack([*_first(pieces, min(cfg.images, GRID))]), columns=8)
         storage.put(storage.join(out, "grid.png"), png(picture))
         summary: dict[str, Any] = {
-            **job,
+            **plan.to_json(),
             "model": cfg.model,
-            "fingerprint": job["model"],
+            "fingerprint": plan.model,
             "images": cfg.images,
             "drawn": drawn,
             "images_per_s": drawn / seconds if drawn else 0.0,
@@ -129,8 +154,8 @@ def sample(cfg: config.Sample) -> dict[str, Any]:
 # --- what is to be drawn, and what is there -----------------------------------------------------------------------
 
 
-def _job(cfg: config.Sample, ldm: LDM) -> dict[str, Any]:
-    """Return everything that decides the bytes of an image, as sampling.json holds it.
+def _plan(cfg: config.Sample, ldm: LDM) -> SamplingPlan:
+    """Return everything that decides the bytes of an image.
 
     Raises:
         UserError: if the model can't be sampled with these settings.
@@ -139,15 +164,19 @@ def _job(cfg: config.Sample, ldm: LDM) -> dict[str, Any]:
     sampler_of(ldm.scheduler, sampler, cfg.steps, cfg.eta)
     classes = cfg.classes or [*range(ldm.classes)]
     label_numbers(classes or None, ldm.classes, len(classes), cfg.guidance)
-    job = {
-        "model": ldm_fingerprint(cfg.model),
-        "sampler": sampler or SAMPLERS[ldm.scheduler.config.prediction_type][0],
-        **cfg.model_dump(
-            mode="json", include={"steps", "eta", "guidance", "seed", "batch_size", "precision", "format"}
-        ),
-        "classes": classes,
-    }
-    return job | ({"shard": cfg.shard} if cfg.format == "parquet" else {})
+    return SamplingPlan(
+        model=ldm_fingerprint(cfg.model),
+        sampler=sampler or SAMPLERS[ldm.scheduler.config.prediction_type][0],
+        steps=cfg.steps,
+        eta=cfg.eta,
+        guidance=cfg.guidance,
+        seed=cfg.seed,
+        batch_size=cfg.batch_size,
+        precision=cfg.precision,
+        format=cfg.format,
+        classes=classes,
+        shard=cfg.shard if cfg.format == "parquet" else None,
+    )
 
 
 def _pieces(cfg: config.Sample, out: str) -> list[Piece]:
@@ -159,13 +188,13 @@ def _pieces(cfg: config.Sample, out: str) -> list[Piece]:
     return [Piece(storage.join(folder, f"part-{n:06d}.parquet"), part) for n, part in enumerate(parts)]
 
 
-def _check_job(job: dict[str, Any], out: str) -> bool:
+def _check_plan(plan: SamplingPlan, out: str) -> bool:
     """Return whether this job has run in `out` before.
 
     Raises:
         UserError: if another job has run there.
     """
-    path = storage.join(out, "sampling.json")
+    path, job = storage.join(out, "sampling.json"), plan.to_json()
     try:
         before = json.loads(storage.read(path))
         differs = [name for name in before.keys() | job.keys() if before.get(name) != job.get(name)]
@@ -181,7 +210,7 @@ def _check_job(job: dict[str, Any], out: str) -> bool:
     return True
 
 
-def _missing(pieces: Sequence[Piece], job: dict[str, Any], out: str) -> list[Piece]:
+def _missing(pieces: Sequence[Piece], plan: SamplingPlan, out: str) -> list[Piece]:
     """Return the files that have to be drawn, in the order of image numbers.
 
     Raises:
@@ -189,13 +218,13 @@ def _missing(pieces: Sequence[Piece], job: dict[str, Any], out: str) -> list[Pie
     """
     folder = os.path.dirname(pieces[0].path)
     there = [name for name in storage.names(folder) if re.search(r"\d{6,}\.(png|parquet)$", name)]
-    if not _check_job(job, out) and there:
+    if not _check_plan(plan, out) and there:
         raise UserError(f"out={out} holds images but no sampling.json that says what they are; take another folder")
     by_name = {os.path.basename(piece.path): piece for piece in pieces}
     missing = [by_name[name] for name in by_name.keys() - set(there)]
     more = [name for name in there if name not in by_name]
     # Only the last part can be from a run that asked for fewer images, or for more.
-    last = by_name.get(there[-1]) if there and job["format"] == "parquet" else None
+    last = by_name.get(there[-1]) if there and plan.format == "parquet" else None
     if last is not None:
         try:
             rows = storage.read_footer(last.path).num_rows

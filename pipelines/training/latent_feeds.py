@@ -4,6 +4,7 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from numbers import Integral
 from typing import Any
@@ -30,7 +31,28 @@ from pipelines.training.image_feed import Images
 from pipelines.training.worker_setup import LdmSetup
 
 CHUNK = 32  # images per forward pass of the encoder
-Batch = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class LatentBatch:
+    """This rank's part of a global batch of n images.
+
+    Attributes:
+        positions: places of the images in the run's endless order.
+        labels: as `labels_of` returns them.
+        latents: raw latents (n, C, h, w), drawn but not normalised, of a feed that has them.
+        pixels: uint8 (n, H, W, 3), of a feed that encodes them when they are needed.
+        rows: (epoch, id) of each image of such a feed.
+        noise, u: see `litevae.diffusion.random_numbers`; a feed leaves them to the training task.
+    """
+
+    positions: Sequence[int]
+    labels: Tensor | None = None
+    latents: Tensor | None = None
+    pixels: np.ndarray | None = None
+    rows: Sequence[tuple[int, str]] | None = None
+    noise: Tensor | None = None
+    u: Tensor | None = None
 
 
 def training_transform(config: TrainLDM) -> ImageTransform:
@@ -65,9 +87,6 @@ def labels_of(values: Sequence[Any], config: TrainLDM) -> Tensor | None:
 class Feed(ABC):
     """One rank's source of latents for the training of a diffusion model.
 
-    A batch is a dict with this rank's part of a global batch: `positions` (places of its images in the run's endless
-    order), `labels` (as `labels_of` returns them), and the data from which `latents` makes the latents.
-
     Attributes:
         digest: hash of the data and of how they become latents.
         mean, std: (C,), statistics of the raw latents, by which they are normalised. They are known after `begin`.
@@ -85,22 +104,23 @@ class Feed(ABC):
         """Find out what must be known before the first batch. A resumed run has it from its checkpoint."""
 
     @abstractmethod
-    def batches(self, start: int, end: int, batch_size: int) -> Iterator[Batch]:
+    def batches(self, start: int, end: int, batch_size: int) -> Iterator[LatentBatch]:
         """Yield this rank's part of each batch from position `start` up to `end`; the last batch is whole too.
 
         Args:
             batch_size: images per batch over all ranks.
         """
 
-    def latents(self, batch: Batch) -> Tensor:
+    def latents(self, batch: LatentBatch) -> Tensor:
         """Return a batch's latents, drawn and normalised: float32 (n, C, h, w) on the device."""
         raw = self.raw(batch)
         mean, std = (v.to(raw.device, non_blocking=True).view(1, -1, 1, 1) for v in (self.mean, self.std))
         return (raw - mean) / std
 
-    def raw(self, batch: Batch) -> Tensor:
+    def raw(self, batch: LatentBatch) -> Tensor:
         """Return a batch's latents, drawn but not normalised: float32 (n, C, h, w)."""
-        return batch["latents"].to(self.device, non_blocking=True)
+        assert batch.latents is not None
+        return batch.latents.to(self.device, non_blocking=True)
 
     def bad(self) -> int:
         """Return how many images could not be read so far. All ranks must call this together."""
@@ -133,11 +153,13 @@ class CachedFeed(Feed):
     def begin(self) -> None:
         """Do nothing: the cache's manifest has the statistics."""
 
-    def batches(self, start: int, end: int, batch_size: int) -> Iterator[Batch]:
+    def batches(self, start: int, end: int, batch_size: int) -> Iterator[LatentBatch]:
         return from_cache(self._cache, self, start, start, end, batch_size)
 
 
-def from_cache(latents: LatentCache, feed: Feed, at: int, start: int, end: int, batch_size: int) -> Iterator[Batch]:
+def from_cache(
+    latents: LatentCache, feed: Feed, at: int, start: int, end: int, batch_size: int
+) -> Iterator[LatentBatch]:
     """Yield batches of raw latents from a cache for positions `start` to `end` of a run.
 
     Args:
@@ -153,7 +175,7 @@ def from_cache(latents: LatentCache, feed: Feed, at: int, start: int, end: int, 
     loader.position = at
     for step, batch in zip(batch_positions(start, end, batch_size), loader, strict=False):
         labels = labels_of(batch[config.label] if columns else [], config)
-        yield {"positions": step[feed.rank :: feed.world], "labels": labels, "latents": batch["latents"]}
+        yield LatentBatch(step[feed.rank :: feed.world], labels, latents=batch["latents"])
 
 
 class EncodingFeed(Feed):
@@ -222,24 +244,24 @@ class OnlineFeed(EncodingFeed):
         prepare_for_inference(self._vae, device, best_kernels(device, data.precision))
         self._content = latent_content(self._vae)
 
-    def batches(self, start: int, end: int, batch_size: int) -> Iterator[Batch]:
+    def batches(self, start: int, end: int, batch_size: int) -> Iterator[LatentBatch]:
         pictures = self._images.batches(start, end, batch_size, self.rank, self.world)
         for step, batch in zip(batch_positions(start, end, batch_size), pictures, strict=True):
             positions = step[self.rank :: self.world]
             labels = labels_of([picture.columns.get(self.config.label) for picture in batch], self.config)
             rows = [(n // self.source.units, picture.id) for n, picture in zip(positions, batch, strict=True)]
             pixels = np.stack([picture.pixels for picture in batch])
-            yield {"positions": positions, "labels": labels, "pixels": pixels, "rows": rows}
+            yield LatentBatch(positions, labels, pixels=pixels, rows=rows)
 
-    def raw(self, batch: Batch) -> Tensor:
+    def raw(self, batch: LatentBatch) -> Tensor:
         """Encode a batch's images and draw latents, or take the posterior's mean: float32 (n, C, h, w)."""
-        found = self._encode(batch["pixels"])
+        assert batch.pixels is not None
+        assert batch.rows is not None
+        found = self._encode(batch.pixels)
         if self._content == "mean":
             return found
         mean, logvar = found.chunk(2, dim=1)
-        return (
-            sample_posteriors(mean, logvar, self.config.seed, batch["rows"]) if self.config.draw == "sample" else mean
-        )
+        return sample_posteriors(mean, logvar, self.config.seed, batch.rows) if self.config.draw == "sample" else mean
 
     def encoded(self, pixels: list[np.ndarray]) -> tuple[np.ndarray, str]:
         return self._encode(np.stack(pixels)).cpu().numpy(), self._content

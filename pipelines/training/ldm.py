@@ -39,7 +39,7 @@ from pipelines.runtime.logs import say
 from pipelines.runtime.schema import validate, values_to_keep
 from pipelines.training import compiling, launch, optimizer, run_folder, run_lock, step_metrics
 from pipelines.training.config import TrainLDM
-from pipelines.training.latent_feeds import Batch, CachedFeed, Feed, OnlineFeed
+from pipelines.training.latent_feeds import CachedFeed, Feed, LatentBatch, OnlineFeed
 from pipelines.training.worker_setup import LatentData, LdmSetup
 from pipelines.training.write_through import WriteThroughFeed
 
@@ -268,7 +268,7 @@ class LdmTask:
         self.feed.begin()
         self.network.train()
 
-    def batches(self, start: int, end: int, batch_size: int) -> Iterator[Batch]:
+    def batches(self, start: int, end: int, batch_size: int) -> Iterator[LatentBatch]:
         """Yield the feed's batches with their noise.
 
         A thread prepares each batch while the previous step runs. Only encoding (mode=online) is left to the step.
@@ -277,22 +277,27 @@ class LdmTask:
         for (batch,) in stream(self.with_noise, ([batch] for batch in feed), threads=1, ahead=1):
             yield batch
 
-    def with_noise(self, batch: Batch) -> Batch:
+    def with_noise(self, batch: LatentBatch) -> LatentBatch:
         """Add to a batch its noise, uniform numbers for the noise levels, and labels of which some are dropped."""
-        noise, u, drop = random_numbers(self.config.seed, batch["positions"], self._shape)
-        labels = batch["labels"]
+        noise, u, drop = random_numbers(self.config.seed, batch.positions, self._shape)
+        labels = batch.labels
         if labels is not None:
             labels = torch.where(drop < self.config.label_dropout, null_class(self.config.classes), labels)
-        batch = batch | {"noise": noise, "u": u, "labels": labels}
+        batch = replace(batch, noise=noise, u=u, labels=labels)
         if self.device.type == "cuda":  # copies from unpinned memory would wait for the previous step
-            batch |= {name: value.pin_memory() for name, value in batch.items() if isinstance(value, Tensor)}
+            pinned: dict[str, Any] = {
+                name: value.pin_memory() for name, value in vars(batch).items() if isinstance(value, Tensor)
+            }
+            batch = replace(batch, **pinned)
         return batch
 
-    def step(self, batch: Batch, images: int) -> dict[str, Tensor]:
+    def step(self, batch: LatentBatch, images: int) -> dict[str, Tensor]:
         """Do one optimizer step after `images` images, and return its metrics."""
         optim, values = self.config.optim, []
-        noise, u = (batch[name].to(self.device, non_blocking=True) for name in ("noise", "u"))
-        labels = None if batch["labels"] is None else batch["labels"].to(self.device, non_blocking=True)
+        assert batch.noise is not None
+        assert batch.u is not None
+        noise, u = (value.to(self.device, non_blocking=True) for value in (batch.noise, batch.u))
+        labels = None if batch.labels is None else batch.labels.to(self.device, non_blocking=True)
         parts = list(
             zip(*(_split(part, optim.accumulate) for part in (self.feed.latents(batch), noise, u, labels)), strict=True)
         )

@@ -23,7 +23,7 @@ from pipelines.encoding.partition import Partition
 from pipelines.encoding.totals import check_budget
 from pipelines.training import ranks
 from pipelines.training.config import TrainLDM
-from pipelines.training.latent_feeds import Batch, EncodingFeed, from_cache, labels_of
+from pipelines.training.latent_feeds import EncodingFeed, LatentBatch, from_cache, labels_of
 from pipelines.training.worker_setup import LdmSetup
 
 WINDOW = 8  # number of shards whose images are shuffled together in the first epoch
@@ -63,7 +63,7 @@ class WriteThroughFeed(EncodingFeed):
     def encoded(self, pixels: list[np.ndarray]) -> tuple[np.ndarray, str]:
         return self._encoder.encode(pixels), self._how["content"]
 
-    def batches(self, start: int, end: int, batch_size: int) -> Iterator[Batch]:
+    def batches(self, start: int, end: int, batch_size: int) -> Iterator[LatentBatch]:
         first = -(-self._partition.units // batch_size) * batch_size  # position where the first epoch's last batch ends
         if start < first:
             mine = [*committed_shards(self._out)] if self.rank == 0 else []  # rank 0's view counts; others may see more
@@ -104,7 +104,7 @@ class WriteThroughFeed(EncodingFeed):
         row = {"shard": self._partition.shard(ShardTask(shard))}
         return decode_shard(row, self._plan.views)
 
-    def _first(self, mine: range, step: range) -> Batch:
+    def _first(self, mine: range, step: range) -> LatentBatch:
         """Make a batch of the first epoch. All ranks come to each window together.
 
         Args:
@@ -126,7 +126,7 @@ class WriteThroughFeed(EncodingFeed):
                 rows = [(position // self._partition.units, found[position][1]) for position in mine]
                 latents = sample_posteriors(latents, logvar, self.config.seed, rows)
         labels = labels_of([found[position][2] for position in mine], self.config)
-        return {"positions": mine, "labels": labels, "latents": latents}
+        return LatentBatch(mine, labels, latents=latents)
 
     def _fill(self, shards: np.ndarray) -> "Window":
         """Encode this rank's share of a window's missing shards, then read the whole window.

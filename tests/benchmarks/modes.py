@@ -22,6 +22,7 @@ from pipelines.runtime.cli import load
 from pipelines.runtime.mlflow_server import RunHandle
 from pipelines.training import ldm
 from pipelines.training.config import TrainLDM
+from pipelines.training.latent_feeds import LatentBatch
 from pipelines.training.worker_setup import LatentData, LdmSetup
 
 ENCODERS = {"S": "LiteVAE-S", "B": "LiteVAE-B", "sd-vae": "SD-VAE"}
@@ -129,7 +130,7 @@ def _timed(config: TrainLDM, threads: int, device: torch.device) -> dict[str, fl
 
     with mock.patch.object(task.feed, "raw", return_value=torch.randn(BATCH, *latents.shape, device=device)):
         for _ in range(2):
-            task.step(task.with_noise({"positions": range(BATCH), "labels": None}), 0)
+            task.step(task.with_noise(LatentBatch(range(BATCH))), 0)
     waited, start, position = 0.0, meter.now(device), 0
     with mock.patch.object(task.feed, "raw", measured):
         batches = iter(task.batches(0, IMAGES, BATCH))

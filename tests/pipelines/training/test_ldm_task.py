@@ -1,6 +1,7 @@
 """How train_ldm is wired: what its config sets in the steps, the averages, the pictures, the feeds and the job."""
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -244,7 +245,7 @@ def pixels_of(one, count=1):
     one.begin(0)
     found = [{} for _ in range(count)]
     for batch in one.batches(0, 24 * count, 8):
-        for position, (epoch, name), pixels in zip(batch["positions"], batch["rows"], batch["pixels"], strict=True):
+        for position, (epoch, name), pixels in zip(batch.positions, batch.rows, batch.pixels, strict=True):
             assert epoch == position // 24
             found[epoch][name] = pixels
     assert all(len(epoch) == 24 for epoch in found)
@@ -276,14 +277,14 @@ def test_online_images_are_cut_as_the_config_says_and_otherwise_in_each_epoch(ta
 def test_online_latents_are_the_autoencoders_normalised(task, made):
     one, drawn, other = (task(*online(made, "data.resolution=32", *more)) for more in (["draw=mean"], [], ["seed=1"]))
     batch = first(one)
-    x = torch.from_numpy(batch["pixels"]).permute(0, 3, 1, 2) / 127.5 - 1
+    x = torch.from_numpy(batch.pixels).permute(0, 3, 1, 2) / 127.5 - 1
     with torch.no_grad():
         mean, logvar = encode_latents(load_autoencoder(made[1]), x).chunk(2, dim=1)
     shift, scale = one.feed.mean.view(1, -1, 1, 1), one.feed.std.view(1, -1, 1, 1)
     torch.testing.assert_close(one.feed.latents(batch), (mean - shift) / scale, rtol=1e-4, atol=1e-4)
     noise = [(each.feed.raw(batch) - mean) / (0.5 * logvar).exp() for each in (drawn, other)]
     noise += [
-        (drawn.feed.raw(batch | {"rows": [(1, name) for _, name in batch["rows"]]}) - mean) / (0.5 * logvar).exp()
+        (drawn.feed.raw(replace(batch, rows=[(1, name) for _, name in batch.rows])) - mean) / (0.5 * logvar).exp()
     ]
     for values in noise:
         assert abs(values.mean()) < 0.15

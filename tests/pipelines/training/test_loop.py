@@ -142,7 +142,7 @@ def run(clock, tmp_path, monkeypatch):
     monkeypatch.setattr("ray.train.get_checkpoint", lambda: None)
     monkeypatch.setattr(mlflow_run, "Tracker", Told)
     monkeypatch.setattr(interruptions, "LOOK_EVERY", 0.0)
-    monkeypatch.setattr(prometheus, "Training", lambda name: SimpleNamespace(
+    monkeypatch.setattr(prometheus, "TrainingGauges", lambda name: SimpleNamespace(
         show=lambda *arguments: shown.append((name, *arguments))
     ))  # fmt: skip
 

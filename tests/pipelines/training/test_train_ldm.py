@@ -145,19 +145,21 @@ def test_ranks_make_up_the_global_batch_with_its_noise(task, ranks, made, tmp_pa
         together = torch.stack([part for part, _ in parts], dim=1).flatten(0, 1)
         torch.testing.assert_close(together, latents, rtol=0, atol=2e-5)
         for name in ("noise", "u", "labels"):
-            assert torch.equal(torch.stack([part[name] for _, part in parts], dim=1).flatten(0, 1), batch[name])
-        assert set(batch["labels"].tolist()) <= {0, 1, 1000}
-        assert torch.equal(batch["noise"][3], random_numbers(0, [batch["positions"][3]], (4, 8, 8))[0][0])
+            assert torch.equal(
+                torch.stack([getattr(part, name) for _, part in parts], dim=1).flatten(0, 1), getattr(batch, name)
+            )
+        assert set(batch.labels.tolist()) <= {0, 1, 1000}
+        assert torch.equal(batch.noise[3], random_numbers(0, [batch.positions[3]], (4, 8, 8))[0][0])
 
 
 def test_labels_are_the_rows_and_are_dropped_as_often_as_asked(task, made):
     names = {row["id"]: row["label"] for n in range(24) if (row := LatentCache(made[0]).row(n))}
     assert set(names.values()) == {0, 1}
-    labels = torch.cat([batch["labels"] for _, batch in fed(task("classes=2", "label_dropout=0"), 0, 24)])
+    labels = torch.cat([batch.labels for _, batch in fed(task("classes=2", "label_dropout=0"), 0, 24)])
     assert labels.bincount().tolist() == [12, 12]
     for _, batch in fed(task("classes=2", "label_dropout=0.25"), 0, 48):
-        assert torch.equal(batch["labels"] == 1000, random_numbers(0, batch["positions"], (1,))[2] < 0.25)
-    assert all(batch["labels"] is None for _, batch in fed(task(), 0, 16))
+        assert torch.equal(batch.labels == 1000, random_numbers(0, batch.positions, (1,))[2] < 0.25)
+    assert all(batch.labels is None for _, batch in fed(task(), 0, 16))
     with pytest.raises(UserError, match="holds 1; with classes=1 it takes 0 to 0"):
         fed(task("classes=1"), 0, 24)
 
@@ -168,7 +170,7 @@ def test_online_gives_the_latents_of_the_cache(task, made):
     rows = {cache.row(n)["id"]: n for n in range(len(cache))}
     one = task(*encoding(made, "online"))
     for latents, batch in fed(one, 0, 48):
-        epochs, ids = zip(*batch["rows"], strict=True)
+        epochs, ids = zip(*batch.rows, strict=True)
         expected = cache.latents([rows[name] for name in ids], epochs, seed=0)
         torch.testing.assert_close(latents, expected, rtol=2e-3, atol=4e-3)
     torch.testing.assert_close(one.feed.mean, cache.mean, rtol=1e-3, atol=1e-4)
@@ -387,7 +389,7 @@ def test_losses_of_noise_levels_make_up_the_loss(task):
     one = task("batch_size=24")
     ((_, batch),) = fed(one, 0, 24, 24)
     values = one.step(batch, 0)
-    counts = (batch["u"] * 4).long().bincount(minlength=4)
+    counts = (batch.u * 4).long().bincount(minlength=4)
     levels = [values[f"loss_at_noise_{n / 4:.2f}-{(n + 1) / 4:.2f}"] for n in range(4)]
     total = sum(count * level for count, level in zip(counts, levels, strict=True) if count) / 24
     assert total.item() == pytest.approx(values["loss"].item(), rel=1e-4)
@@ -409,8 +411,8 @@ def test_a_poisoned_batch_is_skipped_and_many_of_them_stop_the_run(made, tmp_pat
 
     def poisoned(self, batch):
         batch = original(self, batch)
-        if batch["positions"][0] in poison:
-            batch["noise"][0] = float("nan")
+        if batch.positions[0] in poison:
+            batch.noise[0] = float("nan")
         return batch
 
     monkeypatch.setattr(LdmTask, "with_noise", poisoned)
