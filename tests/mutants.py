@@ -172,8 +172,8 @@ MUTANTS = [
     ),
     Mutant(
         "pipelines/runtime/mlflow_server.py",
-        "values = {key: redact(value)[:6000]",
-        "values = {key: value[:6000]",
+        "values = {key: redact(str(value))[:6000]",
+        "values = {key: str(value)[:6000]",
         ("tests/pipelines/runtime/test_mlflow_run.py::test_a_new_run_has_its_parameters_and_tags",),
     ),
     Mutant(
@@ -488,8 +488,8 @@ MUTANTS = [
     ),
     Mutant(
         "pipelines/encoding/maintenance.py",
-        'todo.append(Task(commit["shard"], committed[commit["shard"]] + 1,',
-        'todo.append(Task(commit["shard"], committed[commit["shard"]],',
+        'todo.append(ShardTask(commit["shard"], committed[commit["shard"]] + 1,',
+        'todo.append(ShardTask(commit["shard"], committed[commit["shard"]],',
         ("tests/pipelines/encoding/test_encode_parts.py::test_a_retry_is_of_the_quarantined_for_these_reasons",),
     ),
     Mutant(
