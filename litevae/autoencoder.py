@@ -41,7 +41,7 @@ def _check_config(config: Mapping[str, Any]) -> None:
     """Check the arguments of `LiteVAE`.
 
     Raises:
-        UserError: A value is unknown, or two values do not go together. The message names the first problem.
+        UserError: if a value is unknown, or two values do not go together. The message names the first problem.
     """
     for name, known in (
         ("size", ENCODERS),
@@ -234,8 +234,8 @@ def load_autoencoder(folder: str | Path) -> ModelMixin:
     The model can be a LiteVAE or any image autoencoder of diffusers.
 
     Raises:
-        UserError: The folder does not exist or is not a model folder; it holds its weights only as pickles; its class
-            is not an image autoencoder; or its weights do not fit its config.
+        UserError: if the folder does not exist or is not a model folder, if it holds its weights only as
+            pickles, if its class is not an image autoencoder, or if its weights do not fit its config.
     """
     name = str(model_config(folder).get("_class_name", "model without a class name"))
     family = autoencoder_class(name)
@@ -283,7 +283,7 @@ def encode_latents(model: ModelMixin, x: Tensor) -> Tensor:
         the latents (N, n_z, h, w). `latent_content` tells which.
 
     Raises:
-        UserError: H or W is not a multiple of the model's `downsampling`. Many encoders would silently drop the
+        UserError: if H or W is not a multiple of the model's `downsampling`. Many encoders would silently drop the
             remaining pixels.
     """
     factor, (height, width) = downsampling(model), x.shape[-2:]
@@ -332,7 +332,7 @@ def model_config(folder: str | Path) -> dict[str, Any]:
     """Read the config.json of a model folder.
 
     Raises:
-        UserError: The folder is not a model folder, or holds no safetensors weights.
+        UserError: if the folder is not a model folder, or holds no safetensors weights.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -355,7 +355,7 @@ def fingerprint(folder: str | Path) -> str:
     """Return the sha256 over a model folder's config (without diffusers' own bookkeeping) and all its weight files.
 
     Raises:
-        UserError: The folder is not a model folder.
+        UserError: if the folder is not a model folder.
     """
     config = {key: value for key, value in model_config(folder).items() if key == "_class_name" or key[0] != "_"}
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
@@ -370,7 +370,7 @@ def _weights(folder: Path) -> list[str]:
     """Return the names of the weight files. As in diffusers, an index counts before a single file.
 
     Raises:
-        UserError: The index names no files, or one that is not a safetensors file of this folder.
+        UserError: if the index names no files, or one that is not a safetensors file of this folder.
     """
     if not (folder / INDEX).is_file():
         return [WEIGHTS]

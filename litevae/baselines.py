@@ -27,7 +27,7 @@ class SDEncoder(nn.Module):
         in_channels: Number of image channels, C.
 
     Raises:
-        UserError: H or W is not a multiple of 8 (raised by `forward`).
+        UserError: if H or W is not a multiple of 8 (raised by `forward`).
     """
 
     def __init__(self, latent_channels: int, channels: tuple[int, ...], layers: int = 2, in_channels: int = 3):

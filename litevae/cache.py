@@ -62,7 +62,7 @@ def write_plan(folder: str, plan: dict[str, Any]) -> None:
     The `settings` and the locations of model and source are not compared, because they may change.
 
     Raises:
-        UserError: The folder holds a cache of something else. The message lists the differences.
+        UserError: if the folder holds a cache of something else. The message lists the differences.
     """
     plan = {"version": VERSION, **plan}
     if storage.put_new(storage.join(folder, "plan.json"), json_bytes(plan)):
@@ -79,7 +79,7 @@ def read_plan(folder: str) -> dict[str, Any]:
     """Read the plan of a cache.
 
     Raises:
-        UserError: There is no plan, or it has another format version.
+        UserError: if there is no plan, or it has another format version.
     """
     return read_json(storage.join(folder, "plan.json"))
 
@@ -93,7 +93,7 @@ def read_listings(folder: str) -> list[pa.Table]:
     """Read all listings of a cache, in the order of their numbers.
 
     Raises:
-        UserError: A listing is damaged.
+        UserError: if a listing is damaged.
     """
     found = []
     for name in storage.names(storage.join(folder, "listing")):
@@ -129,7 +129,7 @@ def write_manifest(folder: str, plan: dict[str, Any], source: dict[str, Any], ru
         The newest manifest.
 
     Raises:
-        UserError: No image was encoded, or shards are missing.
+        UserError: if no image was encoded, or shards are missing.
     """
     shards = committed_shards(folder)
     if missing := set(range(source["shards"])) - shards.keys():
@@ -213,8 +213,8 @@ def read_manifest(folder: str | os.PathLike[str], number: int | None = None) -> 
     """Read the newest manifest, or the one with a given number.
 
     Raises:
-        UserError: There is no cache, it is unfinished, it has no manifest with this number, or the manifest has another
-            format version.
+        UserError: if there is no cache, it is unfinished, it has no manifest with this number, or the manifest has
+            another format version.
     """
     folder = storage.absolute(os.fspath(folder))
     files = storage.names(folder)
@@ -289,7 +289,7 @@ class LatentCache:
             rows within windows of this size.
 
     Raises:
-        UserError: The cache is unfinished or has another format version, or a shard is missing or damaged.
+        UserError: if the cache is unfinished or has another format version, or a shard is missing or damaged.
     """
 
     def __init__(
@@ -349,7 +349,7 @@ class LatentCache:
             Moments (n, 2 n_z, h, w) in the stored dtype: first the mean, then the log-variance.
 
         Raises:
-            UserError: The cache holds no moments, or the rows differ in shape.
+            UserError: if the cache holds no moments, or the rows differ in shape.
         """
         if self.content != "moments":
             raise UserError(f"{self.path} holds latents without a log-variance (latents: {self.content})")
@@ -378,7 +378,7 @@ class LatentCache:
             Latents (n, n_z, h, w) in float32.
 
         Raises:
-            UserError: The rows differ in shape.
+            UserError: if the rows differ in shape.
         """
         stored, names = self._gather(indices)
         values = torch.from_numpy(_fp32(stored))
@@ -419,7 +419,7 @@ class LatentCache:
             Name -> list of n values.
 
         Raises:
-            UserError: The cache has no such column.
+            UserError: if the cache has no such column.
         """
         found: dict[str, list[Any]] = {name: [] for name in names}
         for index in indices:
@@ -526,7 +526,7 @@ def sample_posteriors(mean: Tensor, logvar: Tensor, seed: int, rows: Sequence[tu
 
 
 def _fp32(stored: Tensor) -> np.ndarray:
-    """Convert stored latents to fp32, without torch's threads (see `drawn`)."""
+    """Convert stored latents to fp32, without torch's threads (see `sample_posteriors`)."""
     if stored.dtype == torch.bfloat16:  # a bfloat16 is the upper half of an fp32
         return (stored.view(torch.int16).numpy().view(np.uint16).astype(np.uint32) << 16).view(np.float32)
     return stored.numpy().astype(np.float32)

@@ -42,7 +42,7 @@ def build_denoiser(network: str, channels: int, size: int, classes: int = 0) -> 
             below `classes`, or `null_class(classes)` for "none".
 
     Raises:
-        UserError: The network is unknown, or the size can't be halved often enough or cut into patches.
+        UserError: if the network is unknown, or the size can't be halved often enough or cut into patches.
     """
     if network not in NETWORKS:
         raise UserError(f"network={network}: no such network; there are {', '.join(NETWORKS)}")

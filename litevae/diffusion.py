@@ -58,7 +58,7 @@ class Objective:
             (arXiv 2403.03206).
 
     Raises:
-        UserError: Two of the values do not go together.
+        UserError: if two of the values do not go together.
     """
 
     prediction: Literal["epsilon", "v", "flow"] = "epsilon"
@@ -158,8 +158,8 @@ class Objective:
         Args:
             network: The denoising network; see `litevae.denoiser.build_denoiser` for how it is called.
             z: Normalised latents (N, C, h, w).
-            noise: Standard normal noise (N, C, h, w), from `draws`.
-            u: Uniform random numbers (N,) in [0, 1), from `draws`.
+            noise: Standard normal noise (N, C, h, w), from `random_numbers`.
+            u: Uniform random numbers (N,) in [0, 1), from `random_numbers`.
             labels: Class labels (N,), int64, for a class-conditional network.
         """
         batch = self.noised(z, noise, u)
@@ -263,7 +263,7 @@ class EMA:
         """Restore a state from `state_dict`.
 
         Raises:
-            UserError: The state is of another model.
+            UserError: if the state is of another model.
         """
         if state["average"].keys() != self.average.keys():
             raise UserError("the averaged weights are those of another model")

@@ -315,7 +315,7 @@ def build_discriminator(kind: str, channels: int = 64) -> Discriminator:
         channels: Base width; 64 in the published networks.
 
     Raises:
-        UserError: There is no such kind.
+        UserError: if there is no such kind.
     """
     if kind not in KINDS:
         raise UserError(f"unknown discriminator {kind!r}; one of {', '.join(KINDS)}")

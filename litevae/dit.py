@@ -67,7 +67,8 @@ class DiT(ModelMixin, ConfigMixin):
             model.
 
     Raises:
-        UserError: `sample_size` is not a multiple of `patch_size`, or `hidden_size` not of 4 and the number of heads.
+        UserError: if `sample_size` is not a multiple of `patch_size`, or `hidden_size` is not a multiple of 4 and of
+            the number of heads.
     """
 
     _supports_gradient_checkpointing = True
@@ -137,7 +138,7 @@ class DiT(ModelMixin, ConfigMixin):
             The prediction (N, out_channels, sample_size, sample_size), as `.sample` or in a tuple.
 
         Raises:
-            UserError: The latents have another shape; or labels are missing, or given to an unconditional model.
+            UserError: if the latents have another shape, or if labels are missing, or given to an unconditional model.
         """
         config = self.config
         shape = (config.in_channels, config.sample_size, config.sample_size)

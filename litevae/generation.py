@@ -84,8 +84,8 @@ class Inception(FeatureNetwork):
         weights: The checkpoint. Empty uses the file in the folder of torch hub.
 
     Raises:
-        WeightsMissing: `weights` is empty, and torch hub has no such file. Nothing is downloaded.
-        UserError: The file at `weights` does not exist or holds something else, or torch-fidelity is not installed.
+        WeightsMissing: if `weights` is empty, and torch hub has no such file. Nothing is downloaded.
+        UserError: if the file at `weights` does not exist or holds something else, or torch-fidelity is not installed.
     """
 
     dimension = 2048
@@ -140,7 +140,7 @@ class SqueezeNetCaffe(FeatureNetwork):
         weights: State dict with the names of torchvision's model.
 
     Raises:
-        UserError: `weights` does not exist or holds something else.
+        UserError: if `weights` does not exist or holds something else.
     """
 
     name, dimension = "squeezenet-caffe", 512
@@ -170,7 +170,7 @@ class Backbone(FeatureNetwork):
         weights: State dict of the model.
 
     Raises:
-        UserError: `weights` does not exist or holds something else, or the model is unknown.
+        UserError: if `weights` does not exist or holds something else, or the model is unknown.
     """
 
     def __init__(self, model: str, weights: str | Path) -> None:
@@ -214,7 +214,7 @@ class FrechetStatistics:
         """Add a batch of features (N, D).
 
         Raises:
-            UserError: A feature is NaN or infinite.
+            UserError: if a feature is NaN or infinite.
         """
         values = features.detach().cpu().double()
         if not values.isfinite().all():
@@ -233,7 +233,7 @@ class FrechetStatistics:
         """The covariance (D, D) of the features, with N - 1 degrees of freedom.
 
         Raises:
-            UserError: There are fewer than two images.
+            UserError: if there are fewer than two images.
         """
         if self.count < 2:
             raise UserError(f"a covariance takes at least 2 images, not {self.count}")
@@ -265,7 +265,7 @@ def inception_score(logits: Tensor, splits: int = SPLITS) -> tuple[float, float]
         Mean and population standard deviation of the scores of the parts.
 
     Raises:
-        UserError: There are fewer images than parts.
+        UserError: if there are fewer images than parts.
     """
     if len(logits) < splits:
         raise UserError(f"an Inception Score of {splits} parts takes at least {splits} images, not {len(logits)}")
@@ -291,7 +291,7 @@ def precision_recall(
         chunk: Number of images whose distances to all others are in memory at a time.
 
     Raises:
-        UserError: A set has too few images for a k-th neighbour.
+        UserError: if a set has too few images for a k-th neighbour.
     """
     if min(len(reference), len(generated)) <= k:
         raise UserError(
@@ -344,7 +344,7 @@ def mmd(
         deviation is None.
 
     Raises:
-        UserError: There are fewer than 2 latents, or some are NaN or infinite.
+        UserError: if there are fewer than 2 latents, or some are NaN or infinite.
     """
     x = latents.flatten(1)
     size = min(subset, len(x))

@@ -161,7 +161,7 @@ class ImageTransform:
             seed: Seed of random crops and flips.
 
         Raises:
-            ImageError: The image can't be read, or is smaller than the crop.
+            ImageError: if the image can't be read, or is smaller than the crop.
         """
         return next(self._views(data, seed))
 
@@ -173,7 +173,7 @@ class ImageTransform:
             seed: Seed of random crops and flips.
 
         Raises:
-            ImageError: The image can't be read, or is smaller than the crop.
+            ImageError: if the image can't be read, or is smaller than the crop.
         """
         return list(self._views(data, seed))
 
@@ -218,7 +218,7 @@ class ImageTransform:
             Its height, its width, and a function that returns the view at (top, left) of the resized image.
 
         Raises:
-            ImageError: The image can't be read.
+            ImageError: if the image can't be read.
         """
         if self.decode != "pillow" and (jpeg := _jpeg(data)):
             size, resized = self._fit(*jpeg.upright)
@@ -258,7 +258,7 @@ def decode(data: bytes) -> Image.Image:
     """Decode an image by Pillow: the first frame, upright, in sRGB, with transparent parts on white.
 
     Raises:
-        ImageError: The file is empty, not an image, damaged, above Pillow's pixel limit, or of an unsupported kind.
+        ImageError: if the file is empty, not an image, damaged, above Pillow's pixel limit, or of an unsupported kind.
     """
     with _reasons(data):
         return _on_white(_to_srgb(_upright(data)))  # calls are nested so that the input of each step is freed early
@@ -368,7 +368,7 @@ def _jpeg(data: bytes) -> _Jpeg | None:
     """Read the header of a usual gray or RGB JPEG. Return None for what only Pillow reads: other formats, and CMYK.
 
     Raises:
-        ImageError: Pillow can't read the header, or the image is above Pillow's pixel limit.
+        ImageError: if pillow can't read the header, or the image is above Pillow's pixel limit.
     """
     if not data.startswith(b"\xff\xd8"):
         return None

@@ -54,7 +54,7 @@ def prepare_for_inference(model: Model, device: torch.device | str, kernels: Ker
         The same model.
 
     Raises:
-        NoKernels: `kernels` is "native", and they can't be compiled or loaded on this machine.
+        NoKernels: if `kernels` is "native", and they can't be compiled or loaded on this machine.
     """
     model.to(device=device, memory_format=memory_format(device, compiled)).requires_grad_(False)
     if kernels == "native":

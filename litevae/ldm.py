@@ -44,7 +44,7 @@ class NormalizedAutoencoder(ModelMixin, AutoencoderMixin, ConfigMixin):
         scaling_factor: Factor by which diffusers pipelines divide the latents before decoding.
 
     Raises:
-        UserError: The class in the config is not an autoencoder.
+        UserError: if the class in the config is not an autoencoder.
     """
 
     @register_to_config
@@ -174,7 +174,7 @@ def load_ldm(folder: str | Path) -> LDM:
     """Load a model that `save_ldm` wrote, in eval mode, on the CPU.
 
     Raises:
-        UserError: The folder does not exist, is incomplete or damaged, has another format, or its autoencoder was
+        UserError: if the folder does not exist, is incomplete or damaged, has another format, or its autoencoder was
             changed.
     """
     folder = Path(folder)
@@ -208,7 +208,7 @@ def ldm_fingerprint(folder: str | Path) -> str:
     These are the network, the noise levels, the autoencoder with its normalisation, and the number of classes.
 
     Raises:
-        UserError: The folder is incomplete or damaged.
+        UserError: if the folder is incomplete or damaged.
     """
     folder = Path(folder)
     try:

@@ -55,7 +55,7 @@ class LatentLoader:
         position: Number of rows that were handed out so far, over all ranks.
 
     Raises:
-        UserError: The rank does not exist or would get no rows, or a column has the name of an entry of the batch.
+        UserError: if the rank does not exist or would get no rows, or a column has the name of an entry of the batch.
             Iteration raises the errors of `LatentCache`, when the batch in question is due.
     """
 
@@ -106,7 +106,8 @@ class LatentLoader:
         """Continue from a state. The number of ranks may have changed.
 
         Raises:
-            UserError: The state is of another cache or seed; or it is of another batch size, and rows differ in shape.
+            UserError: if the state is of another cache or seed, or of another batch size although rows differ in
+                shape.
         """
         now = self.state_dict()
         if state["digest"] != now["digest"]:
@@ -167,7 +168,7 @@ class LatentLoader:
 
         Returns:
             For each batch, in order, the number of its shape and its first position in the order of that shape; and 1,
-            the size of this entry for `Recent`.
+            the size of this entry for `LRUCache`.
         """
         begun = np.array(self._begun(epoch))
         counts = np.array(self._begun(epoch + 1)) - begun

@@ -30,7 +30,7 @@ def quantize(x: Tensor) -> Tensor:
     """Convert float images in [-1, 1] to uint8, rounded to the nearest level. uint8 images are returned unchanged.
 
     Raises:
-        UserError: A value is NaN or infinite.
+        UserError: if a value is NaN or infinite.
     """
     if x.dtype == torch.uint8:
         return x
@@ -117,7 +117,7 @@ def artefacts(images: Tensor, border: int) -> tuple[float, float | None]:
         0..255; and the period in pixels of the strongest frequency, or None if the images are constant.
 
     Raises:
-        UserError: Pixels are NaN or infinite, or nothing is left within the borders.
+        UserError: if pixels are NaN or infinite, or nothing is left within the borders.
     """
     height, width = (side - 2 * border for side in images.shape[-2:])
     if min(height, width) < 2:

@@ -51,8 +51,8 @@ def accelerate(model: Module) -> Module:
         The same model.
 
     Raises:
-        NoKernels: The kernels can't be compiled or loaded on this machine.
-        ValueError: The model is not in fp32 on a CPU.
+        NoKernels: if the kernels can't be compiled or loaded on this machine.
+        ValueError: if the model is not in fp32 on a CPU.
     """
     _library()
     if any(p.dtype != torch.float32 or p.device.type != "cpu" for p in model.parameters()):

@@ -80,7 +80,7 @@ class EpochOrder:
         return epoch * self._rows + int(layout.starts[window]), layout.groups_of(window)
 
     def _shuffle_groups(self, epoch: int) -> tuple[EpochLayout, int]:
-        """Return the layout of an epoch, and 1, its size for `Recent`."""
+        """Return the layout of an epoch, and 1, its size for `LRUCache`."""
         order = _permutation(len(self.groups), self.seed, epoch)
         sizes = self.groups[order]
         before = np.cumsum(sizes) - sizes
@@ -89,7 +89,7 @@ class EpochOrder:
         return EpochLayout(order, edges, before[edges]), 1
 
     def _shuffle_rows(self, key: tuple[int, int]) -> tuple[np.ndarray, int]:
-        """Return the row numbers of a window (key: epoch, window) in order, and 1, their size for `Recent`."""
+        """Return the row numbers of a window (key: epoch, window) in order, and 1, their size for `LRUCache`."""
         epoch, window = key
         groups = self._layouts(epoch).groups_of(window)
         sizes = self.groups[groups]

@@ -125,8 +125,8 @@ def load_lpips(net: str = "vgg", weights: str | Path = "") -> FeatureDistance:
         weights: Checkpoint of the backbone from torchvision. Empty uses the file in the folder of torch hub.
 
     Raises:
-        WeightsMissing: `weights` is empty, and torch hub has no such file. Nothing is downloaded.
-        UserError: The file at `weights` does not exist or holds something else, or lpips is not installed.
+        WeightsMissing: if `weights` is empty, and torch hub has no such file. Nothing is downloaded.
+        UserError: if the file at `weights` does not exist or holds something else, or lpips is not installed.
     """
     if net not in BACKBONES:
         raise UserError(f"unknown LPIPS backbone {net!r}; one of {', '.join(BACKBONES)}")
@@ -156,7 +156,7 @@ class SqueezeNetFeatures(FeatureDistance):
         weights: State dict with the names of torchvision's model.
 
     Raises:
-        UserError: `weights` does not exist or holds something else.
+        UserError: if `weights` does not exist or holds something else.
     """
 
     def __init__(self, weights: str | Path) -> None:
@@ -196,8 +196,8 @@ def load_esrgan(weights: str | Path = "") -> EsrganFeatures:
         weights: torchvision's checkpoint of VGG19. Empty uses the file in the folder of torch hub.
 
     Raises:
-        WeightsMissing: `weights` is empty, and torch hub has no such file. Nothing is downloaded.
-        UserError: The file at `weights` does not exist or holds something else.
+        WeightsMissing: if `weights` is empty, and torch hub has no such file. Nothing is downloaded.
+        UserError: if the file at `weights` does not exist or holds something else.
     """
     path = _checkpoint("ESRGAN's loss", ESRGAN, weights)
     features = _load_features(ESRGAN.model, path)
@@ -216,7 +216,7 @@ class BackboneFeatures(FeatureDistance):
         weights: State dict of the model. The entries of the classifier may have any size, or be missing.
 
     Raises:
-        UserError: The model is unknown, or `weights` does not exist or holds something else.
+        UserError: if the model is unknown, or `weights` does not exist or holds something else.
     """
 
     def __init__(self, model: str, weights: str | Path) -> None:
@@ -298,7 +298,7 @@ def load_state(path: Path) -> dict[str, Tensor]:
     """Load a PyTorch state dict, without running code that may be pickled in the file.
 
     Raises:
-        UserError: There is no such file, or it holds something else.
+        UserError: if there is no such file, or it holds something else.
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)

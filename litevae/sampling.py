@@ -48,7 +48,7 @@ def sampler_of(scheduler: Scheduler, name: str = "", steps: int = 50, eta: float
         eta: The eta that will be passed to the steps. Only ddim supports values other than 0.
 
     Raises:
-        UserError: There is no such sampler for the prediction of the model, or it does not support `steps` or `eta`.
+        UserError: if there is no such sampler for the prediction of the model, or it does not support `steps` or `eta`.
     """
     config = scheduler.config
     known = SAMPLERS[config.prediction_type]
@@ -139,7 +139,7 @@ def sample_latents(
         Latents (len(seeds), *shape), on the device of the network.
 
     Raises:
-        UserError: `sampler_of` or `label_numbers` refuses the arguments.
+        UserError: if `sampler_of` or `label_numbers` refuses the arguments.
     """
     stepper = sampler_of(scheduler, sampler, steps, eta)
     device = next(network.parameters()).device
@@ -180,8 +180,8 @@ def label_numbers(labels: Sequence[int] | None, classes: int, images: int, guida
         image.
 
     Raises:
-        UserError: The number of labels is not that of images, a label is not a class, labels or guidance are given for
-            an unconditional network, or guidance is given without labels.
+        UserError: if the number of labels is not that of images, a label is not a class, labels or guidance are given
+            for an unconditional network, or guidance is given without labels.
     """
     if not classes:
         if labels is not None or guidance != 1:

@@ -62,7 +62,7 @@ def absolute(path: str) -> str:
     """Return a path as an absolute one without a trailing slash, which means the same in every process.
 
     Raises:
-        UserError: The path is neither local nor s3://, names no bucket, or contains credentials.
+        UserError: if the path is neither local nor s3://, names no bucket, or contains credentials.
     """
     if is_remote(path):
         if not _split(path)[0]:
@@ -84,7 +84,7 @@ def read(path: str) -> bytes:
     """Read a whole file.
 
     Raises:
-        FileNotFoundError: There is no such file.
+        FileNotFoundError: if there is no such file.
     """
     if is_remote(path):
         return _get(path)
@@ -96,7 +96,7 @@ def read_range(path: str, offset: int, length: int) -> bytes:
     """Read `length` bytes of a file from `offset` on; fewer if the file ends before.
 
     Raises:
-        FileNotFoundError: There is no such file.
+        FileNotFoundError: if there is no such file.
     """
     if is_remote(path):
         return _get(path, offset, length) if length else b""
@@ -127,8 +127,8 @@ def put_new(path: str, data: bytes) -> bool:
         Whether the file was written. False means that the name was taken; the existing file is left as it is.
 
     Raises:
-        UserError: The file can't be written: no permission, a full disk, a file system without hard links, or the store
-            refuses.
+        UserError: if the file can't be written: no permission, a full disk, a file system without hard links, or a
+            store that refuses.
     """
     if is_remote(path):
         return _put_new(path, data)
@@ -148,7 +148,7 @@ def put(path: str, data: bytes) -> None:
     A reader sees either the whole old file or the whole new one.
 
     Raises:
-        UserError: The file can't be written; see `put_new`.
+        UserError: if the file can't be written; see `put_new`.
     """
     if is_remote(path):
         bucket, key = _split(path)
@@ -215,7 +215,7 @@ def open_binary(path: str, size: int | None = None) -> IO[bytes]:
         size: Size in bytes, if it is known. On S3 the file is then not looked up before the first read.
 
     Raises:
-        FileNotFoundError: There is no such file.
+        FileNotFoundError: if there is no such file.
     """
     if not is_remote(path):
         return open(path, "rb")
@@ -235,9 +235,9 @@ def read_footer(path: str, size: int | None = None) -> pq.FileMetaData:
         size: Size in bytes, if it is known.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        OSError: The file is damaged.
-        ArrowException: The file is damaged.
+        FileNotFoundError: if there is no such file.
+        OSError: if the file is damaged.
+        ArrowException: if the file is damaged.
     """
     with _arrow_file(path, size) as file:
         return pq.read_metadata(file)
@@ -258,9 +258,9 @@ def read_row_group(
         size: Size of the file in bytes, if it is known.
 
     Raises:
-        FileNotFoundError: There is no such file.
-        OSError: The file is damaged.
-        ArrowException: The file is damaged, or a column may hold pickles.
+        FileNotFoundError: if there is no such file.
+        OSError: if the file is damaged.
+        ArrowException: if the file is damaged, or a column may hold pickles.
     """
     found = footer.row_group(group)
     chunks = [found.column(n) for n in range(found.num_columns)]
@@ -286,7 +286,7 @@ def read_table(data: bytes) -> pa.Table:
     """Read a whole Parquet file from its bytes, and verify the checksums of its pages.
 
     Raises:
-        ArrowException: The file is damaged, or a column may hold pickles.
+        ArrowException: if the file is damaged, or a column may hold pickles.
     """
     return refuse_pickles(pq.read_table(pa.BufferReader(data), page_checksum_verification=True))
 
@@ -298,7 +298,7 @@ def refuse_pickles(table: pa.Table) -> pa.Table:
     imported.
 
     Raises:
-        ArrowInvalid: A column has a type that is defined in Python.
+        ArrowInvalid: if a column has a type that is defined in Python.
     """
     for field in table.schema:
         if has_pickles(field.type):

@@ -48,7 +48,7 @@ def dwt(x: Tensor, wavelet: str = "haar") -> Tensor:
         wavelet: "haar", or the name of any discrete wavelet of ptwt.
 
     Raises:
-        UserError: The wavelet is unknown, or has more taps than the image has rows or columns.
+        UserError: if the wavelet is unknown, or has more taps than the image has rows or columns.
     """
     if wavelet == "haar":
         return haar_dwt(x)
@@ -95,7 +95,7 @@ def wavelet_pyramid(x: Tensor, wavelet: str = "haar", levels: int = LEVELS) -> l
         [(N, 4C, H/2, W/2), (N, 4C, H/4, W/4), ...]
 
     Raises:
-        UserError: H or W is not a multiple of 2^levels.
+        UserError: if H or W is not a multiple of 2^levels.
     """
     factor = 2**levels
     if x.shape[-2] % factor or x.shape[-1] % factor:
@@ -121,7 +121,7 @@ def check_wavelet(name: str) -> None:
     """Check the name of a wavelet.
 
     Raises:
-        UserError: ptwt has no discrete wavelet of this name.
+        UserError: if ptwt has no discrete wavelet of this name.
     """
     if name != "haar":
         _bank(name)

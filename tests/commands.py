@@ -1,4 +1,4 @@
-"""`python jobs/X.py ...`, as a process or in this one."""
+"""Run `python jobs/X.py ...` as a process or in the test's own process."""
 
 import contextlib
 import io
@@ -34,7 +34,7 @@ def run(*words: str, **environment: str) -> Result:
 
 
 def run_in_this_process(script: str, *words: str) -> Result:
-    """As `run`, without the seconds that importing torch takes."""
+    """Do the same as `run` in this process, which saves the seconds that importing torch takes."""
     output = io.StringIO()
     with (
         pytest.MonkeyPatch.context() as patch,

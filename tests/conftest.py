@@ -1,5 +1,7 @@
-"""Environment of all tests, set before anything imports torch, Ray or MLflow; S3 servers on loopback: moto (in memory,
-checks no credentials) for all tests, Ceph (a real one) for slow ones."""
+"""The environment of all tests, which is set before torch, Ray or MLflow is imported, and S3 servers on loopback.
+
+moto (in memory, without a check of credentials) is for all tests, Ceph (a real store) for slow ones.
+"""
 
 import fcntl
 import os
@@ -37,14 +39,14 @@ _CEPH = _MOTO | {
 }
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-for name in [name for name in os.environ if name.startswith("AWS_")]:  # the developer's own stores are not for tests,
+for name in [name for name in os.environ if name.startswith("AWS_")]:  # tests must not use the developer's own stores,
     del os.environ[name]
-for name in ("MLFLOW_TRACKING_URI", "RAY_ADDRESS"):  # nor are the servers
+for name in ("MLFLOW_TRACKING_URI", "RAY_ADDRESS"):  # nor servers
     os.environ.pop(name, None)
 os.environ.update(
     RAY_USAGE_STATS_ENABLED="0",
     RAY_DATA_DISABLE_PROGRESS_BARS="1",
-    RAY_worker_niceness="0",  # 15 by default: beside another test that computes they would hardly get on
+    RAY_worker_niceness="0",  # the default of 15 would starve them while another test computes
     MLFLOW_DISABLE_TELEMETRY="true",
     # as pipelines.runtime.cluster does before it imports Ray; here a test may have imported it already
     RAY_AUTH_MODE="token",
@@ -57,8 +59,8 @@ os.environ.update(
 )
 
 
-# Files whose tests take longest, of which a process that began one last would end long after the other; test_nodes.py
-# well before test_faults.py, since both need many nodes, which can't be there at the same time.
+# The files whose tests take longest. They come first, because a process that begins one of them last would end long
+# after the other processes.
 FIRST = (
     *("test_nodes.py", "test_train_vae.py", "test_sweep.py", "test_demo.py"),
     *("test_autoencoder.py", "test_generated.py", "test_train_ldm.py", "test_maintenance.py", "test_encode.py"),
@@ -77,7 +79,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _bucket() -> str:
-    import boto3  # here: most tests have no use for it
+    import boto3  # imported here, because most tests do not need it
 
     name = f"bucket-{uuid.uuid4().hex[:12]}"
     boto3.session.Session().client("s3").create_bucket(Bucket=name)
@@ -100,7 +102,7 @@ def _answers(port: int, process: subprocess.Popen, seconds: float = 60) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def _ray_ends_with_its_module() -> Iterator[None]:
-    """The next one would join it, with this one's environment and nodes."""
+    """Stop Ray after each module. The next module would join it, with the environment and the nodes of this one."""
     yield
     if ray := sys.modules.get("ray"):
         ray.shutdown()
@@ -108,15 +110,15 @@ def _ray_ends_with_its_module() -> Iterator[None]:
 
 @pytest.fixture
 def closed_port() -> Iterator[int]:
-    """On which nobody listens as long as the test runs."""
+    """A port on which nothing listens while the test runs."""
     with ports.closed() as port:
         yield port
 
 
 @pytest.fixture
 def in_process() -> Iterator[None]:
-    """Workers of jobs are objects of this process during the test."""
-    from tests import in_process  # here: most tests have no use for what it imports
+    """Run jobs without Ray during the test; see `tests.in_process`."""
+    from tests import in_process  # imported here, because most tests do not need it
 
     with in_process.in_process():
         yield
@@ -124,20 +126,20 @@ def in_process() -> Iterator[None]:
 
 @pytest.fixture
 def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """botocore does not wait before it asks a store again."""
+    """Make botocore repeat requests without waiting."""
     monkeypatch.setattr("botocore.retries.standard.ExponentialBackoff.delay_amount", lambda *_: 0)
 
 
 @pytest.fixture(params=["here", pytest.param("ray", marks=pytest.mark.slow)])
 def wherever(request: pytest.FixtureRequest) -> None:
-    """A job once as with `in_process`, and in the slow suite with Ray's workers, too."""
+    """Run the test with `in_process`; in the slow suite also with Ray's workers."""
     if request.param == "here":
         request.getfixturevalue("in_process")
 
 
 @pytest.fixture(scope="session")
 def _moto() -> Iterator[None]:
-    """The server that the environment of all tests names."""
+    """Start the server that the environment of all tests names."""
     port = int(_MOTO["AWS_ENDPOINT_URL"].rsplit(":", 1)[1])
     command = [sys.executable, Path(__file__).with_name("moto_s3.py"), "-H", "127.0.0.1", "-p", str(port)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -155,7 +157,7 @@ def s3(_moto) -> str:
     return _bucket()
 
 
-@pytest.fixture(scope="module")  # its ports are fixed: of the processes that share the tests one at a time has it
+@pytest.fixture(scope="module")  # its ports are fixed, so only one process of a parallel test run has it at a time
 def _ceph(tmp_path_factory) -> Iterator[None]:
     if shutil.which("ceph-mon") is None or shutil.which("radosgw") is None:
         pytest.skip("Ceph is not installed: apt-get install ceph-mon ceph-osd radosgw ceph-common")
@@ -184,7 +186,7 @@ def _run_ceph(folder: Path) -> Iterator[None]:
 
 @pytest.fixture
 def ceph(_ceph, monkeypatch) -> str:
-    """A new bucket in Ceph, which the environment names during the test: child processes have to start in it."""
+    """Make a bucket in Ceph. The environment names Ceph only during the test, so child processes must start in it."""
     import boto3
 
     for name, value in _CEPH.items():

@@ -1,4 +1,4 @@
-"""Disks that are full when a test wants them to be: file systems in memory, of a few pages."""
+"""Small file systems in memory, which a test can fill to see what happens on a full disk."""
 
 import os
 import subprocess
@@ -11,7 +11,7 @@ import pytest
 
 @contextmanager
 def small_disk(folder: Path, size: str) -> Iterator[Path]:
-    """A file system of that size (as `mount` takes it: 100k, 8m) at a new folder; skips where none can be."""
+    """Mount a file system of a size such as 100k or 8m (see `mount`) at a new folder. Skip the test if that fails."""
     folder.mkdir()
     if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder]).returncode:
         pytest.skip("to mount a file system takes root")
@@ -27,7 +27,7 @@ def resize(folder: Path, size: str) -> None:
 
 
 def fill(folder: Path, left: int) -> Path:
-    """A file that leaves so many bytes."""
+    """Write a file that leaves so many bytes free, and return its path."""
     ballast = folder / "ballast"
     ballast.write_bytes(bytes(max(0, free(folder) - left)))
     return ballast

@@ -23,7 +23,7 @@ from pipelines.runtime.schema import validate
 from tests.in_process import in_process
 
 SIDE = 32
-MANY = ("rows_per_shard=1",)  # many shards, so that a kill comes in the middle
+MANY = ("rows_per_shard=1",)  # many shards, so that a kill happens in the middle
 JOB = Path(__file__).parents[1] / "jobs" / "encode_dataset.py"
 BAD = {"cats/empty.jpg": "empty", "cats/zcut.png": "corrupt", "dogs/text.jpg": "not_an_image"}
 
@@ -37,7 +37,7 @@ def save_model(folder, seed=0, change=lambda model: None):
 
 
 def cache_plan(**fields) -> CachePlan:
-    """A plan whose other fields are of no account."""
+    """Return a plan with these fields; the others have arbitrary values."""
     given = {
         "model": PlannedModel("/m", "f", {}), "transform": {}, "latents": latent_layout("moments", "float16"),
         "precision": "fp32", "compile": False, "columns": {}, "rows_per_shard": 8, "source": {},
@@ -60,7 +60,7 @@ def crops(count):
 
 
 def photo_folder(root, count=45):
-    """Photos in two classes, and 3 files that are none."""
+    """Write photos of two classes, and the three unreadable files of `BAD`, into a folder; return the folder."""
     for name in ("cats", "dogs"):
         (root / name).mkdir()
     for n, photo in enumerate(crops(count)):
@@ -73,7 +73,7 @@ def photo_folder(root, count=45):
 
 
 def encoded_crops(root, rows_per_shard):
-    """(cache, model folder, photos): 24 photos of 64 px in two classes, encoded."""
+    """Encode 24 photos of 64 px in two classes; return the cache, the model folder and the folder of photos."""
     for n, left in enumerate(range(0, 480, 20)):
         folder = root / "photos" / "ab"[n % 2]
         folder.mkdir(parents=True, exist_ok=True)
@@ -108,7 +108,7 @@ def shard_bytes(out):
 
 
 def moments_by_hand(model, data, transform=None):
-    """What the model says of an image's every view: (views, C, h, w) each."""
+    """Return what `encode_latents` gives for each view of an image, as a list."""
     images = [image.pixels for image in (transform or ImageTransform(SIDE, decode="fast")).all(data, 0)]
     vae = load_autoencoder(model)
     with torch.no_grad():
@@ -116,7 +116,7 @@ def moments_by_hand(model, data, transform=None):
 
 
 def start_job(source, model, out, *more, **options):
-    """`python jobs/encode_dataset.py` as a process."""
+    """Start `python jobs/encode_dataset.py` as a process."""
     command = [sys.executable, str(JOB), *arguments(source, model, out, *more)]
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True} | options
     return subprocess.Popen(command, **options)

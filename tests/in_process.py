@@ -1,6 +1,9 @@
-"""Jobs whose workers are objects of the test's process: for what a job computes, which does not depend on who computes
-it. A worker's process takes ten seconds to import what it needs; how work is spread is tested with real ones, and so is
-each job as a whole."""
+"""Run jobs without Ray: their workers are objects in the test's own process.
+
+This is for tests of what a job computes, which does not depend on the process that computes it. A real worker process
+takes ten seconds to import its modules. Other tests use real workers: those of how work is spread, and one of each job
+as a whole.
+"""
 
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,7 +26,7 @@ from pipelines.training import launch, loop
 
 @contextmanager
 def in_process() -> Iterator[None]:
-    """For encode, sample and evaluate, which then do without Ray."""
+    """Run encode, sample and evaluate without Ray inside the block."""
     with pytest.MonkeyPatch.context() as patch:
         here = SimpleNamespace(**vars(cluster) | {"start": _placement})
         for module in (encode, sample, reconstruction, generated):
@@ -40,8 +43,10 @@ def in_process() -> Iterator[None]:
 
 @contextmanager
 def as_worker() -> Iterator[None]:
-    """As in the one worker of a training, which begins anew: Ray Train's parts are stood in for, the loop is the real
-    one."""
+    """Run the training loop in this process inside the block, as the only worker of a new run.
+
+    Ray Train's functions are replaced by stand-ins; the loop is the real one.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("ray.train.torch.prepare_model", lambda model: model)
         patch.setattr("ray.train.get_checkpoint", lambda: None)
@@ -51,8 +56,12 @@ def as_worker() -> Iterator[None]:
 
 @contextmanager
 def up_to_the_workers(result: dict[str, Any]) -> Iterator[SimpleNamespace]:
-    """A training job up to Ray Train, which is said to have ended with `result`: with what folders are `checked`, how
-    a run is `started`, and what the workers get, as `fitted`."""
+    """Run a training job up to the call of Ray Train, which is replaced by one that returns `result`.
+
+    Yields:
+        What the job passed on: `checked` are the arguments of `paths.check_folders`, `started` those of
+        `mlflow_run.start_run`, and `fitted` those of `launch.fit`.
+    """
     noted = SimpleNamespace(started=None, fitted=None, checked=None)
 
     def fit(*given: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Killing a job's driver, and knowing that what it had at work is at work no more."""
+"""Kill a job's driver, and wait until no process that it started is running."""
 
 import contextlib
 import subprocess
@@ -24,7 +24,7 @@ def kill_driver(process: subprocess.Popen) -> None:
 
 
 def _over(process: psutil.Process) -> bool:
-    """Gone, or dead and not yet taken note of by whoever is its parent now."""
+    """Return whether a process has ended; it may be a zombie until its new parent collects it."""
     try:
         return process.status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:

@@ -1,5 +1,7 @@
-"""Ray's manifests by KubeRay's own schemas, as an API server would take them but stricter: a field that the schema does
-not know is a fault, where a server drops it without a word."""
+"""Check Ray's manifests with KubeRay's own schemas, as an API server does but more strictly.
+
+A field that the schema does not know is an error here, while a server drops it silently.
+"""
 
 import json
 from functools import cache
@@ -12,7 +14,7 @@ SCHEMAS = Path(__file__).parent / "data" / "kuberay" / "schemas.json"
 
 
 def problems(document: dict[str, Any]) -> list[str]:
-    """What a RayCluster, RayJob or RayService has that its schema does not allow."""
+    """Return how a RayCluster, RayJob or RayService violates its schema."""
     if document["apiVersion"] != "ray.io/v1":
         return [f"apiVersion: {document['apiVersion']} is not ray.io/v1"]
     errors = _validators()[document["kind"]].iter_errors(document)
@@ -30,7 +32,7 @@ def _validators() -> dict[str, Draft202012Validator]:
 
 
 def _json_schema(part: dict[str, Any]) -> dict[str, Any]:
-    """Of a structural schema, with what Kubernetes means by its own words."""
+    """Turn a structural schema of Kubernetes into a JSON schema, with its extensions translated."""
     if "$ref" in part:
         return part
     result = dict(part)
@@ -41,7 +43,7 @@ def _json_schema(part: dict[str, Any]) -> dict[str, Any]:
             result[word] = _json_schema(part[word])
     if fields := part.get("properties"):
         result["properties"] = {name: _json_schema(field) for name, field in fields.items()}
-        filled = {name for name, field in fields.items() if "default" in field}  # by the server, before it looks
+        filled = {name for name, field in fields.items() if "default" in field}  # by the server, before it validates
         result["required"] = [name for name in part.get("required", []) if name not in filled]
         if not part.get("x-kubernetes-preserve-unknown-fields"):
             result.setdefault("additionalProperties", False)

@@ -1,5 +1,7 @@
-"""moto's server with S3's promise for If-None-Match: one write at a time. By itself moto looks for the object and then
-puts it, and two writers of one name may both be told that they won."""
+"""moto's server, with one write at a time, so that If-None-Match behaves as in S3.
+
+moto itself first looks for the object and then writes it, so that two writers of one name may both succeed.
+"""
 
 import threading
 

@@ -4,8 +4,10 @@ from typing import NamedTuple
 
 
 class Mutant(NamedTuple):
-    """Where `old`, which the product holds once, is replaced by `new`, each of `tests` has to fail (of a test with
-    several cases one case). `file` is where it stood last: it is found by its text."""
+    """A fault: if `old`, which occurs once in the product, is replaced by `new`, each of `tests` must fail.
+
+    Of a test with several cases, one case must fail. `file` is where `old` was last; it is found by its text.
+    """
 
     file: str
     old: str

@@ -1,11 +1,11 @@
-"""Small faults that the fast tests have to notice, and the command that puts them into the code, one at a time.
+"""Put small faults into the code, one at a time, and check that the fast tests notice each.
 
     python -m tests.mutate                  every fault of mutants.py
     python -m tests.mutate --tenth 3        the fourth of ten equal parts, as CI draws one
     python -m tests.mutate train_vae.py     the faults whose place or tests have this in their name
 
-A fault is put into a copy of the working tree, and the tests that it names run there. It is caught where each of them
-fails. What is imported from elsewhere is imported once, and each fault gets a fork of that process.
+A fault is put into a copy of the working tree, and the tests that it names run there. It is caught if each of them
+fails. Packages of others are imported once, and the tests of each fault run in a fork of that process.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from tests.mutants import MUTANTS, Mutant
 
 REPO = Path(__file__).resolve().parents[1]
 PRODUCT = ("litevae", "pipelines", "jobs")
-SECONDS = 300  # for the tests of one fault; one that hangs them is noticed, too
+SECONDS = 300  # time limit for the tests of one fault; a fault that makes them hang counts as caught
 IMPORTED_ONCE = (
     *(
         "diffusers.models.autoencoders.autoencoder_kl",
@@ -44,11 +44,11 @@ ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1", "MLFLOW_D
 
 
 class Unusable(Exception):
-    """A fault has no place, several, or is no Python; or a test that it names is not there, or fails without it."""
+    """A fault fits no place or several, or is not valid Python; or its test is missing, or fails without the fault."""
 
 
 def place(fault: Mutant, root: Path = REPO) -> Path:
-    """The file that holds the fault's text exactly once: its own, or, since files move, the only one of the product."""
+    """Return the file that holds the fault's text exactly once: the named one, or the only such file of the product."""
     own = root / fault.file
     if own.is_file() and own.read_text().count(fault.old) == 1:
         return own
@@ -95,8 +95,11 @@ def copy_of_the_tree(folder: Path) -> Path:
 
 
 def run_tests(tree: Path, tests: Sequence[str], log: Path) -> int:
-    """Start the tests in a fork that has `tree` as its project, and return its process id. It exits with 0 where all of
-    them failed, with 1 where some passed, whose names it writes beside its log, and with 2 where one did not run."""
+    """Start the tests in a fork that has `tree` as its project, and return its process id.
+
+    The fork exits with 0 if all tests failed, with 1 if some passed, whose names it writes next to its log, and with 2
+    if a test did not run.
+    """
     if child := os.fork():
         return child
     code = 2
@@ -108,7 +111,7 @@ def run_tests(tree: Path, tests: Sequence[str], log: Path) -> int:
         os.chdir(tree)
         sys.path.insert(0, str(tree))
         for name in [name for name in sys.modules if name.split(".")[0] in ("tests", *PRODUCT)]:
-            del sys.modules[name]  # the tree's are to be imported
+            del sys.modules[name]  # so that they are imported from the tree
         os.environ["PYTHONPATH"] = str(tree)
         import pytest
 
@@ -127,7 +130,7 @@ def run_tests(tree: Path, tests: Sequence[str], log: Path) -> int:
 
 
 class _Results:
-    """A plugin of pytest that keeps which of the named tests failed, in any of their cases."""
+    """A plugin of pytest that records which of the named tests failed in at least one of their cases."""
 
     def __init__(self, tests: Sequence[str]):
         self.failed = dict.fromkeys(tests, False)
@@ -151,7 +154,7 @@ def trees(count: int) -> Iterator[list[Path]]:
 
 
 def outcomes(faults: Sequence[Mutant], processes: int) -> Iterator[Outcome]:
-    """Try each fault, so many at a time.
+    """Try each fault, `processes` of them at a time.
 
     Raises:
         Unusable: see there.
@@ -194,7 +197,7 @@ def outcomes(faults: Sequence[Mutant], processes: int) -> Iterator[Outcome]:
 
 
 def check_without_faults(faults: Sequence[Mutant]) -> None:
-    """A test that fails without the fault says nothing.
+    """Check that all tests pass without a fault; otherwise their failures would prove nothing.
 
     Raises:
         Unusable: see there.

@@ -1,4 +1,4 @@
-"""Networks of random weights in files, to judge by where nobody looks at the numbers, and one that notes its use."""
+"""Files of random weights for the networks of metrics, for tests that check no numbers; and a stand-in for DDP."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +11,7 @@ from torchvision import models
 
 
 def save_inception(path: Path) -> Path:
-    """Weights for the FID Inception, scaled so that features differ between images."""
+    """Save weights for the FID Inception, scaled so that features differ between images."""
     torch.save({}, path)
     torch.manual_seed(0)
     with pytest.MonkeyPatch.context() as patch:
@@ -31,14 +31,14 @@ def save_squeezenet(path: Path) -> Path:
 
 
 def save_resnet(path: Path) -> Path:
-    """Of a ResNet-18."""
+    """Save random weights of a ResNet-18."""
     torch.manual_seed(0)
     torch.save(models.resnet18(weights=None).state_dict(), path)
     return path
 
 
 def save_vgg19(path: Path) -> Path:
-    """Of the convolutions of a VGG19; its classifier, of half a gigabyte, nobody asks for."""
+    """Save random weights of the convolutions of a VGG19, without its unused classifier of half a gigabyte."""
     torch.manual_seed(0)
     features = models.vgg.make_layers(models.vgg.cfgs["E"], batch_norm=False)
     torch.save({f"features.{name}": value for name, value in features.state_dict().items()}, path)
@@ -46,7 +46,7 @@ def save_vgg19(path: Path) -> Path:
 
 
 class Noted(torch.nn.Module):
-    """In DDP's place: `passes` has whether gradients of each forward pass would cross the network."""
+    """A stand-in for DDP. `passes` records for each forward pass whether its gradients would be sent to other ranks."""
 
     def __init__(self, module: torch.nn.Module):
         super().__init__()

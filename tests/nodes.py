@@ -1,4 +1,4 @@
-"""A Ray cluster of several nodes on this machine, which come and are killed."""
+"""A Ray cluster on this machine, whose nodes can be added and killed."""
 
 import contextlib
 import fcntl
@@ -14,19 +14,22 @@ from pathlib import Path
 import psutil
 import pytest
 
-# A raylet that was killed refuses to answer at once; one on a machine that has no time for it may take some seconds.
+# A killed raylet refuses connections at once; a living one on a busy machine may take some seconds to answer.
 QUICK = {"health_check_period_ms": 500, "health_check_timeout_ms": 5000, "health_check_failure_threshold": 5}
 MEMORY = 200 * 2**20  # of an object store
 
 
 class Nodes:
-    """A head, and nodes by name. Each has an address of its own: 127.0.0.2 the head, 127.0.0.3 the first ...; in the
-    second of the processes that share the tests 127.0.1.2 ..., since Ray's ports are the same."""
+    """A head node, and further nodes by name.
+
+    Each has its own address: the head 127.0.0.2, the first node 127.0.0.3, and so on. The second process of a parallel
+    test run uses 127.0.1.2 and so on, since Ray's ports are the same.
+    """
 
     def __init__(self, **head):
         from ray.cluster_utils import Cluster
 
-        # Ray takes 127.0.0.1 for the machine's outer address; the others of 127.0.0.0/8 are what they are.
+        # Ray replaces 127.0.0.1 by the machine's outer address, but leaves other addresses of 127.0.0.0/8 as they are.
         process = os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")
         self._network, self._last = f"127.0.{process}", 2
         own = {"node_ip_address": f"{self._network}.2", "include_dashboard": False, "_system_config": QUICK}
@@ -41,14 +44,16 @@ class Nodes:
         return name in self._nodes
 
     def add(self, name, **options):
-        """One more node; from the main thread."""
+        """Add a node. This must be called from the main thread."""
         self._last += 1
         options = {"node_ip_address": f"{self._network}.{self._last}", "object_store_memory": MEMORY} | options
         self._nodes[name] = self._cluster.add_node(**options)
 
     def add_apart(self, folder, cpus):
-        """A node that sees an empty folder in place of this one, as another machine would; skips without the right to
-        mount."""
+        """Add a node that sees an empty folder instead of `folder`, as another machine would, and return its address.
+
+        Skip the test if this user may not mount.
+        """
         if subprocess.run(["unshare", "--mount", "mount", "-t", "tmpfs", "none", folder]).returncode:
             pytest.skip("to mount a folder for one node takes root")
         self._last += 1
@@ -74,14 +79,14 @@ class Nodes:
         return [node for node in GcsClient(address=self.address).get_all_node_info().values() if node.state == 0]
 
     def warn(self, name):
-        """What a cloud's notice of a spot machine's end comes to."""
+        """Tell Ray that a node will be taken away, as a cloud does before it ends a spot machine."""
         command = [str(Path(sys.executable).with_name("ray")), "drain-node", f"--address={self.address}"]
         command += ["--node-id", self._nodes[name].node_id, "--reason", "DRAIN_NODE_REASON_PREEMPTION"]
         command += ["--reason-message", "spot", "--deadline-remaining-seconds", "600"]
         subprocess.run(command, check=True, timeout=120)
 
     def kill(self, name):
-        """What ran there."""
+        """Kill a node, and return the titles of the processes that ran there."""
         raylet = self._raylet(name)
         titles = [title_of(child).strip() for child in raylet.children()]
         raylet.kill()
@@ -89,11 +94,11 @@ class Nodes:
         return titles
 
     def workers(self, *names):
-        """Processes that the raylets started; those that these forked have the same titles, and are not meant."""
+        """Return the processes that the raylets started, without the forks of these, which have the same titles."""
         return [child for name in names or self._nodes for child in self._raylet(name).children()]
 
     def where(self, title):
-        """Names of the nodes with a process whose title begins so."""
+        """Return the names of the nodes with a process whose title begins with `title`."""
         return {name for name in self._nodes if any(title_of(p).startswith(title) for p in self.workers(name))}
 
     def _raylet(self, name):
@@ -117,15 +122,19 @@ def title_of(process):
 
 @contextlib.contextmanager
 def cluster(**head) -> Iterator[Nodes]:
-    """A head alone, in a folder of its own with a short name (sockets are in it): other programs' ray.init() must not
-    find it. One at a time on this machine: two starve each other, which Ray takes for nodes that have died."""
+    """Start a cluster with only a head.
+
+    It has its own folder, so that ray.init() in other programs does not find it; the folder's name is short, because
+    it holds sockets. Only one such cluster runs on this machine at a time: two would starve each other, and Ray would
+    take slow nodes for dead ones.
+    """
     with open(Path(tempfile.gettempdir(), "litevae-nodes.lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield from _run(**head)
 
 
 def _run(**head) -> Iterator[Nodes]:
-    handler = signal.signal(signal.SIGTERM, signal.default_int_handler)  # the cluster is to end with us
+    handler = signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the cluster ends with this process
     before = os.environ.get("RAY_TMPDIR")
     with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as folder:
         os.environ["RAY_TMPDIR"] = folder

@@ -1,7 +1,8 @@
-"""Odd and broken images of the kinds that folders of photos hold, made from one picture whose pixels are known, and
-what is right for each: how it looks to a person, or why it is refused.
+"""Unusual and broken images as they occur in folders of photos, and the right result for each.
 
-Pillow writes what it can; the rest is put together by hand, from the formats' standards."""
+All are made from one picture with known pixels. The right result is either how a viewer shows the image, or the reason
+why it is refused. Pillow writes what it can; the rest is assembled by hand according to the standards of the formats.
+"""
 
 import io
 import struct
@@ -17,13 +18,14 @@ from PIL import Image, ImageCms
 
 @dataclass(frozen=True)
 class Odd:
-    """
+    """An image file, and the right result for it.
+
     Attributes:
         data: the file's bytes.
-        pixels: what a viewer shows on white, (H, W, 3); None of what is refused.
-        near: how far from it the mean pixel may be, in levels: 0 where nothing is lost.
-        reason: of the refusal.
-        most: how far the furthest pixel may be.
+        pixels: what a viewer shows on white, (H, W, 3); None if the image is refused.
+        near: the largest mean difference of pixels that is allowed, in levels; 0 for a lossless file.
+        reason: the reason of a refusal.
+        most: the largest difference of a single pixel that is allowed, in levels.
     """
 
     data: bytes
@@ -34,7 +36,7 @@ class Odd:
 
 
 def _picture() -> np.ndarray:
-    """Smooth, as JPEG likes it, and different in its eight orientations."""
+    """Return a smooth picture, which JPEG changes little, and which differs in each of its eight orientations."""
     y, x = np.mgrid[:64, :96] / 96
     waves = [40 + 200 * x, 230 - 280 * y, 128 + 90 * np.sin(5 * x + 9 * y * y)]
     return np.stack(waves, axis=2).round().clip(0, 255).astype(np.uint8)
@@ -75,12 +77,13 @@ def chunk(name: bytes, body: bytes) -> bytes:
 
 
 def png(samples: np.ndarray, kind: int, bits: int = 8, before: bytes = b"", interlaced: bool = False) -> bytes:
-    """
+    """Return a PNG file.
+
     Args:
         samples: (H, W, channels), or (H, W, 1) with indices.
         kind: 0 gray, 2 RGB, 3 palette, 4 gray with alpha, 6 RGBA.
         before: chunks before the pixels.
-        interlaced: in Adam7's seven passes.
+        interlaced: whether the pixels are stored in Adam7's seven passes.
     """
     high, wide = samples.shape[:2]
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", wide, high, bits, kind, 0, 0, interlaced))
@@ -123,7 +126,7 @@ def _pngs() -> dict[str, Odd]:
     damaged = bytearray(whole)
     damaged[start + 200 : start + 260] = bytes(60)
     wrong = bytearray(whole)
-    wrong[29] ^= 1  # of the header's checksum
+    wrong[29] ^= 1  # in the header's checksum
     bomb = chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(3 << 20)))
     swapped = PICTURE[..., [1, 0, 2]]
     return {
@@ -195,7 +198,7 @@ def swapped_profile() -> bytes:
 
 
 def _profile(space: bytes, connection: bytes, kind: bytes, tags: dict[bytes, bytes]) -> bytes:
-    """Of ICC version 2: 128 bytes of header, a table of tags, the tags."""
+    """Return an ICC profile of version 2: 128 bytes of header, a table of tags, the tags."""
     table, body = struct.pack(">I", len(tags)), b""
     for name, tag in tags.items():
         tag = tag.ljust(-(-len(tag) // 4) * 4, b"\0")
@@ -212,11 +215,11 @@ def gray_profile(gamma: float) -> bytes:
     return _profile(b"GRAY", b"XYZ ", b"mntr", {b"wtpt": white, b"kTRC": curve})
 
 
-INKS = (20, 30, 10, 40)  # how much of L* a full ink takes away
+INKS = (20, 30, 10, 40)  # by how much a full ink lowers L*
 
 
 def ink_profile(padding: int = 0) -> bytes:
-    """Of CMYK whose inks are all gray: L* = 100 - 20 C - 30 M - 10 Y - 40 K, by a table of two points a channel."""
+    """Return a CMYK profile with gray inks: L* = 100 - 20 C - 30 M - 10 Y - 40 K, as a table of 2 points a channel."""
     corners = np.array(np.meshgrid(*[[0, 1]] * 4, indexing="ij")).reshape(4, -1).T
     lightness = 100 - corners @ INKS
     grid = np.stack([lightness * 2.55, np.full(16, 128), np.full(16, 128)], axis=1).round().astype(np.uint8)
@@ -231,7 +234,7 @@ def ink_profile(padding: int = 0) -> bytes:
 
 
 def of_inks(cmyk: np.ndarray) -> np.ndarray:
-    """Gray levels in sRGB of what `ink_profile` says of inks, 0 to 255: (H, W, 4) -> (H, W, 3)."""
+    """Return the sRGB gray levels (H, W, 3), 0 to 255, of inks (H, W, 4) according to `ink_profile`."""
     lightness = 100 - cmyk @ np.array(INKS) / 255
     f = (lightness + 16) / 116
     linear = np.where(f > 6 / 29, f**3, 3 * (6 / 29) ** 2 * (f - 4 / 29))
@@ -242,7 +245,7 @@ def of_inks(cmyk: np.ndarray) -> np.ndarray:
 
 
 def _segments(data: bytes) -> list[tuple[int, bytes]]:
-    """(marker, body) of a JPEG up to the scan, which is the last body with all that follows."""
+    """Return (marker, body) of each segment of a JPEG; the last body is the scan with everything after it."""
     place, found = 2, []
     while True:
         marker, length = data[place + 1], struct.unpack(">H", data[place + 2 : place + 4])[0]
@@ -262,12 +265,12 @@ def _joined(segments: list[tuple[int, bytes]], between: bytes = b"") -> bytes:
 
 
 def _frame(data: bytes, change: Callable[[bytes], bytes]) -> bytes:
-    """With another SOF segment: precision, height, width, components."""
+    """Return a JPEG with a changed SOF segment: precision, height, width, components."""
     return _joined([(m, change(b) if 0xC0 <= m <= 0xC2 else b) for m, b in _segments(data)])
 
 
 def _exif(tag: int, kind: int, count: int, value: bytes) -> bytes:
-    """One field, big endian."""
+    """Return an EXIF segment with one field, big endian."""
     return b"Exif\0\0MM\0*\0\0\0\x08" + struct.pack(">HHHI4sI", 1, tag, kind, count, value, 0)
 
 
@@ -378,7 +381,7 @@ def _jpegs() -> dict[str, Odd]:
 
 
 def _tiff(samples: bytes, wide: int, high: int, bits: int, kind: int, form: int = 1) -> bytes:
-    """One channel, little endian, in one strip; kind: 1 is gray with black at 0; form: 1 is whole numbers, 3 float."""
+    """Return a TIFF of one channel, little endian, in one strip; kind 1: black is 0; form 1: integers, 3: float."""
     fields = {
         256: wide,
         257: high,
@@ -494,7 +497,7 @@ def _others() -> dict[str, Odd]:
 
 @cache
 def odd_images() -> dict[str, Odd]:
-    """By name, with the suffix that the file has where it is found."""
+    """Return all images by file name."""
     return _pngs() | _jpegs() | _tiffs() | _others()
 
 

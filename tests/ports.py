@@ -1,4 +1,4 @@
-"""Ports on loopback that nobody else takes between the moment they are found and the moment they are used."""
+"""Ports on loopback that no other process takes between the time they are found and the time they are used."""
 
 import fcntl
 import random
@@ -9,14 +9,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-_BELOW_THOSE_OF_CONNECTIONS = range(20000, 30000)  # which the system gives out, from 32768 up
+_BELOW_THOSE_OF_CONNECTIONS = range(20000, 30000)  # the system gives ports from 32768 up to connections
 _held: list[IO[str]] = []
 
 
 def reserve() -> int:
-    """A port for a server that can't be given 0, which would be the way without any of this.
+    """Return a free port, for a server that does not accept port 0 ("choose any free port").
 
-    It is this process's until it ends: other processes of tests see its lock, and no connection is given one so low.
+    The port stays reserved until this process ends: other test processes see its lock, and the system gives no
+    connection a port in this range.
     """
     folder = Path(tempfile.gettempdir(), "litevae-ports")
     folder.mkdir(exist_ok=True)
@@ -24,7 +25,7 @@ def reserve() -> int:
         lock = open(folder / str(port), "w")  # noqa: SIM115 - held until the process ends
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            with socket.socket() as probe:  # somebody's who knows of no locks
+            with socket.socket() as probe:  # fails if a program that does not use these locks has the port
                 probe.bind(("127.0.0.1", port))
         except OSError:
             lock.close()
@@ -36,7 +37,7 @@ def reserve() -> int:
 
 @contextmanager
 def closed() -> Iterator[int]:
-    """A port on which nobody listens: bound, so that nobody else can, and not listening, so that it refuses."""
+    """Yield a port that refuses connections: it is bound, so that no one else can use it, but nothing listens on it."""
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))
         yield bound.getsockname()[1]

@@ -1,4 +1,4 @@
-"""A proxy on loopback that hands HTTP on to a server and does mischief on the way, as networks and stores do."""
+"""A proxy on loopback that passes HTTP on to a server and causes the faults that networks and stores have."""
 
 import random
 import re
@@ -10,7 +10,7 @@ from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 TRANSIENT = ("500", "503", "slow", "reset", "sever", "cut", "lost")
-CHANCE = "bucket-[0-9a-f]+|-[0-9a-f]{12}(?=[.]parquet)"  # in names of buckets and attempts
+CHANCE = "bucket-[0-9a-f]+|-[0-9a-f]{12}(?=[.]parquet)"  # the random parts of names of buckets and attempts
 ERRORS = {
     "500": (500, "InternalError", "We encountered an internal error. Please try again."),
     "503": (503, "SlowDown", "Please reduce your request rate."),
@@ -23,14 +23,16 @@ ERRORS = {
 
 
 class Proxy:
-    """
+    """A running proxy.
+
     Attributes:
-        fault: (method, path less what is chance in it, range of bytes) -> what goes wrong with a request, "" for
-            nothing: "500", "503", "skewed" are answers of S3; "slow" waits, "hang" for as long as the proxy lives;
-            "reset" breaks the connection when a request begins, "sever" in the midst of what is sent, "cut" in the
-            midst of what is received, "lost" when all is done but for the answer; "short" is a body that ends early and
-            says so.
-        done: how often what went wrong.
+        fault: a function of the method, the path without its random parts, and the range of bytes, that returns the
+            fault of a request, or "" for none. "500", "503" and "skewed" are error answers of S3. "slow" waits for a
+            second, "hang" until the proxy ends. "reset" breaks the connection at the beginning of the request, "sever"
+            in the middle of its body, "cut" in the middle of the answer, and "lost" after the server has done the
+            request and before the answer. "short" returns half of the body, with the matching Content-Length.
+        done: number of requests with each fault.
+        asked: method and path of every request.
     """
 
     def __init__(self, target: str):
@@ -58,8 +60,10 @@ def proxied(target: str) -> Iterator[Proxy]:
 
 
 def transient(seed: int, share: float = 0.3) -> Callable[[str, str, str], str]:
-    """Faults that pass: a share of requests fails once, some of these twice, and then goes through. Which do depends
-    on the seed and the request alone, not on the order in which they come."""
+    """Return a `Proxy.fault` with transient faults: a share of the requests fails once, some twice, then they succeed.
+
+    Which requests fail depends only on the seed and the request, not on their order.
+    """
     tries: Counter[tuple[str, str, str]] = Counter()
     lock = threading.Lock()
 
@@ -133,7 +137,7 @@ class _Handler(BaseHTTPRequestHandler):
     def handle(self) -> None:
         try:
             super().handle()
-        except (ConnectionError, TimeoutError):  # the client has had enough
+        except (ConnectionError, TimeoutError):  # the client has closed the connection
             self.close_connection = True
 
     def log_message(self, *_: object) -> None:

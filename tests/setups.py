@@ -1,4 +1,4 @@
-"""What workers of a training get, for tests that are a worker themselves."""
+"""The setups that training workers get, for tests that act as a worker."""
 
 from pipelines.runtime.mlflow_server import RunHandle
 from pipelines.training import ldm
@@ -6,7 +6,7 @@ from pipelines.training.worker_setup import LatentData, LdmSetup, VaeSetup
 
 
 def untracked(folder="") -> RunHandle:
-    """A run that no MLflow server knows: its metrics are kept in a file of the folder."""
+    """Return the handle of a run without an MLflow server: its metrics are kept in a file in the folder."""
     return RunHandle("", None, "test", str(folder))
 
 
@@ -16,7 +16,7 @@ def vae_setup(source, val=None, folder="", **more) -> VaeSetup:
 
 
 def ldm_setup(config, folder="", **more) -> LdmSetup:
-    """Of the config's mode, whose cache is begun where the run fills one."""
+    """Return the setup for the config's mode. With mode=write-through the cache that the run fills is started, too."""
     kinds = {"cache": ldm.cached_latents, "online": ldm.online_latents, "write-through": ldm.write_through_latents}
     latents: LatentData = kinds[config.mode](config)
     if config.mode == "write-through":

@@ -1,4 +1,4 @@
-"""Who may import whom: from jobs down to the library, never up and never between rooms on the same floor."""
+"""Imports between rooms go only downwards, from jobs to the library, never between rooms on the same floor."""
 
 import ast
 from graphlib import TopologicalSorter
@@ -25,7 +25,7 @@ FILES = [
 
 
 def room_of(module: str) -> str:
-    """The room of `pipelines.ROOM.FILE`, or the package of any other module."""
+    """Return the room of `pipelines.ROOM.FILE`, or the package of any other module."""
     package, _, rest = module.partition(".")
     return rest.partition(".")[0] if package == "pipelines" else package
 
@@ -55,7 +55,7 @@ def imported_by(node: ast.AST) -> list[str]:
 
 
 def imports_of(path: Path) -> set[str]:
-    """Modules of ours that a file imports, in functions, too."""
+    """Return the modules of this project that a file imports, also inside functions."""
     modules = {".".join(each.relative_to(ROOT).with_suffix("").parts) for each in FILES}
     named = [name for node in ast.walk(ast.parse(path.read_text())) for name in imported_by(node)]
     return {*named, *(name.rpartition(".")[0] for name in named)} & modules

@@ -1,6 +1,6 @@
 """Compare the encode job with its two halves alone, a DataLoader loop, and plain Ray Data; measure its peak memory.
 
-Every run is a process of its own: `python -m pipelines.benchmark.encoding SYSTEM`, which gets its `Given` as a request.
+Every run is a process of its own: `python -m pipelines.benchmark.encoding SYSTEM`, which gets a `Request`.
 """
 
 import os
@@ -94,7 +94,7 @@ def encode(setting: meter.Setting) -> Iterator[meter.ReportTable]:
     """Measure the encode job and its alternatives: one table for photos, and one for images of a camera's size.
 
     Raises:
-        UserError: `encode_images` is too small, or a system failed.
+        UserError: if `encode_images` is too small, or a system failed.
     """
     count, device = setting.config.encode_images, setting.device.type
     if count < 2 * BATCH[device]:
@@ -196,7 +196,7 @@ def run_system(system: str, given: Request, folder: str) -> list[tuple[float, in
         For each file of latents the Unix time at which it was finished and its number of rows, in order of time.
 
     Raises:
-        UserError: the system failed, or left images out.
+        UserError: if the system failed, or left images out.
     """
     with meter.Child(MODULE, system) as child:
         child.ask(**asdict(given) | {"out": folder})
@@ -389,7 +389,7 @@ def _peaks(command: list[str]) -> dict[str, tuple[int, int]]:
         was not shared.
 
     Raises:
-        UserError: the job failed.
+        UserError: if the job failed.
     """
     found: dict[str, tuple[int, int]] = {}
     with tempfile.TemporaryFile("w+") as log:

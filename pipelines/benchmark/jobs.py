@@ -101,7 +101,7 @@ def _run(command: Sequence[str], **environment: str) -> str:
         environment: variables that are added to this process's.
 
     Raises:
-        UserError: the command failed.
+        UserError: if the command failed.
     """
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment)
     if done.returncode:

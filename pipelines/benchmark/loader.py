@@ -197,7 +197,7 @@ def read(name: str, folder: Path, rows: int) -> dict[str, float]:
         Rows/s ("cold", "warm"), and the MB that each epoch read from the disk ("cold MB", "warm MB").
 
     Raises:
-        UserError: the reader returned too few rows, or other rows than were written.
+        UserError: if the reader returned too few rows, or other rows than were written.
     """
     torch.set_num_threads(1)
     epoch = READERS[name][0](folder)

@@ -73,7 +73,7 @@ class Setting:
         """Return the JPEGs of `source`, or scikit-image's photos at widths from 400 to 640 pixels.
 
         Raises:
-            UserError: the source holds no JPEGs.
+            UserError: if the source holds no JPEGs.
         """
         if self.config.source:
             found = sorted(p for p in Path(self.config.source).rglob("*") if p.suffix.lower() in (".jpg", ".jpeg"))
@@ -214,7 +214,7 @@ class Child:
         """Send a request and return the answer.
 
         Raises:
-            UserError: the process answered with an error, or it has ended.
+            UserError: if the process answered with an error, or it has ended.
         """
         assert self._process.stdin is not None
         assert self._process.stdout is not None

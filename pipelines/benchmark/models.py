@@ -294,7 +294,7 @@ class Contender:
         """Answer {"do": "memory" or "time", "batch": ..., "resolution": ...} with peak bytes or seconds of a pass.
 
         Raises:
-            UserError: the batch does not fit into the GPU's memory.
+            UserError: if the batch does not fit into the GPU's memory.
         """
         x, seconds = self.half.input(request["batch"], request["resolution"]), self.half.seconds
         try:

@@ -41,7 +41,7 @@ def benchmark(config: Benchmark, parts: Mapping[str, str] = PARTS) -> dict[str, 
         The content of benchmark.json.
 
     Raises:
-        UserError: a model, photos or a package that a part needs are missing, or the memory is too small.
+        UserError: if a model, photos or a package that a part needs are missing, or the memory is too small.
     """
     out = paths.output_path("out", config.out)
     device = _device(config)

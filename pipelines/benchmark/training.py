@@ -51,7 +51,7 @@ def vae_step(setting: meter.Setting) -> Iterator[meter.ReportTable]:
     """Measure the autoencoder's training step, its parts, and what recomputing activations saves and costs.
 
     Raises:
-        UserError: the losses of the loops differ, so that a comparison would be wrong.
+        UserError: if the losses of the loops differ, so that a comparison would be wrong.
     """
     config = setting.config
     shape, words = (config.step_resolution, config.step_batch), _backbone(setting.place)
@@ -86,7 +86,7 @@ def steps_of_vae(setting: meter.Setting, resolution: int, batch: int, words: lis
         words: words of the job's config, for example ["model.encoder=B", "loop.precision=bf16"].
 
     Raises:
-        UserError: the losses of the loops differ.
+        UserError: if the losses of the loops differ.
     """
     device, repeats = setting.device, setting.config.repeats
     where = f"{resolution} px, batch {batch}, {device.type}"
@@ -176,7 +176,7 @@ class Ours:
         device: the device.
 
     Raises:
-        UserError: the config has no UNet discriminator.
+        UserError: if the config has no UNet discriminator.
     """
 
     def __init__(self, words: Sequence[str], resolution: int, batch: int, device: torch.device):
@@ -433,7 +433,7 @@ def steps_of_ldm(
         words: words of the job's config.
 
     Raises:
-        UserError: the losses of the loops differ, so that a comparison would be wrong.
+        UserError: if the losses of the loops differ, so that a comparison would be wrong.
     """
     repeats, where = setting.config.repeats, setting.device
     for network, side, batch in networks:

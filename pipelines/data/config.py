@@ -36,6 +36,8 @@ class Source(Section):
 
 
 class Transform(Section):
+    """How an image is brought to a size."""
+
     resolution: Annotated[int, Field(ge=8, multiple_of=8)] = Field(256, description="pixels")
     resize: Literal["shorter", "none"] = Field(
         "shorter", description="shorter side to the resolution before the crop; none: crop the original pixels"

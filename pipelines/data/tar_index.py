@@ -63,7 +63,7 @@ def list_ranges(path: str, size: int) -> list[Range]:
         size: its bytes.
 
     Raises:
-        UserError: if the tar is damaged or cut short, or if the files of a sample do not lie together.
+        UserError: if the tar is damaged or truncated, or if the files of a sample do not lie together.
     """
     ranges: list[Range] = []
     keys: set[str] = set()
@@ -104,7 +104,7 @@ def read_samples(file: IO[bytes], path: str, start: int, stop: int, whole: bool 
         whole: whether `stop` is the end of the tar, so that an end-of-archive marker must be there.
 
     Raises:
-        UserError: if the tar is damaged or cut short, or if a sample has two files with one extension.
+        UserError: if the tar is damaged or truncated, or if a sample has two files with one extension.
     """
     key: bytes | None = None
     files: dict[str, Member] = {}

@@ -142,7 +142,7 @@ def cut_photos(folder: Path) -> Path:
         `folder`.
 
     Raises:
-        UserError: scikit-image is not installed.
+        UserError: if scikit-image is not installed.
     """
     done = folder / "cut.json"
     if done.is_file():

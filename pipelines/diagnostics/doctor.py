@@ -46,7 +46,7 @@ def doctor(config: Doctor) -> list[Finding]:
     """Run all checks and return their findings.
 
     Raises:
-        UserError: a path in the config is one that no job would accept, or the report's folder does not exist.
+        UserError: if a path in the config is one that no job would accept, or the report's folder does not exist.
     """
     root = paths.output_path("root", config.root)
     out = paths.output_path("out", config.out, remote=True) if config.out else ""

@@ -296,7 +296,7 @@ def rank(number: int, ranks: int, address: str, backend: str, apart: bool, secon
         Whether all_reduce gave the right sums, and its bus bandwidth in MB/s.
 
     Raises:
-        UserError: not all processes reach rank 0.
+        UserError: if not all processes reach rank 0.
     """
     device = torch.device("cuda", number if apart else 0) if backend == "nccl" else torch.device("cpu")
     size, times = 4 * 2**20, []  # 16 MiB of fp32

@@ -47,7 +47,7 @@ def process_batches(
     Args:
         units: the images of the source to read.
         call: `call(actor, read, batches)` starts the work and returns an object reference to its result. `read` is an
-            object reference to a list with a `Read` for each of `batches`.
+            object reference to a list with a `PixelBatch` for each of `batches`.
         source: where the images come from.
         transform: how they become pixels.
         batch_size: images per batch.

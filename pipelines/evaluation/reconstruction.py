@@ -422,7 +422,7 @@ class Evaluator:
     Args:
         cfg: the config.
         placement: the resources of the worker.
-        known: `Judges.identity` on the driver.
+        known: `MetricSuite.identity` on the driver.
 
     Raises:
         UserError: if the weights on its node are not those of the driver.

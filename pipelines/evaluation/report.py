@@ -95,7 +95,7 @@ def write_summary(summary: dict[str, Any], out: str, tracker: Tracker) -> None:
 
 
 def report(summary: dict[str, Any], out: str) -> str:
-    """Format what `leave` wrote for people, with each protocol below the scores that share it."""
+    """Format what `write_scores` wrote, with each protocol below the scores that share it."""
     lines = format_scores([Score(**score) for score in summary["metrics"]])
     return "\n".join([*lines, *summary["remarks"], f"metrics   {out}/metrics.json", f"run       {summary['run']}"])
 

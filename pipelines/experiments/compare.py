@@ -34,7 +34,7 @@ def compare(cfg: Compare) -> dict[str, Any]:
         The content of comparison.json.
 
     Raises:
-        UserError: there are no such runs, MLflow does not answer, or the config is wrong.
+        UserError: if there are no such runs, MLflow does not answer, or the config is wrong.
     """
     out = Path(output_path("out", cfg.out))
     client, found = _read(cfg)
@@ -79,7 +79,7 @@ def select(
         The runs, oldest first, and remarks about runs that were left out.
 
     Raises:
-        UserError: no run is left.
+        UserError: if no run is left.
     """
     where = f"experiment {experiment!r}" if experiment else "there"
     found = sorted((run for run in found if run.tag("job") != "sweep"), key=lambda run: run.started)

@@ -250,7 +250,7 @@ def comparison(
         tables: the paper's tables by name, as `pipelines.experiments.paper.tables` returns them.
 
     Raises:
-        UserError: no run has such metrics, or no row has the baseline's name.
+        UserError: if no run has such metrics, or no row has the baseline's name.
     """
     rows, repeated = group(runs)
     tags = {run.tag("table") for run in runs}
@@ -323,7 +323,7 @@ def _columns(runs: Sequence[Run], patterns: Sequence[str], table: Any) -> list[C
         patterns: names of metrics, or patterns; with none, the runs' first kind of eval/, val/ and train/ is taken.
 
     Raises:
-        UserError: a pattern matches no metric, or the runs have none.
+        UserError: if a pattern matches no metric, or the runs have none.
     """
     names = dict.fromkeys(name for run in runs for name in run.metrics if not name.startswith("system/"))
     ours: list[str] = []

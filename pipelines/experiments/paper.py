@@ -77,7 +77,7 @@ def table(name: str) -> PaperTable:
     """Return a table of the paper; "9", "t9" and "table-9" name the same one.
 
     Raises:
-        UserError: the paper has no such table of results.
+        UserError: if the paper has no such table of results.
     """
     found = tables().get(name.lower().removeprefix("table-").removeprefix("t") if name else "")
     if found is None:
@@ -89,7 +89,7 @@ def chosen(table: PaperTable, patterns: list[str]) -> list[PaperRow]:
     """Return the rows whose names match one of the patterns (with * and ?), or all rows if there are no patterns.
 
     Raises:
-        UserError: a pattern matches no row.
+        UserError: if a pattern matches no row.
     """
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in table.rows):

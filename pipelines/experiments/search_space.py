@@ -16,7 +16,7 @@ def space_fields(space: dict[str, Any], prefix: str = "") -> Iterator[tuple[str,
     """Yield (dotted field name, list of values or {kind of draw: arguments}) for each field of a nested space.
 
     Raises:
-        UserError: a field has neither a list of values nor a valid distribution.
+        UserError: if a field has neither a list of values nor a valid distribution.
     """
     for key, value in space.items():
         name = f"{prefix}{key}"

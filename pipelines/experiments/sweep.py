@@ -59,8 +59,8 @@ def sweep(cfg: Sweep) -> list[dict[str, Any]]:
         The results, one dict per row.
 
     Raises:
-        UserError: the sweep's config or a trial's config is wrong, another process is working on this sweep, or trials
-            failed (raised after the others are done).
+        UserError: if the sweep's config or a trial's config is wrong, another process is working on this sweep, or
+            trials failed (raised after the others are done).
     """
     if bool(cfg.table) == bool(cfg.space):
         raise UserError("give either table=... (of the paper) or space.FIELD=... (fields of train_vae to vary)")
@@ -261,7 +261,7 @@ def _tune_config(cfg: Sweep, placement: cluster.Placement, given: bool) -> Any:
         given: whether the trials are known beforehand, so that Tune does not draw points.
 
     Raises:
-        UserError: search=optuna, but the package is not installed.
+        UserError: if search=optuna, but the package is not installed.
     """
     from ray import tune
     from ray.tune.schedulers import ASHAScheduler, PopulationBasedTraining

@@ -142,7 +142,7 @@ def trials_of_table(cfg: Sweep, table: paper.PaperTable, folder: str) -> tuple[l
         The trials, and the rows that cannot be run on this machine with the reason for each.
 
     Raises:
-        UserError: no row can be run.
+        UserError: if no row can be run.
     """
     left_out: dict[str, str] = {}
     trials: dict[str, Trial] = {}
@@ -168,7 +168,7 @@ def trials_of_space(cfg: Sweep, folder: str) -> list[Trial]:
         The trials; none if Tune draws the points during the sweep (optuna, pbt).
 
     Raises:
-        UserError: a field or a value is wrong, or the space or the seeds do not fit the search.
+        UserError: if a field or a value is wrong, or the space or the seeds do not fit the search.
     """
     fields, by_tune = dict(space_fields(cfg.space)), cfg.search == "optuna" or cfg.scheduler == "pbt"
     drawn = [key for key, values in fields.items() if isinstance(values, dict)]
@@ -210,7 +210,7 @@ def point(cfg: Sweep, values: dict[str, Any], seed: int, folder: str, begin: str
         begin: checkpoint of another training from which this one continues; "": none.
 
     Raises:
-        UserError: the values are not a valid config of train_vae.
+        UserError: if the values are not a valid config of train_vae.
     """
     shown = {key: f"{value:.6g}" if isinstance(value, float) else value for key, value in values.items()}
     name = ", ".join(f"{key}={value}" for key, value in shown.items())
@@ -252,7 +252,7 @@ def check_fields(cfg: Sweep) -> None:
     """Check that `train_vae` and `space` set no field that the sweep itself sets.
 
     Raises:
-        UserError: they set such a field.
+        UserError: if they set such a field.
     """
     searched = cfg.scheduler != "none" or cfg.search == "optuna"
     for section, values in (("train_vae", cfg.train_vae), ("space", _leaves(cfg.space))):
@@ -281,7 +281,7 @@ def _jobs(cfg: Sweep, values: dict[str, Any], kind: paper.Kind) -> dict[str, dic
     Values that only the trial knows, such as the model's folder, are not set yet.
 
     Raises:
-        UserError: a config is wrong, or a network's weights are missing.
+        UserError: if a config is wrong, or a network's weights are missing.
     """
     val, train = (source.model_dump(mode="json") for source in (cfg.data.val, cfg.data.train))
     classes: dict[str, type[Tracked]] = {"evaluate": Evaluate}

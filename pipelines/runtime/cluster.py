@@ -1,4 +1,6 @@
-"""Start or join Ray, and decide how much of the cluster a job takes. Only this module computes numbers of CPUs.
+"""Start or join Ray, and decide how much of the cluster a job takes.
+
+Only this module computes numbers of CPUs for Ray jobs.
 
 Ray waits without end if a job asks for more than there is, and a trainer, its workers and data tasks on two logical
 CPUs block each other. Therefore a cluster that this module starts has spare logical CPUs (numbers of threads come from

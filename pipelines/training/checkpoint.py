@@ -40,7 +40,7 @@ def save(state: dict[str, Any]) -> str:
         The path of the temporary folder. The caller removes what is left of it.
 
     Raises:
-        UserError: the file cannot be written, for example because the disk is full.
+        UserError: if the file cannot be written, for example because the disk is full.
     """
     folder = tempfile.mkdtemp(prefix="litevae-checkpoint-")
     path = os.path.join(folder, STATE)
@@ -60,7 +60,7 @@ def load(folder: str) -> dict[str, Any]:
     """Read a checkpoint folder's state, with all tensors on the CPU.
 
     Raises:
-        UserError: the checkpoint is damaged, or holds anything other than tensors, numbers and strings. Arbitrary
+        UserError: if the checkpoint is damaged, or holds anything other than tensors, numbers and strings. Arbitrary
             pickled objects are never loaded.
     """
     path = os.path.join(folder, STATE)
@@ -83,7 +83,7 @@ def publish(build: Callable[[Path], None], folder: Path) -> None:
         folder: the folder to create or replace.
 
     Raises:
-        UserError: the disk is full.
+        UserError: if the disk is full.
     """
     fresh = None
     try:

@@ -9,6 +9,8 @@ from pipelines.runtime.schema import Count, Fraction, Job, Positive, Section, We
 
 
 class Decoder(Section):
+    """The decoder, which is that of SD-VAE unless `norm` or `output` say otherwise."""
+
     channels: tuple[Positive, ...] = Field(
         (128, 256, 512, 512), description="width per level, finest first; 4 levels: f = 8"
     )
@@ -30,6 +32,8 @@ class Decoder(Section):
 
 
 class VAE(Section):
+    """The architecture of the autoencoder."""
+
     encoder: Literal["S", "B", "M", "L", "sd-vae", "vae-small", "dwt", "dwt-2"] = Field(
         "B",
         description="LiteVAE S, B, M, L (Tables 23 and 24); the baselines sd-vae (34.16 M) and vae-small (Table 2); "
@@ -55,11 +59,15 @@ class VAE(Section):
 
 
 class Term(Section):
+    """A term of the loss."""
+
     weight: Weight = Field(0.0, description="0 costs nothing")
     start: Count = Field(0, description="images seen before the term counts")
 
 
 class Lpips(Term):
+    """LPIPS, a perceptual distance."""
+
     net: Literal["vgg", "alex", "squeeze"] = Field("vgg", description="backbone")
     weights: str = Field(
         "",
@@ -68,16 +76,22 @@ class Lpips(Term):
 
 
 class Features(Term):
+    """The distance of features of another network."""
+
     weights: str = Field(
         "", description="a SqueezeNet 1.1 (Caffe) feature file: its feature distance, under its own name"
     )
 
 
 class Esrgan(Term):
+    """The perceptual loss of ESRGAN, on features of VGG19."""
+
     weights: str = Field("", description="torchvision's VGG19 checkpoint; empty: torch hub's cache")
 
 
 class Adversarial(Term):
+    """The adversarial term, and its discriminator."""
+
     adaptive: bool = Field(
         False,
         description="Rombach's gradient ratio (Eq. 2) times the weight; the paper found constant better (Table 8)",
@@ -138,12 +152,16 @@ class Losses(Section):
 
 
 class Stage(Section):
+    """A stage of training: a resolution, and how many images are trained on at it."""
+
     resolution: Annotated[int, Field(ge=8, multiple_of=8)] = Field(256, description="pixels")
     images: Positive = Field(description="images to train on in this stage")
     batch_size: Positive = Field(16, description="images a step, over all workers")
 
 
 class TrainData(Section):
+    """Images to train and validate on, and how they are read."""
+
     train: Source = Source()
     val: Source = Field(Source(), description="uri empty: no validation")
     resize: Literal["shorter", "none"] = Field(
@@ -157,6 +175,8 @@ class TrainData(Section):
 
 
 class Optimizer(Section):
+    """Adam or AdamW, and the schedule of its learning rate."""
+
     lr: Annotated[float, Field(gt=0)] = Field(1e-4, description="learning rate (paper, Appendix F)")
     betas: tuple[Fraction, Fraction] = Field((0.5, 0.9), description="Adam's betas (paper, Appendix F)")
     weight_decay: Weight = Field(0.0, description="decoupled; 0: Adam")
@@ -226,6 +246,8 @@ class TrainVAE(Job):
 
 
 class DiffusionObjective(Section):
+    """What the diffusion model predicts, and how its noise levels are chosen and weighted."""
+
     prediction: Literal["epsilon", "v", "flow"] = Field(
         "epsilon", description="epsilon: the noise (the paper, after Rombach); v; flow: rectified flow"
     )

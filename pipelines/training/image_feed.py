@@ -56,7 +56,7 @@ class Images:
             place: the position, which seeds the transform, and the source's row.
 
         Raises:
-            UserError: no image of the source can be read.
+            UserError: if no image of the source can be read.
         """
         position, row = place
         for _ in range(self._source.units):
@@ -93,7 +93,7 @@ class Images:
             bad: unreadable images over all ranks, as `count_bad` returns them.
 
         Raises:
-            UserError: more images are unreadable than `max_bad` allows.
+            UserError: if more images are unreadable than `max_bad` allows.
         """
         if bad > self._max_bad * self._source.units:
             some = "; ".join(f"{name} ({reason})" for name, reason in list(self.bad.items())[:3])

@@ -71,7 +71,7 @@ def labels_of(values: Sequence[Any], config: TrainLDM) -> Tensor | None:
         int64 (n,), with `null_class` for an image without a class; None for an unconditional model.
 
     Raises:
-        UserError: a value is not an integer from 0 to `config.classes` - 1.
+        UserError: if a value is not an integer from 0 to `config.classes` - 1.
     """
     if not config.classes:
         return None
@@ -101,7 +101,7 @@ class Feed(ABC):
 
     @abstractmethod
     def begin(self) -> None:
-        """Find out what must be known before the first batch. A resumed run has it from its checkpoint."""
+        """Compute the statistics, unless `load` restored them."""
 
     @abstractmethod
     def batches(self, start: int, end: int, batch_size: int) -> Iterator[LatentBatch]:
@@ -130,7 +130,7 @@ class Feed(ABC):
         """Check the number of unreadable images, as `bad` returns it.
 
         Raises:
-            UserError: there are more of them than `data.max_bad` allows.
+            UserError: if there are more of them than `data.max_bad` allows.
         """
 
     def state(self) -> dict[str, Any]:
@@ -143,7 +143,7 @@ class Feed(ABC):
 
 
 class CachedFeed(Feed):
-    """Latents from a cache; with `draw=sample` they are drawn anew from their posteriors in each epoch."""
+    """Latents from a cache; with `draw=sample` they are drawn again from their posteriors in each epoch."""
 
     def __init__(self, config: TrainLDM, setup: LdmSetup, rank: int, world: int, device: torch.device):
         super().__init__(config, rank, world, device)
@@ -191,7 +191,7 @@ class EncodingFeed(Feed):
         """Compute mean and std from about `data.calibrate` evenly spaced images, unless a checkpoint gave them.
 
         Raises:
-            UserError: none of these images can be read.
+            UserError: if none of these images can be read.
         """
         if hasattr(self, "mean"):
             return

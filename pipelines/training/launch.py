@@ -49,9 +49,9 @@ def fit(
         to the MLflow run).
 
     Raises:
-        UserError: a worker returned {"error": message}, or training failed more often than `loop.max_restarts`.
+        UserError: if a worker returned {"error": message}, or training failed more often than `loop.max_restarts`.
             Workers return an error that the user must fix, because Ray Train would try again if they raised it.
-        Stopped: the run was asked to stop, and stopped after writing a checkpoint.
+        Stopped: if the run was asked to stop, and stopped after writing a checkpoint.
     """
     import ray.train
     from ray.train.backend import Backend
@@ -137,7 +137,7 @@ def work(
         The result of `loop.run`, or {"error": message} for an error that the user must fix.
 
     Raises:
-        RuntimeError: one of several workers has such an error; Ray Train then restarts all, and they return it.
+        RuntimeError: if one of several workers has such an error; Ray Train then restarts all, and they return it.
     """
     import ray.train.torch
 
@@ -172,7 +172,7 @@ def check_batch(name: str, batch_size: int, units: int, ray: Ray, accumulate: in
         accumulate: micro-batches per step.
 
     Raises:
-        UserError: the batch size is not a multiple of workers x micro-batches, or is larger than the data.
+        UserError: if the batch size is not a multiple of workers x micro-batches, or is larger than the data.
     """
     for workers in range(ray.min_workers or ray.workers, ray.workers + 1):
         if batch_size % (workers * accumulate):

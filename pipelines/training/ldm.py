@@ -115,7 +115,7 @@ def cached_latents(config: TrainLDM) -> LatentData:
     """Describe the latents of mode=cache.
 
     Raises:
-        UserError: no cache is given, its latents differ in shape, the label column is unfit, or the autoencoder is
+        UserError: if no cache is given, its latents differ in shape, the label column is unfit, or the autoencoder is
             missing or is not the one that encoded the cache.
     """
     if not config.cache:
@@ -146,7 +146,7 @@ def online_latents(config: TrainLDM) -> LatentData:
     """Describe the latents of mode=online, whose images are encoded again in every epoch.
 
     Raises:
-        UserError: the source cannot be opened, the label column is unfit, or there is no autoencoder.
+        UserError: if the source cannot be opened, the label column is unfit, or there is no autoencoder.
     """
     source = open_source(config.data.source, "data.source")
     return replace(_latents_of(config, source), source=source)
@@ -156,7 +156,7 @@ def write_through_latents(config: TrainLDM) -> LatentData:
     """Describe the latents of mode=write-through, whose images are encoded once. `begin_cache` adds the cache.
 
     Raises:
-        UserError: no cache is given, crop or flip is random, or the source, label column or autoencoder is unfit.
+        UserError: if no cache is given, crop or flip is random, or the source, label column or autoencoder is unfit.
     """
     if not config.cache:
         raise UserError("cache is empty; mode=write-through fills one: cache=/data/cache")

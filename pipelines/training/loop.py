@@ -59,7 +59,7 @@ class TrainingTask(Protocol):
         """
 
     def count(self) -> dict[str, Tensor]:
-        """Return further metrics, whose current value counts whenever metrics are logged."""
+        """Return metrics that are logged at their current value, not as a mean over steps."""
 
     def check(self, means: dict[str, float]) -> None:
         """Raise a UserError if the logged metrics, which are the same on all ranks, show that training must stop."""
@@ -102,8 +102,8 @@ def run(
         median), and the last metrics.
 
     Raises:
-        UserError: the checkpoint belongs to other data or another model; too many steps in a row were skipped; or the
-            task raised it.
+        UserError: if the checkpoint belongs to other data or another model, if too many steps in a row were skipped, or
+            if the task raised it.
     """
     return _Run(task, name, config, setup, rank, world).run()
 
@@ -243,7 +243,7 @@ def _resume(task: TrainingTask, name: str, setup: TrainSetup, rank: int) -> int:
         The number of images seen at that checkpoint; 0 where there is none.
 
     Raises:
-        UserError: the checkpoint is damaged, or belongs to other data or another model.
+        UserError: if the checkpoint is damaged, or belongs to other data or another model.
     """
     import ray.train
 
@@ -283,7 +283,7 @@ def _report(metrics: dict[str, Any], folder: str | None, run: Path) -> None:
         run: the run's folder.
 
     Raises:
-        UserError: the checkpoint cannot be written into the run's folder.
+        UserError: if the checkpoint cannot be written into the run's folder.
     """
     import ray.train
 

@@ -32,8 +32,8 @@ def open_run(folder: str, config: BaseModel, may_change: Iterable[str]) -> bool:
         True if an earlier run is resumed, False if the run is new.
 
     Raises:
-        UserError: the folder holds a run with another config (the message lists the differences), a damaged config,
-            or something that is no run.
+        UserError: if the folder holds a run with another config (the message lists the differences), a damaged config,
+            or something that is not a run.
     """
     path = Path(folder) / "config.yaml"
     if not path.exists():
@@ -44,7 +44,7 @@ def open_run(folder: str, config: BaseModel, may_change: Iterable[str]) -> bool:
         write_config(folder, config)
         return False
     try:
-        # A field that did not exist when the run was started counts as its default, or as its value in BEFORE.
+        # A field that did not exist when the run was started counts as its default or its value in EARLIER_DEFAULTS.
         default = flatten(values_to_keep(type(config)()))
         before = default | {key: value for key, value in EARLIER_DEFAULTS.items() if key in default}
         before |= flatten(yaml.safe_load(path.read_text()))
@@ -79,7 +79,7 @@ def check_longer(folder: str, field: str, now: int) -> None:
         now: the field's new value.
 
     Raises:
-        UserError: the new value is smaller.
+        UserError: if the new value is smaller.
     """
     before = yaml.safe_load((Path(folder) / "config.yaml").read_text())[field]
     if now < before:

@@ -55,7 +55,7 @@ def claimed(folder: str) -> Iterator[None]:
         folder: the run's folder, which is made if missing.
 
     Raises:
-        UserError: another process is working on the run (the message says which), or the folder cannot be made.
+        UserError: if another process is working on the run (the message says which), or the folder cannot be made.
     """
     path = Path(folder)
     made = [parent for parent in path.parents if not parent.exists()]
@@ -95,8 +95,8 @@ def _lock(path: Path) -> IO[str]:
     """Open and lock the file, and write this process's id and host into it.
 
     Raises:
-        UserError: another process holds the lock.
-        OSError: the file cannot be made.
+        UserError: if another process holds the lock.
+        OSError: if the file cannot be made.
     """
     while True:
         try:

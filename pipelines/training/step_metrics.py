@@ -30,7 +30,7 @@ class Totals:
         self._sums[names] = self._sums[names] + row if names in self._sums else row
 
     def means(self) -> dict[str, Tensor]:
-        """Return each metric's mean since the last call, and start anew; NaN where no value was finite."""
+        """Return each metric's mean since the last call, and reset the sums; NaN where no value was finite."""
         found: dict[str, Tensor] = {}
         for names, sums in self._sums.items():
             for name, pair in zip(names, sums.unbind(1), strict=True):

@@ -104,7 +104,7 @@ def build_model(config: TrainVAE) -> LiteVAE:
     """Build the autoencoder of `config.model`: with the weights of `model.init`, or random ones from `config.seed`.
 
     Raises:
-        UserError: `model.init` is not a model folder, or its architecture differs from `config.model`.
+        UserError: if `model.init` is not a model folder, or its architecture differs from `config.model`.
     """
     wanted = config.model
     torch.manual_seed(config.seed)
@@ -159,7 +159,7 @@ def _check_discriminator(config: TrainVAE) -> None:
     It may be used only late in a run, and the user should see this error at the start.
 
     Raises:
-        UserError: the images are too small for this kind of discriminator.
+        UserError: if the images are too small for this kind of discriminator.
     """
     if not config.loss.adversarial.weight:
         return
@@ -177,7 +177,7 @@ def _check_stages(folder: str, config: TrainVAE) -> None:
     """Check the stages of a resumed run: the last one may get longer and more may follow, all else must be the same.
 
     Raises:
-        UserError: a stage was changed, shortened or removed.
+        UserError: if a stage was changed, shortened or removed.
     """
     import yaml
 

@@ -132,7 +132,7 @@ class WriteThroughFeed(EncodingFeed):
         """Encode this rank's share of a window's missing shards, then read the whole window.
 
         Raises:
-            UserError: a rank failed to encode a shard, or more images are in quarantine than `data.max_bad` allows.
+            UserError: if a rank failed to encode a shard, or more images are in quarantine than `data.max_bad` allows.
         """
         errors = []
         for _ in self._mine(shards):
@@ -178,7 +178,7 @@ class Window:
         label: name of the label column; "": no labels.
 
     Raises:
-        UserError: none of the window's images was encoded.
+        UserError: if none of the window's images was encoded.
     """
 
     def __init__(self, folder: str, commits: list[dict[str, Any]], how: dict[str, Any], label: str):

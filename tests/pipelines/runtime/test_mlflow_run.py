@@ -1,4 +1,4 @@
-"""What tracking asks of MLflow, and what it leaves in the run's folder, with a client that answers at once."""
+"""The requests of tracking to MLflow, and the files it writes into the run's folder, with a stand-in for the client."""
 
 import json
 from types import SimpleNamespace
@@ -17,7 +17,7 @@ PARAMS = {"seed": 3, "optim": {"lr": 0.1, "betas": [0.5, 0.9]}, "stages": [{"ima
 
 
 class Client:
-    """MLflow's, of one experiment."""
+    """A stand-in for MLflow's client with one experiment, which records its calls."""
 
     def __init__(self):
         self.calls, self.experiment, self.found, self.batches = [], None, [], []
