@@ -55,9 +55,9 @@ def _check_config(config: Mapping[str, Any]) -> None:
             raise UserError(f"LiteVAE: {name}={config[name]!r} is not one of {', '.join(known)}")
     size, levels, widths = config["size"], list(config["levels"]), config["block_out_channels"]
     if not levels or levels != sorted(set(levels) & set(range(1, LEVELS + 1))):
-        raise UserError(f"LiteVAE: levels={levels} are not some of 1, 2, 3, each once and in this order")
+        raise UserError(f"LiteVAE: levels={levels} must be some of 1, 2, 3, each at most once and in this order")
     if len(widths) != 4:
-        raise UserError(f"LiteVAE: block_out_channels has {len(widths)} widths; f = 8 takes exactly 4")
+        raise UserError(f"LiteVAE: block_out_channels has {len(widths)} widths; f = 8 needs exactly 4")
     check_wavelet(config["wavelet"])
     variant = {name: config[name] for name in _VARIANT_DEFAULTS} | {"levels": tuple(levels)}
     if size not in SIZES and (other := [name for name, value in variant.items() if value != _VARIANT_DEFAULTS[name]]):
@@ -71,7 +71,7 @@ def _check_config(config: Mapping[str, Any]) -> None:
             f"set it to {gives}"
         )
     if config["conv1x1"]:
-        raise UserError(f"LiteVAE: conv1x1 is for encoders that learn, and size={size!r} does not; leave it out")
+        raise UserError(f"LiteVAE: conv1x1 needs a learned encoder, and size={size!r} is not learned; leave it out")
 
 
 def _build_encoder(
@@ -381,7 +381,7 @@ def _weights(folder: Path) -> list[str]:
     for name in names:
         # Without this check diffusers would also load pickles, and files outside the folder.
         if Path(name).name != name or not name.endswith(".safetensors") or not (folder / name).is_file():
-            raise UserError(f"{folder}/{INDEX} names {name}, which is no safetensors file of this folder")
+            raise UserError(f"{folder}/{INDEX} names {name}, which is not a safetensors file of this folder")
     return names
 
 
@@ -391,7 +391,7 @@ def _json(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON: {error}") from None
     if not isinstance(value, dict):
-        raise UserError(f"{path} is not valid JSON of a model: not an object")
+        raise UserError(f"{path} is not the JSON of a model: it does not hold an object")
     return value
 
 

@@ -56,7 +56,7 @@ class SDEncoder(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[-2] % self.factor or x.shape[-1] % self.factor:
             raise UserError(
-                f"image size {x.shape[-2]}x{x.shape[-1]} is no multiple of {self.factor}; resize or crop it first"
+                f"image size {x.shape[-2]}x{x.shape[-1]} is not a multiple of {self.factor}; resize or crop it first"
             )
         x = self.conv_in(x.to(self.conv_in.weight.dtype))
         for level in self.down:

@@ -70,7 +70,7 @@ def write_plan(folder: str, plan: dict[str, Any]) -> None:
     before, now = read_plan(folder), json.loads(json_bytes(plan))
     if different := list(_differences(_compared(before), _compared(now))):
         raise UserError(
-            f"{folder} is a cache of something else; give another folder, or delete this one. What differs:\n  "
+            f"{folder} holds another cache; give another folder, or delete this one. The differences are:\n  "
             + "\n  ".join(different)
         )
 
@@ -101,7 +101,7 @@ def read_listings(folder: str) -> list[pa.Table]:
         try:
             found.append(storage.read_table(storage.read(path)))
         except (OSError, pa.ArrowException) as error:
-            raise UserError(f"{path} is damaged: {error}; bring it back from a copy") from error
+            raise UserError(f"{path} is damaged: {error}; restore it from a copy") from error
     return found
 
 
@@ -140,7 +140,7 @@ def write_manifest(folder: str, plan: dict[str, Any], source: dict[str, Any], ru
     views = plan["latents"]["views"]
     if images + quarantined != source["units"] or rows != images * views:
         raise RuntimeError(
-            f"{rows} rows and {quarantined} in quarantine of {source['units']} images, {views} rows each"
+            f"{rows} rows, {views} per image, and {quarantined} quarantined images do not make {source['units']} images"
         )
     if not images:
         raise UserError(f"{folder}: none of {quarantined} images could be encoded; see its quarantine/")
@@ -230,7 +230,7 @@ def read_manifest(folder: str | os.PathLike[str], number: int | None = None) -> 
             raise UserError(f"{folder} is not a latent cache: it has no manifest.json")
         raise UserError(
             f"{folder} is unfinished: {len(committed_shards(folder))} shards are done; "
-            f"run the encode job with the same settings again, it goes on where it stopped"
+            f"run the encode job with the same settings again, it continues where it stopped"
         )
     return read_json(storage.join(folder, "manifest.json"))
 
@@ -435,7 +435,7 @@ class LatentCache:
         groups = [self._group(int(index)) for index in rows]
         shapes = {self.group_shapes[group] for group in groups}
         if len(shapes) > 1:
-            raise UserError(f"rows of {len(shapes)} shapes can't be one batch: {sorted(shapes)}")
+            raise UserError(f"rows of {len(shapes)} shapes can't form one batch: {sorted(shapes)}")
         shape = shapes.pop() if shapes else self.shape or self.group_shapes[0]
         stored = np.empty((len(rows), *shape), dtype=DTYPES[self._how["dtype"]])
         names = [""] * len(rows)
@@ -448,7 +448,7 @@ class LatentCache:
     def _group(self, index: int) -> int:
         """Return the number of the row group that holds a row."""
         if not 0 <= index < len(self):
-            raise IndexError(f"row {index} of a cache with {len(self)}")
+            raise IndexError(f"row {index} is out of range: the cache has {len(self)} rows")
         return int(np.searchsorted(self._starts, index, side="right")) - 1
 
     def _load(self, group: int) -> tuple[tuple[np.ndarray, list[str]], int]:

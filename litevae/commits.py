@@ -88,7 +88,7 @@ def read_commit(folder: str, shard: int, generation: int = 0) -> dict[str, Any]:
     """Read the commit of one generation of a shard.
 
     Raises:
-        UserError: The commit is missing or damaged.
+        UserError: if the commit is missing or damaged.
     """
     return read_json(commit_path(folder, shard, generation))
 

@@ -45,7 +45,7 @@ def build_denoiser(network: str, channels: int, size: int, classes: int = 0) -> 
         UserError: if the network is unknown, or the size can't be halved often enough or cut into patches.
     """
     if network not in NETWORKS:
-        raise UserError(f"network={network}: no such network; there are {', '.join(NETWORKS)}")
+        raise UserError(f"network={network} is unknown; choose one of {', '.join(NETWORKS)}")
     table = null_class(classes) + 1 if classes else None
     if network in DITS:
         _check_size(network, f"cuts latents into patches of {_PATCH}x{_PATCH}", _PATCH, size)

@@ -71,8 +71,12 @@ class Objective:
     def __post_init__(self) -> None:
         if self.zero_snr and self.prediction != "v":
             raise UserError(
-                f"zero_snr needs prediction=v: of noise alone, {self.prediction} "
-                + ("has such a level anyway" if self.prediction == "flow" else "says nothing about the image")
+                "zero_snr needs prediction=v: "
+                + (
+                    "prediction=flow always has a level of pure noise"
+                    if self.prediction == "flow"
+                    else "at a level of pure noise, predicting epsilon says nothing about the image"
+                )
             )
         if self.weighting == "min-snr" and self.prediction == "flow":
             raise UserError("weighting=min-snr is for prediction=epsilon and v; flow takes times=logit-normal")
@@ -266,7 +270,7 @@ class EMA:
             UserError: if the state is of another model.
         """
         if state["average"].keys() != self.average.keys():
-            raise UserError("the averaged weights are those of another model")
+            raise UserError("the averaged weights belong to another model")
         for name, value in state["average"].items():
             self.average[name].copy_(value)
         self.updates = state["updates"]

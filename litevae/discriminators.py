@@ -318,5 +318,5 @@ def build_discriminator(kind: str, channels: int = 64) -> Discriminator:
         UserError: if there is no such kind.
     """
     if kind not in KINDS:
-        raise UserError(f"unknown discriminator {kind!r}; one of {', '.join(KINDS)}")
+        raise UserError(f"unknown discriminator {kind!r}; choose one of {', '.join(KINDS)}")
     return KINDS[kind](channels)

@@ -145,7 +145,9 @@ class DiT(ModelMixin, ConfigMixin):
         if sample.shape[1:] != shape:
             raise UserError(f"this DiT takes latents (N, {', '.join(map(str, shape))}), not {tuple(sample.shape)}")
         if class_labels is None and self.class_embedding is not None:
-            raise UserError("this DiT is conditional: it needs class_labels, for images of no class the label of none")
+            raise UserError(
+                "this DiT is class-conditional: it needs class_labels, and for images without a class the null label"
+            )
         if class_labels is not None and self.class_embedding is None:
             raise UserError("this DiT is unconditional: it takes no class_labels; leave them out")
 

@@ -94,7 +94,7 @@ class Inception(FeatureNetwork):
         super().__init__()
         path = Path(weights) if weights else _inception_in_hub()
         if importlib.util.find_spec("torch_fidelity") is None:
-            raise UserError("FID and Inception Score are torch-fidelity's: pip install torch-fidelity")
+            raise UserError("FID and Inception Score need torch-fidelity: pip install torch-fidelity")
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
         state = io.BytesIO()
@@ -236,7 +236,7 @@ class FrechetStatistics:
             UserError: if there are fewer than two images.
         """
         if self.count < 2:
-            raise UserError(f"a covariance takes at least 2 images, not {self.count}")
+            raise UserError(f"a covariance needs at least 2 images, not {self.count}")
         return (self.outer - self.count * torch.outer(self.mean, self.mean)) / (self.count - 1)
 
 
@@ -268,7 +268,7 @@ def inception_score(logits: Tensor, splits: int = SPLITS) -> tuple[float, float]
         UserError: if there are fewer images than parts.
     """
     if len(logits) < splits:
-        raise UserError(f"an Inception Score of {splits} parts takes at least {splits} images, not {len(logits)}")
+        raise UserError(f"an Inception Score of {splits} parts needs at least {splits} images, not {len(logits)}")
     order = torch.from_numpy(np.random.RandomState(2020).permutation(len(logits)))
     edges = [part * len(logits) // splits for part in range(splits + 1)]
     scores = []
@@ -295,7 +295,7 @@ def precision_recall(
     """
     if min(len(reference), len(generated)) <= k:
         raise UserError(
-            f"neighbour number {k} takes at least {k + 1} images, not {len(reference)} and {len(generated)}"
+            f"neighbour number {k} needs at least {k + 1} images in each set, not {len(reference)} and {len(generated)}"
         )
 
     def radii(features: Tensor) -> Tensor:
@@ -349,7 +349,7 @@ def mmd(
     x = latents.flatten(1)
     size = min(subset, len(x))
     if size < 2:
-        raise UserError(f"an MMD takes at least 2 latents, not {size}")
+        raise UserError(f"an MMD needs at least 2 latents, not {size}")
     if not x.isfinite().all():
         raise UserError("latents are NaN or infinite")
     generator = torch.Generator().manual_seed(seed)

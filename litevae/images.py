@@ -116,11 +116,11 @@ class ImageTransform:
 
     def __post_init__(self) -> None:
         if self.crops != 1 and (self.crops < 1 or self.crop != "random"):
-            raise UserError(f"crops={self.crops}: only crop=random can be another each time")
+            raise UserError(f"crops={self.crops} needs crop=random: other crops would all be the same")
         if self.flip and self.both:
-            raise UserError("views are mirrored by chance (flip) or both ways (both), not both")
+            raise UserError("flip (mirror at random) and both (each view also mirrored) exclude each other")
         if self.buckets and self.resize == "none":
-            raise UserError("buckets need resize=shorter: images are resized until they cover one")
+            raise UserError("buckets need resize=shorter: images are resized to cover their bucket")
         if self.buckets and self.resolution % self.bucket_step:
             raise UserError(f"resolution={self.resolution} is not a multiple of bucket_step={self.bucket_step}")
 
@@ -184,7 +184,7 @@ class ImageTransform:
         except (MemoryError, RuntimeError) as error:
             if not _is_of_memory(error):
                 raise
-            raise ImageError("out_of_memory", str(error) or "decoding takes more than there is") from error
+            raise ImageError("out_of_memory", str(error) or "decoding needs more memory than there is") from error
         if self.resize == "none" and min(height, width) < self.resolution:
             raise ImageError("too_small", f"{width}x{height} pixels, less than the crop of {self.resolution}")
         if self.crop == "random" or self.flip:
@@ -279,7 +279,7 @@ def _reasons(data: bytes) -> Iterator[None]:
         raise ImageError("too_large", str(error)) from error
     except Exception as error:  # damaged bytes can make Pillow's plugins raise any error
         if _is_of_memory(error):
-            raise ImageError("out_of_memory", str(error) or "decoding takes more than there is") from error
+            raise ImageError("out_of_memory", str(error) or "decoding needs more memory than there is") from error
         bomb = "data too large" in str(error)  # raised for compressed text in a PNG
         raise ImageError("too_large" if bomb else "corrupt", f"{type(error).__name__}: {error}") from error
 

@@ -112,12 +112,12 @@ class LatentLoader:
         now = self.state_dict()
         if state["digest"] != now["digest"]:
             raise UserError(
-                f"{self.cache.path} does not hold what it held when the loader's state was saved; where something was "
-                f"appended since, open it as it was: LatentCache(path, version=...)"
+                f"{self.cache.path} has changed since the loader's state was saved; if images were appended, open the "
+                f"cache as it was then: LatentCache(path, version=...)"
             )
         for name in ("seed", "batch_size") if len(self._shapes) > 1 else ("seed",):
             if state[name] != now[name]:
-                raise UserError(f"the loader's state is of {name}={state[name]}, and {name} is {now[name]}")
+                raise UserError(f"the loader's state was saved with {name}={state[name]}, but now {name}={now[name]}")
         self.position = state["position"]
 
     def _load(self, place: BatchPlace) -> tuple[int, dict[str, Any]]:

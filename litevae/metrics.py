@@ -121,7 +121,9 @@ def artefacts(images: Tensor, border: int) -> tuple[float, float | None]:
     """
     height, width = (side - 2 * border for side in images.shape[-2:])
     if min(height, width) < 2:
-        raise UserError(f"borders of {border} pixels leave nothing of {images.shape[-1]}x{images.shape[-2]}")
+        raise UserError(
+            f"borders of {border} pixels leave nothing of an image of {images.shape[-1]}x{images.shape[-2]}"
+        )
     if not images.isfinite().all():
         raise UserError("a reconstruction of constant colour has NaN or infinite pixels; the model's output is broken")
     inner = images[..., border : border + height, border : border + width].double() * 127.5

@@ -52,7 +52,7 @@ class EpochOrder:
         self._starts = np.cumsum(self.groups) - self.groups
         self._rows = int(self.groups.sum())
         if not self._rows:
-            raise ValueError("an order of no rows")
+            raise ValueError("an order needs at least one row")
         # Two of each are kept, for threads that read on both sides of an edge at once.
         self._layouts = LRUCache(self._shuffle_groups, limit=2)
         self._windows = LRUCache(self._shuffle_rows, limit=2)

@@ -129,7 +129,7 @@ def load_lpips(net: str = "vgg", weights: str | Path = "") -> FeatureDistance:
         UserError: if the file at `weights` does not exist or holds something else, or lpips is not installed.
     """
     if net not in BACKBONES:
-        raise UserError(f"unknown LPIPS backbone {net!r}; one of {', '.join(BACKBONES)}")
+        raise UserError(f"unknown LPIPS backbone {net!r}; choose one of {', '.join(BACKBONES)}")
     backbone = BACKBONES[net]
     package = importlib.util.find_spec("lpips")  # finds its files without importing it
     if package is None or package.origin is None:
@@ -221,7 +221,7 @@ class BackboneFeatures(FeatureDistance):
 
     def __init__(self, model: str, weights: str | Path) -> None:
         if model not in MODELS:
-            raise UserError(f"unknown backbone {model!r}; one of {', '.join(MODELS)}")
+            raise UserError(f"unknown backbone {model!r}; choose one of {', '.join(MODELS)}")
         path = Path(weights)
         features = _load_features(model, path)
         super().__init__(f"{model} {sha256_of(path)[:8]}", features, [len(features) - 1])

@@ -55,7 +55,8 @@ def sampler_of(scheduler: Scheduler, name: str = "", steps: int = 50, eta: float
     name = name or known[0]
     if name not in known:
         raise UserError(
-            f"sampler={name}: a model of {config.prediction_type.removesuffix('_prediction')} takes {', '.join(known)}"
+            f"sampler={name} does not fit a model of {config.prediction_type.removesuffix('_prediction')}; choose one "
+            f"of {', '.join(known)}"
         )
     total = config.num_train_timesteps
     if name == "ddim":
@@ -65,7 +66,7 @@ def sampler_of(scheduler: Scheduler, name: str = "", steps: int = 50, eta: float
         sampler.timesteps = torch.from_numpy(_levels(scheduler, steps))
         return sampler
     if eta:
-        raise UserError(f"eta={eta:g} is for sampler=ddim alone; {name} adds no noise")
+        raise UserError(f"eta={eta:g} works only with sampler=ddim; {name} adds no noise")
     if not 1 <= steps <= total:
         raise UserError(f"steps={steps} is not between 1 and {total}")
     if name == "dpm++":
@@ -101,7 +102,9 @@ def _check_divides(total: int, steps: int) -> None:
     if steps < 1 or total % steps:
         fitting = [n for n in range(1, total + 1) if total % n == 0]
         near = [*[n for n in fitting if n < steps][-1:], *[n for n in fitting if n > steps][:1]]
-        raise UserError(f"steps={steps} does not divide the schedule's {total}; take {' or '.join(map(str, near))}")
+        raise UserError(
+            f"steps={steps} does not divide the schedule's {total} levels; take {' or '.join(map(str, near))}"
+        )
 
 
 @torch.no_grad()
@@ -185,16 +188,17 @@ def label_numbers(labels: Sequence[int] | None, classes: int, images: int, guida
     """
     if not classes:
         if labels is not None or guidance != 1:
-            raise UserError("the model knows no classes: neither classes nor guidance can be given")
+            raise UserError("the model is unconditional: neither classes nor guidance can be given")
         return None
     if labels is None:
         if guidance != 1:
-            raise UserError(f"guidance={guidance:g} needs classes to be guided to")
+            raise UserError(f"guidance={guidance:g} needs classes")
         return [null_class(classes)] * images
     if len(labels) != images:
-        raise UserError(f"{len(labels)} labels for {images} images")
+        raise UserError(f"there are {len(labels)} labels for {images} images; give one for each")
     if wrong := [label for label in labels if not (0 <= label < classes or label == null_class(classes))]:
         raise UserError(
-            f"class {wrong[0]}: the model knows 0 to {classes - 1}, and {null_class(classes)} for images of no class"
+            f"class {wrong[0]} does not exist: the model knows 0 to {classes - 1}, and {null_class(classes)} for "
+            f"images without a class"
         )
     return list(labels)

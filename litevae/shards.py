@@ -62,7 +62,7 @@ def row_schema(carried: pa.Schema) -> pa.Schema:
     """Return the schema of a row without its latent: the cache's own columns, then those carried over from the source.
 
     Raises:
-        UserError: A column of the source has the same name as a column of the cache.
+        UserError: if a column of the source has the same name as a column of the cache.
     """
     ours = ("id", *CONTENT_COLUMN.values(), *SIZE_COLUMNS, *OWN_COLUMNS.names)
     if taken := [name for name in carried.names if name in ours]:
@@ -155,7 +155,7 @@ def latents_of(table: pa.Table, shape: Sequence[int], how: dict[str, Any]) -> np
         Array (n, C, h, w) in the stored dtype; for bfloat16, its bits in uint16.
 
     Raises:
-        UserError: The rows have another shape.
+        UserError: if the rows have another shape.
     """
     column = table[CONTENT_COLUMN[how["content"]]].combine_chunks()
     dtype = np.dtype(DTYPES[how["dtype"]])
@@ -166,7 +166,7 @@ def latents_of(table: pa.Table, shape: Sequence[int], how: dict[str, Any]) -> np
         offsets = np.frombuffer(column.buffers()[1], np.int32, len(column) + 1, offset=4 * column.offset)
         sizes, start = np.diff(offsets), int(offsets[0])
     if np.any(sizes != width):
-        raise UserError(f"rows of {sizes} bytes, not the {width} of {tuple(shape)} {how['dtype']}")
+        raise UserError(f"rows have {sizes} bytes, but {tuple(shape)} {how['dtype']} has {width}")
     return np.frombuffer(column.buffers()[-1], dtype, len(column) * width // dtype.itemsize, start).reshape(-1, *shape)
 
 
@@ -177,7 +177,7 @@ def read_shard(folder: str, commit: dict[str, Any], how: dict[str, Any]) -> tupl
         The rows and the latents, as `shard_bytes` takes them.
 
     Raises:
-        UserError: The file is missing or damaged.
+        UserError: if the file is missing or damaged.
     """
     file = storage.join(folder, commit["file"])
     data = read_checked(file, commit)
@@ -195,7 +195,7 @@ def read_quarantine(folder: str, commit: dict[str, Any]) -> pa.Table:
     """Read the quarantine table of a shard, with the columns of `QUARANTINE`. It may have no rows.
 
     Raises:
-        UserError: The file is missing or damaged.
+        UserError: if the file is missing or damaged.
     """
     if not commit["quarantined"]:
         return QUARANTINE.empty_table()
@@ -225,7 +225,7 @@ def read_checked(file: str, record: dict[str, Any]) -> bytes:
         raise UserError(f"{file} is missing; the cache's manifest names it") from None
     check_size(file, record, len(data))
     if hashlib.sha256(data).hexdigest() != record["sha256"]:
-        raise UserError(f"{file} is damaged: its sha256 is not the manifest's")
+        raise UserError(f"{file} is damaged: its sha256 differs from the manifest's")
     return data
 
 

@@ -48,8 +48,8 @@ def is_disk_full(error: BaseException) -> bool:
 def unwritable(path: str, error: Exception) -> UserError:
     """Return the error to raise for a file that can't be written, with a hint on what to do."""
     hint = "; the file system must have hard links" if getattr(error, "errno", None) in _NO_LINKS else ""
-    hint = f"; {os.path.dirname(path)} is no folder" if isinstance(error, FileExistsError) else hint
-    hint = "; make room there and run again: what is done stays" if is_disk_full(error) else hint
+    hint = f"; {os.path.dirname(path)} is not a folder" if isinstance(error, FileExistsError) else hint
+    hint = "; make room there and run the same command again: finished work is kept" if is_disk_full(error) else hint
     return UserError(f"{path} can't be written: {getattr(error, 'strerror', None) or error}{hint}")
 
 
@@ -68,7 +68,9 @@ def absolute(path: str) -> str:
         if not _split(path)[0]:
             raise UserError(f"{path!r} names no bucket; give s3://bucket/folder")
         if redact(path) != path:  # the path would be stored in all that is made from it, and shown
-            raise UserError(f"{path!r}: no credentials in a path; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
+            raise UserError(
+                f"{path!r} contains credentials; leave them out and set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+            )
         return path.rstrip("/")
     if scheme := re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", path):
         raise UserError(f"{path!r}: only local paths and s3:// can be used, not {scheme[0]}")
@@ -521,11 +523,13 @@ def _explained(path: str) -> Iterator[None]:
         if code in _MISSING:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path) from error
         if code == "NoSuchBucket":
-            raise UserError(f"{path}: {endpoint} has no bucket {bucket!r}; check it and AWS_ENDPOINT_URL") from error
+            raise UserError(
+                f"{path}: {endpoint} has no bucket {bucket!r}; check its name and AWS_ENDPOINT_URL"
+            ) from error
         if code == "RequestTimeTooSkewed":
             now = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
-            clock = f"the clock of {platform.node()} ({now}) is not that of {endpoint}"
-            raise Unavailable(f"{path}: {clock} ({code}); set it, e.g. by NTP") from error
+            clock = f"the clock of {platform.node()} ({now}) differs from that of {endpoint}"
+            raise Unavailable(f"{path}: {clock} ({code}); set it, e.g. with NTP") from error
         if code in (*_REFUSED, *_UNKNOWN):
             reason = (
                 f"{endpoint} refuses access ({code}: {error}); check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and the"

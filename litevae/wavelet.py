@@ -100,7 +100,7 @@ def wavelet_pyramid(x: Tensor, wavelet: str = "haar", levels: int = LEVELS) -> l
     factor = 2**levels
     if x.shape[-2] % factor or x.shape[-1] % factor:
         raise UserError(
-            f"image size {x.shape[-2]}x{x.shape[-1]} is no multiple of {factor}; resize or crop it, or pad it first "
+            f"image size {x.shape[-2]}x{x.shape[-1]} is not a multiple of {factor}; resize or crop it, or pad it first "
             f"with litevae.wavelet.pad_to_multiple"
         )
     pyramid, channels = [], x.shape[1]
@@ -132,7 +132,9 @@ def _bank(name: str):
     import pywt
 
     if name not in pywt.wavelist(kind="discrete"):
-        raise UserError(f"unknown wavelet {name!r}; `haar`, or one of {', '.join(pywt.wavelist(kind='discrete'))}")
+        raise UserError(
+            f"unknown wavelet {name!r}; choose `haar` or one of {', '.join(pywt.wavelist(kind='discrete'))}"
+        )
     return pywt.Wavelet(name)
 
 

@@ -68,7 +68,7 @@ FIRST = (
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--part", default="1/1", metavar="K/N", help="of the chosen tests the K-th of N equal parts")
+    parser.addoption("--part", default="1/1", metavar="K/N", help="run the K-th of N equal parts of the tests")
 
 
 @pytest.hookimpl(trylast=True)  # after -m has chosen
@@ -162,7 +162,7 @@ def _ceph(tmp_path_factory) -> Iterator[None]:
     if shutil.which("ceph-mon") is None or shutil.which("radosgw") is None:
         pytest.skip("Ceph is not installed: apt-get install ceph-mon ceph-osd radosgw ceph-common")
     if not _SCRIPT.is_file():
-        pytest.skip(f"no {_SCRIPT}")
+        pytest.skip(f"{_SCRIPT} does not exist")
     folder = tmp_path_factory.mktemp("ceph") / "run"
     with open(Path(tempfile.gettempdir(), "litevae-ceph.lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

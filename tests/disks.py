@@ -14,7 +14,7 @@ def small_disk(folder: Path, size: str) -> Iterator[Path]:
     """Mount a file system of a size such as 100k or 8m (see `mount`) at a new folder. Skip the test if that fails."""
     folder.mkdir()
     if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder]).returncode:
-        pytest.skip("to mount a file system takes root")
+        pytest.skip("mounting a file system needs root")
     try:
         yield folder
     finally:

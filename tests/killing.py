@@ -8,9 +8,11 @@ import psutil
 
 
 def kill_driver(process: subprocess.Popen) -> None:
-    """SIGKILL for a driver that is alive, and then for what it started, which would end by itself but take its time;
-    returns when none of it is left that could still write something."""
-    assert process.poll() is None, f"it had ended before it was killed, with {process.returncode}"
+    """Send SIGKILL to a driver that is alive, then to the processes that it started, and wait until all have ended.
+
+    The processes would end by themselves, but only after some time, and could write files until then.
+    """
+    assert process.poll() is None, f"the driver had ended with {process.returncode} before it was killed"
     family = psutil.Process(process.pid).children(recursive=True)
     process.kill()
     process.wait()
@@ -19,7 +21,7 @@ def kill_driver(process: subprocess.Popen) -> None:
             child.kill()
     end = time.monotonic() + 240
     while not all(map(_over, family)):
-        assert time.monotonic() < end, "what it started lives on"
+        assert time.monotonic() < end, "processes that the driver started are still running"
         time.sleep(0.02)
 
 

@@ -65,7 +65,7 @@ def mutated(fault: Mutant, path: Path) -> str:
         try:
             ast.parse(text)
         except SyntaxError as error:
-            raise Unusable(f"{fault.file}: {fault.new!r} is no Python: {error}") from None
+            raise Unusable(f"{fault.file}: {fault.new!r} is not valid Python: {error}") from None
     return text
 
 

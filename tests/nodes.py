@@ -55,7 +55,7 @@ class Nodes:
         Skip the test if this user may not mount.
         """
         if subprocess.run(["unshare", "--mount", "mount", "-t", "tmpfs", "none", folder]).returncode:
-            pytest.skip("to mount a folder for one node takes root")
+            pytest.skip("mounting a folder for one node needs root")
         self._last += 1
         ray = [
             str(Path(sys.executable).with_name("ray")), "start", "--block", "--disable-usage-stats",

@@ -98,7 +98,9 @@ def encode(setting: meter.Setting) -> Iterator[meter.ReportTable]:
     """
     count, device = setting.config.encode_images, setting.device.type
     if count < 2 * BATCH[device]:
-        raise UserError(f"encode_images={count} are too few for a rate on this device: {2 * BATCH[device]} and more")
+        raise UserError(
+            f"encode_images={count} is too small to measure a rate on this device; give {2 * BATCH[device]} or more"
+        )
     files, place = setting.photos(), setting.place / "encode"
     place.mkdir()
     decoders = max(1, setting.threads - 2) if device == "cuda" else 1  # on a CPU, one that decodes and one that encodes
@@ -205,7 +207,7 @@ def run_system(system: str, given: Request, folder: str) -> list[tuple[float, in
     done = sorted((path.stat().st_mtime_ns / 1e9, pq.read_metadata(path).num_rows) for path in files)
     rows, wanted = sum(rows for _, rows in done), len(given.files)
     if rows != wanted:
-        raise UserError(f"{system} encoded {rows} of {wanted} images; the source has to be of sound JPEGs")
+        raise UserError(f"{system} encoded {rows} of {wanted} images; the source must hold only readable JPEGs")
     return done
 
 

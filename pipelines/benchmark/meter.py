@@ -226,7 +226,7 @@ class Child:
             answer = ""
         if not answer:
             code = self._process.wait()
-            why = "most likely memory did not suffice" if code < 0 else "what it says of that is above"
+            why = "it probably ran out of memory" if code < 0 else "see its output above"
             raise UserError(f"a measuring process ended (exit code {code}); {why}")
         found = json.loads(answer)
         if "error" in found:

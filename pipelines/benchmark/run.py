@@ -88,7 +88,8 @@ def _tables(part: str, place: str, setting: Setting) -> Iterator[ReportTable]:
         yield from getattr(import_module(module), function)(setting)
     except ModuleNotFoundError as error:
         raise UserError(
-            f"part {part} measures beside {error.name}: pip install {error.name}, or leave it out"
+            f"part {part} compares with {error.name}, which is not installed: pip install {error.name}, or leave the "
+            f"part out"
         ) from None
 
 

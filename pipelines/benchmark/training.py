@@ -149,7 +149,9 @@ def _check_same(first: dict[str, dict[str, float]], rtol: float) -> None:
     for name, values in first.items():
         for key, value in wanted.items():
             if abs(values[key] - value) > rtol * abs(value) + 1e-4:
-                raise UserError(f"{name} and the plain loop do not do the same: {key} {values[key]} and {value}")
+                raise UserError(
+                    f"{name} and the plain loop do not compute the same: {key} is {values[key]} and {value}"
+                )
 
 
 @contextmanager
@@ -184,7 +186,7 @@ class Ours:
         with _without_ray():
             self.nets = vae.Networks(self.config, bool(self.config.loss.lpips.weight), device)
         if not isinstance(self.nets.disc, UNetDiscriminator):
-            raise UserError("the plain loop is written for loss.adversarial.kind=unet, and a weight above 0")
+            raise UserError("the plain loop supports only loss.adversarial.kind=unet with a weight above 0")
         self.model, self.objective = self.nets.model, self.nets.objective
         self.disc: nn.Module = self.nets.disc
 
@@ -451,7 +453,7 @@ def steps_of_ldm(
             warm[name] = meter.now(where) - start
         bf16 = where.type == "cuda" or "loop.precision=bf16" in words
         if max(first.values()) > (1.01 if bf16 else 1.0001) * min(first.values()):
-            raise UserError(f"these do not do the same; their first losses are {first}")
+            raise UserError(f"these loops do not compute the same; their first losses are {first}")
         calls: dict[str, Callable[[], object]] = {name: one.step for name, one in made.items()}
         seconds = meter.rounds(calls, repeats, device=where.type)
         base = seconds["plain loop"]

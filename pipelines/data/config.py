@@ -62,9 +62,9 @@ class Views(Transform):
     @model_validator(mode="after")
     def _fits(self) -> "Views":
         if self.crops > 1 and self.crop != "random":
-            raise ValueError(f"crops={self.crops} would be the same one {self.crops} times; set crop=random")
+            raise ValueError(f"crops={self.crops} would give the same crop {self.crops} times; set crop=random")
         if self.buckets and self.resize == "none":
-            raise ValueError("buckets resize images to fit; leave resize=shorter")
+            raise ValueError("buckets need resize=shorter, because images are resized to cover their bucket")
         if self.buckets and self.resolution % self.bucket_step:
             raise ValueError(f"resolution={self.resolution} is not a multiple of bucket_step={self.bucket_step}")
         return self

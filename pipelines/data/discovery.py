@@ -67,7 +67,7 @@ def find(path: str, shown: str) -> Found:
         _refuse_packed(files[0][0])
         raise UserError(f"{shown}: {files[0][0]} is neither a folder nor a .parquet, .tar, .txt, .csv or .jsonl file")
     if kind == "list" and len(files) > 1:
-        raise UserError(f"{shown} names {len(files)} lists; put them into one")
+        raise UserError(f"{shown} names {len(files)} lists; join them into one")
     start = len(root.rstrip("/")) + 1
     return Found(kind, root, files=[(file[start:], size) for file, size in files])
 
@@ -227,7 +227,7 @@ def _hidden(path: bytes) -> bool:
 def _refuse_packed(path: str) -> None:
     """Raise a UserError if the file is a compressed tar."""
     if path.lower().endswith(PACKED):
-        raise UserError(f"{path} is compressed, which leaves no way to read one image of it; unpack it to a plain .tar")
+        raise UserError(f"{path} is compressed, so single images can't be read from it; decompress it to a plain .tar")
 
 
 def shown_path(path: bytes) -> str:

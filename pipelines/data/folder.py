@@ -60,7 +60,7 @@ def list_folder(found: Found, uri: str, config: SourceConfig, name: str, labels:
     """
     schema = pa.schema([("label", pa.int64()), ("label_name", pa.string())])
     if unknown := sorted(set(config.columns) - set(schema.names)):
-        raise UserError(f"{name}.columns: a folder carries label and label_name, not {', '.join(unknown)}")
+        raise UserError(f"{name}.columns: a folder has only the columns label and label_name, not {', '.join(unknown)}")
     file = found.images["file"]
     parents = pc.struct_field(pc.extract_regex(file, "(?s)^(?P<parent>.*)/"), "parent").fill_null(b"")
     coded = parents.combine_chunks().dictionary_encode()

@@ -39,7 +39,9 @@ def open_source(config: SourceConfig, name: str = "source", labels: Sequence[str
         raise UserError(f"{name}.uri: {error}") from None
     found = find(uri, f"{name}.uri={config.uri}")
     if config.split and found.kind != "parquet":
-        raise UserError(f"{name}.split={config.split}: {config.uri} is no Parquet, only there are splits")
+        raise UserError(
+            f"{name}.split={config.split}: only Parquet sources have splits, and {config.uri} is not Parquet"
+        )
     if found.kind == "folder":
         return list_folder(found, uri, config, name, labels)
     return {"parquet": list_parquet, "webdataset": list_tars, "list": list_paths}[found.kind](found, uri, config, name)

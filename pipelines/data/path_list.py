@@ -42,9 +42,9 @@ def list_paths(found: Found, uri: str, config: SourceConfig, name: str) -> Sourc
     table = _read_list(uri, config)
     have, where = table.column_names, f"{uri}; it has {', '.join(table.column_names)}"
     if len(set(have)) < len(have):
-        raise UserError(f"{uri}: several columns have one name: {', '.join(have)}")
+        raise UserError(f"{uri}: several columns have the same name: {', '.join(have)}")
     if not len(table):
-        raise UserError(f"{name}.uri={config.uri}: no paths in it")
+        raise UserError(f"{name}.uri={config.uri}: the list holds no paths")
     asked = () if config.image_column == DEFAULTS.image_column else (config.image_column,)
     image = next((column for column in asked or PATH_COLUMNS if column in have), None)
     if image is None:
@@ -119,7 +119,7 @@ def _portable(column: pa.ChunkedArray, what: str) -> pa.ChunkedArray:
     try:
         return column.cast(kinds.get(column.type, column.type))
     except pa.ArrowInvalid as error:
-        raise UserError(f"{what} is no text: {error}") from error
+        raise UserError(f"{what} is not text: {error}") from error
 
 
 def _refuse_repeats(column: pa.Array, path: str) -> None:

@@ -263,15 +263,15 @@ def read_file(path: str, size: int = -1) -> bytes:
         if not storage.is_remote(path):
             status = os.stat(path)
             if not stat.S_ISREG(status.st_mode):  # a pipe or a device may have no end
-                raise ImageError("unreadable", "no regular file")
+                raise ImageError("unreadable", "not a regular file")
             size = status.st_size
         if size > MAX_IMAGE_BYTES:
-            raise ImageError("too_large", f"a file of {size / 2**30:.1f} GiB")
+            raise ImageError("too_large", f"the file has {size / 2**30:.1f} GiB")
         return storage.read(path)
     except (ImageError, storage.Unavailable):  # a store that is unavailable says nothing about the image
         raise
     except FileNotFoundError:
-        raise ImageError("missing", "the file is gone") from None
+        raise ImageError("missing", "the file does not exist any more") from None
     except (OSError, ValueError) as error:  # ValueError: the path contains NUL
         raise ImageError("unreadable", getattr(error, "strerror", None) or str(error)) from error
 

@@ -72,8 +72,8 @@ def list_ranges(path: str, size: int) -> list[Range]:
         for key, files in read_samples(file, path, 0, size, whole=True):
             if key in keys:
                 raise UserError(
-                    f"{path}: sample {key!r} comes twice; a sample's files have to lie one after another, and no two "
-                    f"samples have one name (write the tar anew, e.g. by tar --sort=name)"
+                    f"{path}: sample {key!r} is in the tar twice; the files of a sample must lie next to each other, "
+                    f"and names must be unique (write the tar again, e.g. with tar --sort=name)"
                 )
             keys.add(key)
             if samples == RANGE_SAMPLES or end - offset >= RANGE_BYTES:
@@ -120,7 +120,7 @@ def read_samples(file: IO[bytes], path: str, start: int, stop: int, whole: bool 
             key, files = name[:dot], {}
         extension = shown_path(name[dot + 1 :]).lower()
         if extension in files:
-            raise UserError(f"{path}: {shown_path(name)!r} comes twice; write the tar anew")
+            raise UserError(f"{path}: {shown_path(name)!r} is in the tar twice; write the tar again")
         files[extension] = member
     if key is not None:
         yield Sample(shown_path(key), files)
@@ -136,7 +136,8 @@ def _members(file: IO[bytes], path: str, start: int, stop: int, whole: bool) -> 
         if len(header) == _BLOCK and not header.strip(b"\0"):
             if file.read(_RECORD).strip(b"\0"):
                 raise UserError(
-                    f"{path} goes on after its end, byte {position}: put together of several? Give each alone"
+                    f"{path} has data after its end-of-archive marker at byte {position}; if several tars were joined, "
+                    f"give each tar separately"
                 )
             return
         try:
@@ -148,9 +149,9 @@ def _members(file: IO[bytes], path: str, start: int, stop: int, whole: bool) -> 
             elif kind not in b"gK":
                 name, size = extended.get(b"path", name), int(extended.get(b"size", size))
             if size < 0:
-                raise ValueError(f"a size of {size}")
+                raise ValueError(f"a member of {size} bytes")
         except ValueError as error:
-            raise UserError(f"{path} is cut short or damaged: byte {position}: {error}; write it anew") from None
+            raise UserError(f"{path} can't be read at byte {position}: {error}; write it again") from None
         position = offset + -(-size // _BLOCK) * _BLOCK if kind not in b"123456" else offset
         if kind in b"xgKL":
             continue
@@ -162,7 +163,9 @@ def _members(file: IO[bytes], path: str, start: int, stop: int, whole: bool) -> 
             yield Member(name, regular, first, offset, size, position)
         first, extended = position, {}
     if whole or position > stop:
-        raise UserError(f"{path} is cut short: {stop} bytes, and no end among them; copy it again, or write it anew")
+        raise UserError(
+            f"{path} is truncated: its {stop} bytes have no end-of-archive marker; copy it again or write it again"
+        )
 
 
 def _parse(header: bytes) -> tuple[bytes, bytes, int]:
@@ -172,12 +175,12 @@ def _parse(header: bytes) -> tuple[bytes, bytes, int]:
         ValueError: if it is not a header, or one of a sparse file.
     """
     if len(header) < _BLOCK:
-        raise ValueError("half a header")
+        raise ValueError("incomplete header, so the tar is truncated")
     if _number(header[148:156]) != sum(header) - sum(header[148:156]) + 8 * ord(" "):
-        raise ValueError("no tar header")
+        raise ValueError("not a tar header, so the tar is damaged")
     kind, name = header[156:157], header[:100].split(b"\0", 1)[0]
     if kind == b"S":
-        raise ValueError("a sparse file")
+        raise ValueError("sparse files are not supported")
     if header[257:263] == b"ustar\0" and header[345] and kind not in b"xg":
         name = header[345:500].split(b"\0", 1)[0] + b"/" + name
     return kind, name, _number(header[124:136])
@@ -197,7 +200,7 @@ def _pax(content: bytes) -> dict[bytes, bytes]:
         digits, _, record = content.partition(b" ")
         length = int(digits)
         if not len(digits) < length <= len(content):
-            raise ValueError(f"a record of {length} bytes")
+            raise ValueError(f"a pax record of {length} bytes")
         key, _, value = record[: length - len(digits) - 2].partition(b"=")
         records[key], content = value, content[length:]
     return records

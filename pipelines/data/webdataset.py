@@ -180,7 +180,7 @@ def _tar_value(sample: tar_index.Sample, data: bytes, column: str) -> Any:
         return int(text) if column == "cls" else text
     content = json.loads(_content(sample, data, "json"))
     if not isinstance(content, dict):
-        raise ValueError("the JSON is no object")
+        raise ValueError("the JSON is not an object")
     return content[column.removeprefix("json.")]
 
 

@@ -175,7 +175,7 @@ def _shipped_photos() -> Path:
 
     package = find_spec("skimage")
     if package is None or package.origin is None:
-        raise UserError("the demo's photos come with scikit-image: pip install scikit-image")
+        raise UserError("the demo needs the photos of scikit-image: pip install scikit-image")
     return Path(package.origin).parent / "data"
 
 

@@ -51,7 +51,7 @@ def doctor(config: Doctor) -> list[Finding]:
     root = paths.output_path("root", config.root)
     out = paths.output_path("out", config.out, remote=True) if config.out else ""
     if config.report and not os.path.isdir(os.path.dirname(os.path.abspath(config.report))):
-        raise UserError(f"report={config.report}: there is no such folder")
+        raise UserError(f"report={config.report}: its folder does not exist")
     findings: list[Finding] = []
 
     def check(name: str, function: Callable[..., Findings], *arguments: Any) -> None:
@@ -173,7 +173,7 @@ def start(config: Ray) -> Started:
     if is_token_auth_enabled():
         problems.append(Finding(DRIVER, "ok", "token authentication is on"))
     elif joined == "started here" or not outside:
-        problems.append(Finding(DRIVER, "ok", "no token authentication, on loopback alone"))
+        problems.append(Finding(DRIVER, "ok", "no token authentication, but Ray listens only on loopback"))
     else:
         advice = "ray get-auth-token --generate, and RAY_AUTH_MODE=token on every node before ray start"
         text = f"no token authentication: whoever reaches {', '.join(outside[:3])} can run code there"

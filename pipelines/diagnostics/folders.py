@@ -40,7 +40,8 @@ def folder(ask: Ask, path: str) -> Iterator[Finding]:
             what = "sees nothing of what the driver wrote" if not answers[node] else "writes what the driver can't see"
             yield Finding(node, "failed", f"{path} is not shared: this node {what}", advice)
         if apart or lost:
-            yield Finding(DRIVER, "skipped", f"{path}: the race for a name, as not all nodes are in it")
+            text = f"{path}: the race to create a file is skipped: not all nodes can take part"
+            yield Finding(DRIVER, "skipped", text)
             return
         yield Finding(DRIVER, "ok", f"{path} is seen and written by the driver and {counted(len(answers), 'node')}")
         yield from _raced(ask, mark, path)
@@ -66,7 +67,7 @@ def _clear(mark: str) -> None:
             for name in storage.names(mark):
                 storage.remove(storage.join(mark, name))
         except UserError as error:  # the failure of the store has already been reported
-            print(f"doctor: {mark} may have been left ({error})", file=sys.stderr)
+            print(f"doctor: {mark} may not have been removed ({error})", file=sys.stderr)
     else:
         shutil.rmtree(mark, ignore_errors=True)
 
@@ -88,13 +89,17 @@ def _raced(ask: Ask, mark: str, path: str) -> Iterator[Finding]:
     held = [storage.read(storage.join(mark, f"race-{number}")).decode() for number in range(ROUNDS)]
     racers = len(nodes) * THREADS
     if any(winners != [holder] for winners, holder in zip(wins, held, strict=True)):
-        text = f"of {racers} writers of one new name in {path} {', '.join(str(len(w)) for w in wins)} won, not one each"
-        advice = "writers of a cache may overwrite each other: take a store that knows If-None-Match (S3, Ceph, MinIO)"
+        text = (
+            f"of {racers} writers that create the same file in {path} at once, not exactly one succeeds "
+            f"({', '.join(str(len(w)) for w in wins)} in {ROUNDS} rounds)"
+        )
+        advice = "writers of a cache may overwrite each other: use a store that has If-None-Match (S3, Ceph, MinIO)"
         if not storage.is_remote(path):
             advice = "take a file system on which hard links are exclusive among nodes (NFS from version 3 on)"
         yield Finding(DRIVER, "failed", text, advice)
     elif not lost:
-        yield Finding(DRIVER, "ok", f"of {racers} writers of one new name exactly one wins, {ROUNDS} times")
+        text = f"of {racers} writers that create the same file at once, exactly one succeeds ({ROUNDS} rounds)"
+        yield Finding(DRIVER, "ok", text)
 
 
 def _race(mark: str) -> list[list[str]]:
@@ -138,7 +143,8 @@ def _speeds(ask: Ask, mark: str, path: str) -> Iterator[Finding]:
         text = f"{write:,.0f} MB/s written" + (f", {read:,.0f} read" if storage.is_remote(path) else ", to the disk")
         if torn:
             advice = "take a file system with atomic renames"
-            yield Finding(node, "failed", f"{torn} readers of {path} saw a file in part while it was replaced", advice)
+            found = f"{torn} reads of a file in {path} saw only a part of it while it was replaced"
+            yield Finding(node, "failed", found, advice)
         if not storage.is_remote(path):
             free = shutil.disk_usage(path).free
             text += f", {free / GB:,.0f} GB free"
@@ -160,7 +166,7 @@ def _throughput(mark: str) -> tuple[float, float, int]:
     storage.put(path, data)
     written = time.perf_counter()
     if storage.read(path) != data:
-        raise UserError(f"{path} does not hold what was written; look for damage of this storage")
+        raise UserError(f"{path} does not hold what was written; check this storage for damage")
     read = time.perf_counter()
     whole = [bytes([letter]) * 2**18 for letter in b"ab"]
     storage.put(path, whole[0])

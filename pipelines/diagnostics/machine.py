@@ -49,7 +49,7 @@ def versions(mine: dict[str, str], theirs: dict[str, Any]) -> Iterator[Finding]:
                 node, "failed", "; ".join(other), "install what the driver has: pip install -c constraints.txt"
             )
         else:
-            yield Finding(node, "ok", "as the driver's")
+            yield Finding(node, "ok", "the same as on the driver")
 
 
 def versions_here() -> dict[str, str]:
@@ -152,10 +152,12 @@ def kernels(ask: Ask) -> Iterator[Finding]:
         elif isinstance(error, BaseException):
             yield failure(node, error)
         elif error > 1e-4:
-            advice = "kernels=torch does without; remove ~/.cache/litevae or try another compiler in CXX"
-            yield Finding(node, "failed", f"own CPU kernels are off by {error:.1g} of the largest value", advice)
+            advice = "kernels=torch does not use them; remove ~/.cache/litevae or try another compiler in CXX"
+            text = f"the project's CPU kernels are off by {error:.1g} of the largest value"
+            yield Finding(node, "failed", text, advice)
         else:
-            yield Finding(node, "ok", f"own CPU kernels, equal to PyTorch's to {error:.1g} of the largest value")
+            text = f"the project's CPU kernels differ from PyTorch's by {error:.1g} of the largest value"
+            yield Finding(node, "ok", text)
 
 
 @torch.no_grad()
@@ -180,9 +182,9 @@ def limits(ask: Ask, resources: dict[str, dict[str, float]]) -> Iterator[Finding
         if free < LITTLE_DISK:
             problems.append((f"{free / GB:.1f} GB free in {temp}, Ray's folder", "make room, or ray start --temp-dir"))
         if files < OPEN_FILES:
-            problems.append((f"only {files} open files a process", "ulimit -n 65536 before ray start"))
+            problems.append((f"only {files} open files are allowed per process", "ulimit -n 65536 before ray start"))
         if shm < LITTLE_SHM * store:
-            text = f"/dev/shm has {shm / GB:.1f} GB, Ray's object store is to have {store / GB:.1f}"
+            text = f"/dev/shm has {shm / GB:.1f} GB, Ray's object store needs {store / GB:.1f}"
             problems.append((text, "a larger one (docker run --shm-size), or ray start --object-store-memory"))
         for text, advice in problems:
             yield Finding(node, "warning", text, advice)
@@ -246,7 +248,7 @@ def skews(bounds: dict[str, tuple[float, float]]) -> Iterator[Finding]:
         sure = max(0.0, low, -high)  # the smallest difference that the bounds allow
         text = f"{(low + high) / 2:+.2f} s from the driver's, within {(high - low) / 2:.2f} s"
         state: State = "failed" if sure > SKEW[1] else "warning" if sure > SKEW[0] else "ok"
-        yield Finding(node, state, text, "set it by NTP (chronyd, timedatectl)" if sure > SKEW[0] else "")
+        yield Finding(node, state, text, "set it with NTP (chronyd, timedatectl)" if sure > SKEW[0] else "")
 
 
 def collectives(nodes: Nodes | None, backend: Literal["gloo", "nccl"]) -> Iterator[Finding]:
@@ -276,7 +278,7 @@ def collectives(nodes: Nodes | None, backend: Literal["gloo", "nccl"]) -> Iterat
         if wrong:
             yield Finding(", ".join(wrong), "failed", "all_reduce gave a wrong sum", "see memory and network cards")
         elif speed < LINK:
-            yield Finding(DRIVER, "warning", text, "training over these nodes waits for gradients: a faster network")
+            yield Finding(DRIVER, "warning", text, "training on these nodes waits for gradients: use a faster network")
         else:
             yield Finding(DRIVER, "ok", text)
 
@@ -305,7 +307,7 @@ def rank(number: int, ranks: int, address: str, backend: str, apart: bool, secon
         dist.init_process_group(backend, f"tcp://{address}", timeout=limit, world_size=ranks, rank=number)
     except dist.DistError as error:
         reason = str(error).partition("\n")[0]
-        raise UserError(f"not all of {ranks} processes reach the first one at {address} ({reason})") from None
+        raise UserError(f"not all of the {ranks} processes reach the first one at {address} ({reason})") from None
     try:
         right = True
         for _ in range(4):

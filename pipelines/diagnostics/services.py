@@ -41,10 +41,8 @@ def mlflow(ask: Ask, config: Tracked) -> Iterator[Finding]:
         arrived = asked("reading it", client.get_run, run_id).data.metrics
         for node, key in nodes.items():
             if key not in arrived:
-                advice = (
-                    "SQLite has to lie on a folder that all nodes share; or start a server, tracking.uri=http://..."
-                )
-                yield Finding(node, "failed", f"{redact(uri)}: what this node logs does not arrive", advice)
+                advice = "SQLite needs a folder that all nodes share; or start a server, tracking.uri=http://..."
+                yield Finding(node, "failed", f"{redact(uri)}: metrics logged by this node do not arrive", advice)
         asked("keeping a file", client.log_text, run_id, "written by the doctor", "doctor.txt")
     finally:
         asked("deleting it", client.delete_run, run_id)

@@ -75,7 +75,7 @@ def model(ask: Ask, config: Doctor, placement: cluster.Placement | None, speeds:
     yield from lost
     for node, theirs in nodes.items():
         if theirs != mine:
-            text = f"{path} there is another model ({theirs[:8]}) than the driver's ({mine[:8]})"
+            text = f"{path} on this node is another model ({theirs[:8]}) than on the driver ({mine[:8]})"
             yield Finding(node, "failed", text, "copy the driver's there, or give a folder that all nodes share")
     if lost or any(theirs != mine for theirs in nodes.values()):
         return
@@ -138,7 +138,7 @@ def source(ask: Ask, config: Doctor, speeds: Speeds) -> Iterator[Finding]:
         speeds.decode.append(good / (read + decode))
         text = f"{good / decode:,.0f} images/s decoded by a core, {good / read:,.0f} read by one thread"
         if count:
-            advice = "mend or remove them, or raise error_budget (encode, 0.01) or data.max_bad (training)"
+            advice = "repair or remove them, or raise error_budget (encode, 0.01) or data.max_bad (training)"
             text = f"{count} of {good + count} images can't be read: {reasons}; {example}; else {text}"
             yield Finding(node, "warning", text, advice)
         else:
@@ -176,7 +176,7 @@ def estimate(placement: cluster.Placement | None, speeds: Speeds) -> Iterator[Fi
     On CPUs decoding and encoding share the cores, so their times add up. On GPUs they overlap, and the slower counts.
     """
     if not (placement and speeds.images and speeds.encode and speeds.decode):
-        yield Finding(DRIVER, "skipped", "takes Ray, a source and a model")
+        yield Finding(DRIVER, "skipped", "needs Ray, a source and a model")
         return
     encode = placement.workers * sum(speeds.encode) / len(speeds.encode)
     core = sum(speeds.decode) / len(speeds.decode)

@@ -32,9 +32,9 @@ def settle(plan: CachePlan, config: Encode, placement: Placement, images: int) -
     if config.kernels == "auto" and not config.compile:
         plan = replace(plan, kernels="torch" if placement.gpu else best_kernels("cpu", plan.precision))
         if placement.gpu and images >= WORTH_COMPILING:
-            say("encode: compile=true starts a minute later, and then may encode twice as many images a second")
+            say("encode: compile=true takes a minute longer to start, and may then be twice as fast")
         if not placement.gpu and plan.precision == "fp32" and plan.kernels == "torch":
-            say("encode: no C++ compiler here, so by PyTorch's kernels; g++ makes it two to three times as fast")
+            say("encode: there is no C++ compiler, so PyTorch's kernels are used; g++ makes it 2 to 3 times as fast")
     if config.batch_size == "auto":
         plan = replace(plan, settings=replace(plan.settings, batch_size=largest_batch(plan, placement)))
     return plan

@@ -107,7 +107,7 @@ def plan_cache(config: Encode) -> CacheJob:
     # `_is_empty` comes first: another driver may write its plan between the two calls.
     empty, files = _is_empty(out), storage.names(out)
     if "plan.json" not in files and not empty:
-        raise UserError(f"out={config.out} holds other files and no latent cache; give a new or empty folder")
+        raise UserError(f"out={config.out} is not empty and holds no latent cache; give a new or empty folder")
     before = CachePlan.read(out) if "plan.json" in files else None
     sources, identity, new = inputs_of(config, out, before, finished="manifest.json" in files)
     plan = make_plan(config, sources[0], identity, before)
@@ -239,7 +239,7 @@ def _encode(job: CacheJob, todo: Sequence[ShardTask]) -> dict[str, Any]:
         totals.add_earlier(commit)
     check_budget(totals.reasons, budget, out, totals.images)
     if kept and todo:
-        say(f"{len(todo):,} of {len(partition):,} shards to do")
+        say(f"{len(todo):,} of {len(partition):,} shards are left to encode")
     progress = Progress("encode", totals.images, totals.done, sys.stderr.isatty())
     exported = prometheus.EncodingGauges(os.path.basename(out))
     totals.started = time.monotonic()
@@ -252,7 +252,7 @@ def _encode(job: CacheJob, todo: Sequence[ShardTask]) -> dict[str, Any]:
             for row in rows:
                 if row["error"]:
                     raise UserError(
-                        f"encoding stopped, {totals.done:,} of {totals.images:,} images are done: {row['error']}"
+                        f"encoding stopped after {totals.done:,} of {totals.images:,} images: {row['error']}"
                     )
                 encoded, reasons = totals.add(row)
                 busy = totals.busy()
@@ -265,7 +265,7 @@ def _encode(job: CacheJob, todo: Sequence[ShardTask]) -> dict[str, Any]:
             raise  # an exception in this project's code: its traceback is of use
         cause = str(error).strip().splitlines()[-1]
         raise UserError(
-            f"encoding stopped, {totals.done:,} of {totals.images:,} images are done; run again to go on: {cause}"
+            f"encoding stopped after {totals.done:,} of {totals.images:,} images: {cause}; the same command continues"
         ) from error
     finally:
         progress.close()

@@ -244,7 +244,7 @@ def load_encoder(plan: CachePlan, device: torch.device) -> Callable[[torch.Tenso
         try:
             prepare_for_inference(model, device, plan.kernels, plan.compile)
         except NoKernels as error:
-            raise UserError(f"kernels=native, but on {platform.node()} {error}; or encode with kernels=torch") from None
+            raise UserError(f"kernels=native fails on {platform.node()}: {error}; or set kernels=torch") from None
     halve = latent_content(model) == "moments" and plan.latents["content"] == "mean"
 
     def latents(x: torch.Tensor) -> torch.Tensor:

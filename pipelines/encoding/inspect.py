@@ -60,7 +60,8 @@ def inspect(config: Inspect) -> dict[str, Any]:
         shown += [(one["image"], one["reconstruction"], one["latent"]) for one in seen]
     rows = [["shard", "rows", "PSNR (dB)", "drift"]]
     rows += [[f"{s['shard']:,}", str(s["rows"]), f"{s['psnr']:.2f}", f"{s['drift']:.2g}"] for s in about["shards"]]
-    print(f"\n{tables.table(rows)}\n\ndrift: the largest difference of the latents stored to those encoded now")
+    print(f"\n{tables.table(rows)}\n")
+    print("drift: largest absolute difference between stored latents and latents encoded now")
     out = Path(paths.output_path("out", config.out))
     out.mkdir(parents=True, exist_ok=True)
     same = [one for one in shown if one[0].shape == shown[0][0].shape]  # all rows of a picture have one shape
@@ -109,7 +110,8 @@ def _rows_of(
     """Return the pixels (H, W, 3) of some rows, made from the source again, and their stored latents (C, h, w)."""
     transform = transform_of(plan.views)
     if (now := transform.identity) != {key: plan.transform.get(key) for key in now}:
-        say(f"note: shard {shard.task.shard}: images are not decoded here as they were: {now}", "WARNING")
+        text = f"shard {shard.task.shard}: images are decoded differently here than when the cache was made: {now}"
+        say(f"note: {text}", "WARNING")
     commit = next(entry for entry in latents.manifest["shards"] if entry["shard"] == shard.task.shard)
     table, parts = read_shard(latents.path, commit, plan.latents)
     stored = [values for part in parts for values in part]

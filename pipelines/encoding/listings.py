@@ -46,14 +46,14 @@ def inputs_of(
         return [fresh], fresh.identity, None  # another source, which `CachePlan.write` refuses
     if growth.changed and config.append:
         raise UserError(
-            f"{growth.changed} inputs of {fresh.uri} are not what they were when they were listed "
-            f"({growth.examples}); appending only adds. Bring them back, or encode into a new folder"
+            f"{growth.changed} inputs of {fresh.uri} have changed since they were listed ({growth.examples}); "
+            f"--append can only add. Restore them, or encode into a new folder"
         )
     if growth.changed or growth.gone or (growth.new.num_rows and not config.append):
         hint = "; --append adds what is new" if growth.new.num_rows and not config.append else ""
         say(
-            f"the source is not as it was listed: {growth.new.num_rows:,} inputs new, {growth.changed:,} changed, "
-            f"{growth.gone:,} gone{hint}",
+            f"the source has changed since it was listed: {growth.new.num_rows:,} inputs new, {growth.changed:,} "
+            f"changed, {growth.gone:,} gone{hint}",
             "WARNING",
         )
     same = {key: before.source[key] for key in ("digest", "units")}

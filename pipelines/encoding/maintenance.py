@@ -63,7 +63,8 @@ def retry(config: Retry) -> dict[str, Any]:
     known = manifest["counts"]["reasons"]
     if unknown := sorted(set(config.reasons) - known.keys()):
         raise UserError(
-            f"reasons: nothing is quarantined as {unknown[0]}; there is {listed_reasons(known) or 'nothing at all'}"
+            f"reasons: no image is in quarantine as {unknown[0]}; the quarantine has "
+            f"{listed_reasons(known) or 'no images'}"
         )
     committed, todo = committed_shards(out), []
     for commit in read_commits(out, committed):

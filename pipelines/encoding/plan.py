@@ -108,7 +108,7 @@ class CachePlan:
             parts = {"model": PlannedModel(**own["model"]), "settings": PlanSettings(**own["settings"])}
             return cls(**(own | parts), kernels=value.get("kernels", ""))
         except (KeyError, TypeError) as error:
-            raise UserError(f"{file} is damaged: {error}; bring it back from a copy") from error
+            raise UserError(f"{file} is damaged: {error}; restore it from a copy") from error
 
     def to_json(self) -> dict[str, Any]:
         """Return the fields as plan.json holds them."""

@@ -107,8 +107,8 @@ def check_budget(reasons: Mapping[str, int], budget: float, out: str, total: int
     if quarantined > budget * total:
         raise UserError(
             f"{quarantined} of {total} images could not be encoded ({listed_reasons(reasons)}), more than {name}="
-            f"{budget:g} allows; they are listed in {out}/quarantine. Mend them, or raise the budget and "
-            f"run again: it goes on"
+            f"{budget:g} allows; they are listed in {out}/quarantine. Repair or remove them, or raise {name}; the same "
+            f"command then continues"
         )
 
 

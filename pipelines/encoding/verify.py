@@ -68,7 +68,7 @@ def verify(config: Verify) -> Audit:
         more = f"\n  and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
         remedy = f"repair it: python jobs/encode_dataset.py repair {out}"
         if found.missing:
-            remedy = "run the encode job with the same settings again; it goes on where it stopped"
+            remedy = "run the encode job with the same settings again; it continues where it stopped"
         raise UserError(
             f"{out}: {len(found.problems)} of {found.shards} shards are missing or damaged; {remedy}\n  "
             + "\n  ".join(wrong[:SHOWN])

@@ -212,7 +212,7 @@ def _measured(
 
 
 _TOO_LARGE = (
-    "its process ended; most likely batches of {} images of {} px take more memory than there is: lower batch_size"
+    "its process ended; batches of {} images of {} px probably need more memory than there is: lower batch_size"
 )
 
 

@@ -54,7 +54,7 @@ class ExactSizeTransform(ImageTransform):
         image = super().__call__(data, seed)
         if (image.height, image.width) != (self.resolution, self.resolution):
             size = f"{image.width}x{image.height}"
-            raise ImageError("other_size", f"{size} pixels, and generated images are taken as they are, not resized")
+            raise ImageError("other_size", f"{size} pixels, and generated images are not resized")
         return image
 
 
@@ -121,7 +121,7 @@ def samples(cfg: config.EvaluateSamples) -> dict[str, Any]:
     out = paths.output_path("out", cfg.out)
     root = paths.output_path("root", cfg.root)
     if cfg.transform.resolution < SMALLEST:
-        raise UserError(f"transform.resolution={cfg.transform.resolution}: images are judged from {SMALLEST} px on")
+        raise UserError(f"transform.resolution={cfg.transform.resolution} is too small: it must be at least {SMALLEST}")
     files = [path and os.path.abspath(path) for path in (cfg.inception, cfg.squeezenet, cfg.backbone)]
     weights = [*files, cfg.backbone_model]
     networks, remarks = check_networks(*weights)
@@ -177,8 +177,8 @@ def check_networks(*weights: str) -> tuple[list[FeatureNetwork], list[str]]:
     found, missing = report.networks(*weights)
     if not found:
         raise UserError(
-            f"there is nothing to judge by: {missing[0]}. Or give squeezenet=FILE, the features of the Caffe "
-            f"SqueezeNet 1.1 under torchvision's names, or backbone=FILE, for a Frechet distance under its own name"
+            f"no network has weights: {missing[0]}. Or give squeezenet=FILE, the features of the Caffe SqueezeNet 1.1 "
+            f"under torchvision's names, or backbone=FILE, for a Frechet distance under its own name"
         )
     return found, [f"FID and Inception Score are left out: {line}" for line in missing]
 
@@ -201,14 +201,14 @@ def _drawn(cfg: config.EvaluateSamples) -> ImageSet:
     if source.kind == "folder":
         units = [unit for unit, name in enumerate(source.ids(0, source.units)) if name != "grid.png"]
     if not units:
-        raise UserError(f"samples.uri={where.uri} has no images but grid.png")
+        raise UserError(f"samples.uri={where.uri} holds no images except grid.png")
     try:
         ExactSizeTransform(side)(source.data(units[0]))
     except ImageError as error:
         if error.reason == "other_size":
             raise UserError(
-                f"samples.uri={where.uri}: {source.id(units[0])} has {error}; give their size: transform.resolution "
-                f"(now {side})"
+                f"samples.uri={where.uri}: {source.id(units[0])} has {error}; set transform.resolution to their "
+                f"size (now {side})"
             ) from None
     return _set(source, ExactSizeTransform(side), cfg.images, cfg.pr_images, "images", units)
 
@@ -283,7 +283,7 @@ def _extract(
     if images.images < FEWEST:
         missing = f": {describe_unreadable(bad)}" if bad else ""
         raise UserError(
-            f"{images.source.uri}: {images.images} of {len(images.units)} images could be read{missing}; judging takes "
+            f"{images.source.uri}: {images.images} of {len(images.units)} images could be read{missing}; judging needs "
             f"at least {FEWEST}"
         )
 
@@ -299,7 +299,7 @@ class Extractor:
         device = placement.configure_torch()
         networks, remarks = check_networks(*weights)
         if (here := {network.name: network.sha256 for network in networks}) != known:
-            raise UserError(f"the driver has weights {known}, this node {here}. {' '.join(remarks)}")
+            raise UserError(f"the driver has weights {known}, but this node has {here}. {' '.join(remarks)}")
         self.networks = {network.name: network.to(device) for network in networks}
 
     def extract(
@@ -359,7 +359,7 @@ class FeatureCache:
             with np.load(self.path, allow_pickle=False) as file:  # reading checks the checksums of the zip
                 values = {name: file[name] for name in ("key", "bad", "count", "sum", "outer", "kept")}
             if str(values["key"]) != self._key:
-                raise ValueError("it is of something else")
+                raise ValueError("it belongs to other images or another network")
             statistics = FrechetStatistics(self._network.dimension)
             statistics.count = int(values["count"])
             statistics.sum.copy_(torch.from_numpy(values["sum"]))

@@ -201,7 +201,7 @@ def evaluate(cfg: config.Evaluate) -> dict[str, Any]:
         raise UserError("model is empty; give a model folder: model=runs/vae/model")
     side = cfg.transform.resolution
     if side < SMALLEST:
-        raise UserError(f"transform.resolution={side}: images are measured from {SMALLEST} px on")
+        raise UserError(f"transform.resolution={side} is too small: it must be at least {SMALLEST}")
     model = load_autoencoder(cfg.model)
     factor = downsampling(model)
     for name, pixels in (("transform.resolution", side), *(("resolutions", each) for each in cfg.resolutions)):
@@ -358,13 +358,13 @@ def _artefact_and_imbalance_scores(
         if period is not None:
             found.append(Score("artefacts/period", "  strongest period (px)", period, None, protocol))
     else:
-        remarks.append(f"no artefacts in constant colour: {side} px are little beside borders of {factor} px")
+        remarks.append(f"artefacts are left out: {side} px is too small for borders of {factor} px")
     if "imbalance" in total.means:
         protocol = f"{metrics.PROTOCOLS['imbalance']}; {total.images:,} images of {side} px"
         value = total.means["imbalance"].value()
         found.append(Score("imbalance", "imbalance of the last feature maps", value, None, protocol))
     else:
-        remarks.append("no feature maps: the decoder has neither norm_out nor conv_norm_out to look before")
+        remarks.append("feature maps are left out: the decoder has no norm_out or conv_norm_out")
     return found
 
 
@@ -434,7 +434,7 @@ class Evaluator:
         self.factor, self.posterior = downsampling(self.model), latent_content(self.model) == "moments"
         judges = MetricSuite(cfg)
         if (here := judges.identity) != known:
-            raise UserError(f"the driver has weights {known}, this node {here}. {' '.join(judges.remarks)}")
+            raise UserError(f"the driver has weights {known}, but this node has {here}. {' '.join(judges.remarks)}")
         self.judges = judges.to(self.device)
         self.maps: Tensor | None = None  # the last feature maps of the decoder's latest call
         for name in ("norm_out", "conv_norm_out"):  # the names in this project and in diffusers

@@ -66,8 +66,8 @@ def small_sample_warning(count: int, network: FeatureNetwork) -> list[str]:
     if count > network.dimension:
         return []
     return [
-        f"CAUTION: {count:,} images make a singular covariance of {network.dimension:,} features: too large, and to be "
-        f"compared at equal N only"
+        f"CAUTION: {count:,} images give a singular covariance of {network.dimension:,} features, so the distance is "
+        f"too large; compare it only at equal N"
     ]
 
 

@@ -205,7 +205,8 @@ def _check_plan(plan: SamplingPlan, out: str) -> bool:
     if differs:
         lines = [f"  {name}: {before.get(name)} there, {job.get(name)} asked for" for name in sorted(differs)]
         raise UserError(
-            f"out={out} holds images that were drawn otherwise; empty it or take another folder\n" + "\n".join(lines)
+            f"out={out} holds images that were drawn with other settings; empty it or take another folder\n"
+            + "\n".join(lines)
         )
     return True
 
@@ -234,8 +235,8 @@ def _missing(pieces: Sequence[Piece], plan: SamplingPlan, out: str) -> list[Piec
         missing += [last] * (rows < len(last.numbers))
     if more:
         raise UserError(
-            f"out={out} holds more than images={pieces[-1].numbers.stop}, e.g. in {more[-1]}; ask for as many, "
-            "empty it or take another folder"
+            f"out={out} holds more images than images={pieces[-1].numbers.stop}, e.g. in {more[-1]}; raise images, "
+            f"empty the folder or take another one"
         )
     return sorted(missing, key=lambda piece: piece.numbers.start)
 

@@ -118,18 +118,18 @@ def _read(cfg: Compare) -> tuple[Any, list[Run]]:
     """Return an MLflow client, and all runs of the experiment without their histories."""
     os.environ["MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"] = "false"
     if not cfg.tracking.enabled:
-        raise UserError("tracking.enabled=false, and a comparison reads MLflow")
+        raise UserError("a comparison reads MLflow, so it needs tracking.enabled=true")
     uri = mlflow_run.tracking_uri(cfg.tracking, cfg.root)
     where = f"{redact(uri)}, experiment {cfg.tracking.experiment!r}"
     if uri.startswith("sqlite:///") and not os.path.isfile(uri.removeprefix("sqlite:///")):
-        raise UserError(f"{where}: no such database; root=FOLDER or tracking.uri says where the runs are")
+        raise UserError(f"{where}: the database does not exist; root=FOLDER or tracking.uri says where the runs are")
 
     def read() -> tuple[Any, list[Run]]:
         client = mlflow_server.client_of(uri)
         experiment = client.get_experiment_by_name(cfg.tracking.experiment)
         if experiment is None:
             known = listed(each.name for each in client.search_experiments())
-            raise UserError(f"{where}: no such experiment (there are: {known}); tracking.experiment=NAME")
+            raise UserError(f"{where}: no such experiment exists (there are: {known}); give tracking.experiment=NAME")
         runs, token = [], None
         while True:
             part = client.search_runs([experiment.experiment_id], max_results=1000, page_token=token)

@@ -261,7 +261,7 @@ def comparison(
     first = next((row for row in ran if (row.name == baseline if baseline else not row.state)), None)
     first = first or (None if baseline else ran[0])
     if first is None:
-        raise UserError(f"baseline={baseline}: the rows are {listed((row.name for row in ran), 30)}")
+        raise UserError(f"baseline={baseline} is not a row; the rows are {listed((row.name for row in ran), 30)}")
     columns = _columns([run for row in ran for run in row.runs], metrics, table)
     for row in rows:
         # A table with several settings ("FFHQ 128: VAE", "ImageNet 256: VAE") has a baseline for each setting.

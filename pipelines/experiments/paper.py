@@ -81,7 +81,7 @@ def table(name: str) -> PaperTable:
     """
     found = tables().get(name.lower().removeprefix("table-").removeprefix("t") if name else "")
     if found is None:
-        raise UserError(f"table={name}: there are {', '.join(tables())}")
+        raise UserError(f"table={name} does not exist; there are {', '.join(tables())}")
     return found
 
 

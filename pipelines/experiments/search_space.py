@@ -30,7 +30,7 @@ def space_fields(space: dict[str, Any], prefix: str = "") -> Iterator[tuple[str,
                 raise UserError(f"space.{name}: choice takes a list of values, not {arguments}")
             numbers = isinstance(arguments, list) and all(isinstance(item, int | float) for item in arguments)
             if draw != "choice" and not (numbers and len(arguments) == 2 and arguments[0] < arguments[1]):
-                raise UserError(f"space.{name}: {draw} takes [least, largest], not {arguments}")
+                raise UserError(f"space.{name}: {draw} takes [smallest, largest], not {arguments}")
             if draw == "loguniform" and arguments[0] <= 0:
                 raise UserError(f"space.{name}: loguniform takes numbers above 0, not {arguments}")
             yield name, {draw: arguments}

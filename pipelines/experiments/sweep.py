@@ -65,7 +65,7 @@ def sweep(cfg: Sweep) -> list[dict[str, Any]]:
     if bool(cfg.table) == bool(cfg.space):
         raise UserError("give either table=... (of the paper) or space.FIELD=... (fields of train_vae to vary)")
     if cfg.table and (cfg.search, cfg.scheduler) != ("grid", "none"):
-        raise UserError("a table's rows are all trained to their end: search and scheduler are for space.FIELD=...")
+        raise UserError("search and scheduler need space.FIELD=...: the rows of a table are all trained completely")
     table = paper.table(cfg.table) if cfg.table else None
     name = cfg.name or (f"table-{table.name}-{cfg.scale}" if table else "sweep")
     root = paths.output_path("root", cfg.root)
@@ -86,7 +86,7 @@ def _sweep(cfg: Sweep, table: paper.PaperTable | None, sources: dict[str, Any], 
     if table and table.kind == "complexity":
         return _complexity(cfg, table, folder)
     if not cfg.data.train.uri or not cfg.data.val.uri:
-        raise UserError("a sweep trains on data.train.uri=... and evaluates on data.val.uri=...")
+        raise UserError("give data.train.uri=... to train on and data.val.uri=... to evaluate on")
     check_fields(cfg)
     judge = validate(Evaluate, cfg.evaluate)
     report.networks(judge.inception, judge.squeezenet, judge.backbone, judge.backbone_model)
@@ -125,7 +125,7 @@ def _sweep(cfg: Sweep, table: paper.PaperTable | None, sources: dict[str, Any], 
     if results:
         _compare(cfg, folder)
     if failed:
-        again = "the same command goes on with them" if trials else "they are not tried again"
+        again = "the same command continues with them" if trials else "they are not tried again"
         raise UserError(f"{len(failed)} of {count} trials failed; {again}:\n" + "\n".join(failed))
     return results
 
@@ -355,4 +355,4 @@ def _compare(cfg: Sweep, folder: str) -> None:
         try:
             compare(validate(Compare, where | {"sweep": cfg.name}))
         except UserError as error:  # only a warning, since all results are in results.json
-            print(f"warning: no comparison: {error}", flush=True)
+            say(f"warning: the runs are not compared: {error}", "WARNING")

@@ -173,9 +173,9 @@ def trials_of_space(cfg: Sweep, folder: str) -> list[Trial]:
     fields, by_tune = dict(space_fields(cfg.space)), cfg.search == "optuna" or cfg.scheduler == "pbt"
     drawn = [key for key, values in fields.items() if isinstance(values, dict)]
     if cfg.search == "grid" and drawn and not by_tune:
-        raise UserError(f"space.{drawn[0]} is drawn: set search=random or optuna, or give a list of values")
+        raise UserError(f"space.{drawn[0]} is a distribution: set search=random or optuna, or give a list of values")
     if by_tune and len(cfg.seeds) > 1:
-        raise UserError(f"seeds={cfg.seeds}: optuna and pbt take one seed")
+        raise UserError(f"seeds={cfg.seeds}: optuna and pbt need exactly one seed")
     for key, values in fields.items():  # find wrong fields and values before anything is trained
         for value in values if isinstance(values, list) else next(iter(values.values())):
             point(cfg, {key: value}, cfg.seeds[0], folder)
@@ -259,9 +259,14 @@ def check_fields(cfg: Sweep) -> None:
         for name in run_folder.flatten(values):
             if _is(name, RESERVED):
                 own = name.partition(".")[0]
-                raise UserError(f"{section}.{name} is the sweep's own: set {'seeds' if own == 'seed' else own}")
+                raise UserError(
+                    f"{section}.{name} is set by the sweep; set the sweep's {'seeds' if own == 'seed' else own} instead"
+                )
             if searched and _is(name, ("loop.val_every", "loop.checkpoint_every", "loop.keep")):
-                raise UserError(f"{section}.{name} follows from `every` where trials are looked at as they go")
+                raise UserError(
+                    f"{section}.{name} is set by the sweep (from `every`) when search=optuna or a scheduler is used; "
+                    f"leave it out"
+                )
 
 
 def _leaves(space: dict[str, Any]) -> dict[str, Any]:

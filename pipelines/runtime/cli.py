@@ -98,7 +98,7 @@ def main(
             if argument == "--config":
                 preset = next(rest, None)
                 if preset is None:
-                    raise UserError("--config wants a preset's name or a YAML file")
+                    raise UserError("--config needs a preset's name or a YAML file")
             elif argument.startswith("--config="):
                 preset = argument.partition("=")[2]
             elif argument == "--print-config":
@@ -189,10 +189,10 @@ def _read_preset(cls: type[BaseModel], name: str) -> dict[str, Any]:
     """
     path = named if (named := PRESETS / f"{name}.yaml").is_file() else Path(name)
     if not path.is_file():
-        raise UserError(f"--config {name}: neither a preset ({', '.join(_presets(cls)) or 'none'}) nor a file")
+        raise UserError(f"--config {name} is neither a preset ({', '.join(_presets(cls)) or 'none'}) nor a file")
     values, section = _read_yaml(path), section_of(cls)
     if section not in values and (path == named or (values and values.keys() <= SECTIONS)):
-        raise UserError(f"--config {name} has nothing for {section}; it is for {', '.join(values)}")
+        raise UserError(f"--config {name} has no section {section}; it has {', '.join(values)}")
     if section not in values:
         return values
     if not isinstance(values[section] or {}, dict):

@@ -180,7 +180,10 @@ def start(config: RayConfig, jobs: int = 1) -> Placement:
 
     if tuple(map(int, ray.__version__.split(".")[:2])) < OLDEST:
         needed = ".".join(map(str, OLDEST))
-        raise UserError(f"Ray {ray.__version__} has known holes; install {needed} or newer, here and on the cluster")
+        raise UserError(
+            f"Ray {ray.__version__} has known security vulnerabilities; install {needed} or newer, here and on the "
+            f"cluster"
+        )
     if not ray.is_initialized():
         with shutdown.keep_sigterm_handler():
             if joining:
@@ -196,7 +199,7 @@ def start(config: RayConfig, jobs: int = 1) -> Placement:
         except UserError as error:
             if time.monotonic() >= deadline:
                 if joining and not config.wait:
-                    raise UserError(f"{error}; where the cluster grows by itself, ray.wait=600 waits for it") from None
+                    raise UserError(f"{error}; if the cluster grows by itself, ray.wait=600 waits for it") from None
                 raise
             if not waiting:
                 say(f"waiting up to {config.wait} s for the cluster to grow: {error}")
@@ -228,7 +231,7 @@ def _placement(config: RayConfig, jobs: int) -> Placement:
             f"{asked} with {config.gpus_per_worker:g} GPU each, but {has} {gpus}; lower it or set ray.gpu=no"
         )
     if room < workers * jobs:
-        raise UserError(f"{asked} takes a logical CPU each, but {has} {room}; lower it")
+        raise UserError(f"{asked} needs a logical CPU for each, but {has} {room}; lower it")
     needed = workers * jobs + SPARE_CPUS
     if cpus < needed:
         raise UserError(

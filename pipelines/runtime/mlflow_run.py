@@ -32,6 +32,7 @@ import numpy as np
 from litevae import storage
 from litevae.errors import UserError, redact
 from pipelines.runtime import mlflow_server
+from pipelines.runtime.logs import say
 from pipelines.runtime.metrics_log import clear_log, metric_name, parse_line, repair_log
 from pipelines.runtime.mlflow_server import RunHandle, Status
 from pipelines.runtime.paths import output_path
@@ -376,7 +377,7 @@ class Tracker:
 
     def _log_files(self, path: str, method: str, folder: str) -> None:
         if not os.path.exists(path):
-            print(f"warning: {path} is gone; it is not uploaded to MLflow", file=sys.stderr, flush=True)
+            say(f"warning: {path} does not exist any more; it is not uploaded to MLflow", "WARNING")
             return
         self._client.get_run(self._handle.run_id)  # a server that hangs fails here, within the short timeout
         mlflow_server.set_timeout(mlflow_server.UPLOAD_TIMEOUT)

@@ -2,13 +2,13 @@
 
 import os
 import queue
-import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar
 
 from litevae.errors import redact
+from pipelines.runtime.logs import say
 from pipelines.runtime.schema import flatten
 
 # Seconds. MLflow's own defaults (120 s per request, 7 retries) block for 4 minutes if a server refuses connections and
@@ -153,11 +153,10 @@ def warn_once(handle: RunHandle, reason: Exception | str) -> None:
     if handle.uri not in _warned:
         _warned.add(handle.uri)
         text = redact(" ".join(cause_of(reason).split()))
-        print(
-            f"warning: tracking at {redact(handle.uri) or handle.folder} fails; the run goes on, its metrics are in "
-            f"{handle.folder}/metrics.jsonl ({text[:200]})",
-            file=sys.stderr,
-            flush=True,
+        say(
+            f"warning: tracking at {redact(handle.uri) or handle.folder} fails; the run continues, and its metrics are "
+            f"in {handle.folder}/metrics.jsonl ({text[:200]})",
+            "WARNING",
         )
 
 

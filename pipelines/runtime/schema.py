@@ -60,8 +60,8 @@ class Ray(Section):
             raise ValueError(f"min_workers={self.min_workers} is more than workers={self.workers}")
         if self.min_workers and self.worker_labels:
             raise ValueError(
-                "min_workers and worker_labels do not go together: Ray counts the room of all nodes, with and without "
-                "the labels, and would wait for ever for workers that do not fit. Workers with GPUs need no labels"
+                "min_workers and worker_labels can't be combined: Ray counts the free resources of all nodes, also of "
+                "those without the labels, and would wait indefinitely. Workers with GPUs need no labels"
             )
         return self
 

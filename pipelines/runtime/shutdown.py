@@ -26,7 +26,7 @@ class Stopped(KeyboardInterrupt):
     """Raised when a job is asked to end. `code` is the exit code, as in shells: 128 + the number of the signal."""
 
     def __init__(self, code: int = 128 + signal.SIGINT, message: str = "") -> None:
-        super().__init__(message or "stopped; run the same command again to go on")
+        super().__init__(message or "stopped; run the same command again to continue")
         self.code = code
 
 
@@ -96,7 +96,9 @@ def _stop_on_signal(file: Path) -> Iterator[None]:
         if asked:
             _end(number, frame)
         asked.append(number)
-        say("stopping: the run leaves at its next step, with a checkpoint; a second time: at once", "WARNING")
+        say(
+            "stopping: the run writes a checkpoint and ends after this step; a second signal ends it at once", "WARNING"
+        )
         file.write_text(str(128 + number))
 
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}

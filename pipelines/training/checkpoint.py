@@ -69,7 +69,7 @@ def load(folder: str) -> dict[str, Any]:
     except (OSError, EOFError, RuntimeError, LookupError, ValueError, pickle.UnpicklingError) as error:
         raise UserError(
             f"checkpoint {path} can't be read ({type(error).__name__}: {str(error)[:200]}); remove the folder of that "
-            f"checkpoint to go on from the one before, or choose another run name"
+            f"checkpoint to continue from the one before, or choose another run name"
         ) from None
 
 

@@ -27,7 +27,7 @@ class Decoder(Section):
     @model_validator(mode="after")
     def _levels(self) -> "Decoder":
         if len(self.channels) != 4:
-            raise ValueError(f"has {len(self.channels)} widths; f = 8 takes exactly 4")
+            raise ValueError(f"has {len(self.channels)} widths; f = 8 needs exactly 4")
         return self
 
 
@@ -123,7 +123,7 @@ class Adversarial(Term):
     @model_validator(mode="after")
     def _unet_only(self) -> "Adversarial":
         if self.cutmix and self.kind != "unet":
-            raise ValueError(f"cutmix takes a discriminator with a head per pixel: kind=unet, not {self.kind}")
+            raise ValueError(f"cutmix needs a discriminator with a head per pixel: kind=unet, not {self.kind}")
         return self
 
 
@@ -241,7 +241,7 @@ class TrainVAE(Job):
         if self.loss.ldl.weight and not self.loop.ema:
             raise ValueError("loss.ldl compares with the averaged model: set loop.ema, e.g. 0.999")
         if self.checkpointing and self.model.decoder.norm == "batch":
-            raise ValueError("checkpointing would give running statistics of batch norm each batch twice")
+            raise ValueError("checkpointing would count each batch twice in batch norm's statistics; set it to false")
         return self
 
 

@@ -78,8 +78,8 @@ def labels_of(values: Sequence[Any], config: TrainLDM) -> Tensor | None:
     for value in values:
         if value is not None and (not isinstance(value, Integral) or not 0 <= int(value) < config.classes):
             raise UserError(
-                f"column {config.label!r} holds {value!r}; with classes={config.classes} it takes 0 to "
-                f"{config.classes - 1}, or nothing"
+                f"column {config.label!r} holds {value!r}; with classes={config.classes} it may hold 0 to "
+                f"{config.classes - 1}, or null"
             )
     return torch.tensor([null_class(config.classes) if value is None else value for value in values])
 

@@ -100,8 +100,8 @@ def fit(
         if result.pop("stopped"):
             raise shutdown.Stopped(
                 shutdown.clear_stop_request(folder),
-                f"stopped after {result['images']:,} images; the checkpoint is in {folder}, and the same command goes "
-                f"on from it",
+                f"stopped after {result['images']:,} images; the checkpoint is in {folder}, and the same command "
+                f"continues from it",
             )
         status = "FINISHED"
     except KeyboardInterrupt:
@@ -113,7 +113,7 @@ def fit(
         cause = str(next(iter(failures.values()), error)).strip().splitlines() or [repr(error)]
         raise UserError(
             f"training failed{where}: {cause[-1]}; the last checkpoint in {folder} is kept, and the same command "
-            f"goes on from it"
+            f"continues from it"
         ) from error
     finally:
         shutdown.clear_stop_request(folder)

@@ -72,9 +72,9 @@ def train_ldm(config: TrainLDM) -> dict[str, Any]:
     )
     channels, height, width = latents.shape
     if height != width:
-        raise UserError(f"{latents.data} holds latents of {height}x{width}; train_ldm learns square ones")
+        raise UserError(f"{latents.data} holds latents of {height}x{width}; train_ldm needs square ones")
     if len({f"{decay:g}" for decay in (config.loop.ema, *config.more_ema)}) <= len(config.more_ema):
-        raise UserError(f"more_ema={config.more_ema} names a decay twice, or loop.ema={config.loop.ema:g} again")
+        raise UserError(f"more_ema={config.more_ema} must not repeat a decay, nor that of loop.ema={config.loop.ema:g}")
     launch.check_batch("batch_size", config.batch_size, latents.images, config.ray, config.optim.accumulate)
     with torch.device("meta"):
         network = build_denoiser(config.network, channels, width, config.classes)
@@ -91,7 +91,7 @@ def train_ldm(config: TrainLDM) -> dict[str, Any]:
         run_folder.write_config(folder, config)
     say(
         f"train_ldm {config.name}: {latents.about}, {config.network} {count_parameters(network):,} parameters, "
-        f"{config.images:,} images to see, {placement.text}",
+        f"{config.images:,} images to train on, {placement.text}",
     )
     handle = mlflow_run.start_run(
         config.tracking, config.root, "train_ldm", config.name, config.model_dump(mode="json"), folder, resume=resumed
@@ -123,8 +123,8 @@ def cached_latents(config: TrainLDM) -> LatentData:
     cache = LatentCache(config.cache, version=config.cache_version or None)
     if cache.shape is None:
         raise UserError(
-            f"{cache.path} holds latents of {len(set(cache.group_shapes))} shapes, and train_ldm learns images of one; "
-            f"encode with transform.buckets=false"
+            f"{cache.path} holds latents of {len(set(cache.group_shapes))} shapes, and train_ldm needs one; encode "
+            f"with transform.buckets=false"
         )
     if config.classes:
         _check_label(config, cache.manifest["columns"], cache.path)
@@ -159,7 +159,7 @@ def write_through_latents(config: TrainLDM) -> LatentData:
         UserError: if no cache is given, crop or flip is random, or the source, label column or autoencoder is unfit.
     """
     if not config.cache:
-        raise UserError("cache is empty; mode=write-through fills one: cache=/data/cache")
+        raise UserError("cache is empty; give the folder that mode=write-through fills: cache=/data/cache")
     if config.data.crop != "center" or config.data.flip:
         raise UserError(
             "mode=write-through keeps one row an image: set data.crop=center and data.flip=false, or take mode=online"
@@ -170,7 +170,7 @@ def write_through_latents(config: TrainLDM) -> LatentData:
 def _latents_of(config: TrainLDM, source: Source) -> LatentData:
     """Describe the latents of a source's images; their shape is found by encoding one image of zeros."""
     if not config.vae:
-        raise UserError(f"vae is empty; mode={config.mode} encodes: vae=FOLDER of an autoencoder")
+        raise UserError(f"vae is empty; mode={config.mode} needs an autoencoder: vae=FOLDER")
     if config.classes:
         _check_label(config, {field.name: str(field.type) for field in source.schema}, source.uri)
     vae = _vae(config.vae)
@@ -223,7 +223,7 @@ def _vae(folder: str, what: str = "") -> str:
     """Return the absolute path of the autoencoder's folder, or raise a UserError if it is missing."""
     folder = os.path.abspath(folder)
     if not os.path.isdir(folder):
-        raise UserError(f"{what}{folder} is not there; say where it is now with vae=FOLDER")
+        raise UserError(f"{what}{folder} does not exist; say where it is now with vae=FOLDER")
     return folder
 
 

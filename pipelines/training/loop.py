@@ -73,9 +73,15 @@ class TrainingTask(Protocol):
     def validate(self) -> tuple[dict[str, float], np.ndarray | None]:
         """Return metrics, which are the same on all ranks, and a picture or None; rank 0's picture is kept."""
 
-    def state(self) -> dict[str, Any]: ...
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint stores of this task."""
 
-    def load(self, state: dict[str, Any]) -> None: ...
+    def load(self, state: dict[str, Any]) -> None:
+        """Restore what `state` returned.
+
+        Raises:
+            RuntimeError, ValueError, KeyError: if the state is of other networks.
+        """
 
     def exports(self) -> dict[str, Callable[[Path], None]]:
         """Return the model folders of the run: each folder's name, with the function that writes it.
@@ -170,7 +176,10 @@ class _Run:
             if log and self.preemption_notices.new():
                 save = True
                 if self.progress is not None:
-                    say(f"{self.name}: a node is to be taken away; checkpoint after {self.images:,} images", "WARNING")
+                    say(
+                        f"{self.name}: a node will be taken away; writing a checkpoint after {self.images:,} images",
+                        "WARNING",
+                    )
             if log or save:
                 self._log(batch_size)
             if self.progress is not None:
@@ -189,7 +198,7 @@ class _Run:
             raise UserError(
                 f"{skipped} steps in a row, up to {self.images:,} images, had NaN or infinite gradients and "
                 f"were skipped; the checkpoint at {self.saved:,} is kept. Lower optim.lr, or set optim.clip=1 "
-                f"or loop.precision=fp32, and run again: it goes on from there"
+                f"or loop.precision=fp32, and run the same command again: it continues from there"
             )
         if self.tracker is not None:
             values = {key: value for key, value in means.items() if np.isfinite(value)} | speed
@@ -258,7 +267,7 @@ def _resume(task: TrainingTask, name: str, setup: TrainSetup, rank: int) -> int:
         except (RuntimeError, ValueError, KeyError) as error:
             reason = f"it has no {error}" if isinstance(error, KeyError) else textwrap.shorten(str(error), 200)
             raise UserError(
-                f"begin={begin} is a checkpoint of another model or of other networks beside it: {reason}"
+                f"begin={begin} is a checkpoint of another model, or of other networks trained with it: {reason}"
             ) from None
     else:
         with found.as_directory() if found else nullcontext(own) as path:
@@ -266,11 +275,11 @@ def _resume(task: TrainingTask, name: str, setup: TrainSetup, rank: int) -> int:
         if state["digest"] != task.digest:
             raise UserError(
                 f"the data are not those that run {setup.folder} was trained on: something was added, removed or "
-                f"changed. Start a new run (name=...), or bring the data back"
+                f"changed. Start a new run (name=...), or restore the data"
             )
         task.load(state)
     if rank == 0:
-        say(f"{name}: goes on after {state['images']:,} images", images=state["images"])
+        say(f"{name}: continues after {state['images']:,} images", images=state["images"])
     return state["images"]
 
 

@@ -39,7 +39,7 @@ def open_run(folder: str, config: BaseModel, may_change: Iterable[str]) -> bool:
     if not path.exists():
         if holds_something(folder):
             raise UserError(
-                f"{folder} exists, but is no run of this project (no config.yaml); choose another name or root"
+                f"{folder} exists, but is not a run of this project (no config.yaml); choose another name or root"
             )
         write_config(folder, config)
         return False
@@ -59,7 +59,7 @@ def open_run(folder: str, config: BaseModel, may_change: Iterable[str]) -> bool:
     ]
     if different:
         raise UserError(
-            f"run {folder} was started with another config; go on with that one, or choose another name:\n"
+            f"run {folder} was started with another config; continue with that one, or choose another name:\n"
             + "\n".join(different)
         )
     return True

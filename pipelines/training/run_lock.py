@@ -111,11 +111,12 @@ def _lock(path: Path) -> IO[str]:
             about = file.read().strip()
             file.close()
             raise UserError(
-                f"another job is at work on {path.parent}: {about or 'it has just begun'}. Wait for it, stop it, or "
+                f"another job is working on {path.parent}: {about or 'it has just begun'}. Wait for it, stop it, or "
                 f"choose another name"
             ) from None
         except OSError as error:
-            say(f"warning: {path.parent}: no locks here ({error.strerror}); start no second job on it", "WARNING")
+            text = f"{path.parent} can't be locked ({error.strerror}); do not start a second job on it"
+            say(f"warning: {text}", "WARNING")
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file.fileno()), path.stat()):  # else its owner has just removed it: try again
                 break
@@ -140,7 +141,7 @@ def _tidy(folder: Path) -> None:
         except ValueError as error:  # Ray Train writes it in place, so a kill or a full disk can truncate it
             known.unlink()
             told = ""
-            say(f"warning: {known} was damaged ({error}); the run goes on from its newest checkpoint", "WARNING")
+            say(f"warning: {known} was damaged ({error}); the run continues from its newest checkpoint", "WARNING")
     for state in folder.glob("checkpoint-*"):
         if json.dumps(state.name) not in told and not zipfile.is_zipfile(state / STATE):
             shutil.rmtree(state)

@@ -72,8 +72,8 @@ def train_vae(config: TrainVAE, callbacks: Sequence[Any] = ()) -> dict[str, Any]
     own = list(Path(folder).glob(f"checkpoint-*/{checkpoint.STATE}"))
     if begin and not own and not os.path.isfile(os.path.join(begin, checkpoint.STATE)):
         raise UserError(
-            f"begin={config.begin} is no checkpoint folder of a run (it has no {checkpoint.STATE}); give one as "
-            f"runs/<name>/checkpoint-..., which loop.keep of its run must have kept"
+            f"begin={config.begin} is not a checkpoint folder of a run (it has no {checkpoint.STATE}); give a folder "
+            f"such as runs/<name>/checkpoint-000000800000 (loop.keep decides how many a run keeps)"
         )
     placement = cluster.start(config.ray)
     paths.check_folders({"root": os.path.dirname(folder)}, {"data.train.uri": source.uri})
@@ -85,7 +85,7 @@ def train_vae(config: TrainVAE, callbacks: Sequence[Any] = ()) -> dict[str, Any]
     say(
         f"train_vae {config.name}: {source.units:,} images, encoder {config.model.encoder} "
         f"{count_parameters(model.encoder):,} + decoder {count_parameters(model.decoder):,} parameters, {total:,} "
-        f"images to see, {placement.text}",
+        f"images to train on, {placement.text}",
     )
     handle = mlflow_run.start_run(
         config.tracking, config.root, "train_vae", config.name, config.model_dump(mode="json"), folder, resume=resumed
@@ -168,8 +168,8 @@ def _check_discriminator(config: TrainVAE) -> None:
         build_discriminator(kind, 1)(torch.zeros(2, 3, resolution, resolution))
     except RuntimeError:
         raise UserError(
-            f"loss.adversarial.kind={kind} takes larger images than a stage's resolution of {resolution}: raise that, "
-            f"or take kind=unet"
+            f"loss.adversarial.kind={kind} needs larger images than a stage's resolution of {resolution}: raise it, or "
+            f"take kind=unet"
         ) from None
 
 

@@ -22,7 +22,7 @@ def test_help():
     [
         (["limt=5"], "error: unknown config key 'limt'; did you mean 'limit'?"),
         (["root=s3://bucket/runs"], "error: root=s3://bucket/runs: only local paths"),
-        (["report=/nowhere/report.json"], "error: report=/nowhere/report.json: there is no such folder"),
+        (["report=/nowhere/report.json"], "error: report=/nowhere/report.json: its folder does not exist"),
     ],
 )
 def test_bad_input(words, message):

@@ -481,7 +481,7 @@ def test_weights_in_several_files(tmp_path):
     assert fingerprint(many) == before
     (many / shards[1]).rename(many / "elsewhere")
     for use in (load_autoencoder, fingerprint):
-        with pytest.raises(UserError, match=f"names {shards[1]}, which is no safetensors file of this folder"):
+        with pytest.raises(UserError, match=f"names {shards[1]}, which is not a safetensors file of this folder"):
             use(many)
 
 
@@ -492,9 +492,13 @@ def test_an_index_cannot_lead_to_pickles_or_out_of_the_folder(tmp_path):
     (folder / "weights.bin").write_bytes(pickle.dumps({}))
     for name in ("../outside.safetensors", str(tmp_path / "outside.safetensors"), "weights.bin"):
         (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": {"encoder.conv_in.bias": name}}))
-        with pytest.raises(UserError, match="no safetensors file of this folder"):
+        with pytest.raises(UserError, match="not a safetensors file of this folder"):
             load_autoencoder(folder)
-    for text, message in (('{"weight_map": {}}', "no files"), ('{"weight_map": 3}', "no files"), ("[]", "not valid")):
+    for text, message in (
+        ('{"weight_map": {}}', "no files"),
+        ('{"weight_map": 3}', "no files"),
+        ("[]", "it does not hold an object"),
+    ):
         (folder / INDEX).write_text(text)
         with pytest.raises(UserError, match=message):
             load_autoencoder(folder)
@@ -575,8 +579,8 @@ def test_a_folder_without_some_weights_is_not_filled_with_random_ones(tmp_path, 
         ({"extractor": "vit"}, "extractor='vit' is not one of unet, nafnet"),
         ({"aggregator": "nafnet"}, "aggregator='nafnet' is not one of unet, vit"),
         ({"output": "bands"}, "output='bands' is not one of image, wavelet"),
-        ({"levels": []}, r"levels=\[\] are not some of 1, 2, 3"),
-        ({"levels": [3, 2]}, "each once and in this order"),
+        ({"levels": []}, r"levels=\[\] must be some of 1, 2, 3"),
+        ({"levels": [3, 2]}, "each at most once and in this order"),
         ({"levels": [2, 4]}, r"levels=\[2, 4\]"),
         ({"block_out_channels": (8, 8)}, "exactly 4"),
         ({"wavelet": "hair"}, "unknown wavelet"),
@@ -585,7 +589,7 @@ def test_a_folder_without_some_weights_is_not_filled_with_random_ones(tmp_path, 
         ({"size": "dwt", "latent_channels": 12, "aggregator": "vit"}, "aggregator is for sizes S, B, M, L"),
         ({"size": "dwt"}, "size='dwt' gives 12 latent channels, not latent_channels=4; set it to 12"),
         ({"size": "dwt-2", "latent_channels": 12}, "set it to 48"),
-        ({"size": "dwt", "latent_channels": 12, "conv1x1": True}, "conv1x1 is for encoders that learn"),
+        ({"size": "dwt", "latent_channels": 12, "conv1x1": True}, "conv1x1 needs a learned encoder"),
     ],
 )
 def test_impossible_models_are_refused(config, message):

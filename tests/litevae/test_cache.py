@@ -277,7 +277,7 @@ def test_damaged_shards_are_refused(tmp_path):
     shard.write_bytes(flipped)
     latents = LatentCache(tmp_path)
     assert latents.moments([0]).shape == (1, *SHAPE)  # other shards stay readable
-    with pytest.raises(UserError, match="its sha256 is not the manifest's"):
+    with pytest.raises(UserError, match="its sha256 differs from the manifest's"):
         latents.moments([300])
     with pytest.raises(UserError, match="is damaged"):  # the page checksum, without the shard's
         LatentCache(tmp_path, verify=False).moments(range(300, 450))
@@ -360,7 +360,7 @@ def test_rows_of_several_shapes(tmp_path):
     assert torch.equal(latents.moments([149, 3]), torch.from_numpy(parts[0][[149, 3]]))
     assert torch.equal(latents.moments([169]), torch.from_numpy(parts[1][[19]]))
     assert latents.row(169)["latent_height"] == 6
-    with pytest.raises(UserError, match="rows of 2 shapes can't be one batch"):
+    with pytest.raises(UserError, match="rows of 2 shapes can't form one batch"):
         latents.moments([0, 169])
     pooled = np.concatenate([part[:, :3].transpose(1, 0, 2, 3).reshape(3, -1) for part in parts], 1).astype(np.float64)
     np.testing.assert_allclose(latents.manifest["latents"]["mean"], pooled.mean(1), rtol=1e-9)

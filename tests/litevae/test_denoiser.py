@@ -224,6 +224,6 @@ def test_sizes_that_do_not_divide_are_refused(network, size, message):
 
 
 def test_unknown_networks_are_refused():
-    with pytest.raises(UserError, match="network=ldm-9: no such network; there are ldm-8, ldm-4, small, tiny, dit-s/2"):
+    with pytest.raises(UserError, match="network=ldm-9 is unknown; choose one of ldm-8, ldm-4, small, tiny, dit-s/2"):
         build_denoiser("ldm-9", 4, 8)
     assert set(UNETS) < set(NETWORKS)

@@ -211,8 +211,11 @@ def test_training_learns(prediction):
 
 def test_what_does_not_go_together_is_refused():
     for words, match in (
-        ({"zero_snr": True}, "zero_snr needs prediction=v: of noise alone, epsilon says nothing about the image"),
-        ({"prediction": "flow", "zero_snr": True}, "flow has such a level anyway"),
+        (
+            {"zero_snr": True},
+            "zero_snr needs prediction=v: at a level of pure noise, predicting epsilon says nothing about the image",
+        ),
+        ({"prediction": "flow", "zero_snr": True}, "flow always has a level of pure noise"),
         ({"prediction": "flow", "weighting": "min-snr"}, "flow takes times=logit-normal"),
         ({"times": "logit-normal"}, "epsilon and v take weighting=min-snr"),
     ):

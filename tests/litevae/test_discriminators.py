@@ -83,7 +83,7 @@ def test_kinds():
     built = [build(kind) for kind in KINDS]
     assert [type(model) for model in built] == [UNetDiscriminator, PatchDiscriminator, StyleGANDiscriminator]
     assert all(isinstance(model, Discriminator) for model in built)
-    with pytest.raises(UserError, match="'wgan'; one of unet, patch, stylegan"):
+    with pytest.raises(UserError, match="'wgan'; choose one of unet, patch, stylegan"):
         build_discriminator("wgan", 64)
 
 

@@ -135,7 +135,7 @@ def test_precision_and_recall_by_hand():
 def test_precision_and_recall_of_equal_images_and_of_too_few():
     same = features(1).repeat(5, 1) + 1000  # neighbourhoods of radius 0
     assert precision_recall(same, same, k=3) == (1, 1)
-    with pytest.raises(UserError, match="at least 4 images, not 5 and 3"):
+    with pytest.raises(UserError, match="at least 4 images in each set, not 5 and 3"):
         precision_recall(same, same[:3], k=3)
 
 

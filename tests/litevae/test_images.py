@@ -140,9 +140,9 @@ def test_an_image_goes_to_the_bucket_of_the_nearest_ratio(shape):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"crops": 2}, "only crop=random"),
+        ({"crops": 2}, "needs crop=random"),
         ({"crops": 0, "crop": "random"}, "crops=0"),
-        ({"flip": True, "both": True}, "not both"),
+        ({"flip": True, "both": True}, "exclude each other"),
         ({"buckets": True, "resize": "none"}, "resize=shorter"),
         ({"buckets": True, "bucket_step": 48}, "resolution=64 is not a multiple of bucket_step=48"),
     ],

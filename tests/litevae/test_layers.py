@@ -88,7 +88,7 @@ def test_attention_is_torchs():
     torch.testing.assert_close(ours(x), expected)
 
 
-def test_a_carrier_keeps_the_variance():
+def test_a_variance_preserving_conv_keeps_the_variance():
     torch.manual_seed(0)
     conv = layers.variance_preserving_conv(64, 48, 3, stride=2)
     assert (conv.stride, conv.padding, conv.bias.abs().max().item()) == ((2, 2), (1, 1), 0)

@@ -155,7 +155,7 @@ def test_constant_colours_have_no_artefacts():
     assert len({tuple(image[:, 5, 7].tolist()) for image in colours}) == 9
     assert (colours[-1] == 0).all()
     assert metrics.artefacts(colours, 8) == (0, None)
-    with pytest.raises(UserError, match="leave nothing of 24x24"):
+    with pytest.raises(UserError, match="leave nothing of an image of 24x24"):
         metrics.artefacts(colours, 12)
     colours[3, 0, 9, 9] = math.nan
     with pytest.raises(UserError, match="NaN"):

@@ -84,5 +84,5 @@ def test_the_order_is_fixed_for_ever():
 
 
 def test_no_rows():
-    with pytest.raises(ValueError, match="no rows"):
+    with pytest.raises(ValueError, match="at least one row"):
         EpochOrder([0, 0], seed=0, window=4)

@@ -143,7 +143,7 @@ def test_every_backbone_loads(tmp_path):
 
 
 def test_wrong_backbones_are_refused(squeezenet, pair, tmp_path):
-    with pytest.raises(UserError, match="unknown backbone 'resnet'; one of vgg16, .*resnet152"):
+    with pytest.raises(UserError, match="unknown backbone 'resnet'; choose one of vgg16, .*resnet152"):
         BackboneFeatures("resnet", squeezenet)
     with pytest.raises(UserError, match=r"no weights file at .*none\.pth"):
         BackboneFeatures("resnet18", tmp_path / "none.pth")

@@ -226,7 +226,7 @@ def test_failing_writer_leaves_nothing(tmp_path, monkeypatch):
 
 def test_local_file_as_folder(tmp_path):
     storage.put(str(tmp_path / "a"), b"")
-    with pytest.raises(UserError, match=r"a/b can't be written.*a is no folder"):
+    with pytest.raises(UserError, match=r"a/b can't be written.*a is not a folder"):
         storage.put_new(str(tmp_path / "a" / "b"), b"")
 
 

@@ -62,7 +62,7 @@ def test_gradients_pass_through():
 
 @pytest.mark.parametrize("size", [(60, 64), (64, 60)])
 def test_sizes_that_are_no_multiple_of_8_are_refused(size):
-    with pytest.raises(UserError, match=rf"{size[0]}x{size[1]} is no multiple of 8.*pad_to_multiple"):
+    with pytest.raises(UserError, match=rf"{size[0]}x{size[1]} is not a multiple of 8.*pad_to_multiple"):
         wavelet_pyramid(torch.zeros(1, 3, *size))
 
 

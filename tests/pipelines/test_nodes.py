@@ -86,7 +86,7 @@ def test_training_goes_on_with_the_nodes_that_there_are(photos, tmp_path, monkey
         try:
             trains_on("head", "a", "b")
             nodes.warn("b")
-            wait_for(lambda: trained.done() or "a node is to be taken away; checkpoint after" in shown())
+            wait_for(lambda: trained.done() or "a node will be taken away; writing a checkpoint after" in shown())
             nodes.kill("b")
             trains_on("head", "a")
             nodes.add("c", num_cpus=1)
@@ -97,7 +97,7 @@ def test_training_goes_on_with_the_nodes_that_there_are(photos, tmp_path, monkey
             error = trained.exception(240)
             ray.shutdown()
     assert isinstance(error, shutdown.Stopped), error
-    assert "goes on after" in shown()
+    assert "continues after" in shown()
     lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
     steps = [line["step"] for line in lines if "train/loss" in line]
     assert steps == sorted({*steps}), "a step was logged twice, or out of order"
@@ -191,7 +191,7 @@ def test_a_trial_is_moved_off_a_node_that_dies(nodes, tmp_path):
     assert [result["train_vae"]["optim"]["lr"] for result in results] == [1e-4]
     LiteVAE.from_pretrained(results[0]["model"])
     told = "".join(path.read_text() for path in tmp_path.glob("rates/rows/*/log.txt"))
-    assert "goes on after" in told + log.read_text()
+    assert "continues after" in told + log.read_text()
 
 
 def test_a_folder_that_nodes_do_not_share_is_refused(nodes, photos, tmp_path):

@@ -101,7 +101,7 @@ def test_runs_go_on_where_they_stopped(old, capsys):
     result = ldm.train_ldm(load(TrainLDM, None, [*LDM, *HERE, *places, "images=24"]))
     assert result["images"] == 24
     shown = capsys.readouterr().out
-    assert shown.count("goes on after 16 images") == 2
+    assert shown.count("continues after 16 images") == 2
 
 
 def test_runs_are_known_as_theirs_and_their_models_open(old):

@@ -124,7 +124,10 @@ def test_children_that_die_are_told_of(answering):
             child.ask(die=True)
         with pytest.raises(UserError, match="exit code 3"):
             child.ask(number=1)
-    with meter.Child(answering, "word") as child, pytest.raises(UserError, match=r"exit code 1\); what it says"):
+    with (
+        meter.Child(answering, "word") as child,
+        pytest.raises(UserError, match=r"exit code 1\); see its output above"),
+    ):
         child.ask(**{"raise": True})
 
 
@@ -251,7 +254,9 @@ def test_unknown_parts_are_refused(capsys):
 
 def test_a_missing_package_is_named(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(UserError, match=r"part loader measures beside datasets: pip install datasets"):
+    with pytest.raises(
+        UserError, match=r"part loader compares with datasets, which is not installed: pip install datasets"
+    ):
         run.benchmark(config(tmp_path, parts=["loader"]))
 
 

@@ -54,5 +54,5 @@ def test_tables_of_a_diffusion_model(setting):
 
 
 def test_loops_that_do_other_things_are_not_compared():
-    with pytest.raises(UserError, match="ours and the plain loop do not do the same: loss 1.1 and 1.0"):
+    with pytest.raises(UserError, match="ours and the plain loop do not compute the same: loss is 1.1 and 1.0"):
         training._check_same({"plain loop": {"loss": 1.0}, "ours": {"loss": 1.1}}, rtol=1e-3)

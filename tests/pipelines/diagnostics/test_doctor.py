@@ -195,7 +195,7 @@ def test_s3_clock(s3):
 
 def test_a_rank_that_nobody_can_reach(closed_port):
     """Rank 1, whose rank 0 is not there."""
-    with pytest.raises(UserError, match="not all of 2 processes reach the first one at 127.0.0.1"):
+    with pytest.raises(UserError, match="not all of the 2 processes reach the first one at 127.0.0.1"):
         machine.rank(1, 2, f"127.0.0.1:{closed_port}", "gloo", False, 2.0)
 
 
@@ -267,13 +267,13 @@ def test_a_file_system_without_exclusive_links(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "link", link)
     failed = only(examined(folders.folder, here, str(tmp_path)), "failed")
-    assert "8, 8, 8, 8 won, not one each" in failed.found
+    assert "not exactly one succeeds (8, 8, 8, 8 in 4 rounds)" in failed.found
 
 
 def test_a_sound_store(s3):
     found = examined(folders.folder, elsewhere("nothing", "nothing"), f"{s3}/cache")
     assert states(found) == [(DRIVER, "ok"), (DRIVER, "ok"), ("a", "ok"), ("b", "ok")]
-    assert "of 16 writers of one new name exactly one wins" in found[1].found
+    assert "of 16 writers that create the same file at once, exactly one succeeds" in found[1].found
     assert not list(storage.walk(s3))
 
 
@@ -288,7 +288,7 @@ def test_a_store_that_ignores_the_condition(s3, monkeypatch):
         proxy.server.RequestHandlerClass = Deaf
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.uri)
         failed = only(examined(folders.folder, here, f"{s3}/cache"), "failed")
-    assert "won, not one each" in failed.found
+    assert "not exactly one succeeds" in failed.found
     assert "If-None-Match" in failed.advice
 
 

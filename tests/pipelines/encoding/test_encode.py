@@ -230,7 +230,7 @@ def test_refusals(encoded, folder, model, tmp_path):
     few.mkdir()
     next(crops(1)).save(few / "a.png")
     refused = [
-        (config(folder, other, out, *SEVERAL), "is a cache of something else(.|\n)*model.fingerprint: "),
+        (config(folder, other, out, *SEVERAL), "holds another cache(.|\n)*model.fingerprint: "),
         (
             config(folder, model, out, *SEVERAL, "transform.resolution=64"),
             "transform.resolution: 32 in the cache, 64 now",
@@ -243,7 +243,7 @@ def test_refusals(encoded, folder, model, tmp_path):
         (config(folder, tmp_path / "nothing", out), "does not exist"),
         (config(folder, tmp_path / "full", out), "is not a model folder"),
         (config(folder, model, folder / "cats/cache"), "lies within the source"),
-        (config(folder, model, tmp_path / "full"), "holds other files and no latent cache"),
+        (config(folder, model, tmp_path / "full"), "is not empty and holds no latent cache"),
         (config(tmp_path / "full", model, out), "no images"),
         (config(folder, model, ""), "out: give a path"),
     ]
@@ -432,7 +432,7 @@ def test_compiling_is_recommended_where_it_pays(few, model, tmp_path, monkeypatc
     monkeypatch.setattr(auto, "WORTH_COMPILING", 6)
     for name, more, said in (("plain", [], True), ("compiled", ["compile=true"], False)):
         encode.plan_cache(config(few, model, tmp_path / name, "precision=bf16", *more))
-        assert ("compile=true starts a minute later" in capsys.readouterr().out) == said
+        assert ("compile=true takes a minute longer" in capsys.readouterr().out) == said
     monkeypatch.setattr(auto, "WORTH_COMPILING", 7)
     encode.plan_cache(config(few, model, tmp_path / "few", "precision=bf16"))
     assert "compile=true" not in capsys.readouterr().out

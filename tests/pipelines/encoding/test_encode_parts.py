@@ -204,7 +204,7 @@ def test_a_plan_is_read_as_it_was_written(tmp_path):
         assert ("kernels" in cache.read_plan(out)) == bool(plan.kernels)
     lacking = cache_plan().to_json()
     del lacking["columns"]
-    with pytest.raises(UserError, match=r"^/c/plan\.json is damaged: 'columns'; bring it back from a copy"):
+    with pytest.raises(UserError, match=r"^/c/plan\.json is damaged: 'columns'; restore it from a copy"):
         CachePlan.from_json(lacking, "/c/plan.json")
 
 
@@ -507,7 +507,7 @@ def test_a_retry_is_of_the_quarantined_for_these_reasons(tmp_path, monkeypatch):
     maintenance.retry(Retry())
     assert given[1][3] == [ShardTask(0, 1, (6, 7)), ShardTask(2, 2, (22, 23))]
     assert given[1][1]["batch_size"] == 3
-    with pytest.raises(UserError, match="nothing is quarantined as burnt; there is 1 empty, 3 missing"):
+    with pytest.raises(UserError, match="no image is in quarantine as burnt; the quarantine has 1 empty, 3 missing"):
         maintenance.retry(Retry(reasons=["missing", "burnt"]))
 
 
@@ -607,7 +607,7 @@ def test_shards_that_are_done_again_do_not_count_twice(runs):
 
 
 def test_an_error_of_a_shard_stops_the_job(runs):
-    with pytest.raises(UserError, match="encoding stopped, 8 of 40 images are done: the node is full"):
+    with pytest.raises(UserError, match="encoding stopped after 8 of 40 images: the node is full"):
         runs.run([2, 4], total=5)
     assert runs.progress.last.closed
 

@@ -148,7 +148,7 @@ class Job:
         """Whether a driver that ended had finished; the only other end is that it gave a shard up."""
         code, text = driver.process.returncode, driver.log.read_text(errors="replace")
         self.say(f"driver {driver.process.pid} ends with {code}")
-        if code == 2 and "error: encoding stopped, " in text and "run again to go on" in text:
+        if code == 2 and "error: encoding stopped after " in text and "the same command continues" in text:
             self.restarts += 1
             return False
         assert code == 0, f"driver {driver.process.pid} ended with {code}:\n{text}"

@@ -244,7 +244,7 @@ def test_a_clock_that_is_wrong_is_named(proxy, bucket):
         lambda: storage.put(f"{bucket}/a", b""),
         lambda: storage.names(bucket),
     ):
-        with pytest.raises(storage.Unavailable, match=r"the clock of \S+ \(.* UTC\) is not that of .*; set it"):
+        with pytest.raises(storage.Unavailable, match=r"the clock of \S+ \(.* UTC\) differs from that of .*; set it"):
             act()
 
 
@@ -326,7 +326,7 @@ def test_a_full_disk_ends_the_job_which_goes_on_when_there_is_room(folder, model
             (error,) = [line for line in shown.splitlines() if line.startswith("error: ")]
             assert "Traceback" not in shown
             assert f"{out}/" in error
-            assert "No space left on device; make room there and run again" in error
+            assert "No space left on device; make room there and run the same command again" in error
             there = commits(str(out))
             assert len(there) < 8
             assert not (out / "manifest.json").exists()

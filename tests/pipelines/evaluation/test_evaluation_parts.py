@@ -98,7 +98,7 @@ def test_few_images_are_warned_of():
     assert report.small_sample_warning(513, network) == []
     for count in (512, 3):
         (said,) = report.small_sample_warning(count, network)
-        assert said.startswith(f"CAUTION: {count} images make a singular covariance of 512 features")
+        assert said.startswith(f"CAUTION: {count} images give a singular covariance of 512 features")
 
 
 def test_how_images_were_brought_to_their_size():
@@ -324,7 +324,7 @@ def test_artefacts_are_looked_for_within_borders(monkeypatch, side, measured):
     found = reconstruction._artefact_and_imbalance_scores(cfg, SimpleNamespace(means=means, images=7), 8, None, remarks)
     values = {score.name: score.value for score in found}
     assert values == ({"artefacts": 0.5, "artefacts/period": 8.0} if measured else {}) | {"imbalance": 0.25}
-    assert [remark.split(":")[0] for remark in remarks] == ([] if measured else ["no artefacts in constant colour"])
+    assert [remark.split(":")[0] for remark in remarks] == ([] if measured else ["artefacts are left out"])
     monkeypatch.setattr(reconstruction, "spread", lambda actors, call, items: [(0.5, None)])
     found = reconstruction._artefact_and_imbalance_scores(cfg, SimpleNamespace(means={}, images=7), 8, None, remarks)
     assert [score.name for score in found] == (["artefacts"] if measured else [])

@@ -349,25 +349,25 @@ def test_mistakes_are_refused_with_nothing_written(fake, real, weights, tmp_path
         with pytest.raises(UserError, match=match):
             generated.samples(config(where, real, tmp_path, **missing(tmp_path) | more))
 
-    refused(r"nothing to judge by: no Inception weights.*weights-inception.*does not exist.*squeezenet=FILE")
+    refused(r"no network has weights: no Inception weights.*weights-inception.*does not exist.*squeezenet=FILE")
     refused("no weights file at", inception=str(tmp_path / "no.pth"))
     refused("samples.uri is empty", where="", **squeezenet)
     refused(r"samples\.uri=.* does not exist", where=tmp_path / "no", **squeezenet)
     refused("source.uri is empty", source={"uri": ""}, **squeezenet)
     refused(f"images={FAKE + 1}, but .* has {FAKE}", images=FAKE + 1, **squeezenet)
     refused("reference_images=99, but .* has 19", reference_images=99, **squeezenet)
-    refused("judged from 32 px", transform={"resolution": 16}, **squeezenet)
+    refused("must be at least 32", transform={"resolution": 16}, **squeezenet)
     refused(
-        r"000000\.png has 48x48 pixels.*not resized; give their size: transform\.resolution \(now 64\)",
+        r"000000\.png has 48x48 pixels.*not resized; set transform\.resolution to their size \(now 64\)",
         transform={"resolution": 64},
         **squeezenet,
     )
     only_grid = tmp_path / "grid"
     only_grid.mkdir()
     shutil.copy(fake / "grid.png", only_grid)
-    refused("no images but grid.png", where=only_grid, **squeezenet)
+    refused("no images except grid.png", where=only_grid, **squeezenet)
     assert not (tmp_path / "out").exists()
-    refused(r"9 of 9 images could be read; judging takes at least 10", images=9, **squeezenet)
+    refused(r"9 of 9 images could be read; judging needs at least 10", images=9, **squeezenet)
     assert not (tmp_path / "out" / "metrics.json").exists()
     words = ["--print-config", "/data/samples", "source.uri=/data/photos"]
     kind, subject = ACTIONS["samples"]

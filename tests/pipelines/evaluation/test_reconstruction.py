@@ -142,7 +142,7 @@ def test_distances_on_features_are_those_of_all_images_at_once(summary, model, p
         name = f"frechet/{network.name}"
         assert expected > 1e-3
         assert summary["reconstruction"][name] == pytest.approx(expected, rel=5e-3)
-        assert "CAUTION: 10 images make a singular covariance of 512 features" in summary["protocols"][name]
+        assert "CAUTION: 10 images give a singular covariance of 512 features" in summary["protocols"][name]
         assert f"10 images, shorter side to {SIDE} px (Pillow" in summary["protocols"][name]
         assert name not in summary["bicubic"]
         distance = summary["reconstruction"][f"{network.name} feature distance"]
@@ -227,7 +227,7 @@ def test_an_autoencoder_without_a_posterior_and_of_another_factor(photos, tmp_pa
     assert summary["downsampling"] == 4
     printed = capsys.readouterr().out
     assert "bicubic by 4" in printed
-    assert "no feature maps: the decoder has neither norm_out nor conv_norm_out" in printed
+    assert "feature maps are left out: the decoder has no norm_out or conv_norm_out" in printed
     assert scored(summary).keys() == {"artefacts", "artefacts/period"}
     assert not (tmp_path / "out" / "feature_maps.png").exists()
 
@@ -376,7 +376,7 @@ def test_mistakes_are_refused_with_nothing_written(model, photos, tmp_path, caps
     refused("does not exist", model=str(tmp_path / "no-model"))
     refused("does not exist", source={"uri": str(tmp_path / "no-photos")})
     refused("images=13, but .* has 12", images=13)
-    refused("measured from 32 px", transform={"resolution": 16})
+    refused("must be at least 32", transform={"resolution": 16})
     five = {f"{side}_block_out_channels": (16,) * 5 for side in ("encoder", "decoder")}
     five |= {f"num_{side}_blocks": (1,) * 5 for side in ("encoder", "decoder")}
     AutoencoderTiny(**five).save_pretrained(tmp_path / "tiny")

@@ -143,7 +143,7 @@ def test_more_images_and_workers_change_no_bit(five, model, tmp_path):
         name = f"png/{number:06}.png"
         assert (tmp_path / name).read_bytes() == (five / name).read_bytes()
     assert len(np.unique(pixels(tmp_path, 11), axis=0)) == 11
-    with pytest.raises(UserError, match=r"holds more than images=10, e\.g\. in 000010\.png"):
+    with pytest.raises(UserError, match=r"holds more images than images=10, e\.g\. in 000010\.png"):
         sample(config(model, tmp_path, images=10, eta=1.0))
 
 
@@ -180,11 +180,11 @@ def test_mistakes_are_refused_with_nothing_written(model, by_class, tmp_path, ca
     refused("no latent diffusion model", model=str(tmp_path / "nowhere"))
     refused("no latent diffusion model", model=str(model / "vqvae"))
     refused("take 2 or 4", steps=3)
-    refused("a model of epsilon takes ddim, dpm", sampler="heun")
-    refused("eta=0.5 is for sampler=ddim alone", by_class, eta=0.5)
-    refused("knows no classes", classes=[1])
-    refused("knows no classes", guidance=2)
-    refused("class 3: the model knows 0 to 2", by_class, classes=[0, 3])
+    refused("a model of epsilon; choose one of ddim, dpm", sampler="heun")
+    refused("eta=0.5 works only with sampler=ddim", by_class, eta=0.5)
+    refused("is unconditional", classes=[1])
+    refused("is unconditional", guidance=2)
+    refused("class 3 does not exist: the model knows 0 to 2", by_class, classes=[0, 3])
     assert not (tmp_path / "out").exists()
     assert main(Sample, sample, ["model=nowhere", "images=2"]) == 2
     assert capsys.readouterr().err.startswith("error: nowhere holds no latent diffusion model")
@@ -362,7 +362,7 @@ def test_more_images_are_added(five, model, parts, by_class, tmp_path):
     assert files(out) == files(parts)
     assert kept["part-000000.parquet"] == stamps(out / "parquet")["part-000000.parquet"]
     for images in (4, 10):
-        with pytest.raises(UserError, match=f"holds more than images={images}, "):
+        with pytest.raises(UserError, match=f"holds more images than images={images}, "):
             sample(config(by_class, out, images=images, format="parquet", shard=3))
 
 
@@ -379,7 +379,7 @@ def test_another_job_is_refused_with_what_differs(five, model, tmp_path):
         ({"format": "parquet"}, "format: png there, parquet asked for"),
         ({"model": str(tmp_path / "other")}, f"model: {ldm_fingerprint(model)} there"),
     ):
-        with pytest.raises(UserError, match=f"images that were drawn otherwise.*\n(.*\n)*  {line}"):
+        with pytest.raises(UserError, match=f"images that were drawn with other settings.*\n(.*\n)*  {line}"):
             sample(config(model, five, **({"eta": 1.0} | more)))
     assert files(five) == before
     (tmp_path / "out/png").mkdir(parents=True)
@@ -480,5 +480,5 @@ def test_s3(five, model, s3, tmp_path):
         if not name.startswith("images/"):
             assert storage.read(f"{out}/{name}") == data
     assert (tmp_path / "drawn" / "metrics.jsonl").is_file()
-    with pytest.raises(UserError, match="holds more than images=4"):
+    with pytest.raises(UserError, match="holds more images than images=4"):
         sample(config(model, out, images=4, eta=1.0, root=str(tmp_path)))

@@ -514,7 +514,7 @@ def test_unfinished_runs_when_asked_for(tracked: SimpleNamespace, tmp_path: Path
         ("tracking.experiment=empty", "'empty' has no runs"),
         ("tracking.experiment=none", "there are: .*litevae"),
         ("tracking.enabled=false", "reads MLflow"),
-        ("root={}/none", "no such database"),
+        ("root={}/none", "the database does not exist"),
         ("sweep=none", "it has: t9"),
     ],
 )

@@ -343,7 +343,7 @@ def test_printed_parameters_are_those_of_the_models():
 
 
 def test_what_is_not_there_is_named():
-    with pytest.raises(UserError, match=r"table=25: there are 1, 2a, 2b, 3, .*figure-8"):
+    with pytest.raises(UserError, match=r"table=25 does not exist; there are 1, 2a, 2b, 3, .*figure-8"):
         paper.table("25")
     with pytest.raises(UserError, match="table 9 has no 'PatchGAN'; it has Baseline, "):
         paper.chosen(paper.table("9"), ["PatchGAN"])

@@ -686,7 +686,7 @@ def test_a_sweep_leaves_results_configs_and_the_best(whole, tmp_path, metric, ra
 def test_a_sweep_with_failures_leaves_what_is_done_and_tells(whole):
     whole.failed.append("  a row: the disk is full")
     with pytest.raises(
-        sweep.UserError, match="1 of 2 trials failed; the same command goes on with them:\n  a row: the"
+        sweep.UserError, match="1 of 2 trials failed; the same command continues with them:\n  a row: the"
     ):
         whole.run()
     assert whole.finished == ["FAILED"]

@@ -77,7 +77,7 @@ def test_labels_choose_the_nodes_of_workers_and_of_decoding(nodes):
     with pytest.raises(UserError, match=r"no node .* labels .*'tpu'.*; there are pool: cpu, pool: gpu, zone: a \("):
         cluster._placement(Ray(worker_labels={"pool": "tpu"}), 1)
     with pytest.raises(
-        UserError, match=r"takes a logical CPU each, but the nodes with ray.worker_labels have 4; lower"
+        UserError, match=r"needs a logical CPU for each, but the nodes with ray.worker_labels have 4; lower"
     ):
         cluster._placement(Ray(workers=5, gpu=False, worker_labels={"pool": "gpu"}), 1)
     nodes(node(3))
@@ -102,7 +102,7 @@ def test_labels_choose_the_nodes_of_workers_and_of_decoding(nodes):
         ),
         ({"gpu": True}, 1, node(12), r"^ray.workers=1 with 1 GPU each, but the cluster has 0"),
         ({"workers": 5, "gpus_per_worker": 0.5}, 1, node(12, 2), "with 0.5 GPU each, but the cluster has 2"),
-        ({"workers": 5}, 1, node(4), "^ray.workers=5 takes a logical CPU each, but the cluster has 4"),
+        ({"workers": 5}, 1, node(4), "^ray.workers=5 needs a logical CPU for each, but the cluster has 4"),
         ({"workers": 3}, 1, node(4), r"^ray.workers=3 needs 5 logical CPUs \(2 for .* has 4; .* --num-cpus=5$"),
         ({"workers": 2}, 2, node(5), r"^ray.workers=2 of 2 trials at a time needs 6 logical CPUs"),
     ],
@@ -235,14 +235,14 @@ def test_a_cluster_that_there_is_is_joined(init, monkeypatch):
     monkeypatch.setattr(cluster, "_in_worker", lambda: False)
     with pytest.raises(UserError, match="no node of the cluster has the labels"):
         cluster.start(Ray(worker_labels={"pool": "gpu"}))
-    with pytest.raises(UserError, match=r"needs 11 logical CPUs .*; where the cluster grows by itself, ray.wait=600"):
+    with pytest.raises(UserError, match=r"needs 11 logical CPUs .*; if the cluster grows by itself, ray.wait=600"):
         cluster.start(Ray(workers=9))
     assert init == []
 
 
 def test_an_old_ray_is_refused(init, monkeypatch):
     monkeypatch.setattr(ray, "__version__", "2.54.9")
-    with pytest.raises(UserError, match=r"Ray 2\.54\.9 has known holes; install 2\.55 or newer"):
+    with pytest.raises(UserError, match=r"Ray 2\.54\.9 has known security vulnerabilities; install 2\.55 or newer"):
         cluster.start(Ray())
     monkeypatch.setattr(ray, "__version__", "2.55.0")
     cluster.start(Ray())
@@ -450,7 +450,7 @@ def test_the_first_signal_asks_a_run_to_stop(tmp_path, capsys, number, code):
         ours = signal.getsignal(signal.SIGTERM)
         assert shutdown.call_stoppable(run, str(tmp_path)) == "a result"
         assert signal.getsignal(signal.SIGTERM) == ours
-    assert "stopping: the run leaves at its next step" in capsys.readouterr().out
+    assert "stopping: the run writes a checkpoint and ends" in capsys.readouterr().out
     assert shutdown.clear_stop_request(str(tmp_path)) == code
     assert not file.exists()
 

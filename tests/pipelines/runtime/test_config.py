@@ -94,14 +94,18 @@ def test_configs_do_not_change():
     ("cls", "overrides", "message"),
     [
         (TrainVAE, ["ray.workers=2", "ray.min_workers=3"], "min_workers=3 is more than workers=2"),
-        (TrainVAE, ["ray.min_workers=1", "ray.worker_labels={a: b}"], "min_workers and worker_labels do not go"),
+        (
+            TrainVAE,
+            ["ray.min_workers=1", "ray.worker_labels={a: b}"],
+            "min_workers and worker_labels can't be combined",
+        ),
         (TrainVAE, ["loss.adversarial.cutmix=0.5", "loss.adversarial.kind=patch"], "kind=unet, not patch"),
         (TrainVAE, ["model.encoder=dwt"], "dwt has 12 latent channels"),
         (TrainVAE, ["model.encoder=dwt-2", "model.latent_channels=12"], "dwt-2 has 48 latent channels"),
         (TrainVAE, ["loss.ldl.weight=1"], r"set loop\.ema"),
-        (TrainVAE, ["checkpointing=true", "model.decoder.norm=batch"], "running statistics of batch norm"),
-        (Encode, ["transform.crops=2"], "crops=2 would be the same one 2 times"),
-        (Encode, ["transform.buckets=true", "transform.resize=none"], "buckets resize images"),
+        (TrainVAE, ["checkpointing=true", "model.decoder.norm=batch"], "batch norm's statistics"),
+        (Encode, ["transform.crops=2"], "crops=2 would give the same crop 2 times"),
+        (Encode, ["transform.buckets=true", "transform.resize=none"], "buckets need resize=shorter"),
         (Encode, ["transform.buckets=true", "transform.resolution=96"], "not a multiple of bucket_step=64"),
         (Encode, ["compile=true", "kernels=native"], "leave compile=false"),
     ],
@@ -182,12 +186,12 @@ def test_every_mistake_is_listed_at_once():
 
 def test_presets_that_are_no_presets(tmp_path):
     shipped = "celebahq-256, demo, demo-gpu, ffhq-256, imagenet-256"
-    with pytest.raises(UserError, match=rf"--config nope: neither a preset \({shipped}\) nor a file"):
+    with pytest.raises(UserError, match=rf"--config nope is neither a preset \({shipped}\) nor a file"):
         load(TrainVAE, "nope")
     (tmp_path / "recipe.yaml").write_text("sample: {steps: 20}\ntrain_vae:\n")
     assert load(Sample, str(tmp_path / "recipe.yaml")).steps == 20
     assert load(TrainVAE, str(tmp_path / "recipe.yaml")) == TrainVAE()
-    with pytest.raises(UserError, match="nothing for train_ldm; it is for sample, train_vae"):
+    with pytest.raises(UserError, match="no section train_ldm; it has sample, train_vae"):
         load(TrainLDM, str(tmp_path / "recipe.yaml"))
     (tmp_path / "list.yaml").write_text("- a")
     with pytest.raises(UserError, match="found a list"):
@@ -290,7 +294,7 @@ def test_words_of_the_command_line(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "switches", "message"),
     [
-        (["--config"], (), "--config wants a preset's name"),
+        (["--config"], (), "--config needs a preset's name"),
         (["folder"], (), "override 'folder' is not of the form key=value"),
         (["--append"], (), "unknown option --append"),
         (["append"], ("append",), "override 'append' is not of the form"),

@@ -219,9 +219,9 @@ def test_a_client_that_fails_costs_one_warning_and_no_status(client, tmp_path, c
     tracker = Tracker(RunHandle(URI, "run 1", "mine", str(tmp_path)), system=False)
     tracker.metrics({"loss": 1.0}, 1)
     tracker.close("FINISHED")
-    (warning,) = capsys.readouterr().err.splitlines()
+    (warning,) = capsys.readouterr().out.splitlines()
     assert warning.startswith(
-        f"warning: tracking at {URI} fails; the run goes on, its metrics are in {tmp_path}/metrics"
+        f"warning: tracking at {URI} fails; the run continues, and its metrics are in {tmp_path}/metrics"
     )
     assert "ConnectionError: refused" in warning
     assert "secret" not in warning

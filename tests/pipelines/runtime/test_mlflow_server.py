@@ -187,7 +187,7 @@ def test_server_killed_in_the_middle_and_back(
     wait_for(lambda: tracker._failing)
     server.start()
     tracker.close("FINISHED")
-    warnings = capfd.readouterr().err.splitlines()
+    warnings = capfd.readouterr().out.splitlines()
     assert len(warnings) == 1
     assert str(folder / "metrics.jsonl") in warnings[0]
     assert history(handle, "loss") == [(step, float(step)) for step in range(50)]
@@ -268,7 +268,7 @@ def test_a_dead_server_costs_one_request_and_one_warning(
     log_on_a_dead_server(handle, asked)
     assert link(handle) == str(tmp_path / "vae" / "metrics.jsonl")
     assert len(asked) == 1
-    (warning,) = capfd.readouterr().err.splitlines()
+    (warning,) = capfd.readouterr().out.splitlines()
     assert "secret" not in warning
     assert cause in warning
 
@@ -280,7 +280,7 @@ def test_a_server_that_dies_after_the_start_holds_nothing_up(
     (tmp_path / "vae").mkdir()
     log_on_a_dead_server(RunHandle(dead, "0" * 32, "litevae", str(tmp_path / "vae")), asked)
     assert 1 <= len(asked) <= 2  # when something is logged, and when it ends
-    assert len(capfd.readouterr().err.splitlines()) == 1
+    assert len(capfd.readouterr().out.splitlines()) == 1
 
 
 def test_a_start_that_does_not_end_is_not_waited_for(tmp_path: Path, capfd, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -291,7 +291,7 @@ def test_a_start_that_does_not_end_is_not_waited_for(tmp_path: Path, capfd, monk
         assert begin(tmp_path / "vae", "http://nowhere.invalid").run_id is None
     finally:
         ended.set()
-    assert "no answer within 0.15 s" in capfd.readouterr().err
+    assert "no answer within 0.15 s" in capfd.readouterr().out
 
 
 # --- the default store, and resuming ----------------------------------------------------------------------------

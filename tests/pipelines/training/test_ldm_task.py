@@ -324,7 +324,7 @@ def test_labels_are_classes_or_missing(value):
     assert labels.dtype == torch.int64
     assert labels.tolist() == [0, null_class(2), 1]
     assert latent_feeds.labels_of([0, 1], load(TrainLDM)) is None
-    with pytest.raises(UserError, match=f"column 'kind' holds {value!r}; with classes=2 it takes 0 to 1, or nothing"):
+    with pytest.raises(UserError, match=f"column 'kind' holds {value!r}; with classes=2 it may hold 0 to 1, or null"):
         latent_feeds.labels_of([0, value], config)
 
 
@@ -373,7 +373,7 @@ def test_what_workers_get_and_how_a_run_is_tracked(job, made, tmp_path, capsys):
     assert 1e6 < parameters < 4e6
     assert result == {"model": "there", "loss": 0.123456, "images": 24}
     shown = capsys.readouterr().out
-    assert f"train_ldm mine: 24 latents of (8, 8, 8) moments, tiny {parameters:,} parameters, 24 images to see" in shown
+    assert f"train_ldm mine: 24 latents of (8, 8, 8) moments, tiny {parameters:,} parameters, 24 images to" in shown
     assert "model: there   loss 0.1235" in shown
 
 

@@ -348,7 +348,7 @@ def test_a_run_goes_on_from_its_newest_checkpoint_to_the_same_weight(run, clock,
     """As Ray lists it, which is none of the folder's own then; or where Ray's list was lost."""
     whole = Task(clock, (48, 8))
     run(whole, "loop.checkpoint_every=8")
-    assert "goes on" not in capsys.readouterr().out
+    assert "continues" not in capsys.readouterr().out
     shutil.rmtree(run.folder / "checkpoint-000000000048")
     shutil.rmtree(run.folder / "checkpoint-000000000040")
     if listed:
@@ -368,7 +368,7 @@ def test_a_run_goes_on_from_its_newest_checkpoint_to_the_same_weight(run, clock,
     assert again.drawn == {images: drawn for images, drawn in whole.drawn.items() if images >= at}
     assert again.model.weight.item() == whole.model.weight.item()
     assert result["images"] == 48
-    assert f"a run: goes on after {at} images" in capsys.readouterr().out
+    assert f"a run: continues after {at} images" in capsys.readouterr().out
     assert [metrics["images"] for metrics, _, _ in run.reports] == [48]
 
 
@@ -490,7 +490,7 @@ def test_a_notice_that_a_node_goes_saves_once(run, clock, monkeypatch, capsys):
     run(Task(clock, (48, 8)), "loop.log_every=1", nodes=2)
     assert [metrics["images"] for metrics, _, _ in run.reports] == [16, 32, 48]
     told = [line for line in capsys.readouterr().out.splitlines() if "taken away" in line]
-    assert told == [f"a run: a node is to be taken away; checkpoint after {n} images" for n in (16, 32)]
+    assert told == [f"a run: a node will be taken away; writing a checkpoint after {n} images" for n in (16, 32)]
 
 
 def test_on_one_node_no_notice_is_asked_for(run, clock, monkeypatch):

@@ -160,7 +160,7 @@ def test_labels_are_the_rows_and_are_dropped_as_often_as_asked(task, made):
     for _, batch in fed(task("classes=2", "label_dropout=0.25"), 0, 48):
         assert torch.equal(batch.labels == 1000, random_numbers(0, batch.positions, (1,))[2] < 0.25)
     assert all(batch.labels is None for _, batch in fed(task(), 0, 16))
-    with pytest.raises(UserError, match="holds 1; with classes=1 it takes 0 to 0"):
+    with pytest.raises(UserError, match="holds 1; with classes=1 it may hold 0 to 0"):
         fed(task("classes=1"), 0, 24)
 
 
@@ -477,7 +477,7 @@ def test_a_run_that_is_killed_ends_like_one_that_was_not(made, tmp_path, capsys)
     assert not (folder / "checkpoint-000000000160").exists(), "it had ended before it was killed"
     capsys.readouterr()
     killed = train_ldm(load(TrainLDM, None, words("killed")))
-    assert "goes on after" in capsys.readouterr().out
+    assert "continues after" in capsys.readouterr().out
     assert whole["images"] == killed["images"] == 160
     states = [checkpoint.load(tmp_path / root / "run" / "checkpoint-000000000160") for root in ("whole", "killed")]
     for part in ("network", "averages"):
@@ -509,7 +509,7 @@ def test_what_one_worker_alone_finds_ends_the_run_with_its_message(made, tmp_pat
     cache = shutil.copytree(made[0], tmp_path / "cache")
     words = [*CONFIG, f"cache={cache}", f"root={tmp_path / 'runs'}", "classes=1", "batch_size=2", "ray.workers=2"]
     assert main(TrainLDM, train_ldm, [*words, "name=run"]) == 2
-    assert "column 'label' holds 1; with classes=1 it takes 0 to 0" in capsys.readouterr().err
+    assert "column 'label' holds 1; with classes=1 it may hold 0 to 0" in capsys.readouterr().err
     assert not (tmp_path / "runs" / "run" / "error.txt").exists()
 
 
@@ -535,18 +535,18 @@ def test_compiled_and_recomputed_a_step_is_the_same(task, monkeypatch):
         (["cache=/nowhere"], "/nowhere"),
         (["batch_size=64"], "larger than the data: 24 images"),
         (["vae={other}"], "is not the autoencoder that encoded"),
-        (["vae=/nowhere"], "is not there; say where it is now with vae=FOLDER"),
+        (["vae=/nowhere"], "does not exist; say where it is now with vae=FOLDER"),
         (["network=huge"], "network"),
-        (["more_ema=[0.5, 0.9]"], "names a decay twice, or loop.ema=0.9 again"),
+        (["more_ema=[0.5, 0.9]"], "must not repeat a decay, nor that of loop.ema=0.9"),
         (["classes=2", "label=kind"], "has no column 'kind' for classes=2"),
         (["classes=2", "label=id"], "classes are integers"),
         (["objective.zero_snr=true"], "zero_snr needs prediction=v"),
         (["mode=online"], "data.source"),
-        (["mode=online", "data.source.uri={photos}"], "vae is empty; mode=online encodes"),
+        (["mode=online", "data.source.uri={photos}"], "vae is empty; mode=online needs an autoencoder"),
         (["mode=online", "data.source.uri={photos}", "vae={other}", "data.resolution=24"], "multiple of 2"),
         (["mode=write-through", "data.source.uri={photos}", "vae={vae}", "data.flip=true"], "one row an image"),
-        (["mode=write-through", "data.source.uri={photos}", "vae={vae}", "cache="], "write-through fills one"),
-        (["mode=write-through", "data.source.uri={photos}", "vae={other}"], "is a cache of something else"),
+        (["mode=write-through", "data.source.uri={photos}", "vae={vae}", "cache="], "write-through fills: cache="),
+        (["mode=write-through", "data.source.uri={photos}", "vae={other}"], "holds another cache"),
     ],
 )
 def test_bad_input_is_one_message_and_leaves_nothing(made, tmp_path, capsys, more, message):

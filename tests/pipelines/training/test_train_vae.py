@@ -645,7 +645,7 @@ def test_a_run_begins_with_anothers_checkpoint(networks, begin, capsys):
     nets = networks(*VARIANTS["patch"])
     nets_again, images = begin(saved(nets), *VARIANTS["patch"], "loss.l1.weight=3", "optim.lr=0.01")
     assert images == 8
-    assert "train_vae new: goes on after 8 images" in capsys.readouterr().out
+    assert "train_vae new: continues after 8 images" in capsys.readouterr().out
     assert_same(nets_again.state()["model"], nets.state()["model"])
     assert_same(nets_again.state()["discriminator"], nets.state()["discriminator"])
     assert_same(nets_again.state()["lecam"], nets.state()["lecam"])
@@ -686,7 +686,7 @@ def test_a_run_with_checkpoints_of_its_own_no_longer_needs_what_it_began_with(ph
 
     monkeypatch.setattr(cluster, "start", started)
     config = configured(photos, f"root={tmp_path}", "name=new", "begin=/gone")
-    with pytest.raises(UserError, match="begin=/gone is no checkpoint folder"):
+    with pytest.raises(UserError, match="begin=/gone is not a checkpoint folder"):
         train_vae(config)
     own = tmp_path / "new" / "checkpoint-000000000008"
     own.mkdir(parents=True)
@@ -762,17 +762,17 @@ def test_an_unreadable_image_is_named_counted_and_replaced(photos, tmp_path, cap
         (["model.encoder=dwt", "model.latent_channels=12", "model.levels=[2, 3]"], "levels is for sizes S, B, M, L"),
         (["model.levels=[]"], "model.levels: "),
         (["model.levels=[4]"], "model.levels.0: "),
-        (["model.levels=[3, 2]"], "levels=[3, 2] are not some of 1, 2, 3"),
-        (["loss.adversarial.cutmix=0.5", "loss.adversarial.kind=patch"], "cutmix takes a discriminator with a head"),
+        (["model.levels=[3, 2]"], "levels=[3, 2] must be some of 1, 2, 3"),
+        (["loss.adversarial.cutmix=0.5", "loss.adversarial.kind=patch"], "cutmix needs a discriminator with a head"),
         (["loss.ldl.weight=1"], "set loop.ema"),
-        (["checkpointing=true", "model.decoder.norm=batch"], "statistics of batch norm each batch twice"),
+        (["checkpointing=true", "model.decoder.norm=batch"], "count each batch twice in batch norm's statistics"),
         (
             ["loss.adversarial.kind=stylegan", "stages=[{resolution: 16, images: 8, batch_size: 8}]"],
-            "takes larger images than a stage's resolution of 16",
+            "needs larger images than a stage's resolution of 16",
         ),
         (["loss.esrgan.weight=1", "loss.esrgan.weights=/nowhere.pth"], "no weights file at /nowhere.pth"),
         (["loss.esrgan.weight=1"], "Put torchvision's vgg19-dcbb9e9d.pth there"),
-        (["begin=/nowhere"], "begin=/nowhere is no checkpoint folder of a run"),
+        (["begin=/nowhere"], "begin=/nowhere is not a checkpoint folder of a run"),
     ],
 )
 def test_bad_input_is_one_message_and_leaves_nothing(photos, tmp_path, monkeypatch, capsys, more, message):
@@ -892,7 +892,7 @@ def test_a_run_that_is_stopped_and_loses_a_worker_ends_with_the_same_weights(und
     assert process.wait(400) == 143, log.read_text()
     shown = log.read_text()
     assert "Traceback" not in shown
-    (images,) = re.findall(r"stopped after ([\d,]+) images; the checkpoint is in .*goes on", shown)
+    (images,) = re.findall(r"stopped after ([\d,]+) images; the checkpoint is in .*continues", shown)
     assert 0 < newest() == int(images) < 240
     assert not (run / "stop").exists()
     client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
@@ -901,13 +901,13 @@ def test_a_run_that_is_stopped_and_loses_a_worker_ends_with_the_same_weights(und
 
     process = start()
     wait_for(lambda: newest() > int(images), process)
-    assert f"goes on after {images} images" in log.read_text()
+    assert f"continues after {images} images" in log.read_text()
     family = psutil.Process(process.pid).children(recursive=True)
     workers = [child for child in family if "ray::RayTrainWorker" in " ".join(child.cmdline())]
     assert len(workers) == 2
     os.kill(workers[1].pid, signal.SIGKILL)
     assert process.wait(400) == 0, log.read_text()
-    assert log.read_text().count("goes on after") >= 2  # the driver's, and then the workers'
+    assert log.read_text().count("continues after") >= 2  # the driver's, and then the workers'
     assert weights(tmp_path) == weights(undisturbed[0])
 
 
@@ -915,5 +915,5 @@ def test_a_run_that_is_stopped_and_loses_a_worker_ends_with_the_same_weights(und
 def test_a_new_run_goes_on_from_anothers_checkpoint(undisturbed, photos, tmp_path, capsys):
     begin = undisturbed[0] / "run" / "checkpoint-000000000320"
     train_vae(load(TrainVAE, None, words(photos, tmp_path, f"begin={begin}", "loop.val_every=0")))
-    assert "goes on after 320 images" in capsys.readouterr().out
+    assert "continues after 320 images" in capsys.readouterr().out
     assert weights(tmp_path) == weights(undisturbed[0])  # nothing was left to train

@@ -321,7 +321,7 @@ def test_a_poisoned_row_ends_a_training_with_its_name_and_can_be_mended(made, tm
     flipped.write_bytes(data)
     (copy / "shards/000001-feedfeedfeed.parquet").unlink()
     shutil.copytree(made[0], copy, dirs_exist_ok=True, ignore=shutil.ignore_patterns("000002-*"))
-    with pytest.raises(UserError, match=f"{flipped} is damaged: its sha256 is not the manifest's"):
+    with pytest.raises(UserError, match=f"{flipped} is damaged: its sha256 differs from the manifest's"):
         epoch()
     shutil.copy(made[0] / "shards" / flipped.name, flipped)
     assert len(epoch()) == 3
@@ -400,7 +400,7 @@ def owner(tmp_path):
 
 def test_a_run_is_one_processs_at_a_time(owner, tmp_path):
     about = rf"process {owner.pid} on {platform.node()}, since 20\d\d-.* UTC\. Wait for it, stop it, or choose another"
-    with pytest.raises(UserError, match=f"another job is at work on {tmp_path}/run: {about} name"):  # noqa: SIM117
+    with pytest.raises(UserError, match=f"another job is working on {tmp_path}/run: {about} name"):  # noqa: SIM117
         with run_lock.claimed(str(tmp_path / "run")):
             raise AssertionError("it is another's")
     with run_lock.claimed(str(tmp_path / "other")):
@@ -465,7 +465,7 @@ def test_without_locks_a_job_runs_with_a_warning(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr("fcntl.flock", unknown)
     with run_lock.claimed(str(tmp_path / "run")):
-        assert f"warning: {tmp_path}/run: no locks here" in capsys.readouterr().out
+        assert f"warning: {tmp_path}/run can't be locked" in capsys.readouterr().out
 
 
 def test_what_a_killed_writer_left_is_removed_and_no_more(tmp_path):
@@ -501,7 +501,7 @@ def test_a_second_driver_is_refused_and_the_first_one_killed_goes_on(photos, und
             time.sleep(0.005)
         first.send_signal(signal.SIGSTOP)  # its workers go on; it does not end
         error = refused(arguments, capsys)
-        assert f"another job is at work on {tmp_path}/run: process {first.pid} on {platform.node()}, since" in error
+        assert f"another job is working on {tmp_path}/run: process {first.pid} on {platform.node()}, since" in error
         assert first.poll() is None, "it ended before it was looked for"
     finally:
         first.kill()

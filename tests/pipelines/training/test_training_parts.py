@@ -243,7 +243,7 @@ def test_a_run_from_before_there_was_a_choice_of_decoders_goes_on_with_pillow(tm
 
 def test_a_foreign_folder_is_no_run(tmp_path):
     (tmp_path / "thesis.tex").write_text("precious")
-    with pytest.raises(UserError, match="no run of this project"):
+    with pytest.raises(UserError, match="not a run of this project"):
         run_folder.open_run(str(tmp_path), load(TrainVAE), [])
     assert os.listdir(tmp_path) == ["thesis.tex"]
 

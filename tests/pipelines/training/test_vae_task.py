@@ -534,7 +534,7 @@ def test_what_workers_get_and_how_a_run_is_tracked(job, photos, tmp_path, capsys
     assert more == {"resume": False}
     shown = capsys.readouterr().out
     assert "train_vae mine: 11 images, encoder S " in shown
-    assert "32 images to see, 1 worker" in shown
+    assert "32 images to train on, 1 worker" in shown
     assert "model: there   psnr 21.23" in shown
     assert yaml.safe_load((tmp_path / "runs/mine/config.yaml").read_text()) == values_to_keep(config)
 
