@@ -256,12 +256,14 @@ class OnlineFeed(EncodingFeed):
     def raw(self, batch: LatentBatch) -> Tensor:
         """Encode a batch's images and draw latents, or take the posterior's mean: float32 (n, C, h, w)."""
         assert batch.pixels is not None
-        assert batch.rows is not None
         found = self._encode(batch.pixels)
         if self._content == "mean":
             return found
         mean, logvar = found.chunk(2, dim=1)
-        return sample_posteriors(mean, logvar, self.config.seed, batch.rows) if self.config.draw == "sample" else mean
+        if self.config.draw != "sample":
+            return mean
+        assert batch.rows is not None
+        return sample_posteriors(mean, logvar, self.config.seed, batch.rows)
 
     def encoded(self, pixels: list[np.ndarray]) -> tuple[np.ndarray, str]:
         return self._encode(np.stack(pixels)).cpu().numpy(), self._content

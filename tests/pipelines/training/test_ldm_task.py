@@ -23,6 +23,7 @@ from pipelines.runtime.schema import validate, values_to_keep
 from pipelines.training import latent_feeds, ranks, run_folder
 from pipelines.training import ldm as module
 from pipelines.training.config import TrainLDM
+from pipelines.training.latent_feeds import LatentBatch
 from pipelines.training.ldm import MAY_CHANGE, MAY_CHANGE_CACHED, LdmTask
 from pipelines.training.worker_setup import LatentData
 from tests.encoding import encoded_crops
@@ -123,8 +124,8 @@ def test_weights_and_noise_are_the_seeds(task):
     assert not torch.equal(weights[0], weights[2])
     drawn = [first(one), first(again), first(other), first(one, 8), first(one, 24)]
     for name in ("noise", "u"):
-        assert torch.equal(drawn[0][name], drawn[1][name])
-        assert len({each[name].numpy().tobytes() for each in drawn}) == 4
+        assert torch.equal(getattr(drawn[0], name), getattr(drawn[1], name))
+        assert len({getattr(each, name).numpy().tobytes() for each in drawn}) == 4
 
 
 def test_a_task_that_goes_on_ends_with_the_same_bits(task):
@@ -297,7 +298,7 @@ def test_online_encodes_in_the_precision(task, made):
         one, seen = task(*online(made, f"data.precision={precision}", "draw=mean")), []
         convolution = next(m for m in one.feed._vae.encoder.modules() if isinstance(m, torch.nn.Conv2d))
         convolution.register_forward_hook(lambda *given, seen=seen: seen.append(given[2].dtype))
-        assert one.feed.raw({"pixels": np.zeros((1, 32, 32, 3), np.uint8)}).dtype == torch.float32
+        assert one.feed.raw(LatentBatch([0], pixels=np.zeros((1, 32, 32, 3), np.uint8))).dtype == torch.float32
         assert set(seen) == {wanted}
 
 
