@@ -7,9 +7,7 @@ RGB HWC until they reach the device of the model.
 """
 
 import io
-import struct
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache, lru_cache, partial
 from typing import Any, Literal
@@ -18,20 +16,17 @@ import numpy as np
 import PIL
 import simplejpeg
 import torch
-from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError, features
+from PIL import Image, ImageCms, features
 from torch.nn import functional as F
 
 from litevae.errors import UserError
+from litevae.image_files import ImageError, is_of_memory, load_upright, open_header, orientation_of, reasons
+from litevae.image_metadata import MAX_PIXELS
 
-Image.init()
-# This is not Pillow's whole list: some of its plugins start other programs (EPS) or are not formats for photos.
-FORMATS: list[str] = [
-    name
-    for name in ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "MPO", "AVIF", "JPEG2000", "PPM", "PSD")
-    if name in Image.OPEN
-]
+__all__ = ["ImageError", "ImageTransform", "View", "decode", "to_tensor", "to_uint8"]
+
 _SRGB = ImageCms.createProfile("sRGB")
-_STRIP = 64  # rows to process at once; a whole image may have 180 million pixels, too many for several copies
+_STRIP = 64  # rows to process at once; a whole image may have 200 million pixels, too many for several copies
 # For decode="scaled": a side is decoded to at least this many times its resized length. From 2 on, the result agrees
 # with the full decode to 46 dB and more; at 1.1, to 35 dB. A smaller factor would hardly be faster, because entropy
 # decoding takes most of the remaining time.
@@ -43,23 +38,6 @@ _EIGHTHS = (1, 2, 4, 8)
 _STRETCHED = 4
 
 Size = tuple[int, int]  # (height, width)
-
-
-class ImageError(UserError):
-    """An image can't be used.
-
-    Attributes:
-        reason: The kind of problem: "empty", "not_an_image", "too_large", "corrupt", "unsupported", "too_small" or
-            "out_of_memory". Sources also use "missing" and "unreadable"; encoders also use "not_finite" and
-            "out_of_range".
-    """
-
-    def __init__(self, reason: str, message: str):
-        super().__init__(message)
-        self.reason = reason
-
-    def __reduce__(self) -> tuple[type["ImageError"], tuple[str, str]]:
-        return type(self), (self.reason, str(self))
 
 
 @dataclass(frozen=True)
@@ -82,6 +60,11 @@ class View:
     crop_left: int
     flip: bool
 
+    @property
+    def enlarged(self) -> bool:
+        """Whether the image is smaller than the view on a side, so that it was enlarged."""
+        return self.pixels.shape[0] > self.height or self.pixels.shape[1] > self.width
+
 
 @dataclass(frozen=True)
 class ImageTransform:
@@ -102,6 +85,8 @@ class ImageTransform:
         decode: "pillow" uses only Pillow. "fast" decodes JPEGs by simplejpeg and resizes by PyTorch, and agrees with
             "pillow" to 60 dB. "scaled" is like "fast", but decodes large JPEGs at a half, a quarter or an eighth of
             their sides (46 dB).
+        max_pixels: Size of the largest image that is decoded, as its header states it. Decoding takes up to 10 bytes
+            per pixel.
     """
 
     resolution: int
@@ -113,6 +98,7 @@ class ImageTransform:
     buckets: bool = False
     bucket_step: int = 64
     decode: Literal["pillow", "fast", "scaled"] = "pillow"
+    max_pixels: int = MAX_PIXELS
 
     def __post_init__(self) -> None:
         if self.crops != 1 and (self.crops < 1 or self.crop != "random"):
@@ -129,6 +115,7 @@ class ImageTransform:
         """Everything that the pixels depend on. Images can be compared if the identities of their transforms agree."""
         steps = "exif, srgb, alpha on white, bicubic antialiased, crop, flip"
         fields = asdict(self)
+        del fields["max_pixels"]  # it decides which images are read, not what they look like
         libraries: dict[str, Any] = {"Pillow": PIL.__version__, "libjpeg-turbo": features.version("libjpeg_turbo")}
         if fields.pop("decode") != "pillow":  # not named, as in caches from before there was a choice
             libraries["decode"] = self.decode
@@ -182,7 +169,7 @@ class ImageTransform:
         try:
             height, width, cut = self._read(data)
         except (MemoryError, RuntimeError) as error:
-            if not _is_of_memory(error):
+            if not is_of_memory(error):
                 raise
             raise ImageError("out_of_memory", str(error) or "decoding needs more memory than there is") from error
         if self.resize == "none" and min(height, width) < self.resolution:
@@ -220,12 +207,12 @@ class ImageTransform:
         Raises:
             ImageError: if the image can't be read.
         """
-        if self.decode != "pillow" and (jpeg := _jpeg(data)):
+        if self.decode != "pillow" and (jpeg := _jpeg(data, self.max_pixels)):
             size, resized = self._fit(*jpeg.upright)
             whole = None if self._cut_first(size, resized) else jpeg.resized(resized, size, self.decode == "scaled")
             if whole is not None:
                 return *jpeg.upright, partial(_crop, whole, size)
-        image = decode(data)
+        image = decode(data, self.max_pixels)
         width, height = image.size
         size, resized = self._fit(height, width)
         if self.decode == "pillow" or self._cut_first(size, resized):
@@ -254,39 +241,19 @@ def _buckets(resolution: int, step: int) -> tuple[tuple[int, int], ...]:
 # --- decoding ---------------------------------------------------------------------------------------------------
 
 
-def decode(data: bytes) -> Image.Image:
+def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Decode an image by Pillow: the first frame, upright, in sRGB, with transparent parts on white.
 
+    Args:
+        data: The bytes of the image file.
+        max_pixels: Size of the largest image that is decoded.
+
     Raises:
-        ImageError: if the file is empty, not an image, damaged, above Pillow's pixel limit, or of an unsupported kind.
+        ImageError: if the file is empty, not an image, damaged, larger than `max_pixels`, or of an unsupported kind.
     """
-    with _reasons(data):
-        return _on_white(_to_srgb(_upright(data)))  # calls are nested so that the input of each step is freed early
-
-
-@contextmanager
-def _reasons(data: bytes) -> Iterator[None]:
-    """Turn all errors that are raised while these bytes are read into an ImageError."""
-    if not data:
-        raise ImageError("empty", "zero bytes")
-    try:
-        yield
-    except ImageError:
-        raise
-    except UnidentifiedImageError as error:
-        raise _unidentified(data) from error
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ImageError("too_large", str(error)) from error
-    except Exception as error:  # damaged bytes can make Pillow's plugins raise any error
-        if _is_of_memory(error):
-            raise ImageError("out_of_memory", str(error) or "decoding needs more memory than there is") from error
-        bomb = "data too large" in str(error)  # raised for compressed text in a PNG
-        raise ImageError("too_large" if bomb else "corrupt", f"{type(error).__name__}: {error}") from error
-
-
-def _is_of_memory(error: Exception) -> bool:
-    """Return whether an error means that memory ran out."""
-    return isinstance(error, MemoryError) or "can't allocate memory" in str(error)  # PyTorch's message
+    with reasons(data, max_pixels):
+        # Calls are nested so that the input of each step is freed early.
+        return _on_white(_to_srgb(load_upright(data, max_pixels)))
 
 
 @dataclass(frozen=True)
@@ -343,7 +310,7 @@ class _Jpeg:
         size = tuple(-(-side * eighths // 8) for side in self.stored)
         try:
             if simplejpeg.decode_jpeg_header(self.data)[:2] != self.stored:
-                return None  # otherwise decoding could take more memory than Pillow's limit allows
+                return None  # otherwise decoding could take more memory than the limit allows
             pixels = simplejpeg.decode_jpeg(
                 self.data,
                 "GRAY" if self.gray and self.profile else "RGB",  # a gray profile applies only to gray pixels
@@ -364,24 +331,18 @@ class _Jpeg:
         return _array(_to_srgb(image))
 
 
-def _jpeg(data: bytes) -> _Jpeg | None:
+def _jpeg(data: bytes, max_pixels: int) -> _Jpeg | None:
     """Read the header of a usual gray or RGB JPEG. Return None for what only Pillow reads: other formats, and CMYK.
 
     Raises:
-        ImageError: if pillow can't read the header, or the image is above Pillow's pixel limit.
+        ImageError: if the header can't be read, or the image is larger than `max_pixels`.
     """
     if not data.startswith(b"\xff\xd8"):
         return None
-    with _reasons(data):
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
-        exif = image.getexif()
-        orientation = exif.get(ExifTags.Base.Orientation, 1)
-        if orientation in _TURNS and "exif" in image.info:
-            exif.tobytes()  # Pillow does this when it rotates an image, and refuses images where it fails
-        if image.format not in ("JPEG", "MPO") or image.mode not in ("L", "RGB"):
-            return None
-        upright = orientation if orientation in _TURNS else 1
-        return _Jpeg(data, image.size[::-1], upright, image.mode == "L", image.info.get("icc_profile"))
+    image, pixels = open_header(data, max_pixels)
+    if image.format not in ("JPEG", "MPO") or image.mode not in ("L", "RGB"):
+        return None
+    return _Jpeg(pixels, image.size[::-1], orientation_of(image), image.mode == "L", _profile_of(image))
 
 
 def _eighths(stored: Size, resized: Size) -> int:
@@ -390,48 +351,20 @@ def _eighths(stored: Size, resized: Size) -> int:
     return next(n for n in _EIGHTHS if all(w * n >= 8 * s for w, s in zip(stored, wanted, strict=True)))
 
 
-def _unidentified(data: bytes) -> ImageError:
-    """Find out why Pillow could not identify an image.
-
-    Pillow raises the same error for a text file and for a damaged JPEG; the plugin of the format knows more.
-    """
-    if data[4:8] == b"ftyp" and data[8:11] in (b"hei", b"hev", b"mif") and b"av01" not in data[:4096]:
-        return ImageError("unsupported", "a HEIC image; convert it to JPEG, PNG or AVIF")
-    for name in FORMATS:
-        plugin, accepts = Image.OPEN[name]
-        accepted = accepts(data[:16]) if accepts else False
-        if isinstance(accepted, str):  # the reason: Pillow was built without the library of this format
-            return ImageError("unsupported", accepted)
-        if not accepted:
-            continue
-        if name == "AVIF" and (start := data.find(b"ispe", 0, 4096)) > 0 and len(data) >= start + 16:
-            width, height = struct.unpack_from(">II", data, start + 8)
-            if width * height > 2**28 or max(width, height) > 2**15:  # libavif's limits
-                return ImageError("too_large", f"an AVIF image of {width}x{height} pixels")
-        try:
-            plugin(io.BytesIO(data), "")
-        except (SyntaxError, IndexError, TypeError, struct.error) as error:  # Image.open hides these errors
-            if not str(error).startswith("not a "):  # otherwise it is text that happens to begin like this format
-                reason = "unsupported" if "bit layers" in str(error) else "corrupt"  # bit layers: a 12-bit JPEG
-                return ImageError(reason, f"begins as {name}, but: {error}")
-    return ImageError("not_an_image", f"can't be identified as an image (first bytes: {data[:8]!r})")
-
-
-def _upright(data: bytes) -> Image.Image:
-    """Decode an image and rotate it as EXIF says."""
-    image = Image.open(io.BytesIO(data), formats=FORMATS)
-    image.load()
-    ImageOps.exif_transpose(image, in_place=True)
-    return image
+def _profile_of(image: Image.Image) -> bytes | None:
+    """Return the ICC profile of an image; None if it has none, or something else in its place."""
+    profile = image.info.get("icc_profile")
+    return profile if isinstance(profile, bytes) and profile else None
 
 
 def _to_srgb(image: Image.Image) -> Image.Image:
     """Convert an image to sRGB, in mode RGB, or RGBA if it has transparency."""
-    profile = image.info.get("icc_profile")
+    profile = _profile_of(image)
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         image = _from_16_bits(image)  # Pillow's own conversion clips at 255
     if image.mode in ("I", "F"):
-        raise ImageError("unsupported", f"pixels of mode {image.mode} ({image.format}) have no defined range")
+        kind = "32-bit integer" if image.mode == "I" else "float"
+        raise ImageError("unsupported", f"{kind} {image.format}: pixels of mode {image.mode} have no defined range")
     if image.has_transparency_data:
         image = _as(image, "RGBA")
     elif image.mode in ("P", "1"):
@@ -494,16 +427,22 @@ def _as(image: Image.Image, mode: str) -> Image.Image:
 
 
 def _from_16_bits(image: Image.Image) -> Image.Image:
-    """Convert a gray image with up to 16 bits per pixel to 8 bits."""
-    bits = 16
-    if image.format == "TIFF":  # in a TIFF, 12-bit samples are not scaled up to 16 bits
-        bits = min(16, int(image.tag_v2.get(258, (16,))[0]))  # type: ignore[attr-defined]  # 258: BitsPerSample
-    values = np.asarray(image)
-    gray = np.empty(values.shape, dtype=np.uint8)
-    for start in range(0, len(values), _STRIP):
-        rows = slice(start, start + _STRIP)
-        gray[rows] = (values[rows] * (255 / (2**bits - 1)) + 0.5).clip(0, 255)
-    return Image.fromarray(gray)
+    """Convert a gray image with up to 16 bits per pixel to 8 bits; with alpha, if one of its values is transparent."""
+    bits, inverted = 16, False
+    if image.format == "TIFF":
+        tags = image.tag_v2  # type: ignore[attr-defined]
+        bits = min(16, int(tags.get(258, (16,))[0]))  # BitsPerSample: 12-bit samples are not scaled up to 16 bits
+        inverted = tags.get(262, 1) == 0  # PhotometricInterpretation: white is 0; Pillow inverts only up to 8 bits
+    key = image.info.get("transparency")
+    gray = Image.new("L" if key is None else "LA", image.size)
+    for top in range(0, image.height, _STRIP):  # in strips, since NumPy's copies take much memory
+        values = np.asarray(image.crop((0, top, image.width, min(top + _STRIP, image.height))))
+        levels = (values * (255 / (2**bits - 1)) + 0.5).clip(0, 255).astype(np.uint8)
+        strip = Image.fromarray(255 - levels if inverted else levels)
+        if key is not None:
+            strip.putalpha(Image.fromarray(np.where(values == key, 0, 255).astype(np.uint8)))
+        gray.paste(strip, (0, top))
+    return gray
 
 
 def _on_white(image: Image.Image) -> Image.Image:

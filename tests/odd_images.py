@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -180,7 +181,7 @@ def _pngs() -> dict[str, Odd]:
             whole[:8] + chunk(b"IHDR", struct.pack(">IIBBBBB", 65536, 65536, 8, 2, 0, 0, 0)) + whole[start:],
             reason="too_large",
         ),
-        "text_chunk_bomb.png": Odd(header + bomb + whole[start:], reason="too_large"),
+        "text_chunk_bomb.png": Odd(header + bomb + whole[start:], PICTURE),
     }
 
 
@@ -483,7 +484,6 @@ def _others() -> dict[str, Odd]:
             b"GIF89a" + struct.pack("<HHBBBcHHHHB", *canvas, 0, 0, 0, b",", 0, 0, *canvas, 0) + b"\2\1\0\0;",
             reason="too_large",
         ),
-        "heic_named.jpg": Odd(b"\0\0\0\x24ftypheic\0\0\0\0mif1heic" + bytes(200), reason="unsupported"),
         "zero_bytes.jpg": Odd(b"", reason="empty"),
         "git_lfs_pointer.jpg": Odd(_LFS, reason="not_an_image"),
         "svg_named.jpg": Odd(_SVG, reason="not_an_image"),
@@ -495,10 +495,299 @@ def _others() -> dict[str, Odd]:
     }
 
 
+# --- metadata that is wrong, large or strange beside sound pixels ----------------------------------------------------
+
+_SIX = (0x0112, 3, 1, b"\6\0\0\0")  # the field Orientation, little endian
+_FAR = (0x010F, 2, 500, b"\xff\xff\0\0")  # a text that lies outside the file; it comes before Orientation
+
+
+def directory(*entries: tuple[int, int, int, bytes], order: str = "<") -> bytes:
+    """A TIFF's header and one directory, as EXIF has it: (tag, type, count, value or offset) each."""
+    head = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(order + "IH", 8, len(entries))
+    return head + b"".join(struct.pack(order + "HHI4s", *entry) for entry in entries) + bytes(4)
+
+
+_SIDEWAYS = np.ascontiguousarray(STORED[6](PICTURE))
+
+
+def _exifs() -> dict[str, tuple[bytes, int]]:
+    """EXIF without its header, and the orientation that can be read in it."""
+    long, text, two = (0x0112, 4, 1, b"\6\0\0\0"), (0x0112, 2, 2, b"6\0\0\0"), (0x0112, 3, 2, b"\6\0\6\0")
+    return {
+        "empty": (b"", 1),
+        "garbage": (b"\x01\2\3\4garbage garbage", 1),
+        "header_only": (b"II*\0", 1),
+        "directory_outside": (b"MM\0*\xff\xff\0\0", 1),
+        "good": (directory(_SIX), 6),
+        "good_big_endian": (directory((0x0112, 3, 1, b"\0\6\0\0"), order=">"), 6),
+        "after_a_far_text": (directory(_FAR, _SIX), 6),
+        "after_a_huge_count": (directory((0x010F, 2, 2**32 - 1, b"\xff\xff\0\0"), _SIX), 6),
+        "before_a_unit_of_bytes": (directory(_SIX, (0x0128, 7, 1, b"\2\0\0\0")), 6),
+        "before_a_text_for_a_number": (directory((0x0100, 2, 4, b"60\0\0"), _SIX, (0x0131, 3, 1, b"\7\0\0\0")), 6),
+        "before_an_unknown_type": (directory(_SIX, (0x9999, 99, 1, b"\7\0\0\0")), 6),
+        "cut_after_it": (directory(_SIX, _FAR, _FAR)[:27], 6),
+        "long": (directory(long), 6),
+        "text": (directory(text), 1),
+        "two": (directory(two), 6),
+        "three_elsewhere": (directory((0x0112, 3, 3, b"\x1a\0\0\0")) + b"\6\0\6\0\6\0", 6),
+        "three_outside": (directory((0x0112, 3, 3, b"\xff\xff\0\0")), 1),
+        "zero": (directory((0x0112, 3, 1, bytes(4))), 1),
+        "nine": (directory((0x0112, 3, 1, b"\x09\0\0\0")), 1),
+    }
+
+
+def _with_segments(jpeg: bytes, *segments: tuple[int, bytes], first: bytes | None = None) -> bytes:
+    """A JPEG with segments after its first, which `first` can replace."""
+    parts = _segments(jpeg)
+    start = parts[:1] if first is None else [(0xE0, first)]
+    return _joined([*start, *segments, *parts[1:]])
+
+
+def _with_chunks(*before: bytes, after: bytes = b"", stored: np.ndarray = PICTURE) -> bytes:
+    whole = png(stored, 2, before=b"".join(before))
+    return whole[:-12] + after + whole[-12:]
+
+
+def _with_tags(tiff: bytes, *entries: tuple[int, int, int, bytes]) -> bytes:
+    """A little-endian TIFF with entries added to its directory, which moves to the end."""
+    start = struct.unpack_from("<I", tiff, 4)[0]
+    count = struct.unpack_from("<H", tiff, start)[0]
+    found = {tiff[at : at + 2]: tiff[at : at + 12] for at in range(start + 2, start + 2 + 12 * count, 12)}
+    found |= {struct.pack("<H", entry[0]): struct.pack("<HHI4s", *entry) for entry in entries}
+    kept = [found[tag] for tag in sorted(found, key=lambda tag: tag[::-1])]
+    return (
+        tiff[:4]
+        + struct.pack("<IH", len(tiff), len(kept))[:4]
+        + tiff[8:]
+        + struct.pack("<H", len(kept))
+        + (b"".join(kept) + bytes(4))
+    )
+
+
+def _avif_with_exif(exif: bytes, turned: bool = False) -> bytes:
+    """An AVIF whose EXIF these bytes are; where `turned` the format's own field turns it, and Pillow wrote that."""
+    fields = Image.Exif()
+    fields[0x010E] = "x" * 200
+    if turned:
+        fields[0x0112] = 6
+    image = Image.fromarray(_SIDEWAYS) if turned else _RGB
+    whole = _saved(image, "AVIF", quality=95, subsampling="4:4:4", exif=fields.tobytes())
+    start = max(whole.rfind(head, 0, whole.index(b"x" * 200)) for head in (b"MM\0*", b"II*\0"))
+    return whole[:start] + exif.ljust(150, b"\0") + whole[start + 150 :]
+
+
+def _metadata() -> dict[str, Odd]:
+    found = {}
+    upright, sideways = _jpeg(), _jpeg(Image.fromarray(_SIDEWAYS))
+    for name, (exif, orientation) in _exifs().items():
+        stored, jpeg = (_SIDEWAYS, sideways) if orientation == 6 else (PICTURE, upright)
+        body = b"Exif\0\0" + exif
+        webp = _saved(Image.fromarray(stored), "WEBP", lossless=True, exif=body)
+        found |= {
+            f"exif_{name}.jpg": Odd(_with_segments(jpeg, (0xE1, body)), PICTURE, 2),
+            f"exif_{name}_twice.jpg": Odd(_with_segments(jpeg, (0xE1, b"Exif\0\0" + body)), PICTURE, 2),
+            f"exif_{name}_short_jfif.jpg": Odd(_with_segments(jpeg, (0xE1, body), first=b"JFIF\0"), PICTURE, 2),
+            f"exif_{name}.png": Odd(_with_chunks(chunk(b"eXIf", exif), stored=stored), PICTURE),
+            f"exif_{name}_at_the_end.png": Odd(_with_chunks(after=chunk(b"eXIf", body), stored=stored), PICTURE),
+            f"exif_{name}.webp": Odd(webp, PICTURE),
+            f"exif_{name}.avif": Odd(_avif_with_exif(exif), PICTURE, 3),  # a viewer obeys the format's own field
+        }
+        text = b"Raw profile type exif\0\nexif\n  99\n" + body.hex().encode()
+        found[f"exif_{name}_as_text.png"] = Odd(_with_chunks(chunk(b"tEXt", text), stored=stored), PICTURE)
+    dpi = _jpeg(dpi=(72, 72))  # Pillow then looks at EXIF late
+    found["exif_garbage_dpi.jpg"] = Odd(_with_segments(dpi, (0xE1, b"Exif\0\0garbage")), PICTURE, 2)
+    for name, exif in {"garbage": b"garbage " * 9, "wrong_types": directory((0x0128, 7, 1, b"\2\0\0\0"), _SIX)}.items():
+        found[f"turned_with_{name}.avif"] = Odd(_avif_with_exif(exif, turned=True), PICTURE, 3)
+    large = struct.pack(">I", len(swapped_profile()) + 1_300_000) + swapped_profile()[4:] + bytes(1_300_000)
+    swapped, xmp = PICTURE[..., [1, 0, 2]], b'<x tiff:Orientation="6"/>'
+    adobe = b"http://ns.adobe.com/xap/1.0/\0"
+    jpegs = {
+        "jfif_empty": _with_segments(upright, first=b""),
+        "adobe_short": _with_segments(upright, (0xEE, b"Adobe")),
+        "photoshop_cut": _with_segments(upright, (0xED, b"Photoshop 3.0\x008BIM\x03\xed")),
+        "photoshop_short": _with_segments(upright, (0xED, b"Photoshop 3.0\x008BIM\x03\xed\0\0\0\0\0\2\0\0")),
+        "icc_short": _with_segments(upright, (0xE2, b"ICC_PROFILE\0")),
+        "icc_part_of_three": _with_segments(upright, (0xE2, b"ICC_PROFILE\0\1\3abc")),
+        "mpf_garbage": _with_segments(upright, (0xE2, b"MPF\0garbage garbage")),
+        "mpf_without_entries": _with_segments(upright, (0xE2, b"MPF\0" + directory((0xB001, 4, 1, b"\3\0\0\0")))),
+        "mpf_text": _with_segments(upright, (0xE2, b"MPF\0" + directory((0xB001, 2, 4, b"abc\0")))),
+        "xmp": _with_segments(sideways, (0xE1, adobe + xmp)),
+        "xmp_beside_garbage": _with_segments(sideways, (0xE1, b"Exif\0\0garbage"), (0xE1, adobe + xmp)),
+        "xmp_short_jfif": _with_segments(sideways, (0xE1, adobe + xmp), first=b"JFIF\0"),
+    }
+    found |= {f"{name}.jpg": Odd(data, PICTURE, 2) for name, data in jpegs.items()}
+    profile = (0xE2, b"ICC_PROFILE\0\1\1" + swapped_profile())
+    found["icc_short_jfif.jpg"] = Odd(_with_segments(upright, profile, first=b"JFIF\0"), swapped, 3)
+    for name in ("transparency", "interlace", "icc_profile", "bbox", "gamma", "exif", "xmp", "default_image"):
+        text = chunk(b"tEXt", name.encode() + b"\0some words")
+        found |= {
+            f"text_{name}.png": Odd(_with_chunks(text), PICTURE),
+            f"text_{name}_at_the_end.png": Odd(_with_chunks(after=text), PICTURE),
+        }
+    for kind in (
+        b"gAMA",
+        b"cHRM",
+        b"sRGB",
+        b"pHYs",
+        b"tIME",
+        b"acTL",
+        b"fcTL",
+        b"iCCP",
+        b"eXIf",
+        b"tEXt",
+        b"zTXt",
+        b"iTXt",
+    ):
+        shown = kind.decode()
+        found |= {
+            f"empty_{shown}.png": Odd(_with_chunks(chunk(kind, b"")), PICTURE),
+            f"short_{shown}_at_the_end.png": Odd(_with_chunks(after=chunk(kind, b"\1")), PICTURE),
+            f"bad_checksum_{shown}.png": Odd(_with_chunks(chunk(kind, b"abc\0def")[:-4] + b"crc!"), PICTURE),
+        }
+    noise = np.random.default_rng(0).integers(32, 127, 1_200_000, dtype=np.uint8).tobytes()
+    packed = zlib.compress(noise, 1)
+    pngs = {
+        "ztxt_large": _with_chunks(chunk(b"zTXt", b"workflow\0\0" + packed)),
+        "itxt_large": _with_chunks(chunk(b"iTXt", b"prompt\0\1\0\0\0" + packed)),
+        "ztxt_method_1": _with_chunks(chunk(b"zTXt", b"workflow\0\1abc")),
+        "iccp_method_1": _with_chunks(chunk(b"iCCP", b"name\0\1abc")),
+        "exif_text_not_hex": _with_chunks(chunk(b"tEXt", b"Raw profile type exif\0\nexif\n 3\nzz zz")),
+        "text_cut_at_the_end": _with_chunks(after=chunk(b"tEXt", b"a\0" + b"b" * 500))[:-300],
+        "xmp_packed": _with_chunks(
+            chunk(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + zlib.compress(xmp)), stored=_SIDEWAYS
+        ),
+    }
+    found |= {f"{name}.png": Odd(data, PICTURE) for name, data in pngs.items()}
+    found["icc_large.png"] = Odd(_with_chunks(chunk(b"iCCP", b"a\0\0" + zlib.compress(large))), swapped, 1.5)
+    found["icc_large.jpg"] = Odd(_jpeg(icc_profile=large), swapped, 3)
+    webp = _saved(_RGB, "WEBP", lossless=True, exif=b"Exif\0\0" + bytes(300))
+    found["exif_cut.webp"] = Odd(webp[:-200], PICTURE)
+    for packing in ("raw", "tiff_lzw"):
+        tiff = _saved(Image.fromarray(_SIDEWAYS), "TIFF", compression=packing)
+        far = b"\xff\xff\xff\0"
+        tags = {
+            "far_make": [(271, 2, 500, far)],
+            "far_description": [(270, 2, 500, far)],
+            "text_for_resolution": [(282, 2, 2, b"a\0\0\0"), (283, 2, 2, b"a\0\0\0"), (296, 3, 1, b"\3\0\0\0")],
+            "far_exif": [(34665, 4, 1, far)],
+            "far_xmp": [(700, 1, 500, far)],
+            "numbers_for_profile": [(34675, 3, 2, b"abcd")],
+            "far_profile": [(34675, 7, 5000, far)],
+        }
+        for name, entries in tags.items():
+            found[f"{packing}_{name}.tif"] = Odd(_with_tags(tiff, (274, 3, 1, b"\6\0\0\0"), *entries), PICTURE)
+    return found
+
+
+# --- 16 bits, and what is not read ------------------------------------------------------------------------------------
+
+
+def _planes(samples: np.ndarray, order: str, photometric: int, orientation: int = 1, **tags: int) -> bytes:
+    """A TIFF of (channels, H, W) whole numbers, each channel in a plane of its own, uncompressed, with Orientation."""
+    channels, high, wide = samples.shape
+    bits = samples.dtype.itemsize * 8
+    body = samples.astype(samples.dtype.newbyteorder(order)).tobytes()
+    places = [8 + number * (len(body) // channels) for number in range(channels)]
+    lists = {258: ("H", [bits] * channels), 273: ("I", places), 279: ("I", [len(body) // channels] * channels)}
+    numbers = {256: wide, 257: high, 259: 1, 262: photometric, 274: orientation, 277: channels, 278: high}
+    numbers |= {284: 2 if channels > 1 else 1, 339: 1} | {int(tag[1:]): value for tag, value in tags.items()}
+    entries, more = [], b""
+    start = 8 + len(body)
+    for tag in sorted(lists.keys() | numbers.keys()):
+        form, values = lists.get(tag) or ("H", [numbers[tag]])
+        packed = struct.pack(f"{order}{len(values)}{form}", *values)
+        if len(packed) > 4:
+            place = start + 2 + 12 * (len(lists) + len(numbers)) + 4 + len(more)
+            more, packed = more + packed, struct.pack(order + "I", place)
+        entries.append(struct.pack(order + "HHI4s", tag, 3 if form == "H" else 4, len(values), packed))
+    head = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(order + "I", start)
+    return head + body + struct.pack(order + "H", len(entries)) + b"".join(entries) + bytes(4) + more
+
+
+def _deep() -> dict[str, Odd]:
+    """Files of 16 bits with the tags that their twins of 8 bits have, and of other depths likewise."""
+    deep = PICTURE.astype(np.uint16) * 257
+    gray, found = deep[..., 0], {}
+    low = gray.copy()
+    low[::2] |= 1  # differs from the transparent value in the lower byte only
+    shown = np.where((low == 90 * 257)[..., None], 255, _grays(GRAY))
+    key = chunk(b"tRNS", struct.pack(">H", 90 * 257))
+    found["gray_16bit_trns.png"] = Odd(png(low[..., None], 0, 16, key), shown, 0.1)
+    colours = deep.copy()
+    colours[:20], colours[20:40] = (256, 512, 768), (257, 512, 768)
+    seen = np.where((colours == (256, 512, 768)).all(axis=2, keepdims=True), 255, colours >> 8)
+    found["rgb_16bit_trns.png"] = Odd(png(colours, 2, 16, chunk(b"tRNS", struct.pack(">3H", 256, 512, 768))), seen)
+    found["rgb_16bit_trns_interlaced.png"] = Odd(
+        png(colours, 2, 16, chunk(b"tRNS", struct.pack(">3H", 256, 512, 768)), interlaced=True), seen
+    )
+    for bits in (1, 2, 4):
+        most = 2**bits - 1
+        index = np.add.outer(np.arange(_HIGH), np.arange(_WIDE)) // 20 % (most + 1)
+        cut = np.where(index == 1, 255, index * (255 // most))
+        trns = chunk(b"tRNS", struct.pack(">H", 1))
+        found[f"gray_{bits}bit_trns.png"] = Odd(png(index[..., None], 0, bits, trns), _grays(cut))
+    for order in "<>":
+        shown = "little" if order == "<" else "big"
+        turned = np.ascontiguousarray(STORED[6](deep)).transpose(2, 0, 1)
+        for bits, samples in ((8, PICTURE), (16, deep)):
+            planes = samples.transpose(2, 0, 1)
+            found |= {
+                f"white_is_zero_{bits}bit_{shown}.tif": Odd(_planes(planes[:1], order, 0), _grays(255 - GRAY)),
+                f"planes_{bits}bit_{shown}.tif": Odd(_planes(planes, order, 2), PICTURE),
+                f"signed_{bits}bit_{shown}.tif": Odd(_planes(planes[:1], order, 1, t339=2), reason="unsupported"),
+            }
+        found[f"planes_16bit_turned_{shown}.tif"] = Odd(_planes(turned, order, 2, orientation=6), PICTURE)
+        found[f"white_is_zero_turned_{shown}.tif"] = Odd(
+            _planes(turned[:1], order, 0, orientation=6), _grays(255 - GRAY)
+        )
+    found["gray_16bit.jp2"] = Odd(_saved(Image.fromarray(gray), "JPEG2000"), _grays(GRAY))
+    return found
+
+
+def _unread() -> dict[str, Odd]:
+    """Sound files of kinds that are not read, or that look like images and are none."""
+    whole, deep = _jpeg(), (GRAY.astype(np.uint16) * 257)[None]
+    psd = b"8BPS" + struct.pack(">H6xHIIHH", 1, 3, _HIGH, _WIDE, 16, 3) + bytes(14) + bytes(6 * GRAY.size)
+    files = {
+        "openexr.jpg": b"v/1\x01" + bytes(99),
+        "jpeg_xr.jpg": b"II\xbc\x01" + bytes(99),
+        "radiance.png": b"#?RADIANCE\nFORMAT=32-bit_rle_rgbe\n\n-Y 9 +X 9\n",
+        "qoi.png": b"qoif" + bytes(99),
+        "cr2.jpg": b"II*\0\x10\0\0\0CR\2\0" + bytes(99),
+        "cr3.jpg": b"\0\0\0\x18ftypcrx \0\0\0\1crx isom" + bytes(99),
+        "raf.jpg": b"FUJIFILMCCD-RAW 0201" + bytes(99),
+        "psb.psd": psd[:4] + b"\0\2" + psd[6:],
+        "rgb_16bit.psd": psd,
+        "dng.tif": _planes(PICTURE[..., :1].transpose(2, 0, 1), "<", 1, t50706=1),
+        "cfa.tif": _planes(deep, "<", 32803),
+        "float.tif": _planes(PICTURE.astype(np.uint32).transpose(2, 0, 1), "<", 2, t339=3),
+        "eight_channels.tif": _planes(np.repeat(deep, 8, axis=0), ">", 1),
+        "jpeg_xl_in_tiff.tif": _planes(deep, "<", 1, t259=50002),
+        "lossless.jpg": whole.replace(b"\xff\xc0", b"\xff\xc3", 1),
+        "hierarchical.jpg": whole.replace(b"\xff\xc0", b"\xff\xc5", 1),
+        "two_channels.jpg": _frame(whole, lambda sof: sof[:5] + b"\2" + sof[6:12]),
+        "bmp_of_five_bits.bmp": _saved(_RGB, "BMP").replace(struct.pack("<HH", 1, 24), struct.pack("<HH", 1, 5), 1),
+    }
+    return {name: Odd(data, reason="unsupported") for name, data in files.items()} | {
+        "text_of_a_car.bmp": Odd(b"BMW is a maker of cars, and this is no bitmap at all", reason="not_an_image"),
+        "video_named.jpg": Odd(b"\0\0\0\x18ftypmp42" + bytes(60), reason="not_an_image"),
+        "jpeg_xl_named.jpg": Odd(b"\xff\x0a" + bytes(60), reason=_with_package("pillow_jxl")),
+        "jpeg_xl_in_boxes.jpg": Odd(
+            b"\0\0\0\x0cJXL \r\n\x87\n\0\0\0\x14ftypjxl \0\0\0\0jxl " + bytes(40), reason=_with_package("pillow_jxl")
+        ),
+        "heic_named.jpg": Odd(b"\0\0\0\x24ftypheic\0\0\0\0mif1heic" + bytes(200), reason=_with_package("pillow_heif")),
+    }
+
+
+def _with_package(module: str) -> str:
+    """Why a damaged file is refused whose format takes a package."""
+    return "corrupt" if find_spec(module) else "unsupported"
+
+
 @cache
 def odd_images() -> dict[str, Odd]:
-    """Return all images by file name."""
-    return _pngs() | _jpegs() | _tiffs() | _others()
+    """By name, with the suffix that the file has where it is found."""
+    return _pngs() | _jpegs() | _tiffs() | _others() | _metadata() | _deep() | _unread()
 
 
 def write_odd_images(folder: Path) -> None:
