@@ -20,7 +20,7 @@ from pipelines.experiments import paper
 from pipelines.experiments.comparison import FINISHED, Run, clean, comparison, listed
 from pipelines.experiments.config import Compare
 from pipelines.experiments.page import as_json, markdown, page, report
-from pipelines.runtime import mlflow_run, mlflow_server
+from pipelines.runtime import mlflow_run, mlflow_server, mlflow_target
 from pipelines.runtime.paths import output_path
 
 STORED = re.compile(r"images/(.+?)[+%]step[+%](\d+)[+%]timestamp[+%]\d+[+%][^+%]*\.png$")  # path of a picture in MLflow
@@ -37,8 +37,8 @@ def compare(cfg: Compare) -> dict[str, Any]:
         UserError: if there are no such runs, MLflow does not answer, or the config is wrong.
     """
     out = Path(output_path("out", cfg.out))
-    client, found = _read(cfg)
-    runs, remarks = select(found, cfg.sweep, cfg.runs, cfg.unfinished, cfg.tracking.experiment)
+    client, found, experiment = _read(cfg)
+    runs, remarks = select(found, cfg.sweep, cfg.runs, cfg.unfinished, experiment)
     runs = [replace(run, history=_histories(client, run, cfg)) for run in runs]
     result = comparison(runs, cfg.baseline, cfg.metrics, cfg.test, paper.tables())
     result.remarks += remarks
@@ -114,19 +114,20 @@ def select(
 # --- MLflow -----------------------------------------------------------------------------------------------------
 
 
-def _read(cfg: Compare) -> tuple[Any, list[Run]]:
-    """Return an MLflow client, and all runs of the experiment without their histories."""
+def _read(cfg: Compare) -> tuple[Any, list[Run], str]:
+    """Return an MLflow client, all runs of the experiment without their histories, and the experiment's name."""
     os.environ["MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"] = "false"
     if not cfg.tracking.enabled:
         raise UserError("a comparison reads MLflow, so it needs tracking.enabled=true")
     uri = mlflow_run.tracking_uri(cfg.tracking, cfg.root)
-    where = f"{redact(uri)}, experiment {cfg.tracking.experiment!r}"
+    target = mlflow_run.target_of(cfg.tracking)
+    where = f"{redact(uri)}, experiment {target.shown}"
     if uri.startswith("sqlite:///") and not os.path.isfile(uri.removeprefix("sqlite:///")):
         raise UserError(f"{where}: the database does not exist; root=FOLDER or tracking.uri says where the runs are")
 
-    def read() -> tuple[Any, list[Run]]:
+    def read() -> tuple[Any, list[Run], str]:
         client = mlflow_server.client_of(uri)
-        experiment = client.get_experiment_by_name(cfg.tracking.experiment)
+        experiment = mlflow_target.find_experiment(client, uri, target)
         if experiment is None:
             known = listed(each.name for each in client.search_experiments())
             raise UserError(f"{where}: no such experiment exists (there are: {known}); give tracking.experiment=NAME")
@@ -136,7 +137,7 @@ def _read(cfg: Compare) -> tuple[Any, list[Run]]:
             runs += [_run(run) for run in part]
             token = part.token
             if not token:
-                return client, runs
+                return client, runs, experiment.name
 
     return _asked(where, read)
 

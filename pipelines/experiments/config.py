@@ -1,11 +1,14 @@
 """Config schemas of the jobs sweep and compare_runs."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
+from pipelines.encoding.config import Encode
+from pipelines.evaluation.config import Evaluate, EvaluateComplexity, EvaluateSamples, Sample
 from pipelines.runtime.schema import Count, Job, Positive, Tracked
-from pipelines.training.config import TrainData
+from pipelines.runtime.typed_text import SectionOf, check_read
+from pipelines.training.config import TrainData, TrainLDM, TrainVAE
 
 
 class Compare(Tracked):
@@ -52,14 +55,24 @@ class Sweep(Job):
     )
     seeds: list[Count] = Field([0], min_length=1, description="every row or point is trained with each of them")
     data: TrainData = Field(TrainData(), description="of all trials; evaluation is on data.val")
-    train_vae: dict[str, Any] = Field({}, description="of all trials, e.g. train_vae.loss.lpips.weights=FILE")
-    evaluate: dict[str, Any] = Field({}, description="of all evaluations, e.g. evaluate.images=1000")
-    evaluate_complexity: dict[str, Any] = Field({}, description="of table 3, e.g. evaluate_complexity.batch_size=8")
-    encode_dataset: dict[str, Any] = Field({}, description="of tables 7 and 13")
-    train_ldm: dict[str, Any] = Field({}, description="of tables 7 and 13, e.g. train_ldm.images=1000000")
-    sample: dict[str, Any] = Field({}, description="of tables 7 and 13")
-    evaluate_samples: dict[str, Any] = Field({}, description="of tables 7 and 13, e.g. evaluate_samples.inception=FILE")
-    space: dict[str, Any] = Field(
+    train_vae: Annotated[dict[str, Any], SectionOf(TrainVAE)] = Field(
+        {}, description="of all trials, e.g. train_vae.loss.lpips.weights=FILE"
+    )
+    evaluate: Annotated[dict[str, Any], SectionOf(Evaluate)] = Field(
+        {}, description="of all evaluations, e.g. evaluate.images=1000"
+    )
+    evaluate_complexity: Annotated[dict[str, Any], SectionOf(EvaluateComplexity)] = Field(
+        {}, description="of table 3, e.g. evaluate_complexity.batch_size=8"
+    )
+    encode_dataset: Annotated[dict[str, Any], SectionOf(Encode)] = Field({}, description="of tables 7 and 13")
+    train_ldm: Annotated[dict[str, Any], SectionOf(TrainLDM)] = Field(
+        {}, description="of tables 7 and 13, e.g. train_ldm.images=1000000"
+    )
+    sample: Annotated[dict[str, Any], SectionOf(Sample)] = Field({}, description="of tables 7 and 13")
+    evaluate_samples: Annotated[dict[str, Any], SectionOf(EvaluateSamples)] = Field(
+        {}, description="of tables 7 and 13, e.g. evaluate_samples.inception=FILE"
+    )
+    space: Annotated[dict[str, Any], SectionOf(TrainVAE, space=True)] = Field(
         {},
         description="fields of train_vae to vary: a list of values, or {uniform: [a, b]}, {loguniform: [a, b]}, "
         "{randint: [a, b]}; e.g. space.loss.wavelet.weight=[0,0.1,1] 'space.optim.lr={loguniform: [1e-5, 1e-3]}'",
@@ -76,3 +89,8 @@ class Sweep(Job):
         0, description="asha, pbt: images between looks at the trials (validations); 0: an eighth of the run"
     )
     concurrent: Count = Field(0, description="trials at a time; 0: as many as GPUs hold, one without")
+
+    _read = field_validator(
+        *("train_vae", "evaluate", "evaluate_complexity", "encode_dataset"),
+        *("train_ldm", "sample", "evaluate_samples", "space"),
+    )(check_read)

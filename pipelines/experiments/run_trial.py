@@ -194,7 +194,9 @@ def tracking_of(cfg: Sweep, row: TrialRow, parent: str) -> Tracking:
     tags = {"litevae.sweep": cfg.name, "litevae.row": row.name, "litevae.seed": str(row.seed)}
     if cfg.table:
         tags |= {"litevae.table": paper.table(cfg.table).name, "litevae.scale": cfg.scale}
-    return cfg.tracking.model_copy(update={"run": row.label, "parent": parent, "tags": cfg.tracking.tags | tags})
+    # The run that the environment names is the sweep's, also where the sweep's could not be opened: not every row's.
+    own = {"run": row.label, "parent": parent, "join": False, "tags": cfg.tracking.tags | tags}
+    return cfg.tracking.model_copy(update=own)
 
 
 def _parameters(model: str, part: str) -> int:

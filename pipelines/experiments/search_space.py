@@ -1,6 +1,5 @@
 """The search space of a sweep: for each field, a list of values or a distribution to draw from."""
 
-import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,11 +20,9 @@ def space_fields(space: dict[str, Any], prefix: str = "") -> Iterator[tuple[str,
     for key, value in space.items():
         name = f"{prefix}{key}"
         if isinstance(value, list) and value:
-            yield name, [_number(item) for item in value]
+            yield name, value
         elif isinstance(value, dict) and len(value) == 1 and (draw := next(iter(value))) in DRAWS:
             arguments = value[draw]
-            if isinstance(arguments, list):
-                arguments = [_number(item) for item in arguments]
             if draw == "choice" and not (isinstance(arguments, list) and arguments):
                 raise UserError(f"space.{name}: choice takes a list of values, not {arguments}")
             numbers = isinstance(arguments, list) and all(isinstance(item, int | float) for item in arguments)
@@ -39,12 +36,6 @@ def space_fields(space: dict[str, Any], prefix: str = "") -> Iterator[tuple[str,
         else:
             kinds = ", ".join(f"{{{draw}: [a, b]}}" for draw in DRAWS)
             raise UserError(f"space.{name}={value!r} is neither a list of values nor one of {kinds}")
-
-
-def _number(value: Any) -> Any:
-    """Convert text such as "1e-4" to a number, since YAML reads it as text."""
-    exponent = isinstance(value, str) and re.fullmatch(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+", value)
-    return float(value) if exponent else value
 
 
 def nested(values: dict[str, Any]) -> dict[str, Any]:

@@ -70,6 +70,7 @@ def sweep(cfg: Sweep) -> list[dict[str, Any]]:
     name = cfg.name or (f"table-{table.name}-{cfg.scale}" if table else "sweep")
     root = paths.output_path("root", cfg.root)
     sources = {name: _absolute(getattr(cfg.data, name)) for name in ("train", "val")}
+    mlflow_run.check(cfg)
     # The trainings have another root, which would give another default URI.
     uri = mlflow_run.tracking_uri(cfg.tracking, root) if cfg.tracking.enabled else ""
     tracking = cfg.tracking.model_copy(update={"uri": uri})
@@ -107,6 +108,7 @@ def _sweep(cfg: Sweep, table: paper.PaperTable | None, sources: dict[str, Any], 
     if lpips.weight and (reason := load_network("lpips", lpips.net, lpips.weights)):
         say(f"warning: loss.lpips is off in all trainings: {reason}", "WARNING")
     run = mlflow_run.start_run(cfg.tracking, root, "sweep", name, cfg.model_dump(mode="json"), folder)
+    cfg = _beside(cfg, run)
     status: mlflow_server.Status = "FAILED"
     try:
         failed = _tune(cfg, trials, placement, run, folder)
@@ -141,6 +143,7 @@ def _complexity(cfg: Sweep, table: paper.PaperTable, folder: str) -> list[dict[s
     job = validate(EvaluateComplexity, merged(*parts))
     run_folder.open_run(folder, cfg, MAY_CHANGE)
     run = mlflow_run.start_run(cfg.tracking, cfg.root, "sweep", cfg.name, cfg.model_dump(mode="json"), folder)
+    cfg = _beside(cfg, run)
     status: mlflow_server.Status = "FAILED"
     try:
         found = complexity(job)["complexity"]
@@ -162,6 +165,11 @@ def _complexity(cfg: Sweep, table: paper.PaperTable, folder: str) -> list[dict[s
         mlflow_run.finish(run, status)
     _compare(cfg, folder)
     return results
+
+
+def _beside(cfg: Sweep, run: mlflow_server.RunHandle) -> Sweep:
+    """Return the config with the experiment of the sweep's own run, since workers have another environment."""
+    return cfg.model_copy(update={"tracking": cfg.tracking.model_copy(update={"experiment": run.experiment})})
 
 
 def _absolute(source: SourceConfig) -> SourceConfig:

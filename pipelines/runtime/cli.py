@@ -5,6 +5,9 @@ All values are checked before Ray starts. The error for a wrong key or value nam
 """
 
 import inspect
+import os
+import re
+import select
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,15 +17,18 @@ import yaml
 from pydantic import BaseModel
 
 from litevae.errors import UserError, redact
-from pipelines.runtime import shutdown
+from pipelines.runtime import shutdown, typed_text
 from pipelines.runtime.logs import say
 from pipelines.runtime.schema import ConfigT, dump, fields_of, unknown_field, validate
 
 PRESETS = Path(__file__).resolve().parents[2] / "jobs" / "configs"
+CLOSED = 141  # exit code of a program whose output nobody reads: 128 + SIGPIPE
 SECTIONS = {  # the sections that a recipe can have
     *("train_vae", "encode_dataset", "train_ldm", "sample", "sweep"),
     *("evaluate", "evaluate_samples", "evaluate_complexity", "benchmark"),
 }
+# An override begins with a field's name. A bare word may hold equals signs, too: /data/label=cat.
+_OVERRIDE = re.compile(r"[A-Za-z_]\w*(\.[^=/]*)?=|=")
 
 
 def load(cls: type[ConfigT], preset: str | None = None, overrides: list[str] | None = None) -> ConfigT:
@@ -31,7 +37,8 @@ def load(cls: type[ConfigT], preset: str | None = None, overrides: list[str] | N
     Args:
         cls: the config class.
         preset: a name under jobs/configs/, or a YAML file.
-        overrides: strings of the form `a.b=value`, with a YAML value.
+        overrides: strings of the form `a.b=value`. A field that is text takes the value as it stands; numbers,
+            switches, lists and sections are YAML.
 
     Raises:
         UserError: if the preset or an override can't be read, or if a key or a value is wrong.
@@ -44,10 +51,10 @@ def load(cls: type[ConfigT], preset: str | None = None, overrides: list[str] | N
         if not equals or not key:
             raise UserError(f"override {override!r} is not of the form key=value (try --help)")
         try:
-            value = yaml.safe_load(text)
+            value = typed_text.parse_option(cls, key, text)
         except yaml.YAMLError as error:
-            raise UserError(f"{key}: {text!r} is not valid YAML ({error})") from None
-        _assign(values, key, "" if value is None and text == "" else value)
+            raise UserError(f"{key}: {text!r} is not valid YAML ({error}); {typed_text.QUOTING}") from None
+        _assign(values, key, value)
     return validate(cls, values)
 
 
@@ -84,13 +91,60 @@ def main(
         subject: the field that can be given as a bare word after the subcommand.
 
     Returns:
-        0 on success; 2 for a UserError, whose message is printed without a traceback; 130 for Ctrl-C; 143 for SIGTERM.
+        0 on success; 2 for a UserError, whose message is printed without a traceback; 130 for Ctrl-C; 143 for SIGTERM;
+        141 if nobody reads the job's output any more (`| head`), as for other programs.
     """
-    arguments = sys.argv[1:] if argv is None else argv
+    try:
+        code = _main(cls, run, sys.argv[1:] if argv is None else argv, action, switches, subject)
+        for stream in filter(None, (sys.stdout, sys.stderr)):  # None if the process began without it
+            stream.flush()
+        return code
+    except BrokenPipeError:
+        if not _drop_unread():  # another pipe, or a connection
+            raise
+        return CLOSED
+
+
+def _drop_unread() -> bool:
+    """Return whether nobody reads stdout or stderr any more, and drop what is still to be written to it."""
+    found = False
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        poll = select.poll()
+        poll.register(stream, 0)
+        if poll.poll(0):  # an error, or the other end has hung up
+            found = True
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    return found
+
+
+def _show(text: str) -> None:
+    """Print what was asked for to stdout.
+
+    Raises:
+        UserError: if it can't be written, for example because the disk is full.
+    """
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes the rest when it ends
+        raise UserError(f"the output can't be written: {error.strerror}") from None
+
+
+def _main(
+    cls: type[ConfigT],
+    run: Callable[[ConfigT], object],
+    arguments: Sequence[str],
+    action: str,
+    switches: Sequence[str],
+    subject: str,
+) -> int:
+    """Do the work of `main`, which see."""
     try:
         if help_at := [place for place, word in enumerate(arguments) if word in ("--help", "-h")]:
             topic = next(iter(arguments[help_at[0] + 1 :]), "")
-            print(fields_text(cls, topic) if topic else usage(cls, action, subject))
+            _show(fields_text(cls, topic) if topic else usage(cls, action, subject))
             return 0
         preset, overrides, show = None, [], False
         rest = iter(arguments)
@@ -105,7 +159,7 @@ def main(
                 show = True
             elif argument.removeprefix("--") in switches and argument.startswith("--"):
                 overrides.append(f"{argument[2:]}=true")
-            elif action and "=" not in argument and not argument.startswith("-"):
+            elif action and not argument.startswith("-") and not _OVERRIDE.match(argument):
                 overrides.append(f"{subject}={argument}")
             elif argument.startswith("-"):
                 raise UserError(
@@ -115,7 +169,7 @@ def main(
                 overrides.append(argument)
         config = load(cls, preset, overrides)
         if show:
-            print(redact(dump(config)), end="")
+            _show(redact(dump(config)).removesuffix("\n"))
             return 0
         with shutdown.on_sigterm():
             run(config)
@@ -187,7 +241,9 @@ def _read_preset(cls: type[BaseModel], name: str) -> dict[str, Any]:
     A recipe (jobs/configs/NAME.yaml, or any YAML file whose keys are jobs) gives the section of this job. Any other
     YAML file is taken as a whole.
     """
-    path = named if (named := PRESETS / f"{name}.yaml").is_file() else Path(name)
+    named = PRESETS / f"{name}.yaml"
+    # `folder/mine` is not the preset of the neighbouring file `folder/mine.yaml`.
+    path = named if Path(name).name == name and named.is_file() else Path(name)
     if not path.is_file():
         raise UserError(f"--config {name} is neither a preset ({', '.join(_presets(cls)) or 'none'}) nor a file")
     values, section = _read_yaml(path), section_of(cls)
@@ -202,13 +258,15 @@ def _read_preset(cls: type[BaseModel], name: str) -> dict[str, Any]:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid YAML: {error}") from None
+        values = typed_text.parse(path.read_bytes())
+    except yaml.YAMLError as error:
+        advice = "save it as UTF-8" if isinstance(error, yaml.reader.ReaderError) else typed_text.QUOTING
+        raise UserError(f"{path}: not valid YAML: {error}; {advice}") from None
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise UserError(f"{path}: expected `key: value` lines at the top, found a {type(values).__name__}")
+        found = "text" if isinstance(values, str) else f"a {type(values).__name__}"
+        raise UserError(f"{path}: expected `key: value` lines at the top, found {found}")
     return values
 
 

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from pydantic_core import PydanticUndefined
 
 from litevae.errors import UserError
+from pipelines.runtime import typed_text
 
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
@@ -71,8 +72,15 @@ class Tracking(Section):
 
     enabled: bool = Field(True, description="false: metrics go to the run's metrics.jsonl only")
     uri: str = Field("", description="tracking server; empty: $MLFLOW_TRACKING_URI, else sqlite in <root>/mlflow.db")
-    experiment: str = Field("litevae", description="MLflow experiment")
+    experiment: str = Field(
+        "", description="MLflow experiment; empty: $MLFLOW_EXPERIMENT_NAME or $MLFLOW_EXPERIMENT_ID, else litevae"
+    )
     run: str = Field("", description="the run's name there; empty: the job's")
+    join: bool = Field(
+        True,
+        description="log to the run in $MLFLOW_RUN_ID, or to one below it where another job has it; false: always to a "
+        "run of its own",
+    )
     parent: str = Field("", description="id of the MLflow run that this one is a child of")
     tags: dict[str, str] = Field({}, description="further tags of the run")
 
@@ -96,11 +104,15 @@ ConfigT = TypeVar("ConfigT", bound=BaseModel)
 def validate(cls: type[ConfigT], values: dict[str, Any]) -> ConfigT:
     """Make a config from values. Fields that are not given keep the job's defaults, also in a section given in part.
 
+    Args:
+        cls: the config class.
+        values: nested values. Text in the place of a number or a switch is read as YAML 1.2 has it.
+
     Raises:
         UserError: if keys or values are wrong; the message names every wrong field.
     """
     try:
-        return cls.model_validate(merged(cls().model_dump(mode="json"), values))
+        return cls.model_validate(merged(cls().model_dump(mode="json"), typed_text.typed(cls, values)))
     except ValidationError as error:
         raise UserError("\n".join(_explain(cls, dict(problem)) for problem in error.errors())) from None
 
@@ -206,6 +218,16 @@ def _explain(cls: type[BaseModel], problem: dict[str, Any]) -> str:
     if problem["type"] == "extra_forbidden":
         return unknown_field(path, [name for name, *_ in fields_of(cls)])
     message = problem["msg"][0].lower() + problem["msg"][1:]
-    return f"{path or 'config'}: {message}" + (
-        "" if problem["type"] in ("missing", "value_error") else f" (got {problem['input']!r})"
-    )
+    given = problem["input"]
+    if problem["type"] not in ("missing", "value_error"):
+        message += f" (got {given!r})"
+    return f"{path or 'config'}: {message}{_advice(problem['type'], given)}"
+
+
+def _advice(problem: str, given: Any) -> str:
+    """Return what to write instead of a value that pydantic refuses, or an empty text."""
+    if problem == "string_type" and isinstance(given, list | dict):
+        return f"; YAML reads a {'list' if isinstance(given, list) else 'section'} here: {typed_text.QUOTING}"
+    if isinstance(given, str | typed_text.Misread) and problem in typed_text.ADVICE:
+        return f"; {typed_text.ADVICE[problem]}"
+    return ""

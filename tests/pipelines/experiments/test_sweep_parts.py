@@ -100,19 +100,28 @@ def test_pbt_moves_the_fields_of_the_space():
 
 
 def test_what_a_field_is_drawn_from():
-    fields = (
-        "space={a: {uniform: [1, 2]}, b: {loguniform: [1e-4, 1e-2]}, c: {randint: [3, 5]}, d: {choice: [x, y]}, "
-        "e: [5, 1e-3]}"
-    )
-    space = search_space.tune_space(configured("runs", fields, "seeds=[4]"))
+    names = {
+        "a": ("loss.l1.weight", "{uniform: [1, 2]}"),
+        "b": ("optim.lr", "{loguniform: [1e-4, 1e-2]}"),
+        "c": ("model.latent_channels", "{randint: [3, 5]}"),
+        "d": ("model.init", "{choice: [007, 2024-10-05]}"),
+        "e": ("loss.l2.weight", "[5, 1e-3]"),
+        "f": ("model.decoder.norm", "[smc, group]"),
+        "g": ("model.levels", "[[1, 2], [3]]"),
+    }
+    fields = [f"space.{field}={values}" for field, values in names.values()]
+    found = search_space.tune_space(configured("runs", *fields, "seeds=[4]"))
+    space = {"seed": found["seed"]} | {key: found[field] for key, (field, _) in names.items()}
     assert space["seed"] == 4
     assert (space["a"].lower, space["a"].upper) == (1, 2)
     assert {type(space[key].get_sampler()).__name__ for key in "ac"} == {"_Uniform"}
     assert (space["b"].lower, space["b"].upper) == (1e-4, 1e-2)
     assert "Log" in type(space["b"].get_sampler()).__name__
     assert (space["c"].lower, space["c"].upper) == (3, 6)  # Tune's upper end is not drawn
-    assert space["d"].categories == ["x", "y"]
+    assert space["d"].categories == ["007", "2024-10-05"]
     assert space["e"].categories == [5, 1e-3]
+    assert space["f"].categories == ["smc", "group"]
+    assert space["g"].categories == [[1, 2], [3]]
 
 
 def test_values_drawn_here_are_of_the_same_kinds():
@@ -129,17 +138,10 @@ def test_values_drawn_here_are_of_the_same_kinds():
     assert 5 < np.median(log) < 20
 
 
-def test_numbers_as_yaml_does_not_take_them():
-    assert [search_space._number(each) for each in ("1e-4", "-2.5E+3", "1", "e4", 5, None)] == [
-        1e-4,
-        -2500.0,
-        "1",
-        "e4",
-        5,
-        None,
-    ]
-    assert dict(search_space.space_fields({"a": {"b": ["1e-4", "x"]}, "c": {"uniform": ["1e-4", 1]}})) == {
-        "a.b": [1e-4, "x"], "c": {"uniform": [1e-4, 1]},
+def test_values_of_a_space_by_field():
+    config = configured("runs", "space={optim.lr: {uniform: [1e-4, 1]}}", "space.model.init=[1.10, x]")
+    assert dict(search_space.space_fields(config.space)) == {
+        "optim.lr": {"uniform": [1e-4, 1]}, "model.init": ["1.10", "x"],
     }  # fmt: skip
     assert search_space.nested({"a.b": 1, "a.c.d": 2, "e": 3}) == {"a": {"b": 1, "c": {"d": 2}}, "e": 3}
 
@@ -738,7 +740,7 @@ def test_a_table_of_costs_is_measured_by_one_job(tmp_path, monkeypatch, tracked)
 
 
 class Run:
-    run_id = "parent"
+    run_id, experiment = "parent", "of the sweep"
 
 
 def tracked_by(found):
