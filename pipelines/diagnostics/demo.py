@@ -17,10 +17,10 @@ import numpy as np
 from pydantic import Field
 
 from litevae import storage
-from litevae.errors import UserError
+from litevae.errors import UserError, redact
 from pipelines.encoding.config import Encode
 from pipelines.evaluation.config import Evaluate, Sample
-from pipelines.runtime import cluster, paths, tables
+from pipelines.runtime import cluster, mlflow_run, paths, tables
 from pipelines.runtime.cli import load
 from pipelines.runtime.schema import ConfigT, Job
 from pipelines.training.config import TrainLDM, TrainVAE
@@ -68,16 +68,17 @@ def demo(config: Demo) -> dict[str, Any]:
     started = time.monotonic()
     root = Path(paths.output_path("root", config.root))
     train, held_out = (cut_photos(root / "photos") / split for split in ("train", "val"))
+    mlflow_run.check(config)
     gpu = cluster.start(config.ray).gpu
     preset = config.preset or ("demo-gpu" if gpu else "demo")
-    chosen = config.ray.model_dump(mode="json", exclude_defaults=True)
-    common = [f"root={root}", *(f"ray.{name}={json.dumps(value)}" for name, value in chosen.items())]
-    if not config.tracking.enabled:
-        common.append("tracking.enabled=false")
+    common = [f"root={root}"]
+    for section in ("ray", "tracking"):
+        for name, value in getattr(config, section).model_dump(mode="json", exclude_defaults=True).items():
+            common.append(f"{section}.{name}={value if isinstance(value, str) else json.dumps(value)}")
 
     def run(job: str, cls: type[ConfigT], call: Callable[[ConfigT], dict[str, Any]], *overrides: str) -> dict[str, Any]:
         words = [*overrides, *common]
-        print(f"\n$ python jobs/{job}.py --config {preset} {shlex.join(words)}", flush=True)
+        print(f"\n$ python jobs/{job}.py --config {preset} {redact(shlex.join(words))}", flush=True)
         return call(load(cls, preset, words))
 
     vae, cache, ldm = f"model={root}/vae/model", f"{root}/cache", f"model={root}/ldm/model"

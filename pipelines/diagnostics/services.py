@@ -18,11 +18,14 @@ def mlflow(ask: Ask, config: Tracked) -> Iterator[Finding]:
         yield Finding(DRIVER, "skipped", "tracking.enabled=false")
         return
     uri = mlflow_run.tracking_uri(config.tracking, config.root)
+    mlflow_run.check(config)
     begun = time.monotonic()
 
     def asked(what: str, call: Callable[..., Any], *arguments: Any) -> Any:
         try:
             return call(*arguments)
+        except UserError:
+            raise
         except Exception as error:  # noqa: BLE001 - MLflow can raise anything
             reason = textwrap.shorten(redact(mlflow_server.cause_of(error)), 200)
             advice = "is the server up, and may this user write there? tracking.uri=..., or tracking.enabled=false"

@@ -125,7 +125,8 @@ def source(ask: Ask, config: Doctor, speeds: Speeds) -> Iterator[Finding]:
     yield Finding(DRIVER, "ok", text)
     sample = image_batches.evenly_spaced(range(found.units), min(config.images, found.units))
     parts = [found.part(unit, unit + 1) for unit in sample]
-    transform = ImageTransform(config.transform.resolution, config.transform.resize, decode="fast")
+    size = config.transform
+    transform = ImageTransform(size.resolution, size.resize, decode="fast", max_pixels=size.max_pixels)
     nodes, lost = answered(ask(_decode, parts, transform))
     yield from lost
     for node, (good, bad, example, read, decode) in nodes.items():

@@ -127,7 +127,7 @@ class Placement:
         return f"{self.workers} worker{'s' if self.workers > 1 else ''}, {where}"
 
 
-def _in_worker() -> bool:
+def in_worker() -> bool:
     """Return whether this process is a Ray worker, e.g. the training of a trial. The driver has decided its labels."""
     ray = sys.modules.get("ray")
     return ray is not None and ray.is_initialized() and ray.get_runtime_context().worker.mode == ray.WORKER_MODE
@@ -166,7 +166,7 @@ def start(config: RayConfig, jobs: int = 1) -> Placement:
         os.environ.setdefault(name, value)
     joining = in_ray_job() or "RAY_ADDRESS" in os.environ
     os.environ[PREEMPTION_NOTICES] = _PREEMPTION_NOTICES_ASKED or str(int(joining))
-    if not joining and not _in_worker():
+    if not joining and not in_worker():
         config = config.model_copy(update={"worker_labels": {}, "decode_labels": {}})  # there is one machine only
     if not joining:
         os.environ.setdefault(_MANY_MACHINES, "0")
@@ -228,7 +228,7 @@ def _placement(config: RayConfig, jobs: int) -> Placement:
     has = "the nodes with ray.worker_labels have" if config.worker_labels else "the cluster has"
     if gpu and gpus < jobs * workers * config.gpus_per_worker:
         raise UserError(
-            f"{asked} with {config.gpus_per_worker:g} GPU each, but {has} {gpus}; lower it or set ray.gpu=no"
+            f"{asked} with {config.gpus_per_worker:g} GPU each, but {has} {gpus}; lower it or set ray.gpu=false"
         )
     if room < workers * jobs:
         raise UserError(f"{asked} needs a logical CPU for each, but {has} {room}; lower it")

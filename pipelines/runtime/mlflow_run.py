@@ -24,6 +24,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -31,19 +32,19 @@ import numpy as np
 
 from litevae import storage
 from litevae.errors import UserError, redact
-from pipelines.runtime import mlflow_server
+from pipelines.runtime import cluster, mlflow_server, mlflow_target
 from pipelines.runtime.logs import say
 from pipelines.runtime.metrics_log import clear_log, metric_name, parse_line, repair_log
 from pipelines.runtime.mlflow_server import RunHandle, Status
 from pipelines.runtime.paths import output_path
 from pipelines.runtime.schema import Tracked, Tracking
 
+EXPERIMENT = "litevae"  # where neither the config nor the environment names one
 CLOSE_TIMEOUT = 300  # seconds that close() waits for uploads that make progress; it gives up at the first failure
 
 FLUSH_EVERY = 2.0  # seconds
 BACKOFF = (5.0, 300.0)  # first and longest wait after a failure, in seconds
 SYSTEM_EVERY = 10.0  # seconds
-_SENT = "litevae.metrics_sent"  # tag of the run: bytes of metrics.jsonl that have arrived
 _CHUNK = 16 * 2**10  # bytes of metrics.jsonl per request: a few hundred metrics (MLflow accepts 1000)
 
 
@@ -62,7 +63,8 @@ def start_run(
     If the server does not answer, the only cost is one warning and a few seconds.
 
     Args:
-        config: the tracking section of the config.
+        config: the tracking section of the config. What it leaves empty is taken from MLflow's environment variables,
+            see `target_of`.
         root: folder of the default MLflow database.
         job: name of the job.
         name: name of the run, unless `config.run` gives one.
@@ -73,28 +75,64 @@ def start_run(
             run from `folder`, and begin a new run.
 
     Raises:
-        UserError: if MLflow can't use this kind of tracking URI.
+        UserError: if MLflow can't use this kind of tracking URI, or if the experiment or the run that is asked for was
+            deleted or is not there. `check` finds this before Ray starts.
     """
     folder = os.path.abspath(folder)
     os.makedirs(folder, exist_ok=True)
-    if not resume:
-        clear_log(folder)
     uri = tracking_uri(config, root) if config.enabled else ""
-    handle = RunHandle(uri, None, config.experiment, folder)
+    target = target_of(config)
+    handle = RunHandle(uri, None, target.experiment, folder)
     if not uri:
+        if not resume:
+            clear_log(folder)
         return handle
     labels = {"litevae.job": job, "litevae.folder": folder, "mlflow.source.name": f"jobs/{job}.py"}
     labels |= config.tags | (tags or {}) | ({"mlflow.parentRunId": config.parent} if config.parent else {})
     # The first use of an SQLite store creates its tables, which takes seconds even on an idle disk.
     seconds = 3 * mlflow_server.REQUEST_TIMEOUT if mlflow_server.is_server(uri) else 120
-    return (
-        mlflow_server.attempt(
-            handle,
-            seconds,
-            partial(mlflow_server.open_run, handle, root, config.run or name, params, redact(labels), resume),
+    named = config.run or name
+
+    def opened() -> RunHandle:
+        return mlflow_server.open_run(handle, target, root, named, params, redact(labels), resume, bool(config.run))
+
+    handle = mlflow_server.attempt(handle, seconds, opened) or handle
+    if not resume:  # now, since a run that is refused leaves what is there
+        clear_log(folder)
+    return handle
+
+
+def check(cfg: Tracked) -> None:
+    """Check, before Ray starts, whether the run can be tracked where the config and the environment want it.
+
+    A server that does not answer is no reason to refuse a job: `start_run` warns of it. In a worker of Ray, such as a
+    trial of a sweep, nothing is checked: Ray runs, and the driver has done it.
+
+    Raises:
+        UserError: if MLflow can't use this kind of tracking URI, or if the experiment or a run that is asked for was
+            deleted or is not there.
+    """
+    config = cfg.tracking
+    if not config.enabled or cluster.in_worker():
+        return
+    uri, target = tracking_uri(config, cfg.root), target_of(config)
+    file = uri.partition(":///")[2].partition("?")[0] if uri.startswith("sqlite") else ""
+    if file and not os.path.exists(file) and not (target.run_id or target.experiment_id or config.parent):
+        return  # there is nothing yet that could have been deleted
+
+    def look() -> None:
+        client = mlflow_server.client_of(uri)
+        if config.parent:
+            mlflow_target.check_parent(client, uri, config.parent)
+        if mlflow_target.run_to_join(client, uri, target) is None:
+            mlflow_target.find_experiment(client, uri, target)
+
+    _, error = mlflow_server.ask(60 if file else 3 * mlflow_server.REQUEST_TIMEOUT, look)
+    if isinstance(error, ImportError) or type(error).__name__ == "NoSuchModuleError":  # of the database's driver
+        raise UserError(
+            f"{_uri_from(config)}={uri}: {error}; install the driver of this database on every node, or set "
+            f"tracking.enabled=false"
         )
-        or handle
-    )
 
 
 def finish(handle: RunHandle, status: Status = "FINISHED") -> None:
@@ -118,6 +156,23 @@ def link(handle: RunHandle) -> str:
     return f"{shlex.quote(command)} ui --workers 1 --backend-store-uri {shlex.quote(redact(handle.uri))}"
 
 
+def target_of(config: Tracking) -> mlflow_target.Target:
+    """Return which experiment and run are asked for: the config's, else those of MLflow's environment variables."""
+    name, number, run_id = (
+        os.environ.get(f"MLFLOW_{what}", "") for what in ("EXPERIMENT_NAME", "EXPERIMENT_ID", "RUN_ID")
+    )
+    if config.join and config.parent and run_id:
+        mlflow_target.say_once(f"MLflow: $MLFLOW_RUN_ID={run_id} is left alone: tracking.parent={config.parent}")
+    if not config.join or config.parent:
+        run_id = ""
+    elsewhere = bool(config.uri) and config.uri != os.environ.get("MLFLOW_TRACKING_URI")
+    if config.experiment:
+        other = f"$MLFLOW_EXPERIMENT_NAME={name}" if name not in ("", config.experiment) else ""
+        return mlflow_target.Target(config.experiment, "", "tracking.experiment", other, run_id, elsewhere)
+    by = "$MLFLOW_EXPERIMENT_NAME" if name else "$MLFLOW_EXPERIMENT_ID" if number else ""
+    return mlflow_target.Target(name or ("" if number else EXPERIMENT), number, by, "", run_id, elsewhere)
+
+
 def tracking_uri(config: Tracking, root: str) -> str:
     """Return the tracking URI: `tracking.uri`, else $MLFLOW_TRACKING_URI, else SQLite in the folder of the runs.
 
@@ -128,17 +183,45 @@ def tracking_uri(config: Tracking, root: str) -> str:
         UserError: if MLflow can't use this kind of URI.
     """
     uri = config.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{output_path('root', root)}/mlflow.db"
-    scheme, separator, rest = uri.partition("://")
-    if not separator or scheme == "file":
-        raise UserError(
-            f"{'tracking.uri' if config.uri else '$MLFLOW_TRACKING_URI'}={uri}: MLflow keeps runs in a server or a "
-            f"database; give http://host:port or sqlite:////path/mlflow.db, or set tracking.enabled=false"
-        )
-    if scheme == "sqlite":
-        path = output_path("tracking.uri", rest.removeprefix("/"))
+    scheme, separator, rest = uri.partition(":")
+    scheme = scheme.lower()
+    kind = scheme.partition("+")[0]
+    if kind == "sqlite":
+        if rest.strip("/") in ("", ":memory:"):
+            raise UserError(f"{_uri_from(config)}={uri}: give the database's file: sqlite:////path/mlflow.db")
+        path = output_path("tracking.uri", rest.removeprefix("//").removeprefix("/"))
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        return f"sqlite:///{path}"
-    return uri
+        return f"{scheme}:///{path}"
+    known = (kind in mlflow_target.DATABASES or scheme in ("http", "https")) and rest[:2] == "//" != rest
+    if known or (separator and scheme in _plugins()):
+        return f"{scheme}:{rest}"
+    raise UserError(f"{_uri_from(config)}={uri}: {_why_not(uri, scheme)}, or set tracking.enabled=false")
+
+
+def _uri_from(config: Tracking) -> str:
+    """Return where the tracking URI is given, for messages."""
+    return "tracking.uri" if config.uri else "$MLFLOW_TRACKING_URI"
+
+
+def _plugins() -> set[str]:
+    """Return the schemes of tracking URIs that installed packages add to MLflow, such as azureml."""
+    return {entry.name for entry in entry_points(group="mlflow.tracking_store")}
+
+
+def _why_not(uri: str, scheme: str) -> str:
+    """Return why a tracking URI can't be used, and what to give."""
+    servers = "give tracking.uri=http://host:port of an MLflow server, or sqlite:////path/mlflow.db"
+    if scheme in ("databricks", "databricks-uc", "uc"):
+        return f"tracking on Databricks is not supported; {servers}"
+    if scheme == "postgres":
+        return f"MLflow calls this kind postgresql; give tracking.uri=postgresql{uri[len(scheme) :]}"
+    if re.fullmatch(r"[\w.-]+:\d+(/.*)?", uri):
+        return f"it lacks its scheme; give tracking.uri=http://{uri}"
+    if scheme in ("http", "https") or scheme.partition("+")[0] in mlflow_target.DATABASES:
+        return f"it names no host; give tracking.uri={scheme}://{uri[len(scheme) + 1 :].lstrip('/') or 'host:port'}"
+    if re.match(r"[\w+.-]{2,}:", uri) and scheme != "file":
+        return f"{scheme} is not supported: no package that adds it to MLflow is installed; {servers}"
+    return f"MLflow keeps runs in a server or a database, not in a folder; {servers}"
 
 
 @contextmanager
@@ -311,7 +394,7 @@ class Tracker:
         """Send the metrics that MLflow does not have yet, the use of the system, and the uploads."""
         mlflow_server.set_timeout(mlflow_server.REQUEST_TIMEOUT)
         if self._sent is None:
-            sent = int(self._client.get_run(self._handle.run_id).data.tags.get(_SENT, 0))
+            sent = int(self._client.get_run(self._handle.run_id).data.tags.get(mlflow_server.SENT, 0))
             # A shorter file is another one, so it is sent from its start. It does no harm to send a line twice, because
             # MLflow drops exact duplicates.
             self._sent = sent if sent <= os.path.getsize(self._path) else 0
@@ -336,7 +419,9 @@ class Tracker:
                     for step, moment, values in map(parse_line, lines)
                     for key, value in values.items()
                 ]
-                self._client.log_batch(self._handle.run_id, metrics, tags=[RunTag(_SENT, str(sent))], synchronous=True)
+                self._client.log_batch(
+                    self._handle.run_id, metrics, tags=[RunTag(mlflow_server.SENT, str(sent))], synchronous=True
+                )
                 self._sent = sent
 
     def _send_system_metrics(self) -> None:

@@ -1,14 +1,19 @@
-"""Requests to an MLflow server. Each has a time limit, and one that fails causes a warning but does not end the job."""
+"""Requests to an MLflow server. Each has a time limit, and one that fails causes a warning but does not end the job.
+
+Only what the user has to mend ends it: an experiment or a run that was deleted, or an id that is not there.
+"""
 
 import os
 import queue
+import re
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar
 
-from litevae.errors import redact
+from litevae.errors import UserError, redact
 from pipelines.runtime.logs import say
+from pipelines.runtime.mlflow_target import DATABASES, Target, find_experiment, has_another_job, run_to_join, say_once
 from pipelines.runtime.schema import flatten
 
 # Seconds. MLflow's own defaults (120 s per request, 7 retries) block for 4 minutes if a server refuses connections and
@@ -40,6 +45,9 @@ class RunHandle:
     started: float = 0.0
 
 
+SENT = "litevae.metrics_sent"  # tag of the run: bytes of metrics.jsonl that have arrived
+
+
 def client_of(uri: str) -> Any:
     """Return an MLflow client with short time limits, no retries and no output of its own."""
     os.environ.update(
@@ -65,48 +73,95 @@ def set_timeout(seconds: int) -> None:
 
 
 def open_run(
-    handle: RunHandle, root: str, name: str, params: dict[str, Any], tags: dict[str, str], resume: bool
+    handle: RunHandle,
+    target: Target,
+    root: str,
+    name: str,
+    params: dict[str, Any],
+    tags: dict[str, str],
+    resume: bool,
+    rename: bool,
 ) -> RunHandle:
-    """Create the MLflow run of a handle, or reopen it with `resume`, and record its parameters."""
+    """Create the MLflow run of a handle, or go on in the one that is there, and record its parameters.
+
+    Args:
+        handle: the handle, as yet without a run.
+        target: experiment and run that are asked for.
+        root: folder of the artifacts of a database that is no file.
+        name: name of a new run.
+        params: config values.
+        tags: tags of the run.
+        resume: whether to go on in the run that this job had in this folder.
+        rename: whether a run that is joined gets the name, too.
+
+    Raises:
+        UserError: see `run_to_join` and `find_experiment`.
+    """
     client = client_of(handle.uri)
     from mlflow.entities import Param, RunTag
 
-    experiment_id = experiment_of(client, handle, root)
-    run = find_run(client, experiment_id, tags) if resume else None
+    new_tags: dict[str, str] = {}
+    run = given = run_to_join(client, handle.uri, target)
+    if given is not None:
+        experiment_id = given.info.experiment_id
+        handle = replace(handle, experiment=client.get_experiment(experiment_id).name)
+        if has_another_job(given, tags):
+            tags, run = tags | {"mlflow.parentRunId": given.info.run_id}, None
+            say_once(f"MLflow: a run below {target.run_id} ($MLFLOW_RUN_ID), in which another job has logged")
+        else:
+            new_tags = {key: value for key, value in tags.items() if not key.startswith("mlflow.")}
+            new_tags |= {"mlflow.runName": name} if rename else {}
+            new_tags |= {} if resume else {SENT: "0"}
+            say_once(f"MLflow: goes on in run {target.run_id} ($MLFLOW_RUN_ID), experiment {handle.experiment!r}")
+    elif (found := find_experiment(client, handle.uri, target)) is not None:
+        experiment_id, handle = found.experiment_id, replace(handle, experiment=found.name)
+    else:
+        experiment_id = _create_experiment(client, handle, root)
+    if run is None and resume:
+        run = find_run(client, experiment_id, tags)
     if run is None:
         run = client.create_run(experiment_id, run_name=name, tags=tags)
     else:
         client.update_run(run.info.run_id, status="RUNNING")
     values = {key: redact(str(value))[:6000] for key, value in flatten(params, number_sections=True).items()}
     known = run.data.params  # MLflow does not let a parameter change; a changed one becomes a tag
+    new_tags |= {f"changed.{key}": value for key, value in values.items() if known.get(key, value) != value}
     client.log_batch(
         run.info.run_id,
         params=[Param(key, value) for key, value in values.items() if key not in known],
-        tags=[RunTag(f"changed.{key}", value) for key, value in values.items() if known.get(key, value) != value],
+        tags=[RunTag(key, value) for key, value in new_tags.items()],
         synchronous=True,
     )
     return replace(handle, run_id=run.info.run_id, experiment_id=experiment_id, started=run.info.start_time / 1000)
 
 
 def experiment_of(client: Any, handle: RunHandle, root: str) -> str:
-    """Return the id of the handle's experiment, and create the experiment if it does not exist."""
+    """Return the id of the handle's experiment, and create the experiment if it does not exist.
+
+    Raises:
+        UserError: if it was deleted.
+    """
+    found = find_experiment(client, handle.uri, Target(handle.experiment))
+    return _create_experiment(client, handle, root) if found is None else found.experiment_id
+
+
+def _create_experiment(client: Any, handle: RunHandle, root: str) -> str:
+    """Create the handle's experiment, and return its id."""
     from mlflow.exceptions import MlflowException
 
     # A server knows where to store artifacts. A database does not: its default is relative to the working directory.
     location = None
-    if handle.uri.startswith("sqlite:"):
-        location = os.path.join(os.path.dirname(handle.uri.removeprefix("sqlite:///")), "mlartifacts")
-    elif not is_server(handle.uri):
+    if handle.uri.startswith("sqlite"):
+        location = os.path.join(os.path.dirname(handle.uri.partition(":///")[2]), "mlartifacts")
+    elif re.split("[:+]", handle.uri)[0] in DATABASES:
         location = os.path.join(os.path.abspath(root), "mlartifacts")
-    experiment = client.get_experiment_by_name(handle.experiment)
-    if experiment is None:
-        try:
-            return client.create_experiment(handle.experiment, artifact_location=location)
-        except MlflowException:  # another job created it first
-            experiment = client.get_experiment_by_name(handle.experiment)
-            if experiment is None:
-                raise
-    return experiment.experiment_id
+    try:
+        return client.create_experiment(handle.experiment, artifact_location=location)
+    except MlflowException:  # another job created it first
+        experiment = find_experiment(client, handle.uri, Target(handle.experiment))
+        if experiment is None:
+            raise
+        return experiment.experiment_id
 
 
 def find_run(client: Any, experiment_id: str, tags: dict[str, str]) -> Any:
@@ -126,7 +181,23 @@ def find_run(client: Any, experiment_id: str, tags: dict[str, str]) -> Any:
 
 
 def attempt(handle: RunHandle, seconds: float, call: Callable[[], Result]) -> Result | None:
-    """Return what `call` returns. If it fails or takes longer than `seconds`, warn and return None."""
+    """Return what `call` returns. If it fails or takes longer than `seconds`, warn and return None.
+
+    Raises:
+        UserError: if `call` raises it.
+    """
+    result, error = ask(seconds, call)
+    if error is not None:
+        warn_once(handle, error)
+    return result
+
+
+def ask(seconds: float, call: Callable[[], Result]) -> tuple[Result | None, Exception | None]:
+    """Return what `call` returns, or how it fails, which includes that it takes longer than `seconds`.
+
+    Raises:
+        UserError: if `call` raises it.
+    """
     outcome: queue.SimpleQueue[tuple[Result | None, Exception | None]] = queue.SimpleQueue()
 
     def run() -> None:
@@ -140,9 +211,9 @@ def attempt(handle: RunHandle, seconds: float, call: Callable[[], Result]) -> Re
         result, error = outcome.get(timeout=seconds)
     except queue.Empty:
         result, error = None, TimeoutError(f"no answer within {seconds:g} s")
-    if error is not None:
-        warn_once(handle, error)
-    return result
+    if isinstance(error, UserError):
+        raise error
+    return result, error
 
 
 _warned: set[str] = set()

@@ -59,11 +59,16 @@ class EncodingGauges:
             self._busy.set(share, tags={"stage": stage})
 
 
+def _ascii(run: str) -> str:
+    """Return the name of a run as Ray takes tags: é as \\xe9."""
+    return run.encode("ascii", "backslashreplace").decode()
+
+
 def _gauge(name: str, text: str, run: str, *tags: str) -> Any:
     from ray.util.metrics import Gauge
 
     gauge = Gauge(name, text, ("run", *tags))
-    gauge.set_default_tags({"run": run})
+    gauge.set_default_tags({"run": _ascii(run)})
     return gauge
 
 
@@ -71,5 +76,5 @@ def _counter(name: str, text: str, run: str, *tags: str) -> Any:
     from ray.util.metrics import Counter
 
     counter = Counter(name, text, ("run", *tags))
-    counter.set_default_tags({"run": run})
+    counter.set_default_tags({"run": _ascii(run)})
     return counter

@@ -193,7 +193,7 @@ def test_a_cluster_of_ones_own_has_a_token_of_its_own(init, monkeypatch):
     assert [mode for mode, _ in found] == ["token", "token"]
     assert len({token for _, token in found}) == 2
     assert {len(token) for _, token in found} == {64}
-    monkeypatch.setattr(cluster, "_in_worker", lambda: False)
+    monkeypatch.setattr(cluster, "in_worker", lambda: False)
     assert started("ray") == (None, None)  # it has read them, and its own default holds
     monkeypatch.setenv("RAY_AUTH_MODE", "mine")
     monkeypatch.setattr(cluster, "sys", SimpleNamespace(modules={}))
@@ -211,14 +211,14 @@ def test_a_process_of_rays_leaves_labels_to_the_driver(init, monkeypatch, mode, 
     monkeypatch.setattr(ray, "WORKER_MODE", 1)
     monkeypatch.setattr(ray, "is_initialized", lambda: True)
     monkeypatch.setattr(ray, "get_runtime_context", lambda: context)
-    assert cluster._in_worker() == inside
+    assert cluster.in_worker() == inside
     if inside:
         with pytest.raises(UserError, match="no node of the cluster has the labels"):
             cluster.start(Ray(worker_labels={"pool": "a"}))
     else:
         assert cluster.start(Ray(worker_labels={"pool": "a"})).labels == {}
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
-    assert not cluster._in_worker()
+    assert not cluster.in_worker()
 
 
 def test_a_cluster_that_there_is_is_joined(init, monkeypatch):
@@ -232,7 +232,7 @@ def test_a_cluster_that_there_is_is_joined(init, monkeypatch):
         monkeypatch.delenv(name)
     monkeypatch.setenv("RAY_ADDRESS", "here")
     monkeypatch.setattr(ray, "is_initialized", lambda: True)
-    monkeypatch.setattr(cluster, "_in_worker", lambda: False)
+    monkeypatch.setattr(cluster, "in_worker", lambda: False)
     with pytest.raises(UserError, match="no node of the cluster has the labels"):
         cluster.start(Ray(worker_labels={"pool": "gpu"}))
     with pytest.raises(UserError, match=r"needs 11 logical CPUs .*; if the cluster grows by itself, ray.wait=600"):

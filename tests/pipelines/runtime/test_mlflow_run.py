@@ -28,7 +28,7 @@ class Client:
 
     def get_experiment_by_name(self, name):
         self.calls.append(("experiment", name))
-        return self.experiment and SimpleNamespace(experiment_id=self.experiment)
+        return self.experiment and SimpleNamespace(experiment_id=self.experiment, name=name, lifecycle_stage="active")
 
     def create_experiment(self, name, artifact_location):
         self.calls.append(("create_experiment", name, artifact_location))

@@ -56,3 +56,10 @@ def test_what_is_shown_is_exported(exported):
     while (found := exported()) != wanted and time.monotonic() < end:
         time.sleep(1)
     assert found == wanted
+
+
+@pytest.mark.parametrize("run", ["café", "日本 #2", "plain"])
+def test_runs_of_any_name_are_exported(run):
+    """Ray takes ASCII only; a cache folder may have any name."""
+    prometheus.EncodingGauges(run).show(1, {"corrupt": 1}, {"decode": 0.5})
+    prometheus.TrainingGauges(run).show(1, 1, {"loss": 1.0, "images_per_second": 1.0, "waiting_for_data": 0.0})
