@@ -12,14 +12,16 @@ than one file. A missing file raises a FileNotFoundError.
 
 import contextlib
 import errno
+import hashlib
 import io
 import os
 import platform
 import re
+import stat
 import time
 import uuid
 from collections.abc import Iterator, Sequence
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -107,14 +109,43 @@ def read_range(path: str, offset: int, length: int) -> bytes:
         return file.read(length)
 
 
-def size(path: str) -> int | None:
-    """Return the size of a file in bytes; None if there is no such file."""
+class Facts(NamedTuple):
+    """What a file system or a store tells about a file without reading it.
+
+    Attributes:
+        size: bytes.
+        version: a number that changes when the file is written again: the time of its last change in ns, or on S3 a
+            hash of its ETag.
+    """
+
+    size: int
+    version: int
+
+
+def facts(path: str) -> Facts | None:
+    """Return the facts of a file; None if there is no such file."""
     if not is_remote(path):
-        return os.path.getsize(path) if os.path.isfile(path) else None
+        try:
+            status = os.stat(path)
+        except (OSError, ValueError):  # ValueError: the path contains NUL
+            return None
+        return Facts(status.st_size, status.st_mtime_ns) if stat.S_ISREG(status.st_mode) else None
     if (head := _head(path)) is None:
         _listing(path, MaxKeys=1)  # fails if the bucket is missing, which the 404 of a HEAD does not tell
         return None
-    return head["ContentLength"]
+    return _facts_of(head["ContentLength"], head)
+
+
+def _facts_of(size: int, answer: dict[str, Any]) -> Facts:
+    """Return the facts of an object from an answer of S3."""
+    etag = hashlib.blake2b(answer.get("ETag", "").encode(), digest_size=8).digest()
+    return Facts(size, int.from_bytes(etag, "big", signed=True))
+
+
+def size(path: str) -> int | None:
+    """Return the size of a file in bytes; None if there is no such file."""
+    found = facts(path)
+    return found.size if found else None
 
 
 def put_new(path: str, data: bytes) -> bool:
@@ -197,13 +228,13 @@ def folder_exists(path: str) -> bool:
     return bool(_listing(f"{path.rstrip('/')}/", MaxKeys=1).get("Contents"))
 
 
-def walk(folder: str) -> Iterator[tuple[str, int]]:
-    """Yield (key relative to the folder, size in bytes) of every object below an S3 folder.
+def walk(folder: str) -> Iterator[tuple[str, Facts]]:
+    """Yield (key relative to the folder, facts) of every object below an S3 folder.
 
     Objects come in the order of the UTF-8 bytes of their keys, with one request per thousand. The empty objects that
     stand for folders (with a trailing slash) are left out.
     """
-    return ((key, size) for key, size in _keys(folder) if not key.endswith("/"))
+    return (found for found in _keys(folder) if not found[0].endswith("/"))
 
 
 def open_binary(path: str, size: int | None = None) -> IO[bytes]:
@@ -272,7 +303,7 @@ def read_row_group(
             chunk.total_compressed_size,
         )
         for chunk in chunks
-        if chunk.path_in_schema.partition(".")[0] in columns
+        if any(f"{chunk.path_in_schema}.".startswith(f"{column}.") for column in columns)  # a name may hold dots
     ]
     start, stop = min(start for start, _ in spans), max(start + length for start, length in spans)
     together = (start, stop - start) if stop - start <= 2 * sum(length for _, length in spans) else None
@@ -486,15 +517,15 @@ def _listing(path: str, **arguments: Any) -> Any:
     return _call(path, "list_objects_v2", Bucket=bucket, Prefix=prefix, **arguments)
 
 
-def _keys(folder: str, **arguments: Any) -> Iterator[tuple[str, int]]:
-    """Yield (key relative to the folder, size in bytes) of every object below an S3 folder."""
+def _keys(folder: str, **arguments: Any) -> Iterator[tuple[str, Facts]]:
+    """Yield (key relative to the folder, facts) of every object below an S3 folder."""
     path = f"{folder.rstrip('/')}/"
     start = len(_split(path)[1])
     while True:
         page = _listing(path, **arguments)
         for item in page.get("Contents", ()):
             if key := item["Key"][start:]:
-                yield key, item["Size"]
+                yield key, _facts_of(item["Size"], item)
         if not page.get("IsTruncated"):
             return
         arguments["ContinuationToken"] = page["NextContinuationToken"]

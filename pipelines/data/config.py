@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from litevae.image_metadata import MAX_PIXELS
 from pipelines.runtime.schema import Count, Positive, Section
 
 Decode = Literal["fast", "pillow", "scaled"]
@@ -11,6 +12,9 @@ DECODE = (
     "fast: JPEGs by simplejpeg, resized by PyTorch, 60 dB and more to pillow; pillow: by Pillow alone, as all that was "
     "begun before there was this choice; scaled: as fast, large JPEGs to 1/2, 1/4 or 1/8 in decoding (46 dB)"
 )
+
+
+LARGEST = "largest image that is read, in pixels; decoding takes up to 10 bytes of memory for each"
 
 
 class Source(Section):
@@ -21,13 +25,25 @@ class Source(Section):
         description="local or s3://: a folder tree of images (label = folder), Parquet with images or their paths, "
         "WebDataset tars, or a .txt, .csv or .jsonl list of paths",
     )
-    split: str = Field("", description="Parquet as Hugging Face lays it out: the split to take, e.g. train")
+    split: str = Field(
+        "",
+        description="the split to take, e.g. train, where folders or files are named as splits; all: every one",
+    )
     image_column: str = Field(
         "image",
         description="Parquet: column with the encoded image (bytes, a struct with `bytes`) or its path; lists: path",
     )
     id_column: str = Field(
         "id", description="Parquet, lists: column with a stable id; where absent, file name and row number, or the path"
+    )
+    ids: Literal["stored", "unique"] = Field(
+        "stored",
+        description="Parquet, lists: unique: ids from file and row number, where the stored ones, or paths, repeat",
+    )
+    tar_rows: Literal["samples", "images"] = Field(
+        "samples",
+        description="WebDataset: a row for each sample, whose name ends at its first dot; or for each image, whose "
+        "name ends at its last dot",
     )
     columns: list[str] = Field(
         [],
@@ -42,6 +58,7 @@ class Transform(Section):
     resize: Literal["shorter", "none"] = Field(
         "shorter", description="shorter side to the resolution before the crop; none: crop the original pixels"
     )
+    max_pixels: Positive = Field(MAX_PIXELS, description=LARGEST)
 
 
 class Views(Transform):

@@ -23,15 +23,18 @@ import psutil
 import pyarrow as pa
 
 from litevae.errors import UserError
+from litevae.image_metadata import MAX_PIXELS
 from litevae.images import ImageError, ImageTransform, View
-from litevae.shards import QUARANTINE, row_schema
+from litevae.shards import QUARANTINE, SOURCE_HASH, row_schema
 from pipelines.data.config import Views
 from pipelines.data.source import Item, Source
 
 # Bytes that decoding an image may take after the task of its shard has died once, twice, or three times. The first
-# value is enough for any image. The others are smaller: if the task died again, together with the child process that
-# decoded, then the node or its container has less memory than that.
+# value is enough for any image of the default `max_pixels`; it grows with a larger one. The others are smaller: if the
+# task died again, together with the child process that decoded, then the node or its container has less memory.
 MEMORY = (2**31, 2**29, 2**28)
+# Of each value that its column can't hold, and that is therefore null.
+LOST_VALUES = pa.schema([("unit", pa.int64()), *((name, pa.string()) for name in ("id", "column", "reason"))])
 READERS = 16  # images of a shard that are read at a time if they come over a network
 
 
@@ -43,11 +46,13 @@ class ShardTask:
         shard: number of the shard.
         generation: 0, or one more than the last committed generation.
         only: units to try again; rows of all others are taken from the previous generation. Empty: encode all units.
+        keep: whether images that can't be read any more keep their rows of the previous generation.
     """
 
     shard: int
     generation: int = 0
     only: tuple[int, ...] = ()
+    keep: bool = False
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,7 @@ def transform_of(config: Views) -> ImageTransform:
         buckets=config.buckets,
         bucket_step=config.bucket_step,
         decode=config.decode,
+        max_pixels=config.max_pixels,
     )
 
 
@@ -98,7 +104,7 @@ class Lost:
 Decoded = tuple[int, Item, list[View]] | tuple[int, None, Lost]
 
 
-def decode_shard(row: dict[str, Any], views: Views) -> dict[str, Any]:
+def decode_shard(row: dict[str, Any], views: Views, hashed: bool = False) -> dict[str, Any]:
     """Decode the images of a shard.
 
     The message of a UserError is returned as `error`, not raised, because Ray would print pages of tracebacks.
@@ -106,11 +112,14 @@ def decode_shard(row: dict[str, Any], views: Views) -> dict[str, Any]:
     Args:
         row: {"shard": the `Shard`}.
         views: which views to cut from each image.
+        hashed: whether the rows of the cache hold the SHA-256 of their images' bytes.
 
     Returns:
         The row that `ShardEncoder` takes: `pixels`, all views end to end in one uint8 array; `sizes`, int32 (rows, 2),
-        the height and width of each view; `rows` and `quarantine`, Arrow tables as bytes (see `unpack`), with the
-        columns of the rows and with the images that could not be read; `decode_seconds`; `shard` and `error`.
+        the height and width of each view; `rows`, `quarantine` and `lost_values`, Arrow tables as bytes (see `unpack`),
+        with the columns of the rows, with the images that could not be read, and with the values of columns that could
+        not be carried; `enlarged`, the number of images that are smaller than their views; `decode_seconds`; `shard`
+        and `error`.
     """
     start = time.perf_counter()
     shard: Shard = row["shard"]
@@ -120,9 +129,10 @@ def decode_shard(row: dict[str, Any], views: Views) -> dict[str, Any]:
     sizes: list[tuple[int, ...]] = []
     rows: list[dict[str, Any]] = []
     lost: list[dict[str, Any]] = []
-    end = 0
+    values: list[dict[str, Any]] = []
+    end = enlarged = 0
     deaths = _deaths()
-    decode = partial(decode_carefully, memory=MEMORY[min(deaths, len(MEMORY)) - 1]) if deaths else decode_units
+    decode = partial(decode_carefully, memory=_memory(deaths, views)) if deaths else decode_units
     common = {"shard": shard, "error": ""}
     try:
         for decoded in decode(source, views, units):
@@ -131,22 +141,35 @@ def decode_shard(row: dict[str, Any], views: Views) -> dict[str, Any]:
                 lost.append(quarantined(shard, shard.first + unit, source.id(unit), why))
                 continue
             unit, item, images = decoded
+            one = {"unit": shard.first + unit, "id": item.id}
+            values += [one | {"column": column, "reason": reason} for column, reason in item.lost.items()]
+            enlarged += images[0].enlarged
+            of_image = item.columns | ({SOURCE_HASH.name: hashlib.sha256(item.data).digest()} if hashed else {})
             for view, image in enumerate(images):
                 pixels[end : end + image.pixels.size] = image.pixels.reshape(-1)
                 end += image.pixels.size
                 sizes.append(image.pixels.shape[:2])
                 own = {name: getattr(image, name) for name in ("height", "width", "crop_top", "crop_left", "flip")}
-                rows.append({"id": item.id, "unit": shard.first + unit, "view": view, **own, **item.columns})
-        table = pa.Table.from_pylist(rows, schema=row_schema(source.schema))
+                rows.append({"id": item.id, "unit": shard.first + unit, "view": view, **own, **of_image})
+        table = pa.Table.from_pylist(rows, schema=row_schema(source.schema, hashed))
     except UserError as error:
-        common["error"], end, sizes, lost, table = str(error), 0, [], [], pa.table({})
+        common["error"], end, enlarged, sizes, lost, values = str(error), 0, 0, [], [], []
+        table = pa.table({})
     return common | {
         "pixels": pixels[:end],
         "sizes": np.array(sizes, dtype=np.int32).reshape(-1, 2),
         "rows": pack(table),
         "quarantine": pack(pa.Table.from_pylist(lost, schema=QUARANTINE)),
+        "lost_values": pack(pa.Table.from_pylist(values, schema=LOST_VALUES)),
+        "enlarged": enlarged,
         "decode_seconds": time.perf_counter() - start,
     }
+
+
+def _memory(deaths: int, views: Views) -> int:
+    """Return how many bytes decoding an image may take after its task has died so often."""
+    share = max(1.0, views.max_pixels / MAX_PIXELS) if deaths == 1 else 1.0
+    return int(MEMORY[min(deaths, len(MEMORY)) - 1] * share)
 
 
 def decode_units(source: Source, views: Views, units: Sequence[int]) -> Iterator[Decoded]:

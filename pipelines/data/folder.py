@@ -1,48 +1,25 @@
 """A folder tree of images. Each file is a unit, and the folders are the classes."""
 
 from collections.abc import Sequence
-from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from litevae import storage
 from litevae.errors import UserError
+from pipelines.data.beside import column_beside, list_beside, refuse_unknown, type_beside
 from pipelines.data.config import Source as SourceConfig
 from pipelines.data.discovery import Found, shown_path
-from pipelines.data.source import Source, about_of, locate, make_listing, read_file
+from pipelines.data.file_source import FileSource
+from pipelines.data.hive import hive_columns
+from pipelines.data.image_metadata import list_metadata
+from pipelines.data.source import LISTING, Source, about_of, make_listing, version_column
+from pipelines.data.splits import choose_split, split_of, without_split
+from pipelines.data.text_fields import extension_of
+from pipelines.runtime.logs import say
 
-
-class FileSource(Source):
-    """A folder tree of images, or a list of paths. Each group of the listing is one file.
-
-    In a folder tree, the label of an image is the index of its parent folder among all folders that hold images.
-    """
-
-    def __init__(self, listing: pa.Table):
-        super().__init__(listing)
-        self.window = self.units
-        if self.kind == "list":
-            self.remote |= pc.any(pc.starts_with(self.listing["file"], "s3://")).as_py()
-
-    def id(self, unit: int) -> str:
-        return self.ids(self._place(unit)[0], unit + 1)[0]
-
-    def ids(self, start: int, stop: int) -> list[str]:
-        part = self.listing.slice(start, stop - start)
-        if "id" in part.column_names:
-            return part["id"].to_pylist()
-        return [shown_path(path) for path in part["file"].to_pylist()]
-
-    def columns(self, unit: int) -> dict[str, Any]:
-        return {name: self.listing[name][unit].as_py() for name in self.schema.names}
-
-    def data(self, unit: int) -> bytes:
-        group = self._place(unit)[0]
-        path = self._file(group)
-        if self.kind == "list":
-            return read_file(locate(self.root, path))
-        return read_file(storage.join(self.root, path), self.listing["size"][group].as_py())
+NOT_CARRIED = ("id", "version", *LISTING.names)  # columns of a listing with a meaning of their own
+RESERVED = ("label", "label_name", *NOT_CARRIED)
 
 
 def list_folder(found: Found, uri: str, config: SourceConfig, name: str, labels: Sequence[str]) -> Source:
@@ -56,21 +33,52 @@ def list_folder(found: Found, uri: str, config: SourceConfig, name: str, labels:
         labels: class names that have numbers already; new ones are numbered after them.
 
     Raises:
-        UserError: if `config.columns` names a column that a folder tree does not have.
+        UserError: if `config.columns` names a column that a folder tree does not have, or one of `NOT_CARRIED`.
     """
-    schema = pa.schema([("label", pa.int64()), ("label_name", pa.string())])
-    if unknown := sorted(set(config.columns) - set(schema.names)):
-        raise UserError(f"{name}.columns: a folder has only the columns label and label_name, not {', '.join(unknown)}")
+    if taken := [column for column in config.columns if column in NOT_CARRIED]:
+        raise UserError(
+            f"{name}.columns: {taken[0]!r} can't be carried from a folder under this name; rename it in {config.uri}, "
+            f"or leave it out"
+        )
     file = found.images["file"]
     parents = pc.struct_field(pc.extract_regex(file, "(?s)^(?P<parent>.*)/"), "parent").fill_null(b"")
     coded = parents.combine_chunks().dictionary_encode()
     folders = [shown_path(folder) for folder in coded.dictionary.to_pylist()]
-    numbers = {folder: number for number, folder in enumerate(dict.fromkeys([*labels, *sorted(folders)]))}
+    counts = np.bincount(coded.indices.to_numpy(), minlength=len(folders))
+    splits = [split_of(f"{folder}/", folders_only=True) for folder in folders]
+    kept = choose_split(splits, counts.tolist(), config.split, name, config.uri, found.left_out)
+    images, indices = found.images, coded.indices
+    if not kept.all():
+        chosen = pa.array(kept[indices.to_numpy()])
+        images, indices = images.filter(chosen), indices.filter(chosen)
+    # With a split chosen, its folder is no part of a class: "cat" is one class in train/cat and in val/cat.
+    classes = [without_split(folder) if config.split else folder for folder in folders]
+    used = {each for each, keep in zip(classes, kept, strict=True) if keep}
+    numbers = {folder: number for number, folder in enumerate(dict.fromkeys([*labels, *sorted(used)]))}
     # The root folder is not a class: images in it have no label.
-    of_folder = pa.array([numbers[folder] if folder else None for folder in folders], pa.int64())
-    names = pa.array([folder or None for folder in folders], pa.string())
-    # In parts: an array of strings can hold 2 GiB, which 240 million short names exceed, and Arrow reports no error.
-    parts = [names.take(coded.indices.slice(start, 2**20)) for start in range(0, len(coded), 2**20)]
-    columns = {"label": of_folder.take(coded.indices), "label_name": pa.chunked_array(parts, pa.string())}
-    about = about_of(found, uri, schema, {}, labels=list(numbers))
-    return FileSource(make_listing(about, file, size=found.images["size"], more=columns))
+    numbered = pa.array([numbers.get(each) if each else None for each in classes], pa.int64())
+    values = {"label_name": [each or None for each in classes]}
+    values |= {key: texts for key, texts in hive_columns(folders).items() if key not in RESERVED}
+    described = list_metadata(found, images["file"], config.columns, name)
+    of_folders = ("label", *values)
+    if taken := [column for column in described if column in of_folders]:
+        say(f"{name}.columns: {', '.join(taken)} of {', '.join(found.metadata[:3])}, not of the folders")
+    others = [column for column in config.columns if column not in (*described, *of_folders)]
+    beside, version = list_beside(found, images, others)
+    unknown = [column for column in others if column_beside(extension_of(column)) not in beside]
+    refuse_unknown(unknown, of_folders, found.metadata, name, config.uri)
+    columns = {"label": numbered.take(indices)}
+    for column in ("label_name", *(column for column in values if column in config.columns)):
+        # In parts: an array of strings can hold 2 GiB, which 240 million short names exceed; Arrow reports no error.
+        texts = pa.array(values[column], pa.string())
+        parts = [texts.take(indices.slice(start, 2**20)) for start in range(0, len(indices), 2**20)]
+        columns[column] = pa.chunked_array(parts, pa.string())
+    columns |= described
+    types = {column: values.type for column, values in columns.items()}
+    for column in others:
+        how = beside[column_beside(extension_of(column))]
+        where = f"the files .{extension_of(column)} beside images of {config.uri}"
+        types[column] = type_beside(found.root, images["file"], how, column, name, where)
+    about = about_of(found, uri, pa.schema(types.items()), {}, labels=list(numbers), described=list(described))
+    more = {version_column(found.kind): version, **columns, **beside}
+    return FileSource(make_listing(about, images["file"], size=images["size"], more=more))

@@ -24,16 +24,18 @@ import pyarrow.compute as pc
 from litevae import storage
 from litevae.errors import UserError
 from litevae.images import ImageError
+from pipelines.data.column_types import NotCarried, as_listed
 from pipelines.data.config import Source as SourceConfig
 from pipelines.data.discovery import Found
+from pipelines.data.left_out import LeftOut
 
 DEFAULTS = SourceConfig()
 WINDOW_GROUPS = 4
+ID_BATCH = 2**16
 MAX_GROUP_BYTES = 2**31 - 1
 MAX_IMAGE_BYTES = 2**30  # of a file; the largest images that are decoded have as many bytes uncompressed
 LISTING = pa.schema([("file", pa.large_binary()), ("rows", pa.int32()), ("offset", pa.int64()), ("size", pa.int64())])
 SCHEME, READABLE = "^[A-Za-z][A-Za-z0-9+.-]*://", "^(s3://|file:///)"
-UNREADABLE = (ValueError, TypeError, OverflowError, RecursionError)  # errors that bad metadata of a sample can cause
 
 
 @dataclass(frozen=True)
@@ -44,11 +46,13 @@ class Item:
         id: stable and unique within the source.
         data: the encoded image.
         columns: values of the carried columns, by name.
+        lost: of columns whose value can't be carried, and is therefore None: why, by name.
     """
 
     id: str
     data: bytes
     columns: dict[str, Any] = field(default_factory=dict)
+    lost: dict[str, str] = field(default_factory=dict)
 
 
 class Source(ABC):
@@ -70,9 +74,10 @@ class Source(ABC):
         window: number of rows that can be read in any order at no extra cost; `EpochOrder` shuffles within a window.
         schema: names and types of the columns that are carried in addition to id and image.
         labels: class names by label, if folders are the classes.
+        left_out: what the listing saw and did not take; all that it saw is `units` and this.
         listing: one row per group: `file`, `rows`, `offset` (tar: in bytes; Parquet: number of the row group), `size`
-            in bytes (-1: unknown), and what the listing already knows about its images. All other facts are in the
-            metadata of its schema.
+            in bytes (-1: unknown), what tells a file that was written again (`version_column`), and
+            what the listing already knows about its images. All other facts are in the metadata of its schema.
     """
 
     def __init__(self, listing: pa.Table):
@@ -83,7 +88,8 @@ class Source(ABC):
         self.root: str = self._about["root"]
         self.digest: str = self._about["digest"]
         self.labels: list[str] = self._about.get("labels", [])
-        self.schema = pa.ipc.read_schema(pa.py_buffer(base64.b64decode(self._about["schema"])))
+        self.left_out = LeftOut.from_json(self._about.get("left_out", {}))
+        self.schema = as_listed(pa.ipc.read_schema(pa.py_buffer(base64.b64decode(self._about["schema"]))))
         self.remote = storage.is_remote(self.root)
         rows = self.listing["rows"].to_numpy().astype(np.int64)
         self._starts = np.cumsum(rows) - rows
@@ -97,6 +103,18 @@ class Source(ABC):
         return _from_bytes, (type(self), _to_bytes(self.listing))  # Arrow would pickle the whole table of a slice
 
     @property
+    def seen(self) -> int:
+        """The number of all images and files that the listing saw: the units and what it left out."""
+        return self.units + self.left_out.total
+
+    def accounted(self) -> str:
+        """Return a sentence that accounts for all that the listing saw."""
+        images = f"{self.units:,} image{'s' if self.units != 1 else ''}"
+        if not self.left_out.total:
+            return f"{images}, nothing left out"
+        return f"{self.seen:,} seen = {images} + {self.left_out.total:,} left out: {self.left_out}"
+
+    @property
     def identity(self) -> dict[str, Any]:
         """Kind, URI, digest, number of units and settings, as JSON values."""
         own = {"kind": self.kind, "uri": self.uri, "digest": self.digest, "units": self.units}
@@ -107,7 +125,7 @@ class Source(ABC):
         if not 0 <= start < stop <= self.units:
             raise IndexError(f"units {start} ... {stop} of {self.units}")
         (first, row), (last, _) = self._place(start), self._place(stop - 1)
-        about = {key: value for key, value in self._about.items() if key != "labels"}
+        about = {key: value for key, value in self._about.items() if key not in ("labels", "left_out")}
         part = self.listing.slice(first, last + 1 - first)
         return type(self)(with_about(part, about | {"part": (row, stop - start)}))
 
@@ -138,12 +156,26 @@ class Source(ABC):
     def ids(self, start: int, stop: int) -> list[str]:
         """Return the ids of units `start` to `stop` (exclusive), without reading images if ids are stored elsewhere."""
 
+    @property
+    def ids_can_repeat(self) -> bool:
+        """Whether ids come from the user's data, so that two images can have one."""
+        return False
+
+    def id_batches(self) -> Iterator[pa.Array]:
+        """Yield the ids of all units in order, as arrays of strings."""
+        for start in range(0, self.units, ID_BATCH):
+            yield pa.array(self.ids(start, min(start + ID_BATCH, self.units)), pa.string())
+
+    def place_of(self, unit: int) -> str:
+        """Return where a unit lies, for messages: its file, and its row if the file holds several."""
+        group, row = self._place(unit)
+        return f"{storage.join(self.root, self._file(group))}, row {row}"
+
     @abstractmethod
     def columns(self, unit: int) -> dict[str, Any]:
-        """Return the values of the columns in `schema`, by name.
+        """Return the values of the columns in `schema`, by name; a `NotCarried` for a value that its column can't hold.
 
-        Raises:
-            ImageError: if they can't be read.
+        Such a value costs no image: bad metadata says nothing about the pixels.
         """
 
     @abstractmethod
@@ -158,9 +190,11 @@ class Source(ABC):
         """Read an image with its id and columns.
 
         Raises:
-            ImageError: if the image is missing, or it or its columns can't be read.
+            ImageError: if the image is missing or can't be read.
         """
-        return Item(self.id(unit), self.data(unit), self.columns(unit))
+        identity, data, columns = self.id(unit), self.data(unit), self.columns(unit)
+        lost = {name: value.reason for name, value in columns.items() if isinstance(value, NotCarried)}
+        return Item(identity, data, columns | dict.fromkeys(lost), lost)
 
 
 def make_listing(
@@ -196,15 +230,28 @@ def about_of(found: Found, uri: str, schema: pa.Schema, settings: dict[str, Any]
         settings: what decides, together with the listing, which images these are.
         more: further entries.
     """
-    packed = base64.b64encode(schema.serialize().to_pybytes()).decode()
-    return {"kind": found.kind, "uri": uri, "root": found.root, "schema": packed, "settings": settings, **more}
+    own = {"kind": found.kind, "uri": uri, "root": found.root, "schema": packed_schema(schema), "settings": settings}
+    return own | {"left_out": found.left_out.to_json(), **more}
+
+
+def packed_schema(schema: pa.Schema) -> str:
+    """Return the carried columns as the metadata of a listing holds them."""
+    return base64.b64encode(schema.serialize().to_pybytes()).decode()
+
+
+def version_column(kind: str) -> str:
+    """Return the name of a listing's column that has another number once a file was written again.
+
+    It is null where that is unknown, and absent from older listings.
+    """
+    return "file version" if kind == "list" else "version"  # a list may carry a column named version
 
 
 def digest_of(listing: pa.Table, about: dict[str, Any]) -> str:
     """Return the SHA-256 of a listing's values and of its settings. It does not depend on Arrow's memory layout."""
     digest = hashlib.sha256(json.dumps([about["settings"], about.get("names")], sort_keys=True).encode())
     names = LISTING.names if about["kind"] == "folder" else listing.column_names  # labels only number the folders
-    for name in names:
+    for name in (name for name in names if name != version_column(about["kind"])):  # a copy is the same source
         column = listing[name]
         if not pa.types.is_large_binary(column.type):
             column = column.cast(pa.large_string()).cast(pa.large_binary())
@@ -271,14 +318,10 @@ def read_file(path: str, size: int = -1) -> bytes:
     except (ImageError, storage.Unavailable):  # a store that is unavailable says nothing about the image
         raise
     except FileNotFoundError:
-        raise ImageError("missing", "the file does not exist any more") from None
+        hint = "; Windows writes paths with backslashes, here they take /" if "\\" in path else ""
+        raise ImageError("missing", f"the file does not exist any more{hint}") from None
     except (OSError, ValueError) as error:  # ValueError: the path contains NUL
         raise ImageError("unreadable", getattr(error, "strerror", None) or str(error)) from error
-
-
-def is_text(kind: pa.DataType) -> bool:
-    """Return whether an Arrow type is a string type."""
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
 
 
 def id_column_of(have: list[str], config: SourceConfig, name: str, where: str) -> str | None:

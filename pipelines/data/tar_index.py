@@ -5,12 +5,20 @@ error where a tar is damaged.
 """
 
 import io
+from collections import Counter
 from collections.abc import Iterator
-from typing import IO, NamedTuple
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import IO, Literal, NamedTuple
 
 from litevae import storage
 from litevae.errors import UserError
-from pipelines.data.discovery import shown_path
+from pipelines.data.discovery import IMAGE_SUFFIXES, shown_path
+from pipelines.data.left_out import LeftOut
+from pipelines.data.splits import split_of
+from pipelines.data.unusable import explain_content
+
+Rows = Literal["samples", "images"]
 
 # A range is read at once and held in memory, so it ends when it has this many samples or this many bytes.
 RANGE_SAMPLES = 256
@@ -49,40 +57,70 @@ class Member(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """The files with one name: the name (`key`), and the files by extension in lower case."""
+    """The files that belong to one row: its name (`key`), and the files by extension.
+
+    Extensions are in lower case. Only if two files of a sample differ in nothing but letter case are they as they are.
+    """
 
     key: str
     files: dict[str, Member]
 
 
-def list_ranges(path: str, size: int) -> list[Range]:
-    """Divide the samples of a tar into ranges of up to `RANGE_SAMPLES` samples.
+@dataclass
+class TarIndex:
+    """What is in a tar.
+
+    Attributes:
+        ranges: ranges of up to `RANGE_SAMPLES` samples, in order.
+        extensions: how many samples have which extensions.
+        examples: the key of one sample for each of these combinations.
+        left_out: members that belong to no sample.
+        splits: how many samples lie in folders that are named as which split; "" for none.
+    """
+
+    ranges: list[Range] = field(default_factory=list)
+    extensions: Counter[tuple[str, ...]] = field(default_factory=Counter)
+    examples: dict[tuple[str, ...], str] = field(default_factory=dict)
+    left_out: LeftOut = field(default_factory=LeftOut)
+    splits: Counter[str] = field(default_factory=Counter)
+
+
+def index_tar(path: str, size: int, rows: Rows) -> TarIndex:
+    """Index a tar.
 
     Args:
         path: the tar.
         size: its bytes.
+        rows: what is a row; see `read_samples`.
 
     Raises:
         UserError: if the tar is damaged or truncated, or if the files of a sample do not lie together.
     """
-    ranges: list[Range] = []
+    index = TarIndex()
     keys: set[str] = set()
     offset = end = samples = 0
     with open_tar(path, size) as file:
-        for key, files in read_samples(file, path, 0, size, whole=True):
+        for key, files in read_samples(file, path, 0, size, rows, whole=True, left_out=index.left_out):
             if key in keys:
                 raise UserError(
                     f"{path}: sample {key!r} is in the tar twice; the files of a sample must lie next to each other, "
                     f"and names must be unique (write the tar again, e.g. with tar --sort=name)"
                 )
             keys.add(key)
-            if samples == RANGE_SAMPLES or end - offset >= RANGE_BYTES:
-                ranges.append(Range(offset, end - offset, samples))
-                samples = 0
+            index.splits[_split_of_folder(key.rpartition("/")[0])] += 1
+            extensions = tuple(files)
+            index.extensions[extensions] += 1
+            index.examples.setdefault(extensions, key)
             members = list(files.values())
+            full = samples >= RANGE_SAMPLES or end - offset >= RANGE_BYTES
+            if full and members[0].start >= end:  # two images with one text lie in one range
+                index.ranges.append(Range(offset, end - offset, samples))
+                samples = 0
             offset, end = offset if samples else members[0].start, members[-1].end
             samples += 1
-    return [*ranges, Range(offset, end - offset, samples)] if samples else ranges
+    if samples:
+        index.ranges.append(Range(offset, end - offset, samples))
+    return index
 
 
 def open_tar(path: str, size: int) -> IO[bytes]:
@@ -91,39 +129,87 @@ def open_tar(path: str, size: int) -> IO[bytes]:
     return io.BufferedReader(file, _READ_AHEAD) if storage.is_remote(path) else file  # type: ignore[type-var]
 
 
-def read_samples(file: IO[bytes], path: str, start: int, stop: int, whole: bool = False) -> Iterator[Sample]:
+def read_samples(
+    file: IO[bytes],
+    path: str,
+    start: int,
+    stop: int,
+    rows: Rows,
+    whole: bool = False,
+    left_out: LeftOut | None = None,
+) -> Iterator[Sample]:
     """Yield the samples in bytes `start` to `stop` of a tar.
 
-    Files are grouped as WebDataset does it: neighbours whose names agree up to the first dot of the last path part form
-    a sample. Hidden names and names without an extension are left out.
+    By WebDataset's rule, which is rows="samples", neighbours whose names agree up to the first dot of the last path
+    part form a sample. With rows="images" each image is a sample of its own, with all other neighbours whose names
+    agree with its name up to the last dot. Hidden names and names without an extension are left out.
 
     Args:
         file: the tar, or a part of it.
         path: its path, for error messages.
         start, stop: positions in `file`.
+        rows: "samples" or "images".
         whole: whether `stop` is the end of the tar, so that an end-of-archive marker must be there.
+        left_out: where members that belong to no sample are counted.
 
     Raises:
         UserError: if the tar is damaged or truncated, or if a sample has two files with one extension.
     """
-    key: bytes | None = None
-    files: dict[str, Member] = {}
+    left_out = LeftOut() if left_out is None else left_out
+    divide = _one_sample if rows == "samples" else _one_sample_each
+    stem, files = b"", dict[bytes, Member]()
     for member in _members(file, path, start, stop, whole):
         name = member.name.removeprefix(b"./")
         base = name.rfind(b"/") + 1
-        dot = name.find(b".", base)
-        if dot <= base:
+        dot = name.find(b".", base) if rows == "samples" else name.rfind(b".", base)
+        if dot <= base or name[base : base + 1] == b".":
+            left_out.leave("hidden" if name[base : base + 1] == b"." else "without an extension", name)
             continue
-        if name[:dot] != key:
-            if key is not None:
-                yield Sample(shown_path(key), files)
-            key, files = name[:dot], {}
-        extension = shown_path(name[dot + 1 :]).lower()
+        if files and name[:dot] != stem:
+            yield from divide(stem, files, left_out)
+            files = {}
+        stem, extension = name[:dot], name[dot + 1 :]
         if extension in files:
             raise UserError(f"{path}: {shown_path(name)!r} is in the tar twice; write the tar again")
         files[extension] = member
-    if key is not None:
-        yield Sample(shown_path(key), files)
+    if files:
+        yield from divide(stem, files, left_out)
+
+
+def _one_sample(stem: bytes, files: dict[bytes, Member], left_out: LeftOut) -> Iterator[Sample]:
+    """Yield all files of one name as a sample."""
+    found: dict[str, Member] = {shown_path(extension).lower(): member for extension, member in files.items()}
+    if len(found) < len(files):  # a.JPG beside a.jpg
+        lower = Counter(shown_path(extension).lower() for extension in files)
+        found = {
+            text if lower[text.lower()] > 1 else text.lower(): member
+            for text, member in ((shown_path(extension), member) for extension, member in files.items())
+        }
+    yield Sample(shown_path(stem), found)
+
+
+def _one_sample_each(stem: bytes, files: dict[bytes, Member], left_out: LeftOut) -> Iterator[Sample]:
+    """Yield a sample for each image of one name, with all files of this name that are no images."""
+    named = [(shown_path(extension).lower(), extension, member) for extension, member in files.items()]
+    others = {text: member for text, _, member in named if not is_image(text)}
+    images = [each for each in named if is_image(each[0])]
+    for text, extension, member in images:
+        own = sorted([(text, member), *others.items()], key=lambda each: each[1].start)
+        yield Sample(shown_path(stem + b"." + extension), dict(own))
+    if not images:
+        for text in others:
+            left_out.add("files without an image", f".{text}")
+
+
+@lru_cache(maxsize=4096)
+def _split_of_folder(folder: str) -> str:
+    return split_of(f"{folder}/", folders_only=True)
+
+
+@lru_cache(maxsize=4096)
+def is_image(extension: str) -> bool:
+    """Return whether an extension such as "jpg" or "depth.png" is that of an image."""
+    return f".{extension.lower()}".endswith(IMAGE_SUFFIXES)
 
 
 def _members(file: IO[bytes], path: str, start: int, stop: int, whole: bool) -> Iterator[Member]:
@@ -151,6 +237,8 @@ def _members(file: IO[bytes], path: str, start: int, stop: int, whole: bool) -> 
             if size < 0:
                 raise ValueError(f"a member of {size} bytes")
         except ValueError as error:
+            if position == 0 and (explained := explain_content(path, header)):
+                raise UserError(explained) from None
             raise UserError(f"{path} can't be read at byte {position}: {error}; write it again") from None
         position = offset + -(-size // _BLOCK) * _BLOCK if kind not in b"123456" else offset
         if kind in b"xgKL":

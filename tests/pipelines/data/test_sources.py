@@ -22,9 +22,11 @@ from litevae import storage
 from litevae.errors import UserError
 from litevae.images import ImageError
 from litevae.order import EpochOrder
+from litevae.storage import Facts
 from pipelines.data import discovery, tar_index
 from pipelines.data.config import Source as SourceConfig
-from pipelines.data.open_source import compare, open_source, restore
+from pipelines.data.growth import compare
+from pipelines.data.open_source import open_source, restore
 from pipelines.data.source import Item
 
 ORIGINALS = Path(__file__).resolve().parents[4] / "shared" / "data" / "originals"
@@ -197,15 +199,15 @@ def refusals(tmp_path, table):
         (tmp_path / "*.nothing", {}, "does not exist"),
         (tmp_path / "empty", {}, "empty is empty"),
         (tmp_path / "text", {}, "has no images"),
-        (tmp_path / "text/a.txt", {}, "the list holds no paths"),
-        (tmp_path / "text/b.bin", {}, "neither a folder nor a .parquet, .tar"),
+        (tmp_path / "text/a.txt", {}, "no paths in it"),
+        (tmp_path / "text/b.bin", {}, "neither a folder nor an image, nor a .parquet, .tar"),
         (tmp_path / "*/?.parquet", {"split": "train"}, "no split 'train'"),
         (tmp_path / "**/*.*", {}, "several kinds"),
-        (tmp_path / "mixed", {}, "both images .* and Parquet files"),
+        (tmp_path / "mixed", {}, "both images and Parquet files"),
         (tmp_path / "none.parquet", {}, "no rows"),
         (tmp_path / "bad.parquet", {}, "not a readable Parquet file"),
-        (tmp_path / "folder", {"columns": ["caption"]}, "not caption"),
-        (tmp_path / "folder", {"split": "train"}, "only Parquet sources have splits"),
+        (tmp_path / "folder", {"columns": ["caption"]}, "has no caption. A folder carries label, label_name"),
+        (tmp_path / "folder", {"split": "train"}, "no split 'train' .*no folder or file in it is named as a split"),
         (data, {"image_column": "jpg"}, r"source.image_column: no column 'jpg' .*; it has id, image, label"),
         (data, {"image_column": "label"}, "is int64, not image bytes or paths"),
         (data, {"id_column": "key"}, "source.id_column: no column 'key'"),
@@ -356,7 +358,7 @@ def test_growth(kinds, tmp_path, table):
     expected = {
         "folder": (["A/new.jpg", "b/99.jpg"], 1, 1, "a/00.jpg, b/01.jpg"),
         "parquet": ([f"key-{n}" for n in range(20)], 0, 0, ""),
-        "webdataset": ([f"1.tar/{n:06d}" for n in range(44, 50)], 1, 0, "1.tar"),  # 40 ... 44 fill the last range up
+        "webdataset": ([], 1, 0, "1.tar"),  # 40 ... 43 fill the last range up; 44 ... 49 are another one
     }
     for name, (ids, changed, gone, examples) in expected.items():
         new = again(name)
@@ -364,6 +366,7 @@ def test_growth(kinds, tmp_path, table):
         added = restore(growth.new)
         assert added.ids(0, added.units) == ids
         assert (growth.changed, growth.gone, growth.examples) == (changed, gone, examples)
+        assert (growth.units, growth.grown) == (len(ids), 6 if name == "webdataset" else 0)
         assert len({added.digest, new.digest, kinds[name].digest}) == 3
         everything(added)
         growth = compare([kinds[name].listing, growth.new], new)
@@ -389,8 +392,8 @@ def test_parts_of_many_units_are_small(tmp_path, monkeypatch, units):
     """By class, of which there are a thousand: photo 70511 is the 71st of the 512th."""
     (tmp_path / "0511").mkdir()
     (tmp_path / "0511/photo-00070511.jpg").write_bytes(b"x")
-    found = ((b"%04d/photo-%08d.jpg" % (n % 1000, n), n) for n in range(units))
-    monkeypatch.setattr(discovery, "_walk", lambda root: found)
+    files = ((b"%04d/photo-%08d.jpg" % (n % 1000, n), "folder", Facts(n, 2 * n)) for n in range(units))
+    monkeypatch.setattr(discovery, "_walk", lambda *_: files)
     source = source_of(tmp_path)
     assert (source.units, len(source.labels), source.labels[511]) == (units, 1000, "0511")
     place = 511 * units // 1000 + 70
@@ -460,9 +463,12 @@ def test_hugging_face_parquet(tmp_path, encoded):
             tmp_path / f"data/train-{number:05d}-of-00002.parquet"
         )
     whole.select([3]).to_parquet(tmp_path / "data/test-00000-of-00001.parquet")
-    with pytest.raises(UserError, match=r"holds several splits; give one, source.split=test or train"):
+    with pytest.raises(
+        UserError,
+        match=r"several splits: test \(1 file\), train \(2 files\); give source.split=test or source.split=train, or",
+    ):
         source_of(tmp_path)
-    with pytest.raises(UserError, match=r"no split 'val' .*there are test, train"):
+    with pytest.raises(UserError, match=r"no split 'val' .*there is test \(1 file\), train"):
         source_of(tmp_path, split="val")
     assert source_of(tmp_path, split="test").data(0) == encoded[3]
     source = source_of(tmp_path, split="train", columns=["label", "label_name", "n"])
@@ -628,7 +634,7 @@ def test_a_range_is_one_read(tmp_path, monkeypatch):
 
 def test_columns_of_samples(tmp_path):
     samples = numbered(0, 4)
-    samples[1][1]["cls"] = b"no number"
+    samples[1][1]["cls"] = b"\xff"
     samples[2][1]["json"] = b"{"
     del samples[3][1]["txt"], samples[3][1]["jpg"]
     save_tar(tmp_path / "0.tar", samples)
@@ -638,10 +644,10 @@ def test_columns_of_samples(tmp_path):
     assert source.schema == pa.schema(list(zip(columns, kinds, strict=True)))
     assert source.columns(0) == dict(zip(columns, [0, "näme 0", 0, 0.0, None], strict=True))
     assert source.columns(3) == dict(zip(columns, [3, None, 3, 0.75, None], strict=True))
-    for unit, column in ((1, "cls"), (2, "json.width")):
-        with pytest.raises(ImageError, match=column) as error:
-            source.read(unit)
-        assert error.value.reason == "unreadable"
+    for unit, column, reason in ((1, "cls", "not UTF-8"), (2, "json.width", "the JSON can't be read")):
+        item = source.read(unit)
+        assert item.columns[column] is None
+        assert reason in item.lost[column]
     with pytest.raises(ImageError, match="no image among cls, json") as error:
         source.data(3)
     assert error.value.reason == "missing"
@@ -650,10 +656,18 @@ def test_columns_of_samples(tmp_path):
 def test_the_image_of_a_sample_can_be_named(tmp_path):
     files = {"json": b"{}", "seg.png": b"mask", "jpg": b"photo"}
     save_tar(tmp_path / "0.tar", [("a", files), ("b", {"jpg": b"alone"})])
-    assert source_of(tmp_path / "0.tar").data(0) == b"mask"
+    with pytest.raises(
+        UserError, match=r"1 of 2 samples hold several images, e.g. 'a' of .*0.tar: jpg, seg.png"
+    ) as why:
+        source_of(tmp_path / "0.tar")
+    assert "source.image_column=jpg" in str(why.value)  # as the next line does
     source = source_of(tmp_path / "0.tar", image_column="jpg")
     assert [source.data(unit) for unit in range(2)] == [b"photo", b"alone"]
-    assert source.digest != source_of(tmp_path / "0.tar").digest
+    assert source.left_out.to_json() == {
+        "further images of samples": {".seg.png": 1},
+        "other files of samples": {".json": 1},
+    }
+    assert source.digest != source_of(tmp_path / "0.tar", image_column="seg.png").digest
     with pytest.raises(ImageError, match="no seg.png among jpg"):
         source_of(tmp_path / "0.tar", image_column="seg.png").data(1)
 
@@ -716,7 +730,7 @@ def test_refused_tars(tmp_path):
         (
             [("a", {"jpg": b"", "json": b'{"x": 1}'}), ("b", {"json": b'{"x": "s"}'})],
             {"columns": ["json.x"]},
-            "several types",
+            "'json.x' holds numbers and text: 0.tar/b",
         ),
     ]
     for samples, options, message in cases:
@@ -726,12 +740,12 @@ def test_refused_tars(tmp_path):
     save_tar(tmp_path / "0.tar", numbered(0, 2))
     (tmp_path / "1.tar.gz").touch()
     for uri in (tmp_path, tmp_path / "1.tar.gz", tmp_path / "*.gz"):
-        with pytest.raises(UserError, match=r"1.tar.gz is compressed.*decompress it"):
+        with pytest.raises(UserError, match=r"1.tar.gz is compressed.*unpack it"):
             source_of(uri)
     with pytest.raises(UserError, match=r"there is no .*/1.tar"):
         source_of(tmp_path / "{0..2}.tar")
     (tmp_path / "x.parquet").touch()
-    with pytest.raises(UserError, match=r"holds both Parquet files \(x.parquet\) and tars \(0.tar\)"):
+    with pytest.raises(UserError, match=r"holds both tars and Parquet files; name one kind, e.g. '.*/\*\*/\*.tar'"):
         source_of(tmp_path)
     assert source_of(tmp_path / "{0..0}.tar").units == source_of(tmp_path / "?.tar").units == 2
 
@@ -802,7 +816,7 @@ def test_list_digest_changes_with_the_list(tmp_path, listed):
 
 def test_refused_lists(tmp_path):
     cases = [
-        ("a.txt", "\n\n", {}, "the list holds no paths"),
+        ("a.txt", "\n\n", {}, "a.txt: no paths in it"),
         ("a.txt", "b.jpg\na.jpg\nb.jpg\na.jpg\n", {}, "b.jpg is in row 1 and again in row 3"),
         ("a.txt", "a.jpg\nhttps://example.org/b.jpg\n", {}, "https://example.org/b.jpg: only local paths and s3://"),
         ("a.txt", "a.jpg\n", {"columns": ["caption"]}, "no column 'caption' in .*a.txt; it has path"),
@@ -812,15 +826,15 @@ def test_refused_lists(tmp_path):
         ("a.csv", "path\na.jpg\n", {"image_column": "photo"}, "no column 'photo' in"),
         ("a.csv", "path\na.jpg\n", {"id_column": "key"}, "source.id_column: no column 'key'"),
         ("a.csv", "path,id\na,x\nb,y\nc,x\n", {}, "x is in row 1 and again in row 3"),
-        ("a.csv", "path,path\na,b\n", {}, "several columns have the same name"),
+        ("a.csv", "path,path\na,b\n", {}, "several columns have one name: path"),
         ("a.csv", "path,size\na,1\n", {"columns": ["size"]}, "'size' can't be carried"),
         ("a.csv", "path,n\na,1\n,2\n", {}, "no path in row 2 of column 'path'"),
         ("a.jsonl", "{", {}, "can't be read as a list"),
         ("a.jsonl", '{"path": "a"}\n{"path": null}\n', {}, "no path in row 2"),
         ("a.jsonl", '{"path": "a", "id": null}\n', {}, "no value in row 1 of column 'id'"),
-        ("a.jsonl", '{"path": "a", "tags": [1]}\n', {"columns": ["tags"]}, "only plain values are carried"),
-        ("a.jsonl", '{"path": {"a": 1}}\n', {}, "'path' of .*a.jsonl is struct.*, not paths"),
-        ("a.jsonl", '{"path": "a", "id": [1]}\n', {}, "source.id_column: column 'id' of .*a.jsonl is list"),
+        ("a.jsonl", '{"path": "a", "tags": [1]}\n', {"columns": ["tags"]}, "only plain values of one kind are carried"),
+        ("a.jsonl", '{"path": {"a": 1}}\n', {}, "'path' of .*a.jsonl holds objects, not paths"),
+        ("a.jsonl", '{"path": "a", "id": [1]}\n', {}, "a.jsonl: column 'id' holds lists: row 1; only plain values"),
     ]
     for name, text, options, message in cases:
         (tmp_path / name).write_text(text)
@@ -914,15 +928,14 @@ def test_patterns_on_s3(kinds, tmp_path, bucket):
         ("data/tars/{0..2}.tar", "there is no s3://.*/data/tars/2.tar"),
         ("data/*.tar", "does not exist"),
         ("nowhere", "does not exist"),
-        ("data/top.jpg", "neither a folder"),
-        ("data", "holds both images .* and Parquet files .* and tars"),
+        ("data", "holds both images and tars and Parquet files"),
     ]:
         with pytest.raises(UserError, match=message):
             source_of(f"{bucket}/{pattern}")
 
 
 def test_an_empty_bucket(bucket):
-    for uri, message in [(bucket, "has no images"), (f"{bucket}/", "has no images"), (f"{bucket}/a", "does not exist")]:
+    for uri, message in [(bucket, "is empty"), (f"{bucket}/", "is empty"), (f"{bucket}/a", "does not exist")]:
         with pytest.raises(UserError, match=message):
             source_of(uri)
     with pytest.raises(UserError, match="no bucket"):
