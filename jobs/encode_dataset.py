@@ -30,5 +30,6 @@ def run(config: Section) -> None:
 if __name__ == "__main__":
     action, *rest = sys.argv[1:] or [""]
     if action in ACTIONS:
-        raise SystemExit(main(ACTIONS[action], run, rest, action))
+        switches = ("source",) if action == "verify" else ()
+        raise SystemExit(main(ACTIONS[action], run, rest, action, switches))
     raise SystemExit(main(Encode, run, switches=("append",)))

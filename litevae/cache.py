@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from litevae import storage
-from litevae.commits import committed_shards, json_bytes, mean_and_std, read_commits, read_json
+from litevae.commits import committed_shards, json_bytes, mean_and_std, merged_losses, read_commits, read_json
 from litevae.errors import UserError
 from litevae.lru_cache import LRUCache
 from litevae.shards import (
@@ -87,6 +87,11 @@ def read_plan(folder: str) -> dict[str, Any]:
 def write_listing(folder: str, number: int, listing: pa.Table) -> None:
     """Write listing `number` (counted from 1) if it does not exist yet. Of two writers, the first wins."""
     storage.put_new(storage.join(folder, "listing", f"{number:06d}.parquet"), _listing_bytes(listing))
+
+
+def replace_listing(folder: str, number: int, listing: pa.Table) -> None:
+    """Write listing `number` in the place of the one that is there; for inputs that were encoded again."""
+    storage.put(storage.join(folder, "listing", f"{number:06d}.parquet"), _listing_bytes(listing))
 
 
 def read_listings(folder: str) -> list[pa.Table]:
@@ -145,6 +150,8 @@ def write_manifest(folder: str, plan: dict[str, Any], source: dict[str, Any], ru
     if not images:
         raise UserError(f"{folder}: none of {quarantined} images could be encoded; see its quarantine/")
     reasons: dict[str, int] = {}
+    lost_values = merged_losses(commits)
+    enlarged = sum(commit.get("enlarged", 0) for commit in commits)  # images that are smaller than their views
     for commit in commits:
         for reason, count in commit.get("reasons", {}).items():
             reasons[reason] = reasons.get(reason, 0) + count
@@ -166,6 +173,8 @@ def write_manifest(folder: str, plan: dict[str, Any], source: dict[str, Any], ru
             "rows": rows,
             "quarantined": quarantined,
             "reasons": dict(sorted(reasons.items())),
+            **({"lost_values": lost_values} if lost_values else {}),
+            **({"enlarged": enlarged} if enlarged else {}),
         },
         "row_group": ROW_GROUP,
         "shards": [{key: commit[key] for key in kept if key in commit} for commit in commits],

@@ -17,6 +17,8 @@ from litevae import storage
 from litevae.errors import UserError
 from litevae.shards import LOGVAR_RANGE, VERSION, from_stored, parquet_bytes, shard_bytes
 
+EXAMPLES = 5  # values that are named of those that a column could not hold
+
 
 def commit_shard(
     folder: str,
@@ -167,3 +169,22 @@ def read_json(path: str) -> dict[str, Any]:
 def json_bytes(value: Any) -> bytes:
     """Return a commit or a plan as it is written."""
     return json.dumps(value, sort_keys=True, indent=1).encode()
+
+
+def merged_losses(commits: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """Return which values of columns could not be carried, and are null, in all of these shards.
+
+    Args:
+        commits: Commits; their `lost_values` has the number of such values (`count`) of each column, and up to
+            `EXAMPLES` of them as [id, reason] (`examples`). Commits without such values do not have the key.
+
+    Returns:
+        The same for all shards together.
+    """
+    total: dict[str, Any] = {}
+    for commit in commits:
+        for column, found in commit.get("lost_values", {}).items():
+            so_far = total.get(column, {"count": 0, "examples": []})
+            examples = [*so_far["examples"], *found["examples"]][:EXAMPLES]
+            total[column] = {"count": so_far["count"] + found["count"], "examples": examples}
+    return total

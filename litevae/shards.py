@@ -32,6 +32,7 @@ OWN_COLUMNS = pa.schema(
         pa.field("flip", pa.bool_(), nullable=False),
     ]
 )
+SOURCE_HASH = pa.field("source_sha256", pa.binary(32), nullable=False)  # of the image file's bytes; not in old caches
 SIZE_COLUMNS = ("latent_height", "latent_width")  # only in caches whose rows differ in shape
 QUARANTINE = pa.schema(
     [("unit", pa.int64()), *((name, pa.string()) for name in ("id", "source", "stage", "error", "message"))]
@@ -58,16 +59,24 @@ def latent_layout(
     return common | {"views": views, "one_shape": one_shape}
 
 
-def row_schema(carried: pa.Schema) -> pa.Schema:
+def row_schema(carried: pa.Schema, hashed: bool = False) -> pa.Schema:
     """Return the schema of a row without its latent: the cache's own columns, then those carried over from the source.
+
+    Args:
+        carried: The columns of the source.
+        hashed: Whether rows hold the SHA-256 of their image's bytes in the source, as those of new caches do.
 
     Raises:
         UserError: if a column of the source has the same name as a column of the cache.
     """
-    ours = ("id", *CONTENT_COLUMN.values(), *SIZE_COLUMNS, *OWN_COLUMNS.names)
+    own = [*OWN_COLUMNS, *([SOURCE_HASH] if hashed else [])]
+    ours = ("id", *CONTENT_COLUMN.values(), *SIZE_COLUMNS, *(field.name for field in own))
     if taken := [name for name in carried.names if name in ours]:
-        raise UserError(f"column {taken[0]!r} can't be carried: the cache has a column of that name")
-    return pa.schema([pa.field("id", pa.string(), nullable=False), *OWN_COLUMNS, *carried])
+        raise UserError(
+            f"column {taken[0]!r} can't be carried: the cache has a column of that name; rename it in the source, or "
+            f"leave it out of source.columns"
+        )
+    return pa.schema([pa.field("id", pa.string(), nullable=False), *own, *carried])
 
 
 def storage_errors(values: np.ndarray, dtype: str = "float16") -> list[str | None]:

@@ -41,7 +41,13 @@ _CEPH = _MOTO | {
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 for name in [name for name in os.environ if name.startswith("AWS_")]:  # tests must not use the developer's own stores,
     del os.environ[name]
-for name in ("MLFLOW_TRACKING_URI", "RAY_ADDRESS"):  # nor servers
+for name in (
+    "MLFLOW_TRACKING_URI",
+    "MLFLOW_EXPERIMENT_NAME",
+    "MLFLOW_EXPERIMENT_ID",
+    "MLFLOW_RUN_ID",
+    "RAY_ADDRESS",
+):  # nor are the servers
     os.environ.pop(name, None)
 os.environ.update(
     RAY_USAGE_STATS_ENABLED="0",
@@ -72,6 +78,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 @pytest.hookimpl(trylast=True)  # after -m has chosen
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Show what tests recorded by `record_property`, which reaches here from the processes of xdist, too."""
+    for report in terminalreporter.getreports("passed"):
+        for name, value in report.user_properties:
+            terminalreporter.write_line(f"{name}: {value}")
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     part, parts = map(int, config.getoption("--part").split("/"))
     items[:] = items[part - 1 :: parts]

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from PIL import Image
@@ -15,6 +16,7 @@ from litevae.autoencoder import LiteVAE, encode_latents, load_autoencoder
 from litevae.images import ImageTransform
 from litevae.shards import latent_layout
 from pipelines.data.config import Views
+from pipelines.encoding import encode, encoder, plan
 from pipelines.encoding.config import Encode
 from pipelines.encoding.encode import encode_dataset
 from pipelines.encoding.plan import CachePlan, PlannedModel, PlanSettings
@@ -34,6 +36,13 @@ def save_model(folder, seed=0, change=lambda model: None):
     change(model)
     model.save_pretrained(folder)
     return str(folder)
+
+
+def jobs_are_quick(loaded, monkeypatch) -> None:
+    """Let all jobs of a test use this loaded model, and leave what they used to Python's own collection."""
+    for module in (encoder, plan):
+        monkeypatch.setattr(module, "load_autoencoder", lambda folder: loaded)
+    monkeypatch.setattr(encode, "gc", SimpleNamespace(collect=lambda: 0))
 
 
 def cache_plan(**fields) -> CachePlan:
@@ -92,7 +101,7 @@ def encoded_crops(root, rows_per_shard):
 
 def arguments(source, model, out, *more):
     root = f"root={out}-runs" if not storage.is_remote(str(out)) else f"root={os.path.dirname(model)}/s3-runs"
-    common = ["tracking.enabled=false", "ray.gpu='no'", "ray.cpus_per_worker=1", "error_budget=0.1", root]
+    common = ["tracking.enabled=false", "ray.gpu=false", "ray.cpus_per_worker=1", "error_budget=0.1", root]
     sizes = [f"transform.resolution={SIDE}", "rows_per_shard=8", "batch_size=5", "precision=fp32"]
     return [f"source.uri={source}", f"model={model}", f"out={out}", *common, *sizes, *more]
 

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from pipelines.data.decode import decode_shard
-from pipelines.encoding import encode
+from pipelines.encoding import encode, maintenance
 from pipelines.encoding.encoder import ShardEncoder
 from pipelines.encoding.plan import CachePlan
 from pipelines.evaluation import generated, image_batches, reconstruction, sample
@@ -26,10 +26,10 @@ from pipelines.training import launch, loop
 
 @contextmanager
 def in_process() -> Iterator[None]:
-    """Run encode, sample and evaluate without Ray inside the block."""
+    """Run encode with its repair and retry, sample and evaluate without Ray inside the block."""
     with pytest.MonkeyPatch.context() as patch:
         here = SimpleNamespace(**vars(cluster) | {"start": _placement})
-        for module in (encode, sample, reconstruction, generated):
+        for module in (encode, maintenance, sample, reconstruction, generated):
             patch.setattr(module, "cluster", here)
         patch.setattr(paths, "check_folders", lambda written, read: None)
         patch.setattr(encode, "_pipeline", _Pipeline)
@@ -95,7 +95,7 @@ class _Pipeline:
     def iter_rows(self) -> Iterator[dict[str, Any]]:
         encoder = ShardEncoder(self.out, self.plan, False, self.placement.threads)
         for shard in self.shards:
-            yield encoder(decode_shard({"shard": shard}, self.plan.views))
+            yield encoder(decode_shard({"shard": shard}, self.plan.views, self.plan.hashed))
 
 
 class _Actor:

@@ -1,8 +1,8 @@
 """Config fields of encode_dataset and of its commands for an existing cache: verify, repair, retry and inspect."""
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from pipelines.data.config import Source, Views
 from pipelines.runtime.schema import Count, Fraction, Job, Positive, Section
@@ -18,6 +18,11 @@ class Encode(Job):
     model: str = Field("", description="model folder: ours, or any autoencoder's of diffusers")
     out: str = Field("", description="cache folder, local or s3://; the same folder again resumes")
     append: bool = Field(False, description="add what is new in the source to a finished cache (also: --append)")
+    changed: Literal["refuse", "keep", "encode"] = Field(
+        "refuse",
+        description="with append, what becomes of inputs that were written again since they were listed: encode: their "
+        "shards are encoded again; keep: their latents stay",
+    )
     transform: Views = Views()
     latents: Literal["moments", "mean"] = Field(
         "moments",
@@ -48,8 +53,17 @@ class Verify(Section):
     """Audit a latent cache: every image once or in quarantine, every byte as it was written."""
 
     cache: str = Field("", description="cache folder")
-    source: bool = Field(True, description="compare row ids with the source's, too; false: the cache alone")
+    source: Literal["none", "ids", "contents"] = Field(
+        "ids",
+        description="also compare the cache with its source; ids: its rows have the ids that are listed; contents: its "
+        "images are those that were encoded, which reads them all (also: --source)",
+    )
     threads: Positive = Field(8, description="shards read at a time")
+
+    @field_validator("source", mode="before")
+    @classmethod
+    def _as_switch(cls, value: Any) -> Any:
+        return {"true": "contents", "false": "none"}.get(str(value).lower(), value)
 
 
 class MaintainCache(Job):
@@ -58,10 +72,15 @@ class MaintainCache(Job):
     cache: str = Field("", description="cache folder")
     model: str = Field("", description="where the model folder is now; empty: where it was")
     source: str = Field("", description="where the source is now; empty: where it was")
+    max_pixels: Count = Field(0, description="largest image that is read, in pixels; 0: as before")
 
 
 class Repair(MaintainCache):
     """Encode the missing and damaged shards of a latent cache again, and remove files that belong to none."""
+
+    contents: bool = Field(
+        False, description="also the shards whose images in the source are others now, which reads all images"
+    )
 
 
 class Retry(MaintainCache):

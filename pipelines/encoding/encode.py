@@ -15,22 +15,26 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
+
+import numpy as np
 
 from litevae import cache, storage
 from litevae.commits import committed_shards, read_commits
 from litevae.errors import UserError, redact
 from pipelines.data.decode import Shard, ShardTask, decode_shard
 from pipelines.data.open_source import restore
+from pipelines.data.unique_ids import check_ids
 from pipelines.encoding import auto
 from pipelines.encoding.config import Encode, MaintainCache
 from pipelines.encoding.encoder import ShardEncoder
 from pipelines.encoding.listings import inputs_of, source_of
 from pipelines.encoding.partition import Partition
 from pipelines.encoding.plan import CachePlan, make_plan
-from pipelines.encoding.totals import EncodeTotals, check_budget, listed_reasons
+from pipelines.encoding.stored_ids import StoredIds
+from pipelines.encoding.totals import EncodeTotals, check_budget, listed_losses, listed_reasons
 from pipelines.runtime import cluster, host, mlflow_run, mlflow_server, paths, prometheus
 from pipelines.runtime.cluster import Placement
 from pipelines.runtime.logs import say
@@ -68,7 +72,11 @@ def encode_dataset(config: Encode) -> dict[str, Any]:
     job = plan_cache(config)
     if job.finished:
         return _summary(job.out, cache.read_manifest(job.out), config.root)
-    return encode_and_track(config, config.model_dump(mode="json"), job, job.todo())
+    done = encode_and_track(config, config.model_dump(mode="json"), job, job.todo())
+    if len(job.changed):  # only now: a run that is killed before finds the same changes again
+        for number, source in enumerate(job.partition.sources, start=1):
+            cache.replace_listing(job.out, number, source.listing)
+    return done
 
 
 @dataclass(frozen=True)
@@ -81,6 +89,7 @@ class CacheJob:
         partition: how its images are divided into shards.
         finished: whether every shard is committed and the manifest names them all.
         placement: the workers that Ray provides; None where `encode_dataset` finds a finished cache, which needs none.
+        changed: numbers of the units to encode again, because their images were written again.
     """
 
     out: str
@@ -88,11 +97,17 @@ class CacheJob:
     partition: Partition
     finished: bool
     placement: Placement | None
+    changed: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
 
     def todo(self) -> list[ShardTask]:
-        """Return a task for each shard that has no commit yet."""
+        """Return a task for each shard that has no commit yet, or that has images which were written again."""
         committed = committed_shards(self.out)
-        return [ShardTask(number) for number in range(len(self.partition)) if number not in committed]
+        again = set(self.partition.shards_of(self.changed).tolist())
+        return [
+            ShardTask(number, committed[number] + 1 if number in committed else 0, keep=number in committed)
+            for number in range(len(self.partition))
+            if number not in committed or number in again
+        ]
 
 
 def plan_cache(config: Encode) -> CacheJob:
@@ -109,17 +124,30 @@ def plan_cache(config: Encode) -> CacheJob:
     if "plan.json" not in files and not empty:
         raise UserError(f"out={config.out} is not empty and holds no latent cache; give a new or empty folder")
     before = CachePlan.read(out) if "plan.json" in files else None
-    sources, identity, new = inputs_of(config, out, before, finished="manifest.json" in files)
-    plan = make_plan(config, sources[0], identity, before)
+    inputs = inputs_of(config, out, before)
+    sources = inputs.sources
+    plan = make_plan(config, sources[0], inputs.identity, before)
     if before:
         plan.write(out)  # raises if the plan in the folder differs
-        if new is not None:
-            cache.write_listing(out, len(sources) + 1, new)
-            # The listings in the folder count: another driver may have listed more inputs, or fewer.
-            sources = [restore(listing, sources[0].uri) for listing in cache.read_listings(out)]
+    finished = "manifest.json" in files and inputs.new is None and not len(inputs.changed)
+    if finished and cache.read_manifest(out)["source"]["units"] == sum(source.units for source in sources):
+        return CacheJob(out, plan, Partition(sources, plan.rows_per_shard), finished=True, placement=None)
+    mlflow_run.check(config)
+    new = [] if inputs.new is None else [restore(inputs.new)]
+    if before:
+        known = StoredIds(out, Partition(sources, plan.rows_per_shard), inputs.changed)
+        try:
+            check_ids([known, *new])
+        except UserError as error:
+            raise UserError(f"{error}; either takes a new folder") from None
+    else:
+        check_ids([*sources, *new])
+    if inputs.new is not None:
+        cache.write_listing(out, len(sources) + 1, inputs.new)
+        # The listings in the folder count: another driver may have listed more inputs, or fewer.
+        later = cache.read_listings(out)[len(sources) :]
+        sources = [*sources, *(restore(listing, sources[0].uri) for listing in later)]
     partition = Partition(sources, plan.rows_per_shard)
-    if "manifest.json" in files and cache.read_manifest(out)["source"]["shards"] == len(partition):
-        return CacheJob(out, plan, partition, finished=True, placement=None)
     placement = cluster.start(config.ray)
     paths.check_folders({"out": out}, {"source.uri": sources[0].uri, "model": config.model})
     if not before:
@@ -127,7 +155,7 @@ def plan_cache(config: Encode) -> CacheJob:
         plan.write(out)
     if not storage.names(storage.join(out, "listing")):
         cache.write_listing(out, 1, sources[0].listing)
-    return CacheJob(out, plan, partition, finished=False, placement=placement)
+    return CacheJob(out, plan, partition, finished=False, placement=placement, changed=inputs.changed)
 
 
 def _is_empty(out: str) -> bool:
@@ -286,7 +314,7 @@ def _pipeline(plan: CachePlan, shards: Sequence[Shard], out: str, placement: Pla
         warnings.simplefilter("ignore", RayDeprecationWarning)  # there is no other way to set retries
         pixels = rows.map(
             decode_shard,
-            fn_kwargs={"views": plan.views},
+            fn_kwargs={"views": plan.views, "hashed": plan.hashed},
             compute=TaskPoolStrategy(size=min(placement.decoders, len(shards))),
             max_retries=RETRIES,
             **placement.decode_options(),
@@ -316,6 +344,8 @@ def _summary(out: str, manifest: dict[str, Any], root: str) -> dict[str, Any]:
         "rows": counts["rows"],
         "quarantined": counts["quarantined"],
         "reasons": counts["reasons"],
+        "lost_values": counts.get("lost_values", {}),
+        "enlarged": counts.get("enlarged", 0),
         "encoded_now": 0,
         "seconds": 0.0,
         "images_per_s": 0.0,
@@ -339,11 +369,14 @@ def print_summary(done: dict[str, Any]) -> dict[str, Any]:
     if "recovered" in done:
         rows["out of quarantine"] = f"{done['recovered']:,}"
     rows["quarantined"] = f"{done['quarantined']:,}{reasons}"
+    if done["enlarged"]:
+        rows["enlarged"] = f"{done['enlarged']:,} images, which are smaller than transform.resolution on a side"
     if done["encoded_now"]:
         busy = f"decoding busy {done['decode_busy']:.0%}, encoding {done['encode_busy']:.0%}"
         rows["images/s"] = f"{done['images_per_s']:.1f}, once started {done['steady_images_per_s']:.1f}  ({busy})"
     rows["latents"] = f"{shape} {latents['content']}, {latents['dtype']}, {done['bits_per_pixel']:.2f} bits per pixel"
     rows["manifest"] = f"{done['manifest']}, version {done['number']}"
     rows["run"] = done["link"]
-    say("\n" + "\n".join(f"{name:<22}{text}" for name, text in rows.items()), **done)
+    lines = [f"{name:<22}{text}" for name, text in rows.items()] + listed_losses(done["lost_values"])
+    say("\n" + "\n".join(lines), **done)
     return done

@@ -19,7 +19,7 @@ from litevae.autoencoder import (
     latent_content,
     load_autoencoder,
 )
-from litevae.commits import commit_shard, read_commit
+from litevae.commits import EXAMPLES, commit_shard, merged_losses, read_commit
 from litevae.errors import UserError
 from litevae.images import to_tensor
 from litevae.inference import prepare_for_inference
@@ -95,6 +95,8 @@ class ShardEncoder:
         """
         shard: Shard = row["shard"]
         parts, quarantine = self._storable(shard, unpack(row["rows"]), unpack(row["quarantine"]), encoded)
+        losses = [{"lost_values": _lost_values(unpack(row["lost_values"]), quarantine)}]
+        enlarged = row["enlarged"]
         if shard.task.only:
             before = read_commit(self.out, shard.task.shard, shard.task.generation - 1)
             old = read_quarantine(self.out, before)
@@ -102,7 +104,12 @@ class ShardEncoder:
             if _reasons(quarantine).equals(_reasons(old.sort_by("unit"))):
                 return before  # the retry changed nothing
             parts += self._rows_of(before)
-        table, latents = _merged_rows(parts, row_schema(shard.source.schema))
+            losses.append(before)
+            enlarged += before.get("enlarged", 0)
+        elif shard.task.keep:
+            kept, quarantine = self._kept(shard, quarantine)
+            parts += kept
+        table, latents = _merged_rows(parts, row_schema(shard.source.schema, self.plan.hashed))
         planned = self.plan.settings.batch_size
         return commit_shard(
             self.out,
@@ -115,6 +122,8 @@ class ShardEncoder:
             shard.task.generation,
             device=self.name,
             **({"batch_size": self.batch_size} if self.batch_size != planned else {}),
+            **({"lost_values": lost_values} if (lost_values := merged_losses(losses)) else {}),
+            **({"enlarged": enlarged} if enlarged else {}),
         )
 
     def _storable(
@@ -138,6 +147,20 @@ class ShardEncoder:
             good = ~np.isin(units, list(bad))
             parts.append((part.filter(pa.array(good)), to_stored(values[good], self.how["dtype"])))
         return parts, pa.concat_tables([quarantine, pa.Table.from_pylist(lost, schema=QUARANTINE)])
+
+    def _kept(self, shard: Shard, quarantine: pa.Table) -> tuple[list[Rows], pa.Table]:
+        """Return the rows that images which can't be read any more had, and the quarantine without these images."""
+        lost = quarantine.filter(pc.equal(quarantine["stage"], "read"))["unit"].combine_chunks()
+        before = self._rows_of(read_commit(self.out, shard.task.shard, shard.task.generation - 1))
+        found: list[Rows] = []
+        for rows, values in before:
+            chosen = pc.is_in(rows["unit"], value_set=lost)
+            found.append((rows.filter(chosen), values[chosen.to_numpy()]))
+        kept = pa.chunked_array([rows["unit"] for rows, _ in found], pa.int64()) if found else pa.array([], pa.int64())
+        if len(kept):
+            names = ", ".join(sorted({name for rows, _ in found for name in rows["id"].to_pylist()})[:EXAMPLES])
+            say(f"shard {shard.task.shard}: images can't be read any more and keep their latents: {names}", "WARNING")
+        return found, quarantine.filter(pc.invert(pc.is_in(quarantine["unit"], value_set=kept)))
 
     def _rows_of(self, commit: dict[str, Any]) -> list[Rows]:
         """Return the rows of a committed shard, one item per latent shape."""
@@ -252,6 +275,24 @@ def load_encoder(plan: CachePlan, device: torch.device) -> Callable[[torch.Tenso
         return found.chunk(2, dim=1)[0] if halve else found
 
     return torch.compile(latents) if plan.compile else latents
+
+
+def _lost_values(values: pa.Table, quarantine: pa.Table) -> dict[str, Any]:
+    """Return how many values of each column of the stored rows could not be carried, with examples, as a commit has it.
+
+    Args:
+        values: what `decode_shard` found.
+        quarantine: the images that have no rows.
+    """
+    found: dict[str, Any] = {}
+    absent = {*quarantine["unit"].to_pylist()}
+    for value in values.to_pylist():
+        if value["unit"] not in absent:
+            of_column = found.setdefault(value["column"], {"count": 0, "examples": []})
+            of_column["count"] += 1
+            if of_column["count"] <= EXAMPLES:
+                of_column["examples"].append([value["id"], value["reason"]])
+    return found
 
 
 def _merged_quarantine(old: pa.Table, new: pa.Table, task: ShardTask) -> pa.Table:

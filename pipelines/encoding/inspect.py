@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,12 @@ from litevae.pictures import png, reconstruction_picture
 from litevae.precision import autocast
 from litevae.shards import from_stored, read_shard
 from pipelines.data.decode import Shard, ShardTask, seed_of, transform_of
+from pipelines.data.left_out import LeftOut
 from pipelines.encoding.config import Inspect
 from pipelines.encoding.listings import open_listings
 from pipelines.encoding.partition import Partition
 from pipelines.encoding.plan import CachePlan
+from pipelines.encoding.totals import listed_losses
 from pipelines.runtime import paths, tables
 from pipelines.runtime.logs import say
 
@@ -88,10 +91,13 @@ def _print_facts(latents: cache.LatentCache) -> None:
         "model": f"{model['config'].get('_class_name')} {model['path']}, fingerprint {model['fingerprint'][:12]}",
         "transform": ", ".join(f"{key} {value}" for key, value in manifest["transform"].items()),
         "source": f"{source['kind']} {source['uri']}, {source['units']:,} inputs, digest {source['digest'][:12]}",
+        "left out": str(LeftOut.from_json(source["left_out"])) if "left_out" in source else "not counted",
         "made": f"{run.get('created')} by {run.get('job')} on {', '.join(run.get('devices', []))}, MLflow run "
         f"{run.get('tracking', {}).get('run_id')}",
     }
-    print("\n".join(f"{name:<12}{text}" for name, text in facts.items()))
+    print(
+        "\n".join([f"{name:<12}{text}" for name, text in facts.items()] + listed_losses(counts.get("lost_values", {})))
+    )
     rows = [["channel", *map(str, range(len(kept["mean"])))]]
     rows += [[name, *(f"{value:.4f}" for value in kept[name])] for name in ("mean", "std")]
     print(f"\n{tables.table(rows)}")
@@ -119,6 +125,8 @@ def _rows_of(
     for index in _spread(list(range(table.num_rows)), count):
         row = table.slice(index, 1).to_pylist()[0]
         item = shard.source.read(row["unit"] - shard.first)
+        # It was read before, with a limit that a retry may have raised.
+        transform = replace(transform, max_pixels=max(transform.max_pixels, row["height"] * row["width"]))
         pixels.append(transform.all(item.data, seed_of(plan.views, item.id))[row["view"]].pixels)
         kept.append(stored[index])
     return pixels, kept

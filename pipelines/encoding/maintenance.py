@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -18,7 +19,7 @@ from pipelines.encoding.partition import Partition
 from pipelines.encoding.plan import CachePlan
 from pipelines.encoding.totals import listed_reasons
 from pipelines.encoding.verify import audit, unnamed_files
-from pipelines.runtime import cluster, paths
+from pipelines.runtime import cluster, mlflow_run, paths
 from pipelines.runtime.logs import say
 
 
@@ -32,13 +33,18 @@ def repair(config: Repair) -> dict[str, Any]:
         UserError: if the plan or the listing is damaged, or if the model or the source is not the one of the cache.
     """
     out, plan, partition = _open(config)
-    found = audit(out, source=False)
+    found = audit(out, "contents" if config.contents else "none")
     for number, problems in found.problems.items():
         say(f"shard {number}: {problems[0]}", "WARNING", shard=number)
-    whole = not found.problems and not found.general
+    for problem in found.repeated:
+        say(f"{problem}: no repair can mend this; encode into a new folder with source.ids=unique", "WARNING")
+    for number, changes in found.changed.items():
+        say(f"shard {number}: {len(changes)} images are others now, such as {changes[0]}", "WARNING", shard=number)
+    whole = not found.problems and not found.general and not found.changed
     if whole:
         say(f"{out}: nothing to repair")
     todo = [ShardTask(number, found.generations.get(number, -1) + 1) for number in found.problems]
+    todo += [ShardTask(number, found.generations[number] + 1, keep=True) for number in found.changed]
     done = _encode_again(config, CacheJob(out, plan, partition, whole, cluster.start(config.ray)), todo)
     # Remove only files that were unnamed before, too: a new one belongs to a driver that is about to commit it.
     unnamed = sorted({*found.unnamed} & {*unnamed_files(out)})
@@ -78,7 +84,8 @@ def retry(config: Retry) -> dict[str, Any]:
 
 
 def _encode_again(config: MaintainCache, job: CacheJob, todo: Sequence[ShardTask]) -> dict[str, Any]:
-    return encode_and_track(config, asdict(job.plan.settings) | config.model_dump(mode="json"), job, todo)
+    settings = {key: value for key, value in asdict(job.plan.settings).items() if key != "left_out"}
+    return encode_and_track(config, settings | config.model_dump(mode="json"), job, todo)
 
 
 def _open(config: MaintainCache) -> tuple[str, CachePlan, Partition]:
@@ -95,4 +102,16 @@ def _open(config: MaintainCache) -> tuple[str, CachePlan, Partition]:
         plan = replace(plan, model=replace(plan.model, path=os.path.abspath(config.model)))
     if fingerprint(plan.model.path) != plan.model.fingerprint:
         raise UserError(f"{plan.model.path} is not the model that encoded {out}; give that one with model=FOLDER")
+    mlflow_run.check(config)
+    transform = plan.settings.transform | {"max_pixels": config.max_pixels or _largest(out, plan)}
+    plan = replace(plan, settings=replace(plan.settings, transform=transform))
     return out, plan, Partition(sources, plan.rows_per_shard)
+
+
+def _largest(out: str, plan: CachePlan) -> int:
+    """Return the largest limit in pixels that the cache was made with: a retry may have raised that of the plan."""
+    limits = [plan.views.max_pixels]
+    with suppress(UserError):  # an unfinished cache has no manifest
+        settings = cache.read_manifest(out).get("settings", {})
+        limits.append(settings.get("transform", {}).get("max_pixels", 0))
+    return max(limits)

@@ -41,6 +41,10 @@ class Partition:
         start, end = int(ends[index - 1]) if index else 0, int(ends[index])
         return Shard(task, self.sources[place].part(start, end), int(self._units[place]) + start)
 
+    def shards_of(self, units: np.ndarray) -> np.ndarray:
+        """Return the numbers of the shards that hold any of these units, sorted."""
+        return np.unique(np.searchsorted(np.cumsum(self.sizes), units, side="right"))
+
 
 def cut(groups: np.ndarray, size: int) -> np.ndarray:
     """Return where each shard ends, int64 (shards,): the number of the unit after its last one.

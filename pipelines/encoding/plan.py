@@ -1,7 +1,7 @@
 """The plan of a cache: which images each shard has, and everything that decides what is stored for them."""
 
 import os
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, Self
 
 from litevae import cache, storage
@@ -14,7 +14,8 @@ from litevae.autoencoder import (
 )
 from litevae.errors import UserError
 from litevae.images import ImageTransform
-from litevae.shards import latent_layout, row_schema
+from litevae.shards import SOURCE_HASH, latent_layout, row_schema
+from pipelines.data.config import Source as SourceFields
 from pipelines.data.config import Views
 from pipelines.data.decode import transform_of
 from pipelines.data.source import Source
@@ -47,12 +48,14 @@ class PlanSettings:
         batch_size: images per forward pass; "auto" until the job has examined its machine.
         error_budget: share of images, 0 to 1, that may be quarantined.
         transform: the fields of `Views`.
+        left_out: what the first listing left out, by reason and suffix; empty in plans that are older than this.
     """
 
     source: dict[str, Any]
     batch_size: int | Literal["auto"]
     error_budget: float
     transform: dict[str, Any]
+    left_out: dict[str, dict[str, int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -126,6 +129,15 @@ class CachePlan:
         cache.write_plan(out, self.to_json())
 
     @property
+    def hashed(self) -> bool:
+        """Whether rows hold the SHA-256 of their images' bytes in the source. Those of older caches do not."""
+        return self.columns.get(SOURCE_HASH.name) == str(SOURCE_HASH.type)
+
+    def described_source(self) -> dict[str, Any]:
+        """Return the settings of the source, with the defaults of fields that are newer than the plan."""
+        return SourceFields(**self.settings.source).model_dump(mode="json")
+
+    @property
     def views(self) -> Views:
         """The settings that turn images into pixels. Plans that are older than `decode` were decoded by Pillow."""
         return Views(**{"decode": "pillow"} | self.settings.transform)
@@ -159,7 +171,7 @@ def make_plan(config: Encode, source: Source, identity: dict[str, Any], before: 
         latents=latent_layout(content, DTYPES[config.dtype], transform.views, not transform.buckets),
         precision=before.precision if before and config.precision == "auto" else config.precision,
         compile=config.compile,
-        columns={field.name: str(field.type) for field in row_schema(source.schema)},
+        columns={field.name: str(field.type) for field in row_schema(source.schema, before is None or before.hashed)},
         rows_per_shard=config.rows_per_shard,
         source=identity,
         settings=PlanSettings(
@@ -167,6 +179,7 @@ def make_plan(config: Encode, source: Source, identity: dict[str, Any], before: 
             batch_size=before.settings.batch_size if before and config.batch_size == "auto" else config.batch_size,
             error_budget=config.error_budget,
             transform=config.transform.model_dump(mode="json"),
+            left_out=source.left_out.to_json(),
         ),
         kernels=kernels,
     )

@@ -112,6 +112,22 @@ def check_budget(reasons: Mapping[str, int], budget: float, out: str, total: int
         )
 
 
+def listed_losses(losses: Mapping[str, Any]) -> list[str]:
+    """Format the values that could not be carried, a text for each column.
+
+    Args:
+        losses: `lost_values` of a manifest's counts.
+    """
+    lines = []
+    for column, found in sorted(losses.items()):
+        values, are = ("value", "is") if found["count"] == 1 else ("values", "are")
+        name, reason = found["examples"][0]
+        lines.append(
+            f"column {column!r}: {found['count']:,} {values} could not be carried ({name}: {reason}) and {are} null"
+        )
+    return lines
+
+
 def listed_reasons(reasons: Mapping[str, int]) -> str:
     """Format counts by reason in alphabetical order, such as "2 corrupt, 1 empty"."""
     return ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items()))

@@ -1,22 +1,26 @@
 """Audit a latent cache: compare every byte of it with its plan, its commits and its source."""
 
+import hashlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+import pyarrow.compute as pc
 
 from litevae import cache, storage
-from litevae.commits import committed_shards, latent_statistics, mean_and_std, read_commit
+from litevae.commits import committed_shards, latent_statistics, mean_and_std, merged_losses, read_commit
 from litevae.errors import UserError
-from litevae.shards import from_stored, read_quarantine, read_shard, storage_errors
+from litevae.images import ImageError
+from litevae.shards import SOURCE_HASH, from_stored, read_quarantine, read_shard, storage_errors
 from pipelines.data.decode import Shard, ShardTask
+from pipelines.data.left_out import LeftOut
 from pipelines.encoding.config import Verify
-from pipelines.encoding.listings import open_listings
+from pipelines.encoding.listings import open_listings, source_of
 from pipelines.encoding.partition import Partition
 from pipelines.encoding.plan import CachePlan
 from pipelines.runtime.logs import say
@@ -27,7 +31,7 @@ SHOWN = 10  # problems that a message lists at most
 
 @dataclass
 class Audit:
-    """The findings of an audit. The cache is sound if `problems`, `general` and `missing` are empty.
+    """The findings of an audit. The cache is sound if `problems`, `general`, `repeated` and `missing` are empty.
 
     Attributes:
         shards: number of shards in the plan.
@@ -36,8 +40,13 @@ class Audit:
         bytes: size of the committed shards.
         generations: the newest committed generation of each committed shard.
         problems: what is wrong with each damaged shard, by shard; includes shards without a commit.
+        changed: ids of images that are others in the source than those that were encoded, by shard; like `gone`, filled
+            only if contents were compared.
+        gone: ids of images that were encoded and can't be read any more, each with the reason.
         missing: in an unfinished cache, the shards that have no commit.
         general: what is wrong with the cache as a whole.
+        repeated: ids that several images have, each as a sentence.
+        left_out: what the newest listing of the source left out.
         unnamed: files that no commit names, left behind by attempts that were not committed.
     """
 
@@ -47,8 +56,12 @@ class Audit:
     bytes: int = 0
     generations: dict[int, int] = field(default_factory=dict)
     problems: dict[int, list[str]] = field(default_factory=dict)
+    changed: dict[int, list[str]] = field(default_factory=dict)
+    gone: list[str] = field(default_factory=list)
     missing: list[int] = field(default_factory=list)
     general: list[str] = field(default_factory=list)
+    repeated: list[str] = field(default_factory=list)
+    left_out: LeftOut = field(default_factory=LeftOut)
     unnamed: list[str] = field(default_factory=list)
 
 
@@ -64,27 +77,55 @@ def verify(config: Verify) -> Audit:
     start = time.monotonic()
     found = audit(out, config.source, config.threads)
     seconds = time.monotonic() - start
-    if wrong := [*found.general, *(f"shard {n}: {text}" for n, texts in found.problems.items() for text in texts)]:
+    of_shards = [f"shard {n}: {text}" for n, texts in found.problems.items() for text in texts]
+    if wrong := [*found.general, *found.repeated, *of_shards]:
         more = f"\n  and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
         remedy = f"repair it: python jobs/encode_dataset.py repair {out}"
         if found.missing:
             remedy = "run the encode job with the same settings again; it continues where it stopped"
+        elif found.repeated and not found.problems and not found.general:
+            remedy = "ids are not unique; encode into a new folder, with another source.id_column or source.ids=unique"
         raise UserError(
             f"{out}: {len(found.problems)} of {found.shards} shards are missing or damaged; {remedy}\n  "
             + "\n  ".join(wrong[:SHOWN])
             + more
         )
+    if different := _differences_from_source(out, found):
+        raise UserError(different)
     print(f"{out}: sound")
     print(f"{'shards':<22}{found.shards:,}  ({found.bytes / 1e6:,.1f} MB, {found.bytes / 1e6 / seconds:,.0f} MB/s)")
     print(f"{'rows':<22}{found.rows:,}, each once")
     print(f"{'quarantined':<22}{found.quarantined:,}")
-    print(f"{'ids':<22}{'as in the source' if config.source else 'not compared with the source'}")
+    print(f"{'left out':<22}{found.left_out}")
+    print(f"{'ids':<22}{'as in the source' if config.source != 'none' else 'not compared with the source'}")
+    if config.source == "contents":
+        print(f"{'contents':<22}{'the images of the source are those that were encoded'}")
     if found.unnamed:
         print(f"{'left over':<22}{len(found.unnamed):,} files that no commit names; `repair` removes them")
     return found
 
 
-def audit(out: str, source: bool = True, threads: int = 8) -> Audit:
+def _differences_from_source(out: str, found: Audit) -> str:
+    """Return a message about images whose contents are others than those that were encoded, or nothing."""
+    texts = []
+    if changed := [name for _, names in sorted(found.changed.items()) for name in names]:
+        texts.append(
+            f"{len(changed):,} images are others than those that were encoded ({_examples(changed)}); encode their "
+            f"shards again: python jobs/encode_dataset.py repair {out} contents=true"
+        )
+    if found.gone:
+        texts.append(
+            f"{len(found.gone):,} images can't be read any more, and keep their latents ({_examples(found.gone)}); "
+            f"bring them back, or compare without them by source=ids"
+        )
+    return "\n  ".join([f"{out} is sound, but not what its source is now:", *texts]) if texts else ""
+
+
+def _examples(names: Sequence[str]) -> str:
+    return ", ".join(names[:SHOWN]) + (" ..." if len(names) > SHOWN else "")
+
+
+def audit(out: str, source: Literal["none", "ids", "contents"] = "ids", threads: int = 8) -> Audit:
     """Read every shard of a cache and check it.
 
     The checks are: the file, its size, its SHA-256, the checksums of its pages, and its columns; every unit of the plan
@@ -93,11 +134,13 @@ def audit(out: str, source: bool = True, threads: int = 8) -> Audit:
 
     Args:
         out: the cache folder.
-        source: whether to compare the ids with those of the source too, which must be where it was.
+        source: what else to compare: "ids" with those of the source; "contents", the SHA-256 of each image that was
+            encoded with that of the image in the source, too. The source must be where it was.
         threads: number of shards to read at a time.
 
     Raises:
-        UserError: if the folder is not a cache, or if its plan or listing is damaged.
+        UserError: if the folder is not a cache, or if its plan or listing is damaged; or if it is so old that it does
+            not hold the SHA-256 of its images.
     """
     files = storage.names(out)
     if "plan.json" not in files:
@@ -105,15 +148,27 @@ def audit(out: str, source: bool = True, threads: int = 8) -> Audit:
     plan, sources = CachePlan.read(out), open_listings(out)
     if not sources:
         raise UserError(f"{out} is unfinished: its source was not listed yet; run the encode job again")
+    if source == "contents" and not plan.hashed:
+        raise UserError(
+            f"{out} was begun by an older version, which did not note the contents of images; compare only the ids "
+            f"with source=ids"
+        )
     partition = Partition(sources, plan.rows_per_shard)
-    found = Audit(len(partition), generations=committed_shards(out))
+    found = Audit(len(partition), generations=committed_shards(out), left_out=sources[-1].left_out)
     if "manifest.json" not in files and not storage.names(storage.join(out, "manifests")):
         found.missing = [number for number in range(len(partition)) if number not in found.generations]
 
     def check(number: int) -> tuple[dict[str, Any], list[str], np.ndarray]:
         if number not in found.generations:
             return {}, ["has no commit"], np.empty(0, np.int64)
-        return _check_shard(out, plan, partition.shard(ShardTask(number)), found.generations[number], source)
+        shard, generation = partition.shard(ShardTask(number)), found.generations[number]
+        checked = _check_shard(out, plan, shard, generation, source != "none")
+        if source == "contents" and not checked[1]:
+            changed, gone = _compare_contents(out, plan, shard, checked[0])
+            found.gone += gone
+            if changed:
+                found.changed[number] = changed
+        return checked
 
     commits, keys = [], []
     with ThreadPoolExecutor(threads) as pool:
@@ -125,9 +180,9 @@ def audit(out: str, source: bool = True, threads: int = 8) -> Audit:
                 found.rows, found.quarantined = found.rows + commit["rows"], found.quarantined + commit["quarantined"]
                 found.bytes += commit.get("bytes", 0)
             keys.append(ids)
-    found.general += _duplicates(out, plan, commits, np.concatenate(keys))
+    found.repeated = _duplicates(out, plan, commits, np.concatenate(keys))
     if not found.problems:
-        found.general += _check_manifest(out, commits)
+        found.general += _check_manifest(out, commits, source_of(partition))
     found.unnamed = unnamed_files(out)
     return found
 
@@ -187,6 +242,24 @@ def _check_shard(
     return commit, problems, keys
 
 
+def _compare_contents(out: str, plan: CachePlan, shard: Shard, commit: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """Compare the images of a sound shard with those of the source; see `Audit.changed` and `Audit.gone`."""
+    changed: list[str] = []
+    gone: list[str] = []
+    rows, _ = read_shard(out, commit, plan.latents) if commit["rows"] else (None, [])
+    if rows is None:
+        return changed, gone
+    for row in rows.filter(pc.equal(rows["view"], 0)).select(["unit", "id", SOURCE_HASH.name]).to_pylist():
+        try:
+            data = shard.source.data(row["unit"] - shard.first)
+        except ImageError as error:
+            gone.append(f"{row['id']}: {error}")
+            continue
+        if hashlib.sha256(data).digest() != row[SOURCE_HASH.name]:
+            changed.append(row["id"])
+    return changed, gone
+
+
 def _fp32(values: np.ndarray, how: dict[str, Any]) -> np.ndarray:
     return from_stored(values, how["dtype"]).float().numpy()
 
@@ -211,8 +284,8 @@ def _duplicates(out: str, plan: CachePlan, commits: list[dict[str, Any]], keys: 
     return found
 
 
-def _check_manifest(out: str, commits: list[dict[str, Any]]) -> list[str]:
-    """Return what is wrong with the manifest, compared with the commits of all shards."""
+def _check_manifest(out: str, commits: list[dict[str, Any]], source: dict[str, Any]) -> list[str]:
+    """Return what is wrong with the manifest, compared with the commits of all shards and with the listings."""
     try:
         manifest = cache.read_manifest(out)
     except storage.Unavailable:
@@ -227,6 +300,11 @@ def _check_manifest(out: str, commits: list[dict[str, Any]]) -> list[str]:
             problems.append(f"{out}/manifest.json: shard {shard['shard']} has another {wrong[0]} than its commit")
     if len(manifest["shards"]) != len(commits):
         problems.append(f"{out}/manifest.json has {len(manifest['shards'])} shards; {len(commits)} are committed")
+    for key in ("units", "seen", "left_out"):  # manifests that are older than the count of what is left out lack it
+        if manifest["source"].get(key, source[key]) != source[key]:
+            problems.append(f"{out}/manifest.json: its source has another {key} than the listings")
+    if manifest["counts"].get("lost_values", {}) != merged_losses(commits):
+        problems.append(f"{out}/manifest.json: its values that could not be carried are not those of its shards")
     mean, std = mean_and_std(commit["statistics"] for commit in commits if commit["rows"])
     if not np.allclose([mean, std], [manifest["latents"]["mean"], manifest["latents"]["std"]], rtol=1e-9):
         problems.append(f"{out}/manifest.json: its mean and std are not those of its shards")

@@ -398,7 +398,8 @@ def test_a_batch_too_large_for_the_memory_is_halved(few, model, tmp_path):
         return forward(batch)
 
     encoder._forward = limited
-    row = decode.decode_shard({"shard": Partition([source], 8).shard(decode.ShardTask(0))}, settings.transform)
+    shard = Partition([source], 8).shard(decode.ShardTask(0))
+    row = decode.decode_shard({"shard": shard}, settings.transform, plan.hashed)
     done = encoder(row)
     assert not done["error"]
     assert sizes == [8, 4, 2, 2, 2]

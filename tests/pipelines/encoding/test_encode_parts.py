@@ -22,6 +22,7 @@ from litevae.shards import QUARANTINE, latent_layout, read_quarantine, read_shar
 from pipelines.data import decode
 from pipelines.data.config import Views
 from pipelines.data.decode import Lost, Shard, ShardTask
+from pipelines.data.left_out import LeftOut
 from pipelines.data.source import Item
 from pipelines.encoding import encode, maintenance, totals
 from pipelines.encoding.config import Encode, Retry
@@ -45,6 +46,7 @@ class Listed:
 
     def __init__(self, groups, first=0):
         self.groups, self.first = np.array(groups), first
+        self.left_out = LeftOut.from_json({"hidden": {".jpg": 2}})
         self.units = int(self.groups.sum())
         self.identity = {"kind": "folder", "uri": "/photos", "digest": "d1", "units": self.units}
 
@@ -103,9 +105,13 @@ def test_what_is_listed_is_one_source():
     assert source_of(Partition([one], 2)) == {
         "kind": "folder", "uri": "/photos", "digest": "d1", "units": 5, "shards": 3,
         "listings": [{"uri": "/photos", "digest": "d1", "units": 5}],
+        "seen": 7, "left_out": {"hidden": {".jpg": 2}},
     }  # fmt: skip
+    one.left_out.add("hidden", ".jpg", 9)
+    two.left_out.add("hidden", ".jpg", 4)  # of each listing it is all that is left out by then
     both = source_of(Partition([one, two], 2))
     assert (both["units"], both["shards"]) == (8, 5)
+    assert (both["seen"], both["left_out"]) == (14, {"hidden": {".jpg": 6}})
     assert both["digest"] == hashlib.sha256(b"d1\nd2").hexdigest()
     assert [(listing["digest"], listing["units"]) for listing in both["listings"]] == [("d1", 5), ("d2", 3)]
 
@@ -278,9 +284,16 @@ def lost(*pairs, first=20):
     return pa.Table.from_pylist(rows, schema=QUARANTINE)
 
 
-def row_of(rows, quarantine, task=None):
+def row_of(rows, quarantine, task=None, values=(), enlarged=0):
+    """`values`: (unit, column, reason) of each value that could not be carried"""
     shard = Shard(task or ShardTask(3), Listed([1] * 8), 20)
-    return {"shard": shard, "rows": decode.pack(rows), "quarantine": decode.pack(quarantine)}
+    listed = [{"unit": unit, "id": f"i{unit}", "column": column, "reason": why} for unit, column, why in values]
+    tables = {
+        "rows": rows,
+        "quarantine": quarantine,
+        "lost_values": pa.Table.from_pylist(listed, schema=decode.LOST_VALUES),
+    }
+    return {"shard": shard, "enlarged": enlarged, **{name: decode.pack(table) for name, table in tables.items()}}
 
 
 def latents(count, start=0.0, channels=2, side=1):
@@ -318,18 +331,38 @@ def test_a_retry_keeps_rows_and_the_rest_of_the_quarantine(tmp_path):
     parts = [(np.array([0, 2, 3]), latents(3)), (np.array([1]), latents(1, 9, side=2))]
     quarantine = lost((21, "corrupt"), (23, "missing"), (24, "missing"), (26, "empty"))
     how = encoder.how = latent_layout("moments", "float16", one_shape=False)
-    first = encoder._commit(row_of(rows, quarantine), parts)
+    first = encoder._commit(row_of(rows, quarantine, enlarged=2), parts)
     again = ShardTask(3, 1, (23, 24))
     same = encoder._commit(row_of(numbered(20, 0), lost((23, "missing"), (24, "missing")), again), [])
     assert same == first
     assert committed_shards(str(tmp_path)) == {3: 0}
-    second = encoder._commit(row_of(numbered(23, 1), lost((24, "empty")), again), [(np.array([0]), latents(1, 50))])
+    retried = row_of(numbered(23, 1), lost((24, "empty")), again, enlarged=1)
+    second = encoder._commit(retried, [(np.array([0]), latents(1, 50))])
     assert (second["generation"], second["rows"], second["quarantined"]) == (1, 5, 3)
+    assert (first["enlarged"], second["enlarged"]) == (2, 3)
     assert second["reasons"] == {"corrupt": 1, "empty": 2}
     kept, stored = read_shard(str(tmp_path), second, how)
     assert kept["unit"].to_pylist() == [20, 23, 25, 27, 22]
     assert [part[:, 0, 0, 0].tolist() for part in stored] == [[0, 50, 1, 2], [9]]
     assert read_quarantine(str(tmp_path), second)["unit"].to_pylist() == [21, 24, 26]
+
+
+def test_values_that_could_not_be_carried_are_counted_over_generations(tmp_path):
+    encoder, _ = encoder_of(tmp_path)
+    moments = latents(7)
+    moments[6, 0] = np.nan  # unit 27 has no row, so nothing of it counts
+    values = [(unit, "text", f"why {unit}") for unit in range(20, 28)] + [(22, "cls", "other")]
+    first = encoder._commit(row_of(numbered(21, 7), lost((20, "missing")), values=values), [(np.arange(7), moments)])
+    assert first["lost_values"] == {
+        "text": {"count": 6, "examples": [[f"i{unit}", f"why {unit}"] for unit in range(21, 26)]},
+        "cls": {"count": 1, "examples": [["i22", "other"]]},
+    }
+    again = row_of(numbered(20, 1), lost(), ShardTask(3, 1, (20,)), [(20, "cls", "new")])
+    second = encoder._commit(again, [(np.array([0]), latents(1))])
+    assert second["lost_values"]["text"] == first["lost_values"]["text"]
+    assert second["lost_values"]["cls"] == {"count": 2, "examples": [["i20", "new"], ["i22", "other"]]}
+    whole = encoder._commit(row_of(numbered(20, 8), lost(), ShardTask(3, 2)), [(np.arange(8), latents(8))])
+    assert "lost_values" not in whole
 
 
 def test_rows_are_in_the_order_of_units_and_views():
@@ -414,10 +447,11 @@ def test_a_plan_says_all_that_decides_on_bytes(model, tmp_path):
     assert plan.transform == decode.transform_of(config.transform).identity | {"seed": 9}
     assert plan.latents == latent_layout("mean", "bfloat16", 4)
     assert (plan.precision, plan.compile, plan.kernels, plan.rows_per_shard) == ("fp32", False, "torch", 7)
-    assert plan.columns == {field.name: str(field.type) for field in ROWS}
+    assert plan.columns == {field.name: str(field.type) for field in ROWS} | {"source_sha256": "fixed_size_binary[32]"}
     assert asdict(plan.settings) == {
-        "source": {"uri": "/photos", "split": "", "image_column": "image", "id_column": "id", "columns": []},
+        "source": config.source.model_dump(mode="json") | {"uri": "/photos"},
         "batch_size": 3, "error_budget": 0.25, "transform": config.transform.model_dump(mode="json"),
+        "left_out": {"hidden": {".jpg": 2}},
     }  # fmt: skip
     buckets = {"resolution": 64, "buckets": True, "bucket_step": 32}
     plan, _ = planned("/photos", model, transform=buckets, kernels="native", dtype="fp32")
@@ -642,6 +676,7 @@ def test_a_summary_is_of_the_manifest():
     found = encode._summary("/c/out", manifest | {"digest": "abc", "number": 3}, "runs")
     assert found == {
         "images": 5, "rows": 10, "quarantined": 2, "reasons": {"empty": 2}, "encoded_now": 0, "seconds": 0.0,
+        "lost_values": {}, "enlarged": 0,
         "images_per_s": 0.0, "steady_images_per_s": 0.0, "bits_per_pixel": 2.0, "shape": [8, 4, 4], "latents": latents,
         "digest": "abc", "number": 3, "manifest": "/c/out/manifest.json", "link": "/c/out/metrics.jsonl",
     }  # fmt: skip
@@ -650,6 +685,8 @@ def test_a_summary_is_of_the_manifest():
 def test_what_is_printed_of_a_run(capsys):
     done = {
         "images": 5, "rows": 10, "quarantined": 2, "reasons": {"empty": 2}, "encoded_now": 4, "images_per_s": 12.34,
+        "enlarged": 1_001,
+        "lost_values": {"text": {"count": 1_002, "examples": [["i3", "not UTF-8"]]}},
         "steady_images_per_s": 23.45, "decode_busy": 0.25, "encode_busy": 0.5, "bits_per_pixel": 2.0,
         "shape": [8, 4, 4], "latents": {"content": "moments", "dtype": "float16"},
         "manifest": "m.json", "number": 3, "link": "run",
@@ -659,10 +696,12 @@ def test_what_is_printed_of_a_run(capsys):
     for line in (
         "images encoded        5  (4 in this run)",
         "quarantined           2  (2 empty)",
+        "enlarged              1,001 images, which are smaller than transform.resolution on a side",
         "images/s              12.3, once started 23.4  (decoding busy 25%, encoding 50%)",
         "latents               8 x 4 x 4 moments, float16, 2.00 bits per pixel",
         "manifest              m.json, version 3",
         "run                   run",
+        "column 'text': 1,002 values could not be carried (i3: not UTF-8) and are null",
     ):
         assert line in shown
     assert "out of quarantine" not in shown

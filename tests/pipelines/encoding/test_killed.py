@@ -351,7 +351,7 @@ def test_append_repair_and_retry_survive_what_is_killed(model, tmp_path):
         return start_job(photos, model, out, *sizes, "--append", **options)
 
     def mend(action, out, options):
-        common = ["tracking.enabled=false", "ray.gpu='no'", "ray.cpus_per_worker=1", f"root={tmp_path}/runs"]
+        common = ["tracking.enabled=false", "ray.gpu=false", "ray.cpus_per_worker=1", f"root={tmp_path}/runs"]
         return subprocess.Popen([sys.executable, JOB, action, out, *common], stderr=subprocess.STDOUT, **options)
 
     def sound(out):

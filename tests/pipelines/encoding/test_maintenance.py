@@ -15,6 +15,7 @@ from PIL import Image
 from litevae import cache, shards, storage
 from litevae.autoencoder import load_autoencoder
 from litevae.cache import LatentCache
+from litevae.commits import committed_shards, read_commits
 from litevae.errors import UserError
 from pipelines.data import decode
 from pipelines.encoding import inspect, maintenance, verify
@@ -159,7 +160,7 @@ DAMAGES = {
 def test_damage_is_found(copy, damage):
     damage(copy, 3)
     with pytest.raises(UserError, match=DAMAGES[damage]) as error:
-        verify.verify(Verify(cache=str(copy / "cache"), source=False))
+        verify.verify(Verify(cache=str(copy / "cache"), source="none"))
     assert "1 of 6 shards are missing or damaged; repair it: python jobs/encode_dataset.py" in str(error.value)
 
 
@@ -176,7 +177,7 @@ def test_damage_is_repaired(made, copy, damages):
     assert shard_bytes(copy / "cache") == shard_bytes(made / "cache")
     after = files_of(copy / "cache")
     assert all(after[file] == before[file] for file in before.keys() & after.keys())
-    found = verify.verify(Verify(cache=str(copy / "cache"), source=False))
+    found = verify.verify(Verify(cache=str(copy / "cache"), source="none"))
     assert not found.unnamed
     assert LatentCache(copy / "cache").manifest["digest"] == LatentCache(made / "cache").manifest["digest"]
 
@@ -221,23 +222,23 @@ def test_ids_are_compared_with_the_source(copy):
 def test_an_id_twice_is_found(copy):
     rename_a_row(copy, 3, "cats/001.png")
     with pytest.raises(UserError, match="id 'cats/001.png' is there more than once"):
-        verify.verify(Verify(cache=str(copy / "cache"), source=False))
+        verify.verify(Verify(cache=str(copy / "cache"), source="none"))
 
 
 @pytest.mark.usefixtures("in_process")
 def test_a_lost_or_wrong_manifest_is_written_again(made, copy):
     (copy / "cache/manifest.json").unlink()
     with pytest.raises(UserError, match="unfinished"):
-        verify.verify(Verify(cache=str(copy / "cache"), source=False))
+        verify.verify(Verify(cache=str(copy / "cache"), source="none"))
     maintenance.repair(mend(Repair, copy, made))
-    verify.verify(Verify(cache=str(copy / "cache"), source=False))
+    verify.verify(Verify(cache=str(copy / "cache"), source="none"))
     manifest = json.loads((copy / "cache/manifest.json").read_text())
     manifest["latents"]["std"][0] *= 2
     (copy / "cache/manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match=r"its digest is not that of its content(.|\n)*mean and std are not those"):
-        verify.verify(Verify(cache=str(copy / "cache"), source=False))
+        verify.verify(Verify(cache=str(copy / "cache"), source="none"))
     maintenance.repair(mend(Repair, copy, made))
-    verify.verify(Verify(cache=str(copy / "cache"), source=False))
+    verify.verify(Verify(cache=str(copy / "cache"), source="none"))
 
 
 @pytest.mark.usefixtures("in_process")
@@ -248,12 +249,12 @@ def test_left_over_files_are_removed(made, copy):
     fresh = copy / "cache/commits/.tmp-456"  # perhaps of a driver that is at work
     fresh.write_bytes(b"half")
     (copy / "cache/shards/000001-attempt.parquet").write_bytes(b"killed before the commit")
-    found = verify.verify(Verify(cache=str(copy / "cache"), source=False))
+    found = verify.verify(Verify(cache=str(copy / "cache"), source="none"))
     assert found.unnamed == ["shards/000001-attempt.parquet", "shards/.tmp-123"]
     maintenance.repair(mend(Repair, copy, made))
     assert not stale.exists()
     assert fresh.exists()
-    assert verify.audit(str(copy / "cache"), source=False).unnamed == []
+    assert verify.audit(str(copy / "cache"), "none").unnamed == []
 
 
 @pytest.mark.usefixtures("in_process")
@@ -291,13 +292,37 @@ def test_retry_gives_what_would_have_been(made, copy):
     assert (done["recovered"], done["quarantined"], done["reasons"]) == (1, 1, {"empty": 1})
     after = files_of(copy / "cache")
     assert len(after.keys() - before.keys()) == 2  # a shard and its commit; the empty file's stayed as they were
-    verify.verify(Verify(cache=str(copy / "cache"), source=False))
+    verify.verify(Verify(cache=str(copy / "cache"), source="none"))
     fresh = config(copy / "photos", str(made / "model"), copy / "fresh")
     encode_dataset(fresh)
     assert shard_bytes(copy / "cache") == shard_bytes(copy / "fresh")
     again = maintenance.retry(mend(Retry, copy, made))
     assert (again["recovered"], again["number"]) == (0, 3)  # nothing new: no new version
     assert len(LatentCache(copy / "cache", version=1)) == 45
+
+
+@pytest.mark.usefixtures("in_process")
+def test_a_larger_limit_takes_what_was_too_large(made, copy):
+    """Photos are 60 pixels wide and 40 to 49 high."""
+    model, out, limit = str(made / "model"), copy / "small", 60 * 45
+    done = encode_dataset(config(copy / "photos", model, out, f"transform.max_pixels={limit}", "error_budget=0.9"))
+    large = done["reasons"]["too_large"]
+    assert 0 < large < 45
+    commits = [*read_commits(str(out), committed_shards(str(out)))]
+    lost = [row for commit in commits for row in shards.read_quarantine(str(out), commit).to_pylist()]
+    text = next(row["message"] for row in lost if row["error"] == "too_large")
+    assert f"above the limit of {limit:,}" in text
+    assert "retry: max_pixels" in text
+    shutil.rmtree(copy / "cache")
+    out.rename(copy / "cache")
+    assert maintenance.retry(mend(Retry, copy, made, reasons=["too_large"]))["recovered"] == 0
+    done = maintenance.retry(mend(Retry, copy, made, reasons=["too_large"], max_pixels=60 * 49))
+    assert (done["recovered"], done["images"]) == (large, 45)
+    assert shard_bytes(copy / "cache") == shard_bytes(made / "cache")
+    inspect.inspect(Inspect(cache=str(copy / "cache"), out=str(copy / "seen"), source=str(copy / "photos")))
+    lose_a_shard(copy, 1)
+    assert maintenance.repair(mend(Repair, copy, made))["images"] == 45  # the limit of the retry still counts
+    assert shard_bytes(copy / "cache") == shard_bytes(made / "cache")
 
 
 # --- append ---------------------------------------------------------------------------------------------------
@@ -313,12 +338,14 @@ def test_append_adds_what_is_new(made, tmp_path, capsys):
     (photos / "birds").mkdir()  # sorts before cats: labels must not move
     for n, photo in enumerate(crops(10)):
         photo.save(photos / ("birds" if n % 2 else "cats") / f"new-{n}.png")
+    written = (photos / "dogs/000.png").stat().st_mtime_ns
     (photos / "dogs/000.png").write_bytes(b"")  # would show if it were read again ... but its size tells
-    with pytest.raises(UserError, match=r"1 inputs of .* have changed since they were listed .*dogs/000.png"):
+    with pytest.raises(UserError, match=r"1 files of .* were written again since they were listed \(dogs/000.png\)"):
         encode_dataset(config(photos, model, out, "append=true"))
     shutil.copy(made / "photos/dogs/000.png", photos / "dogs/000.png")
+    os.utime(photos / "dogs/000.png", ns=(written, written))
     assert encode_dataset(config(photos, model, out))["images"] == 45
-    assert "10 inputs new, 0 changed, 0 gone; --append adds what is new" in capsys.readouterr().out
+    assert "10 inputs new, 0 files changed, 0 gone; --append adds what is new" in capsys.readouterr().out
     (photos / "dogs/002.png").unlink()  # gone, and not missed
     done = encode_dataset(config(photos, model, out, "append=true"))
     assert (done["images"], done["encoded_now"], done["number"]) == (55, 10, 2)
@@ -351,10 +378,10 @@ def test_another_driver_has_listed_other_inputs(made, copy, monkeypatch):
     monkeypatch.setattr(cache, "write_listing", second)
     done = encode_dataset(config(copy / "photos", str(made / "model"), copy / "cache", "append=true"))
     assert (done["encoded_now"], done["images"]) == (1, 46)
-    verify.verify(Verify(cache=str(copy / "cache"), source=False))
+    verify.verify(Verify(cache=str(copy / "cache"), source="none"))
     done = encode_dataset(config(copy / "photos", str(made / "model"), copy / "cache", "append=true"))
     assert (done["encoded_now"], done["images"]) == (1, 47)
-    verify.verify(Verify(cache=str(copy / "cache"), source=False))
+    verify.verify(Verify(cache=str(copy / "cache"), source="none"))
 
 
 @pytest.mark.usefixtures("in_process")

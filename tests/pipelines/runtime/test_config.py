@@ -199,6 +199,9 @@ def test_presets_that_are_no_presets(tmp_path):
     (tmp_path / "code.yaml").write_text("name: !!python/object/apply:os.getcwd []")
     with pytest.raises(UserError, match="not valid YAML"):
         load(TrainVAE, str(tmp_path / "code.yaml"))
+    (tmp_path / "latin.yaml").write_bytes(b"root: /data/caf\xe9\n")
+    with pytest.raises(UserError, match="not valid YAML: .*x00e9(?s:.*); save it as UTF-8$"):
+        load(TrainVAE, str(tmp_path / "latin.yaml"))
 
 
 RECIPES = [
