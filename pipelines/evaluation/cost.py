@@ -88,6 +88,7 @@ def complexity(cfg: config.EvaluateComplexity) -> dict[str, Any]:
     """
     out = paths.output_path("out", cfg.out)
     plans = list(_plans(cfg))
+    mlflow_run.check(cfg)
     placement = cluster.start(cfg.ray.model_copy(update={"workers": 1}))
     with mlflow_run.tracked_run(cfg, "evaluate", os.path.basename(out), out) as (tracker, run):
         found: dict[str, dict[str, float]] = {}

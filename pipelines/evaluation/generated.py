@@ -128,12 +128,13 @@ def samples(cfg: config.EvaluateSamples) -> dict[str, Any]:
     drawn = _drawn(cfg)
     reference = _set(
         open_source(cfg.source),
-        ImageTransform(cfg.transform.resolution, cfg.transform.resize),
+        ImageTransform(cfg.transform.resolution, cfg.transform.resize, max_pixels=cfg.transform.max_pixels),
         cfg.reference_images,
         cfg.pr_images,
         "reference_images",
     )
 
+    mlflow_run.check(cfg)
     placement = cluster.start(cfg.ray)
     with mlflow_run.tracked_run(cfg, "evaluate", os.path.basename(out), out) as (tracker, run):
         uri = reference.source.uri

@@ -218,6 +218,7 @@ def evaluate(cfg: config.Evaluate) -> dict[str, Any]:
     judges = MetricSuite(cfg)
     remarks = list(judges.remarks)
 
+    mlflow_run.check(cfg)
     placement = cluster.start(cfg.ray)
     paths.check_folders({}, {"source.uri": source.uri, "model": cfg.model})
     with mlflow_run.tracked_run(cfg, "evaluate", os.path.basename(out), out) as (tracker, run):
@@ -243,7 +244,7 @@ def evaluate(cfg: config.Evaluate) -> dict[str, Any]:
         found = _artefact_and_imbalance_scores(cfg, total, factor, actors[0], remarks)
         if cfg.mmd_images:
             found += _mmd(cfg, total, latent_content(model) == "moments")
-        transform = ImageTransform(side, cfg.transform.resize)
+        transform = ImageTransform(side, cfg.transform.resize, max_pixels=cfg.transform.max_pixels)
         summary: dict[str, Any] = {
             "model": cfg.model,
             "fingerprint": fingerprint(cfg.model),
@@ -398,7 +399,7 @@ def _measure(
     def measure(actor: Any, read: Any, batches: list[Sequence[int]]) -> Any:
         return actor.measure.remote(read, [sum(unit in shown for unit in batch) for batch in batches], whole)
 
-    transform = ImageTransform(pixels, cfg.transform.resize)
+    transform = ImageTransform(pixels, cfg.transform.resize, max_pixels=cfg.transform.max_pixels)
     total = Total(judges.networks)
     progress = Progress("evaluate" if whole else f"evaluate at {pixels} px", cfg.images, 0, sys.stderr.isatty())
     for parts in image_batches.process_batches(

@@ -113,6 +113,7 @@ def sample(cfg: config.Sample) -> dict[str, Any]:
     pieces = _pieces(cfg, out)
     missing = _missing(pieces, plan, out)
 
+    mlflow_run.check(cfg)
     placement = cluster.start(cfg.ray)
     paths.check_folders({"out": out}, {"model": cfg.model})
     storage.put_new(storage.join(out, "sampling.json"), _json(plan.to_json()))

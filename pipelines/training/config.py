@@ -4,7 +4,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from pipelines.data.config import DECODE, Decode, Source
+from litevae.image_metadata import MAX_PIXELS
+from pipelines.data.config import DECODE, LARGEST, Decode, Source
 from pipelines.runtime.schema import Count, Fraction, Job, Positive, Section, Weight
 
 
@@ -169,6 +170,7 @@ class TrainData(Section):
     )
     crop: Literal["random", "center"] = Field("random", description="training crop; validation is always centred")
     decode: Decode = Field("fast", description=f"{DECODE}; validation is always by Pillow")
+    max_pixels: Positive = Field(MAX_PIXELS, description=LARGEST)
     flip: bool = Field(True, description="mirror half of the training images")
     loaders: Count = Field(2, description="decoding threads a worker; 0: between the steps")
     max_bad: Fraction = Field(0.01, description="share of unreadable images that is skipped; above it training stops")
@@ -271,6 +273,7 @@ class OnlineData(Section):
         "shorter", description="shorter side to the resolution before the crop; none: crop the original pixels"
     )
     decode: Decode = Field("fast", description=DECODE)
+    max_pixels: Positive = Field(MAX_PIXELS, description=LARGEST)
     crop: Literal["center", "random"] = Field("center", description="random: online only, another one each time")
     flip: bool = Field(False, description="mirror half of the images; online only")
     loaders: Count = Field(2, description="decoding threads a worker; 0: between the steps")

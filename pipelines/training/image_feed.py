@@ -62,6 +62,10 @@ class Images:
         for _ in range(self._source.units):
             try:
                 item = self._source.read(row)
+                if item.lost:  # else an image of a class would be taken for one without
+                    raise ImageError(
+                        "unreadable", "; ".join(f"column {name!r}: {why}" for name, why in item.lost.items())
+                    )
                 pixels = self._transform(item.data, seed=seed_for(self._seed, position)).pixels
                 return Picture(item.id, pixels, item.columns)
             except ImageError as error:

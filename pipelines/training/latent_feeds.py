@@ -58,7 +58,9 @@ class LatentBatch:
 def training_transform(config: TrainLDM) -> ImageTransform:
     """Return the image transform for training that `config.data` describes."""
     data = config.data
-    return ImageTransform(data.resolution, data.resize, data.crop, data.flip, decode=data.decode)
+    return ImageTransform(
+        data.resolution, data.resize, data.crop, data.flip, decode=data.decode, max_pixels=data.max_pixels
+    )
 
 
 def labels_of(values: Sequence[Any], config: TrainLDM) -> Tensor | None:
@@ -196,7 +198,7 @@ class EncodingFeed(Feed):
         if hasattr(self, "mean"):
             return
         data, source = self.config.data, self.source
-        centred = ImageTransform(data.resolution, data.resize, decode=data.decode)
+        centred = ImageTransform(data.resolution, data.resize, decode=data.decode, max_pixels=data.max_pixels)
         # Images are taken in runs of neighbours, since a row group is read as a whole. The sums are the same for any
         # number of workers, because the runs are the same and are added in the same order.
         count = -(-min(data.calibrate, source.units) // CHUNK)

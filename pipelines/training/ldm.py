@@ -32,6 +32,7 @@ from litevae.precision import autocast
 from pipelines.data.config import Views
 from pipelines.data.open_source import open_source
 from pipelines.data.source import Source
+from pipelines.data.unique_ids import check_ids
 from pipelines.encoding import encode
 from pipelines.encoding.config import Encode
 from pipelines.runtime import cluster, mlflow_run, paths
@@ -46,8 +47,9 @@ from pipelines.training.write_through import WriteThroughFeed
 # Fields that may differ when a run resumes. `images` may only grow.
 MAY_CHANGE = (
     "root", "ray", "images", "vae", "cache_version", "cache_local", "sample_images", "sample_steps", "sample_guidance",
-    "checkpointing", "data.loaders", "data.max_bad", "data.calibrate", "optim.lr", "optim.clip", "loop.precision",
-    "loop.val_every", "loop.checkpoint_every", "loop.keep", "loop.log_every", "loop.max_restarts", "loop.max_skipped",
+    "checkpointing", "data.loaders", "data.max_bad", "data.max_pixels", "data.calibrate", "optim.lr", "optim.clip",
+    "loop.precision", "loop.val_every", "loop.checkpoint_every", "loop.keep", "loop.log_every", "loop.max_restarts",
+    "loop.max_skipped",
 )  # fmt: skip
 MAY_CHANGE_CACHED = (*MAY_CHANGE, "data.decode")  # the same for mode=cache, which decodes no images
 BUCKETS = 4  # ranges of noise levels whose losses are logged separately
@@ -83,6 +85,7 @@ def train_ldm(config: TrainLDM) -> dict[str, Any]:
         run_folder.open_run(folder, config, free)  # refuse the name of another run before a cache is started
     if config.mode == "write-through":
         latents = begin_cache(config, latents)
+    mlflow_run.check(config)
     placement = cluster.start(config.ray)
     paths.check_folders({"root": os.path.dirname(folder)}, {"vae": latents.vae, "cache": latents.cache})
     resumed = run_folder.open_run(folder, config, free)
@@ -173,6 +176,7 @@ def _latents_of(config: TrainLDM, source: Source) -> LatentData:
         raise UserError(f"vae is empty; mode={config.mode} needs an autoencoder: vae=FOLDER")
     if config.classes:
         _check_label(config, {field.name: str(field.type) for field in source.schema}, source.uri)
+    check_ids([source], "data.source")  # noise is drawn by id, so that two images of one id would get the same
     vae = _vae(config.vae)
     model, side = load_autoencoder(vae), config.data.resolution
     with torch.no_grad():
@@ -199,7 +203,7 @@ def begin_cache(config: TrainLDM, latents: LatentData) -> LatentData:
         source=data.source,
         model=config.vae,
         out=config.cache,
-        transform=Views(resolution=data.resolution, resize=data.resize, decode=data.decode),
+        transform=Views(resolution=data.resolution, resize=data.resize, decode=data.decode, max_pixels=data.max_pixels),
         rows_per_shard=data.rows_per_shard,
         precision=data.precision,
         error_budget=data.max_bad,

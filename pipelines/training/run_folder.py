@@ -7,12 +7,14 @@ other data is refused, so that the two are never mixed.
 import os
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import yaml
 from pydantic import BaseModel
 
 from litevae import storage
 from litevae.errors import UserError
+from pipelines.runtime import typed_text
 from pipelines.runtime.schema import flatten, values_to_keep
 from pipelines.training.run_lock import DRIVER
 
@@ -55,7 +57,8 @@ def open_run(folder: str, config: BaseModel, may_change: Iterable[str]) -> bool:
     different = [
         f"  {key}: was {before.get(key, 'not set')!r}, is {now.get(key, 'not set')!r}"
         for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and not any(key == name or key.startswith(name + ".") for name in free)
+        if before.get(key) != now.get(key) != _numbers(before.get(key))
+        and not any(key == name or key.startswith(name + ".") for name in free)
     ]
     if different:
         raise UserError(
@@ -63,6 +66,14 @@ def open_run(folder: str, config: BaseModel, may_change: Iterable[str]) -> bool:
             + "\n".join(different)
         )
     return True
+
+
+def _numbers(value: Any) -> Any:
+    """Return a value with numbers for text that is one: earlier versions kept 1e-4 in a sweep's sections as text."""
+    if isinstance(value, list):
+        return [_numbers(item) for item in value]
+    found = typed_text.number(value) if isinstance(value, str) else None
+    return value if found is None else found
 
 
 def holds_something(folder: str) -> bool:

@@ -34,7 +34,7 @@ from pipelines.training.worker_setup import VaeSetup
 # Fields that may differ when a run resumes. Stages may only grow; see _check_stages.
 MAY_CHANGE = (
     "root", "ray", "stages", "checkpointing", "val_images", "data.val", "data.loaders", "data.max_bad",
-    "loop.val_every", "loop.checkpoint_every", "loop.keep", "loop.log_every", "loop.max_restarts",
+    "data.max_pixels", "loop.val_every", "loop.checkpoint_every", "loop.keep", "loop.log_every", "loop.max_restarts",
 )  # fmt: skip
 
 
@@ -75,6 +75,7 @@ def train_vae(config: TrainVAE, callbacks: Sequence[Any] = ()) -> dict[str, Any]
             f"begin={config.begin} is not a checkpoint folder of a run (it has no {checkpoint.STATE}); give a folder "
             f"such as runs/<name>/checkpoint-000000800000 (loop.keep decides how many a run keeps)"
         )
+    mlflow_run.check(config)
     placement = cluster.start(config.ray)
     paths.check_folders({"root": os.path.dirname(folder)}, {"data.train.uri": source.uri})
     resumed = run_folder.open_run(folder, config, MAY_CHANGE)
@@ -345,7 +346,9 @@ class VaeTask(Networks):
         """Prepare images and validation at the stage's resolution, and put the model into training mode."""
         resolution = self.config.stages[stage].resolution
         data = self.config.data
-        transform = ImageTransform(resolution, data.resize, data.crop, data.flip, decode=data.decode)
+        transform = ImageTransform(
+            resolution, data.resize, data.crop, data.flip, decode=data.decode, max_pixels=data.max_pixels
+        )
         self._images = Images(self.source, transform, self.config.seed, data.loaders, data.max_bad)
         self._validation = Validation(self._val, self.config, resolution, self._rank, self._world)
         self.model.train()

@@ -36,7 +36,7 @@ class Validation:
         self._batch = max(1, config.stages[-1].batch_size // world)
         self._precision, self._compile = config.loop.precision, config.loop.compile
         self._world = world
-        transform = ImageTransform(resolution, config.data.resize)
+        transform = ImageTransform(resolution, config.data.resize, max_pixels=config.data.max_pixels)
         pixels = []
         for unit in range(rank, self.images, world):
             assert source is not None

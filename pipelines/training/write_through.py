@@ -102,7 +102,7 @@ class WriteThroughFeed(EncodingFeed):
 
     def _decode(self, shard: int) -> dict[str, Any]:
         row = {"shard": self._partition.shard(ShardTask(shard))}
-        return decode_shard(row, self._plan.views)
+        return decode_shard(row, self._plan.views, self._plan.hashed)
 
     def _first(self, mine: range, step: range) -> LatentBatch:
         """Make a batch of the first epoch. All ranks come to each window together.

@@ -44,7 +44,7 @@ def config(models, out, /, **more) -> EvaluateComplexity:
         "out": str(out / "out"),
         "root": str(out / "runs"),
         "tracking": {"enabled": False},
-        "ray": {"gpu": "no", "cpus_per_worker": 1},
+        "ray": {"gpu": False, "cpus_per_worker": 1},
     }
     return validate(EvaluateComplexity, values | more)
 

@@ -86,7 +86,7 @@ def config(fake, real, out, /, **more) -> EvaluateSamples:
         "out": str(out / "out"),
         "root": str(out / "runs"),
         "tracking": {"enabled": False},
-        "ray": {"gpu": "no", "cpus_per_worker": 1},
+        "ray": {"gpu": False, "cpus_per_worker": 1},
     }
     return validate(EvaluateSamples, values | more)
 
@@ -204,7 +204,7 @@ def test_two_workers_parquet_and_a_kept_reference_give_the_same(fake, real, weig
     read = []
     over = generated.image_batches.process_batches
     monkeypatch.setattr(generated.image_batches, "process_batches", lambda *a: read.append(a[2].uri) or over(*a))
-    ray = {"gpu": "no", "cpus_per_worker": 1, "workers": 2, "decode_tasks": 1}
+    ray = {"gpu": False, "cpus_per_worker": 1, "workers": 2, "decode_tasks": 1}
     with pytest.raises(UserError, match="the sample job is not finished"):
         generated.samples(config(drawn, real, tmp_path, ray=ray, **weights))
     (drawn / "samples.json").write_text("{}")

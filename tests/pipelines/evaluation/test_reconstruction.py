@@ -64,7 +64,7 @@ def config(model, photos, out, /, **more) -> Evaluate:
         "out": str(out),
         "root": str(out / "runs"),
         "tracking": {"enabled": False},
-        "ray": {"gpu": "no", "cpus_per_worker": 1},
+        "ray": {"gpu": False, "cpus_per_worker": 1},
     }
     return validate(Evaluate, values | more)
 
@@ -273,7 +273,7 @@ def test_it_is_logged_to_mlflow(summary):
 
 @pytest.mark.usefixtures("wherever")
 def test_two_workers_give_the_same_to_the_last_bit(summary, model, photos, weights, tmp_path, capsys):
-    ray = {"gpu": "no", "cpus_per_worker": 1, "workers": 2, "decode_tasks": 1}
+    ray = {"gpu": False, "cpus_per_worker": 1, "workers": 2, "decode_tasks": 1}
     more = {"ray": ray, "pictures": 1, "resolutions": [32], "mmd_images": MMD}
     two = evaluate(config(model, photos, tmp_path / "two", **weights, **more))
     for key in ("reconstruction", "bicubic", "metrics", "unreadable", "protocols"):

@@ -76,7 +76,7 @@ def values(model, out, root) -> dict:
         "seed": 11,
         "precision": "fp32",
         "tracking": {"enabled": False},
-        "ray": {"gpu": "no", "cpus_per_worker": 1},
+        "ray": {"gpu": False, "cpus_per_worker": 1},
     }
 
 
@@ -136,7 +136,7 @@ def test_images_are_those_of_their_seeds(five, model):
 
 @pytest.mark.usefixtures("wherever")
 def test_more_images_and_workers_change_no_bit(five, model, tmp_path):
-    ray = {"gpu": "no", "cpus_per_worker": 1, "workers": 2}
+    ray = {"gpu": False, "cpus_per_worker": 1, "workers": 2}
     summary = sample(config(model, tmp_path, images=11, ray=ray, eta=1.0))
     assert summary["images"] == 11
     for number in range(5):
@@ -397,7 +397,7 @@ LONGER = {"images": 48, "steps": 20}
 def start(model, out, root, more: dict) -> subprocess.Popen:
     given = {name: value for name, value in values(model, out, root).items() if not isinstance(value, dict)}
     words = [f"{name}={value}" for name, value in (given | LONGER | more).items()]
-    words += ["tracking.enabled=false", "ray.gpu='no'", "ray.cpus_per_worker=1"]
+    words += ["tracking.enabled=false", "ray.gpu=false", "ray.cpus_per_worker=1"]
     with open(f"{out}.log", "a") as log:
         return subprocess.Popen([sys.executable, str(JOB), *words], stdout=log, stderr=log)
 
@@ -454,7 +454,7 @@ def test_killed_workers_are_replaced(model, five, tmp_path, monkeypatch):
     killed: dict[str, int] = {}
     monkeypatch.setattr(module, "pool", pool)
     monkeypatch.setattr(storage, "put", put_and_kill)
-    two = {"gpu": "no", "cpus_per_worker": 1, "workers": 2}
+    two = {"gpu": False, "cpus_per_worker": 1, "workers": 2}
     sample(config(model, tmp_path, images=19, ray=two, eta=1.0))
     assert len(killed) == 2
     assert not {*killed.values()} & {*processes()}

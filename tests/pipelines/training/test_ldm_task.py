@@ -4,6 +4,8 @@ import copy
 from dataclasses import replace
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import ray.train.torch
 import torch
@@ -275,6 +277,18 @@ def test_online_images_are_cut_as_the_config_says_and_otherwise_in_each_epoch(ta
     assert all(np.array_equal(pixels, halves[name]) for name, pixels in resized.items())
 
 
+@pytest.mark.parametrize("mode", ["online", "write-through"])
+def test_images_of_one_id_are_refused_and_the_advice_works(made, tmp_path, mode):
+    photo = next(made[2].rglob("*.png")).read_bytes()
+    pq.write_table(pa.table({"image": [photo] * 3, "id": ["a", "b", "a"]}), tmp_path / "images.parquet")
+    words = [f"mode={mode}", f"vae={made[1]}", f"data.source.uri={tmp_path}/images.parquet", "data.resolution=32"]
+    describe = {"online": module.online_latents, "write-through": module.write_through_latents}[mode]
+    words += [] if mode == "online" else [f"cache={tmp_path}/filled"]
+    with pytest.raises(UserError, match=r"row 0 and .*row 2 have one id, 'a'.*data\.source\.ids=unique"):
+        describe(load(TrainLDM, None, words))
+    assert describe(load(TrainLDM, None, [*words, "data.source.ids=unique"])).images == 3
+
+
 def test_online_latents_are_the_autoencoders_normalised(task, made):
     one, drawn, other = (task(*online(made, "data.resolution=32", *more)) for more in (["draw=mean"], [], ["seed=1"]))
     batch = first(one)
@@ -398,6 +412,7 @@ def test_online_workers_get_the_source_and_write_through_ones_the_plan_too(job, 
     with pytest.raises(UserError, match="decode: was 'fast', is 'pillow'"):
         job(*online(made), "data.decode=pillow")
     more = ["data.resize=none", "data.decode=scaled", "data.precision=bf16", "data.max_bad=0.2", "data.resolution=32"]
+    more.append("data.max_pixels=77000")
     words = online(made, *more, f"cache={tmp_path}/filled", "mode=write-through", "name=through")
     _, _, noted = job(*words)
     latents, plan = noted.fitted[1].latents, CachePlan.read(f"{tmp_path}/filled")
@@ -405,6 +420,7 @@ def test_online_workers_get_the_source_and_write_through_ones_the_plan_too(job, 
     assert (plan.rows_per_shard, plan.transform["resolution"]) == (4, 32)
     assert (plan.transform["resize"], plan.transform["decode"]) == ("none", "scaled")
     assert plan.precision == "bf16"
+    assert plan.views.max_pixels == 77000
 
 
 MAY_DIFFER = [

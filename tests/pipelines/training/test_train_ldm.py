@@ -236,7 +236,7 @@ def test_the_first_epoch_fills_the_cache_that_the_encode_job_would(task, made, t
     assert [s["sha256"] for s in cache.manifest["shards"]] == [s["sha256"] for s in other.manifest["shards"]]
     assert cache.manifest["digest"] == reference["digest"]
     assert cache.manifest["run"]["job"] == "train_ldm"
-    assert verify.audit(str(filled), source=True).problems == {}
+    assert verify.audit(str(filled)).problems == {}
 
     means = cache.normalize(cache.moments(range(24)).float().chunk(2, dim=1)[0])
     for epoch in torch.cat([latents for latents, _ in seen]).chunk(3):
@@ -277,7 +277,7 @@ def test_write_through_takes_up_what_is_there_and_leaves_what_an_encode_job_can_
     words = [f"source.uri={made[2]}", f"model={made[1]}", f"out={half}", "transform.resolution=64", "precision=fp32"]
     more = ["rows_per_shard=4", f"root={tmp_path}", "ray.gpu=false", "ray.cpus_per_worker=1", "tracking.enabled=false"]
     assert encode_dataset(load(Encode, None, [*words, *more]))["encoded_now"] == 24 - 4 * commits
-    assert verify.audit(str(half), source=True).problems == {}
+    assert verify.audit(str(half)).problems == {}
 
 
 @pytest.mark.parametrize(

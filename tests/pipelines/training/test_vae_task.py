@@ -377,11 +377,12 @@ def test_images_are_resized_to_the_stages_resolution(task, photos):
 
 
 def test_what_else_the_config_says_of_images(task):
-    one = task("data.decode=scaled", "data.loaders=3", "data.max_bad=0.25", "seed=4")
+    one = task("data.decode=scaled", "data.loaders=3", "data.max_bad=0.25", "data.max_pixels=5000", "seed=4")
     one.model.eval()
     one.begin(0)
     assert one.model.training
     images = one._images
+    assert images._transform.max_pixels == 5000
     assert (images._transform.decode, images._loaders, images._max_bad, images._seed) == ("scaled", 3, 0.25, 4)
     images.bad.update({"a": "broken", "b": "broken"})
     assert float(one.count()["bad_images"]) == 2
@@ -596,8 +597,8 @@ def test_stages_may_only_grow(photos, tmp_path, before, now, fits):
 
 MAY_DIFFER = [
     "root=/r", "ray.workers=2", "stages=[{resolution: 64, images: 8}]", "checkpointing=true", "val_images=3",
-    "data.val.uri=/v", "data.loaders=9", "data.max_bad=0.5", "loop.val_every=3", "loop.checkpoint_every=3",
-    "loop.keep=9", "loop.log_every=9", "loop.max_restarts=9",
+    "data.val.uri=/v", "data.loaders=9", "data.max_bad=0.5", "data.max_pixels=9", "loop.val_every=3",
+    "loop.checkpoint_every=3", "loop.keep=9", "loop.log_every=9", "loop.max_restarts=9",
 ]  # fmt: skip
 STAYS = [
     "name=other", "seed=1", "begin=/b", "data.train.uri=/t", "data.resize=none", "data.crop=center", "data.flip=false",
