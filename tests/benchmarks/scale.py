@@ -38,7 +38,7 @@ from litevae.cache import LatentCache
 from litevae.commits import commit_path, commit_shard, committed_shards, json_bytes, read_commits
 from litevae.errors import UserError
 from litevae.loader import LatentLoader
-from litevae.shards import QUARANTINE, latent_layout, row_schema
+from litevae.shards import QUARANTINE, SOURCE_HASH, latent_layout, row_schema
 from pipelines.benchmark import encoding, meter
 from pipelines.data.config import Source as SourceConfig
 from pipelines.data.decode import ShardTask
@@ -185,7 +185,7 @@ class Bucket:
         start = int(ContinuationToken)
         stop = min(start + MaxKeys, self.images)
         keys = [f"images/n{1000 * n // self.images:08d}/{n:010d}.jpg" for n in range(start, stop)]
-        items = [{"Key": key, "Size": 57_800} for key in keys]
+        items = [{"Key": key, "Size": 57_800, "ETag": f'"{n:032x}"'} for n, key in enumerate(keys, start)]
         return {"Contents": items, "IsTruncated": stop < self.images, "NextContinuationToken": str(stop)}
 
 
@@ -233,10 +233,14 @@ def commit(folder: Path, shard: int, rows: int = SHARD) -> dict[str, Any]:
     """A shard as a folder of images gives it, committed as the job does it. Latents are normal numbers; they are stored
     as they are, so their values do not matter for sizes."""
     first, how = shard * rows, latent_layout("moments", "float16")
-    schema = row_schema(pa.schema([("label", pa.int64()), ("label_name", pa.string())]))
+    schema = row_schema(pa.schema([("label", pa.int64()), ("label_name", pa.string())]), hashed=True)
     same = dict.fromkeys(schema.names, 0) | {"flip": False, "height": 375, "width": 500, "label_name": "n01440764"}
-    own = [same | {"id": f"n01440764/{unit:010d}.jpg", "unit": unit} for unit in range(first, first + rows)]
-    values = np.random.default_rng(shard).standard_normal((rows, *SHAPE)).astype(np.float16)
+    random = np.random.default_rng(shard)
+    own = [
+        same | {"id": f"n01440764/{unit:010d}.jpg", "unit": unit, SOURCE_HASH.name: random.bytes(32)}
+        for unit in range(first, first + rows)
+    ]
+    values = random.standard_normal((rows, *SHAPE)).astype(np.float16)
     table, none = pa.Table.from_pylist(own, schema=schema), QUARANTINE.empty_table()
     return commit_shard(str(folder), shard, (first, first + rows), how, table, [values], none, device="x86_64")
 

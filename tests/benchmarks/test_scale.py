@@ -40,7 +40,7 @@ def test_a_made_up_store_lists_what_a_folder_would(tmp_path):
         with open(path, "wb") as empty:
             empty.truncate(57_800)
     real = open_source(SourceConfig(uri=str(root)))
-    assert made.listing.equals(real.listing)
+    assert made.listing.drop_columns(["version"]).equals(real.listing.drop_columns(["version"]))
     assert made.digest == real.digest
     assert len(real.labels) == 1000
     plans = [Partition([source], 512) for source in (made, real)]
@@ -190,7 +190,7 @@ def test_requests_of_a_shard_are_the_models(kind, groups, s3, model, tmp_path):
     encoder.encode([np.zeros((32, 32, 3), np.uint8)])
 
     def work():
-        row = encoder(decode_shard({"shard": partition.shard(ShardTask(1))}, plan.views))
+        row = encoder(decode_shard({"shard": partition.shard(ShardTask(1))}, plan.views, plan.hashed))
         assert row["error"] == ""
         (commit,) = read_commits(out, {1: 0})
         assert (commit["rows"], commit["quarantined"]) == (8, 0)

@@ -60,7 +60,7 @@ def encode(*more):
 def test_a_cache_is_read_whole_and_is_what_its_model_says(old):
     latents = LatentCache(old / "cache")
     assert (len(latents), latents.shape, latents.content) == (8, (12, 4, 4), "mean")
-    assert verify.audit(str(old / "cache"), source=False).problems == {}
+    assert verify.audit(str(old / "cache"), "none").problems == {}
     model = load_autoencoder(old / "model")
     assert fingerprint(old / "model") == latents.manifest["model"]["fingerprint"]
     row = latents.row(0)
