@@ -4,8 +4,18 @@ python jobs/benchmark.py                                             # everythin
 python jobs/benchmark.py parts=encoder models=sd-vae,B,runs/vae/model
 """
 
+from collections.abc import Sequence
+
 from pipelines.benchmark.config import Benchmark
-from pipelines.runtime.cli import main
+from pipelines.runtime import cli
+
+CONFIG = Benchmark
+
+
+def look(config: Benchmark) -> None:
+    from pipelines.benchmark import first_look
+
+    first_look.benchmark(config)
 
 
 def run(config: Benchmark) -> None:
@@ -15,5 +25,9 @@ def run(config: Benchmark) -> None:
     benchmark(config)
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    return cli.main(CONFIG, run, argv, look=look)
+
+
 if __name__ == "__main__":
-    raise SystemExit(main(Benchmark, run))
+    raise SystemExit(main())

@@ -5,8 +5,18 @@ python jobs/compare_runs.py sweep=table-9 out=table-9
 python jobs/compare_runs.py runs='[vae-a*,vae-b*]' baseline=vae-a metrics='[eval/*,train/images_per_second]'
 """
 
+from collections.abc import Sequence
+
 from pipelines.experiments.config import Compare
-from pipelines.runtime.cli import main
+from pipelines.runtime import cli
+
+CONFIG = Compare
+
+
+def look(config: Compare) -> None:
+    from pipelines.experiments import first_look
+
+    first_look.compare(config)
 
 
 def run(config: Compare) -> None:
@@ -16,5 +26,9 @@ def run(config: Compare) -> None:
     compare(config)
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    return cli.main(CONFIG, run, argv, look=look)
+
+
 if __name__ == "__main__":
-    raise SystemExit(main(Compare, run))
+    raise SystemExit(main())

@@ -3,8 +3,24 @@
 python jobs/demo.py root=demo
 """
 
-from pipelines.diagnostics.demo import Demo, demo
-from pipelines.runtime.cli import main
+from collections.abc import Sequence
+
+from pipelines.diagnostics.config import Demo
+from pipelines.runtime import cli
+
+CONFIG = Demo
+
+
+def run(config: Demo) -> None:
+    # Imported here because it takes seconds, which --help and errors in the command line do without.
+    from pipelines.diagnostics.demo import demo
+
+    demo(config)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return cli.main(CONFIG, run, argv)
+
 
 if __name__ == "__main__":
-    raise SystemExit(main(Demo, demo))
+    raise SystemExit(main())

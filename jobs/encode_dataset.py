@@ -4,13 +4,27 @@ python jobs/encode_dataset.py source.uri=/data/photos model=runs/vae/model out=/
 python jobs/encode_dataset.py verify /data/latents      # also: repair, retry, inspect
 """
 
-import sys
+from collections.abc import Sequence
 
 from pipelines.encoding.config import Encode, Inspect, Repair, Retry, Verify
-from pipelines.runtime.cli import main
+from pipelines.runtime import cli
+from pipelines.runtime.cli import Action
 from pipelines.runtime.schema import Section
 
-ACTIONS: dict[str, type[Section]] = {"verify": Verify, "repair": Repair, "retry": Retry, "inspect": Inspect}
+CONFIG = Encode
+SWITCHES = ("append=true",)
+ACTIONS = {
+    "verify": Action(Verify, switches=("source=contents",)),
+    "repair": Action(Repair),
+    "retry": Action(Retry),
+    "inspect": Action(Inspect),
+}
+
+
+def look(config: Section) -> None:
+    from pipelines.encoding import first_look
+
+    first_look.check(config)
 
 
 def run(config: Section) -> None:
@@ -27,9 +41,9 @@ def run(config: Section) -> None:
     (does | sees)[type(config)](config)  # type: ignore[operator]
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    return cli.main(CONFIG, run, argv, actions=ACTIONS, switches=SWITCHES, look=look)
+
+
 if __name__ == "__main__":
-    action, *rest = sys.argv[1:] or [""]
-    if action in ACTIONS:
-        switches = ("source",) if action == "verify" else ()
-        raise SystemExit(main(ACTIONS[action], run, rest, action, switches))
-    raise SystemExit(main(Encode, run, switches=("append",)))
+    raise SystemExit(main())

@@ -6,17 +6,31 @@ python jobs/evaluate.py latents /data/latents                                   
 python jobs/evaluate.py complexity sd-vae,S,B,M,L batch_size=32                            # MACs, memory, images/s
 """
 
-import sys
+from collections.abc import Sequence
 
 from pipelines.evaluation.config import Evaluate, EvaluateComplexity, EvaluateLatents, EvaluateSamples
-from pipelines.runtime.cli import main
+from pipelines.runtime import cli
+from pipelines.runtime.cli import Action
 from pipelines.runtime.schema import Section
 
-ACTIONS: dict[str, tuple[type[Section], str]] = {
-    "samples": (EvaluateSamples, "samples.uri"),
-    "latents": (EvaluateLatents, "cache"),
-    "complexity": (EvaluateComplexity, "models"),
+CONFIG = Evaluate
+ACTIONS = {
+    "samples": Action(EvaluateSamples, "samples.uri"),
+    "latents": Action(EvaluateLatents, "cache"),
+    "complexity": Action(EvaluateComplexity, "models"),
 }
+
+
+def look(config: Section) -> None:
+    from pipelines.evaluation import first_look
+
+    looks = {
+        Evaluate: first_look.evaluate,
+        EvaluateSamples: first_look.samples,
+        EvaluateLatents: first_look.latents,
+        EvaluateComplexity: first_look.complexity,
+    }
+    looks[type(config)](config)  # type: ignore[operator]
 
 
 def run(config: Section) -> None:
@@ -37,8 +51,9 @@ def run(config: Section) -> None:
     does[type(config)](config)  # type: ignore[operator]
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    return cli.main(CONFIG, run, argv, actions=ACTIONS, look=look)
+
+
 if __name__ == "__main__":
-    action, *rest = sys.argv[1:] or [""]
-    if action in ACTIONS:
-        raise SystemExit(main(ACTIONS[action][0], run, rest, action, subject=ACTIONS[action][1]))
-    raise SystemExit(main(Evaluate, run))
+    raise SystemExit(main())

@@ -4,8 +4,18 @@ python jobs/sample.py model=runs/ldm/model images=64 out=samples
 python jobs/sample.py model=runs/ldm/model images=50000 classes=[207,360] guidance=4 format=parquet out=s3://bucket/samples
 """
 
+from collections.abc import Sequence
+
 from pipelines.evaluation.config import Sample
-from pipelines.runtime.cli import main
+from pipelines.runtime import cli
+
+CONFIG = Sample
+
+
+def look(config: Sample) -> None:
+    from pipelines.evaluation import first_look
+
+    first_look.sample(config)
 
 
 def run(config: Sample) -> None:
@@ -15,5 +25,9 @@ def run(config: Sample) -> None:
     sample(config)
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    return cli.main(CONFIG, run, argv, look=look)
+
+
 if __name__ == "__main__":
-    raise SystemExit(main(Sample, run))
+    raise SystemExit(main())

@@ -4,8 +4,18 @@ python jobs/sweep.py table=9 scale=small data.train.uri=/data/photos data.val.ur
 python jobs/sweep.py name=weights data.train.uri=... data.val.uri=... space.loss.wavelet.weight=[0,0.1,1]
 """
 
+from collections.abc import Sequence
+
 from pipelines.experiments.config import Sweep
-from pipelines.runtime.cli import main
+from pipelines.runtime import cli
+
+CONFIG = Sweep
+
+
+def look(config: Sweep) -> None:
+    from pipelines.experiments import first_look
+
+    first_look.sweep(config)
 
 
 def run(config: Sweep) -> None:
@@ -15,5 +25,9 @@ def run(config: Sweep) -> None:
     sweep(config)
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    return cli.main(CONFIG, run, argv, look=look)
+
+
 if __name__ == "__main__":
-    raise SystemExit(main(Sweep, run))
+    raise SystemExit(main())

@@ -4,8 +4,18 @@ python jobs/train_ldm.py cache=/data/cache name=ldm
 python jobs/train_ldm.py mode=online data.source.uri=/data/photos vae=runs/vae/model data.crop=random name=ldm
 """
 
-from pipelines.runtime.cli import main
+from collections.abc import Sequence
+
+from pipelines.runtime import cli
 from pipelines.training.config import TrainLDM
+
+CONFIG = TrainLDM
+
+
+def look(config: TrainLDM) -> None:
+    from pipelines.training import first_look
+
+    first_look.train_ldm(config)
 
 
 def run(config: TrainLDM) -> None:
@@ -15,5 +25,9 @@ def run(config: TrainLDM) -> None:
     train_ldm(config)
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    return cli.main(CONFIG, run, argv, look=look)
+
+
 if __name__ == "__main__":
-    raise SystemExit(main(TrainLDM, run))
+    raise SystemExit(main())

@@ -1,10 +1,10 @@
 """Config schema of the job benchmark."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
-from pipelines.runtime.schema import Count, Positive, Tracked
+from pipelines.runtime.schema import Count, PathText, Positive, Shown, Tracked
 
 
 class Benchmark(Tracked):
@@ -12,13 +12,38 @@ class Benchmark(Tracked):
     loader.
     """
 
+    shown: ClassVar[Shown] = Shown(
+        groups={
+            "What is measured": {
+                "parts": "encoder,encode",
+                "models": "sd-vae,S,runs/vae/model",
+                "modes": "fast",
+                "batch_sizes": "[1, 8]",
+                "resolutions": "[256, 512]",
+                "precisions": "[bf16]",
+                "repeats": "5",
+            },
+            "The encode job and the loader": {
+                "source": "/data/photos",
+                "model": "runs/vae/model",
+                "encode_images": "4096",
+                "loader_rows": "100000",
+            },
+            "The machine, and the output": {
+                "gpu": "false",
+                "threads": "8",
+                "out": "/data/benchmark",
+            },
+        },
+    )
+
     parts: list[Literal["encoder", "decoder", "vae-step", "ldm-step", "ray", "encode", "memory", "loader"]] = Field(
         ["encoder", "decoder", "vae-step", "ldm-step", "ray", "encode", "loader"],
         min_length=1,
         description="what is measured, in this order; also a,b,c; ray: what Ray Train adds to training; memory: of the "
         "encode job's processes",
     )
-    models: list[str] = Field(
+    models: list[PathText] = Field(
         ["sd-vae", "taesd", "dc-ae", "S", "B", "M", "L", "pseudocode-B"],
         min_length=1,
         description="of encoder and decoder; the first is the baseline: sd-vae, taesd, dc-ae (diffusers' classes), "
@@ -38,8 +63,8 @@ class Benchmark(Tracked):
         ["fp32"], min_length=1, description="of encoder and decoder; bf16 where hardware multiplies it"
     )
     repeats: Positive = Field(3, description="timed runs of each contender, in turn; medians count")
-    source: str = Field("", description="folder of JPEGs, local; empty: scikit-image's photos")
-    model: str = Field("", description="encode: model folder; empty: LiteVAE-S with random weights")
+    source: PathText = Field("", description="folder of JPEGs, local; empty: scikit-image's photos")
+    model: PathText = Field("", description="encode: model folder; empty: LiteVAE-S with random weights")
     encode_images: Annotated[int, Field(ge=32)] = Field(
         256, description="encode, memory: images a run; a GPU takes thousands for a steady rate"
     )
@@ -48,7 +73,15 @@ class Benchmark(Tracked):
     step_resolution: Annotated[int, Field(ge=32, multiple_of=32)] = Field(128, description="and their pixels")
     gpu: Literal["auto"] | bool = Field("auto", description="auto: where there is one")
     threads: Count = Field(0, description="CPU threads; 0: one for each core")
-    out: str = Field("benchmark", description="folder for benchmark.md and benchmark.json, with every sample")
+    out: PathText = Field(
+        "",
+        description="folder for benchmark.md and benchmark.json, with every sample; empty: <root>/benchmarks/<time>",
+    )
+    overwrite: bool = Field(
+        False,
+        description="replace the result of another config in `out`; false: refuse; that of the same config is always "
+        "replaced",
+    )
 
     @field_validator("parts", "models", "modes", mode="before")
     @classmethod

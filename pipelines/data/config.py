@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from litevae.image_metadata import MAX_PIXELS
-from pipelines.runtime.schema import Count, Positive, Section
+from pipelines.runtime.schema import Count, PathText, Positive, Section
 
 Decode = Literal["fast", "pillow", "scaled"]
 DECODE = (
@@ -20,7 +20,7 @@ LARGEST = "largest image that is read, in pixels; decoding takes up to 10 bytes 
 class Source(Section):
     """Where images come from."""
 
-    uri: str = Field(
+    uri: PathText = Field(
         "",
         description="local or s3://: a folder tree of images (label = folder), Parquet with images or their paths, "
         "WebDataset tars, or a .txt, .csv or .jsonl list of paths",
@@ -54,7 +54,7 @@ class Source(Section):
 class Transform(Section):
     """How an image is brought to a size."""
 
-    resolution: Annotated[int, Field(ge=8, multiple_of=8)] = Field(256, description="pixels")
+    resolution: Annotated[int, Field(ge=8, multiple_of=8)] = Field(256, description="side of the images in pixels")
     resize: Literal["shorter", "none"] = Field(
         "shorter", description="shorter side to the resolution before the crop; none: crop the original pixels"
     )

@@ -1,18 +1,38 @@
 """Config schemas of the jobs sweep and compare_runs."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator
 
 from pipelines.encoding.config import Encode
 from pipelines.evaluation.config import Evaluate, EvaluateComplexity, EvaluateSamples, Sample
-from pipelines.runtime.schema import Count, Job, Positive, Tracked
+from pipelines.runtime.schema import Count, Job, Needed, PathText, Positive, Shown, Tracked
 from pipelines.runtime.typed_text import SectionOf, check_read
 from pipelines.training.config import TrainData, TrainLDM, TrainVAE
 
 
 class Compare(Tracked):
     """Compare runs of an MLflow experiment (tracking.experiment): a sweep's, or any by name."""
+
+    shown: ClassVar[Shown] = Shown(
+        groups={
+            "Runs": {
+                "sweep": "table-9-small",
+                "runs": "['vae-a*', 'vae-b*']",
+                "unfinished": "true",
+                "baseline": "vae-a",
+                "tracking.experiment": "faces",
+                "root": "/shared/runs",
+            },
+            "What is shown": {
+                "metrics": "['eval/*', train/images_per_second]",
+                "test": "paired",
+                "curves": "['val/*']",
+                "pictures": "0",
+                "out": "/data/comparison",
+            },
+        },
+    )
 
     sweep: str = Field("", description="a sweep's name; with neither this nor runs: the newest sweep")
     runs: list[str] = Field(
@@ -30,7 +50,7 @@ class Compare(Tracked):
         ["val/*", "eval/scale/*", "train/*"], description="metrics drawn over the images seen; eval/scale: over pixels"
     )
     pictures: Count = Field(1024, description="pixels of a row's picture, longer side, at most; 0: no pictures")
-    out: str = Field("comparison", description="folder for comparison.html, comparison.md and comparison.json")
+    out: PathText = Field("comparison", description="folder for comparison.html, comparison.md and comparison.json")
 
 
 class Sweep(Job):
@@ -40,6 +60,40 @@ class Sweep(Job):
     evaluate.squeezenet=FILE ... Trainings are kept in <root>/trained under the hash of their config, so that rows and
     tables that have one in common train it once.
     """
+
+    shown: ClassVar[Shown] = Shown(
+        needed={
+            "table": Needed("9", note="this or space is required"),
+            "space": Needed("{loss.wavelet.weight: [0, 0.1, 1]}", note="this or table is required", usual=False),
+            "data.train.uri": Needed("/data/photos", note="required except with table=3", meaning="images to train on"),
+            "data.val.uri": Needed(
+                "/data/photos-val", note="required except with table=3", meaning="images to evaluate on"
+            ),
+        },
+        groups={
+            "Of a table": {
+                "scale": "paper",
+                "rows": "['LiteVAE*']",
+            },
+            "Of a space": {
+                "search": "optuna",
+                "trials": "20",
+                "scheduler": "asha",
+                "metric": "ssim",
+            },
+            "Of all trials": {
+                "seeds": "[0, 1, 2]",
+                "train_vae": "{loss: {lpips: {weight: 0}}}",
+                "evaluate": "{images: 1000}",
+            },
+            "The sweep": {
+                "name": "weights",
+                "root": "/shared/runs",
+                "concurrent": "2",
+                "ray.workers": "2",
+            },
+        },
+    )
 
     name: str = Field(
         "",

@@ -1,15 +1,16 @@
-"""The command line of a job: config presets, overrides and `--help`.
+"""The command line of a job: config presets, overrides, actions and `--help`.
 
 The config of a job is made from its defaults, then a preset (`--config NAME_OR_FILE`), then overrides (`a.b=value`).
-All values are checked before Ray starts. The error for a wrong key or value names the field and what it allows.
+All values are checked before torch or Ray is imported. The error for a wrong key or value names the field, what it
+allows, and what was probably meant.
 """
 
-import inspect
 import os
 import re
 import select
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,10 @@ import yaml
 from pydantic import BaseModel
 
 from litevae.errors import UserError, redact
-from pipelines.runtime import shutdown, typed_text
+from pipelines.runtime import help_text, near_misses, progress, shutdown, typed_text
+from pipelines.runtime.commands import command
 from pipelines.runtime.logs import say
-from pipelines.runtime.schema import ConfigT, dump, fields_of, unknown_field, validate
+from pipelines.runtime.schema import ConfigT, Section, check_needed, dump, names_of, takes, validate
 
 PRESETS = Path(__file__).resolve().parents[2] / "jobs" / "configs"
 CLOSED = 141  # exit code of a program whose output nobody reads: 128 + SIGPIPE
@@ -29,6 +31,26 @@ SECTIONS = {  # the sections that a recipe can have
 }
 # An override begins with a field's name. A bare word may hold equals signs, too: /data/label=cat.
 _OVERRIDE = re.compile(r"[A-Za-z_]\w*(\.[^=/]*)?=|=")
+_OPTIONS = ("--config", "--print-config", "--help", "--help-all")
+
+
+@dataclass(frozen=True)
+class Action:
+    """What else a job does: the command is `JOB ACTION SUBJECT`, and options may stand before, between and behind.
+
+    Attributes:
+        config: the config class.
+        subject: the field that is given as a bare word.
+        switches: overrides that can be given as options: `append=true` as --append.
+    """
+
+    config: type[Section]
+    subject: str = "cache"
+    switches: tuple[str, ...] = ()
+
+    def place(self) -> str:
+        """Return what stands for the subject in a usage line: CACHE."""
+        return self.subject.partition(".")[0].upper()
 
 
 def load(cls: type[ConfigT], preset: str | None = None, overrides: list[str] | None = None) -> ConfigT:
@@ -61,41 +83,59 @@ def load(cls: type[ConfigT], preset: str | None = None, overrides: list[str] | N
 def job_of(cls: type[BaseModel]) -> str:
     """Return the name of the job that takes this config."""
     names = {"TrainVAE": "train_vae", "TrainLDM": "train_ldm", "Encode": "encode_dataset", "Compare": "compare_runs"}
+    names["Weights"] = "fetch_weights"
     names |= dict.fromkeys(("Verify", "Repair", "Retry", "Inspect"), "encode_dataset")
     names |= dict.fromkeys(("EvaluateSamples", "EvaluateLatents", "EvaluateComplexity"), "evaluate")
     return names.get(cls.__name__, cls.__name__.lower())
 
 
+def continues(cls: type[BaseModel]) -> bool:
+    """Return whether the same command, given again after it was stopped, goes on where the job was."""
+    begin_anew = ("Verify", "Inspect", "Doctor", "Benchmark", "Compare")
+    return not cls.__name__.startswith(("Evaluate", *begin_anew))
+
+
 def section_of(cls: type[BaseModel]) -> str:
-    """Return the section of a recipe that configures this job."""
+    """Return the section of a recipe that configures this job, or this action of a job."""
     names = {f"Evaluate{what}": f"evaluate_{what.lower()}" for what in ("Samples", "Latents", "Complexity")}
+    names |= {name: name.lower() for name in ("Verify", "Repair", "Retry", "Inspect")}
     return names.get(cls.__name__, job_of(cls))
 
 
 def main(
     cls: type[ConfigT],
     run: Callable[[ConfigT], object],
-    argv: list[str] | None = None,
-    action: str = "",
+    argv: Sequence[str] | None = None,
+    *,
+    actions: Mapping[str, Action] | None = None,
     switches: Sequence[str] = (),
-    subject: str = "cache",
+    look: Callable[[ConfigT], object] | None = None,
 ) -> int:
     """Parse the command line, run the job, and return its exit code.
 
+    Nothing that takes time is imported here. `look` imports neither torch nor Ray, so that mistakes which it finds are
+    answered within a second; `run` imports what the job needs.
+
     Args:
-        cls: the config class.
-        run: the job.
+        cls: the config class of the job itself.
+        run: the job; it is called with the config of the job, or of its action.
         argv: the command line without the program; None: `sys.argv`.
-        action: the job's subcommand, such as `verify`; empty: none.
-        switches: boolean fields that can be given as --field.
-        subject: the field that can be given as a bare word after the subcommand.
+        actions: what else the job does, by the word on the command line.
+        switches: overrides of the job itself that can be given as options: `append=true` as --append.
+        look: checks what can be known without torch and Ray; called with the config before the job begins.
 
     Returns:
         0 on success; 2 for a UserError, whose message is printed without a traceback; 130 for Ctrl-C; 143 for SIGTERM;
         141 if nobody reads the job's output any more (`| head`), as for other programs.
     """
+    arguments = sys.argv[1:] if argv is None else argv
+    return guarded(lambda: _main(cls, run, arguments, actions or {}, switches, look))
+
+
+def guarded(call: Callable[[], int]) -> int:
+    """Return what `call` returns, or the exit code for what it raises; see `main`."""
     try:
-        code = _main(cls, run, sys.argv[1:] if argv is None else argv, action, switches, subject)
+        code = _with_message(call)
         for stream in filter(None, (sys.stdout, sys.stderr)):  # None if the process began without it
             stream.flush()
         return code
@@ -103,6 +143,19 @@ def main(
         if not _drop_unread():  # another pipe, or a connection
             raise
         return CLOSED
+
+
+def _with_message(call: Callable[[], int]) -> int:
+    """Return what `call` returns; after a UserError or a signal say so, and return the exit code for it."""
+    try:
+        return call()
+    except UserError as error:
+        say(f"error: {error}", "ERROR")
+        return 2
+    except KeyboardInterrupt as error:
+        stopped = error if isinstance(error, shutdown.Stopped) else shutdown.Stopped()
+        say(stopped.text(continues=False), "ERROR")
+        return stopped.code
 
 
 def _drop_unread() -> bool:
@@ -117,7 +170,7 @@ def _drop_unread() -> bool:
     return found
 
 
-def _show(text: str) -> None:
+def show(text: str) -> None:
     """Print what was asked for to stdout.
 
     Raises:
@@ -132,107 +185,161 @@ def _show(text: str) -> None:
         raise UserError(f"the output can't be written: {error.strerror}") from None
 
 
+@dataclass
+class _Words:
+    """A command line, sorted by what its words are."""
+
+    overrides: list[str]
+    options: list[tuple[str, str]]  # those that are not below, with the word behind, which may be a value
+    bare: list[str]
+    preset: str | None = None
+    show: bool = False
+    topic: str | None = None  # of --help; "": the short help
+    every_field: bool = False
+
+
 def _main(
-    cls: type[ConfigT],
-    run: Callable[[ConfigT], object],
+    cls: type[Any],
+    run: Callable[[Any], object],
     arguments: Sequence[str],
-    action: str,
+    actions: Mapping[str, Action],
     switches: Sequence[str],
-    subject: str,
+    look: Callable[[Any], object] | None,
 ) -> int:
     """Do the work of `main`, which see."""
+    words = _sorted(arguments, actions)
+    name = next((word for word in words.bare if word in actions), "")
+    action = actions[name] if name else Action(cls, "", tuple(switches))
+    called = f"{command(job_of(cls))} {name}".rstrip()
+    if words.every_field:
+        show(help_text.every_field(action.config))
+        return 0
+    if words.topic is not None:
+        topic = words.topic
+        show(help_text.fields(action.config, topic) if topic else _usage(action, called, {} if name else actions))
+        return 0
+    if name:
+        words.bare.remove(name)
+    config = _read(action, name, words, actions, called)
+    if words.show:
+        show(redact(dump(config)).removesuffix("\n"))
+        return 0
+    if look is not None:
+        check_needed(config)
+        look(config)
+    say(progress.first_line(job_of(action.config), config))
+    from pipelines.runtime import cluster  # imported here because it needs pyarrow, which help and mistakes do not
+
+    cluster.set_environment()
     try:
-        if help_at := [place for place, word in enumerate(arguments) if word in ("--help", "-h")]:
-            topic = next(iter(arguments[help_at[0] + 1 :]), "")
-            _show(fields_text(cls, topic) if topic else usage(cls, action, subject))
-            return 0
-        preset, overrides, show = None, [], False
-        rest = iter(arguments)
-        for argument in rest:
-            if argument == "--config":
-                preset = next(rest, None)
-                if preset is None:
-                    raise UserError("--config needs a preset's name or a YAML file")
-            elif argument.startswith("--config="):
-                preset = argument.partition("=")[2]
-            elif argument == "--print-config":
-                show = True
-            elif argument.removeprefix("--") in switches and argument.startswith("--"):
-                overrides.append(f"{argument[2:]}=true")
-            elif action and not argument.startswith("-") and not _OVERRIDE.match(argument):
-                overrides.append(f"{subject}={argument}")
-            elif argument.startswith("-"):
-                raise UserError(
-                    f"unknown option {argument}; there are --config, --print-config and --help; fields are key=value"
-                )
-            else:
-                overrides.append(argument)
-        config = load(cls, preset, overrides)
-        if show:
-            _show(redact(dump(config)).removesuffix("\n"))
-            return 0
         with shutdown.on_sigterm():
             run(config)
-        return 0
-    except UserError as error:
-        say(f"error: {error}", "ERROR")
-        return 2
     except KeyboardInterrupt as error:
         stopped = error if isinstance(error, shutdown.Stopped) else shutdown.Stopped()
-        say(str(stopped), "ERROR")
+        say(stopped.text(continues(action.config)), "ERROR")
         return stopped.code
+    return 0
 
 
-def usage(cls: type[BaseModel], action: str = "", subject: str = "cache") -> str:
-    """Return the text of `--help`; arguments as for `main`."""
-    job, named = job_of(cls), subject.partition(".")[0].upper()
-    words = f"{job}.py {action} {named}" if action else f"{job}.py [--config PRESET_OR_FILE.yaml]"
-    lines = [
-        inspect.cleandoc(cls.__doc__ or ""),
-        "",
-        f"usage: python jobs/{words} [--print-config] [key=value ...]",
-        f"       python jobs/{job}.py{f' {action}' if action else ''} --help FIELD, or --help SECTION: some of these",
-        *([f"presets: {', '.join(_presets(cls))}"] if section_of(cls) in SECTIONS else []),
-        "",
-    ]
-    return "\n".join([*lines, fields_text(cls)])
-
-
-def fields_text(cls: type[BaseModel], topic: str = "") -> str:
-    """List the fields of a config with their types, defaults and meanings.
-
-    The job's own fields come first, then those that every job has.
-
-    Args:
-        cls: the config class.
-        topic: one field (`loop.ema`) or a section (`loop`); empty: all fields.
+def _sorted(arguments: Sequence[str], actions: Mapping[str, Action]) -> _Words:
+    """Sort the words of a command line.
 
     Raises:
-        UserError: if there is no such field.
+        UserError: if --config names nothing.
     """
-    fields = sorted(fields_of(cls), key=lambda field: _common(field[0]))  # the sort keeps the order within each group
-    topic = topic.partition("=")[0].rstrip(".")
-    chosen = [field for field in fields if not topic or field[0] == topic or field[0].startswith(f"{topic}.")]
-    if not chosen:
-        raise UserError(f"--help {topic}: {unknown_field(topic, [name for name, *_ in fields])}")
-    lines = []
-    for name, kind, default, text in chosen:
-        lines.append(f"  {name} = {default}    ({kind})")
-        if text:
-            lines.append(f"      {text}")
-    return "\n".join(lines)
+    words = _Words([], [], [])
+    rest = list(arguments)
+    while rest:
+        word = rest.pop(0)
+        if word == "--config":
+            if not rest:
+                raise UserError("--config needs a preset's name or a YAML file")
+            words.preset = rest.pop(0)
+        elif word.startswith("--config="):
+            words.preset = word.partition("=")[2]
+        elif word == "--print-config":
+            words.show = True
+        elif word == "--help-all":
+            words.every_field = True
+        elif word in ("--help", "-h"):
+            topic = rest[0] if rest and rest[0] not in actions and not rest[0].startswith("--") else ""
+            words.topic = words.topic or topic
+        elif word.startswith("--help="):
+            words.topic = word.partition("=")[2]
+        elif word.startswith("-"):
+            words.options.append((word, rest[0] if rest and not rest[0].startswith("-") else ""))
+        elif _OVERRIDE.match(word):
+            words.overrides.append(word)
+        else:
+            words.bare.append(word)
+    return words
 
 
-def _common(name: str) -> int:
-    """Return the sort key of a field in `--help`: 0 for the job's own fields, 1 and more for those of every job."""
-    sections = ("root", "ray", "tracking")
-    first = name.partition(".")[0]
-    return sections.index(first) + 1 if first in sections else 0
+def _read(action: Action, name: str, words: _Words, actions: Mapping[str, Action], called: str) -> Any:
+    """Return the config that a command line gives.
+
+    Args:
+        action: what is to be done: the job itself, or one of its actions.
+        name: the action's name; empty: the job itself.
+        words: the command line.
+        actions: the job's actions.
+        called: the command as the user called it, with the action.
+
+    Raises:
+        UserError: if a word is none of what may be given, or a value is wrong.
+    """
+    overrides = []
+    for option, value in words.options:
+        switch = next((each for each in action.switches if option == f"--{each.partition('=')[0]}"), None)
+        if switch is None:
+            raise UserError(_unknown_option(action.config, option, value, called))
+        overrides.append(switch)
+    if words.bare and not (name and action.subject):
+        raise UserError(_unknown_word(words.bare[0], name, actions, called))
+    if len(words.bare) > 1:
+        raise UserError(f"{called} takes one {action.place()}, but {', '.join(words.bare)} are given")
+    overrides += [f"{action.subject}={word}" for word in words.bare]
+    return load(action.config, words.preset, overrides + words.overrides)
 
 
-def _presets(cls: type[BaseModel]) -> list[str]:
+def _unknown_option(cls: type[Section], option: str, value: str, called: str) -> str:
+    """Return the message for an option that does not exist; it may be a field, written as others write options."""
+    option, equals, given = option.partition("=")
+    field = option.lstrip("-").replace("-", "_")
+    value = given if equals else "" if _OVERRIDE.match(value) else value
+    if field in names_of(cls):
+        meant = f"fields are given as key=value; did you mean {field}={value or '...'}?"
+    elif hint := near_misses.field_hint(field, names_of(cls), value, lambda name: takes(cls, name, value)):
+        meant = f"fields are given as key=value{hint}"
+    elif close := near_misses.nearest(option, _OPTIONS):
+        meant = f"did you mean {close[0]}?"
+    else:
+        meant = "there are --config, --print-config and --help; fields are given as key=value"
+    return f"unknown option {option}: {meant} ({called} --help)"
+
+
+def _unknown_word(word: str, name: str, actions: Mapping[str, Action], called: str) -> str:
+    """Return the message for a bare word where none can be."""
+    if not actions or name:
+        return f"override {word!r} is not of the form key=value ({called} --help)"
+    if close := near_misses.nearest(word, actions):
+        meant = f"did you mean {called} {close[0]} {actions[close[0]].place()}?"
+    else:
+        meant = ", ".join(f"{called} {action} {actions[action].place()}" for action in actions)
+    return f"{word!r} is neither key=value nor one of the actions {', '.join(actions)}: {meant}"
+
+
+def _usage(action: Action, called: str, actions: Mapping[str, Action]) -> str:
+    """Return the text of `--help`."""
+    others = {name: (other.place(), other.config) for name, other in actions.items()}
+    return help_text.short(action.config, called, others, action.subject, action.switches, presets(action.config))
+
+
+def presets(cls: type[BaseModel]) -> list[str]:
     """Return the names of the recipes that have a section for this job."""
-    return sorted(path.stem for path in PRESETS.glob("*.yaml") if section_of(cls) in _read_yaml(path))
+    # A section is found by its first line, since YAML takes longer to read than everything else that --help does.
+    start = re.compile(rf"^{re.escape(section_of(cls))}:", re.MULTILINE)
+    return sorted(path.stem for path in PRESETS.glob("*.yaml") if start.search(path.read_text()))
 
 
 def _read_preset(cls: type[BaseModel], name: str) -> dict[str, Any]:
@@ -241,14 +348,23 @@ def _read_preset(cls: type[BaseModel], name: str) -> dict[str, Any]:
     A recipe (jobs/configs/NAME.yaml, or any YAML file whose keys are jobs) gives the section of this job. Any other
     YAML file is taken as a whole.
     """
-    named = PRESETS / f"{name}.yaml"
+    named, section = PRESETS / f"{name}.yaml", section_of(cls)
     # `folder/mine` is not the preset of the neighbouring file `folder/mine.yaml`.
-    path = named if Path(name).name == name and named.is_file() else Path(name)
+    path = named if Path(name).name == name and named.is_file() else Path(typed_text.expanded(name))
     if not path.is_file():
-        raise UserError(f"--config {name} is neither a preset ({', '.join(_presets(cls)) or 'none'}) nor a file")
-    values, section = _read_yaml(path), section_of(cls)
+        known = presets(cls)
+        close = near_misses.nearest(name, known)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        if not known:
+            raise UserError(
+                f"--config {name} is no file; no preset is for {section}: give a YAML file of fields, or leave it out"
+            )
+        raise UserError(f"--config {name} is neither a preset ({', '.join(known)}) nor a file{hint}")
+    values = _read_yaml(path)
     if section not in values and (path == named or (values and values.keys() <= SECTIONS)):
-        raise UserError(f"--config {name} has no section {section}; it has {', '.join(values)}")
+        known = presets(cls)
+        has = f"presets with one are {', '.join(known)}" if known else f"no preset is for {section}"
+        raise UserError(f"--config {name} has no section {section}, only {', '.join(values)}; {has}")
     if section not in values:
         return values
     if not isinstance(values[section] or {}, dict):

@@ -8,6 +8,7 @@ the real CPUs), and a cluster that it joins is checked first.
 """
 
 import os
+import re
 import secrets
 import socket
 import sys
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     import torch
 
 SPARE_CPUS = 2  # for the training controller and one data task, in addition to the workers
-# Set before `import ray` in the driver, and inherited by every process of a cluster that the driver starts.
+# Set before PyTorch and Ray are imported in the driver, and inherited by every process of a cluster that it starts.
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # the default of 2 s delays the report of each checkpoint by 2 s
@@ -35,21 +36,30 @@ ENVIRONMENT = {
     "RAY_DEDUP_LOGS": "0",
     "RAY_DATA_LOG_LEVEL": "ERROR",
     # OpenMP threads that spin for long while they wait make some steps many times slower on cores with other work.
-    # Threads that sleep at once make all steps slower (BENCHMARKS.md).
+    # Threads that sleep at once make all steps slower (docs/performance.md).
     "GOMP_SPINCOUNT": "20000",
     # By default glibc returns large freed blocks to the system, and gets them again in each step, zeroed page by page.
-    # That takes a sixth of the time of LiteVAE-S's encoder on a CPU (BENCHMARKS.md).
+    # That takes a sixth of the time of LiteVAE-S's encoder on a CPU (docs/performance.md).
     "MALLOC_MMAP_THRESHOLD_": str(2**30),
     "MALLOC_TRIM_THRESHOLD_": str(2**30),
 }
 # If this is 0, a cluster that is started here consists of this machine only and listens on loopback only. Otherwise
 # most of its servers listen on every address, whatever address they are given. Ray reads it on import, on Linux too.
 _MANY_MACHINES = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+# If this is 1, lines of workers are shown without "(name pid=123)" before them. With one machine it tells nothing. Ray
+# reads it on import.
+_NO_PREFIX = "RAY_DISABLE_WORKER_LOG_PREFIX"
 # If this is 0, a training has no actor that waits for preemption notices of spot machines; a cluster on this machine
 # gets none. Each training reads it again, and its workers hear of notices in pipelines/training/interruptions.py. A
 # value that the user has set is kept.
 PREEMPTION_NOTICES = "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"
 _PREEMPTION_NOTICES_ASKED = os.environ.get(PREEMPTION_NOTICES)
+# Lines of Ray about what is as it should be, which are not shown. The first comes where a training is stopped, and the
+# actor that looks after its workers outlives Ray's list of actors; the second where encoding ends early.
+_NOISE = (
+    re.compile(r"Failed to query Ray Train Controller actor state"),
+    re.compile(r"Task MapWorker\(.* failed\. .*killed by `ray\.kill`", re.S),
+)
 # The oldest Ray that is accepted. With older versions, web pages can delete a cluster's jobs (CVE-2026-27482, before
 # 2.54), and Parquet files can run code where Ray Data is imported (CVE-2026-41486, before 2.55). Ray itself refuses to
 # join a cluster of another version.
@@ -149,6 +159,24 @@ def on_nodes(labels: dict[str, str]) -> dict[str, Any]:
     return {"label_selector": labels} if labels else {}
 
 
+def set_environment() -> None:
+    """Set what `ENVIRONMENT` holds, unless the user has. A command does so before it imports PyTorch and Ray."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+
+
+def alone(config: RayConfig) -> Placement | None:
+    """Return what a job will take if it starts Ray on this machine; None if it joins a cluster, or Ray is running."""
+    ray = sys.modules.get("ray")
+    if in_ray_job() or "RAY_ADDRESS" in os.environ or (ray is not None and ray.is_initialized()):
+        return None
+    import torch
+
+    gpu = torch.cuda.is_available() if config.gpu == "auto" else bool(config.gpu)
+    threads = config.cpus_per_worker or max(1, (os.cpu_count() or 1) // config.workers)
+    return Placement(config.workers, gpu, threads)
+
+
 def start(config: RayConfig, jobs: int = 1) -> Placement:
     """Join the cluster of $RAY_ADDRESS or of the submitted job, or else start one on this machine.
 
@@ -162,14 +190,16 @@ def start(config: RayConfig, jobs: int = 1) -> Placement:
     Raises:
         UserError: if the cluster can't hold the workers asked for, or if Ray is older than `OLDEST`.
     """
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+    set_environment()
     joining = in_ray_job() or "RAY_ADDRESS" in os.environ
     os.environ[PREEMPTION_NOTICES] = _PREEMPTION_NOTICES_ASKED or str(int(joining))
     if not joining and not in_worker():
         config = config.model_copy(update={"worker_labels": {}, "decode_labels": {}})  # there is one machine only
+    if not os.isatty(1):
+        os.environ.setdefault("RAY_COLOR_PREFIX", "0")  # otherwise Ray colours lines of workers in files, too
     if not joining:
         os.environ.setdefault(_MANY_MACHINES, "0")
+        os.environ.setdefault(_NO_PREFIX, "1")
         if "RAY_AUTH_MODE" not in os.environ and "ray" not in sys.modules:
             # A token that only this process knows: nothing is written to disk, and no other user of the machine can
             # submit work. Ray reads it on import. If a program imported Ray before, Ray's default is used (a token in
@@ -178,6 +208,7 @@ def start(config: RayConfig, jobs: int = 1) -> Placement:
 
     import ray
 
+    _drop_noise()
     if tuple(map(int, ray.__version__.split(".")[:2])) < OLDEST:
         needed = ".".join(map(str, OLDEST))
         raise UserError(
@@ -187,6 +218,7 @@ def start(config: RayConfig, jobs: int = 1) -> Placement:
     if not ray.is_initialized():
         with shutdown.keep_sigterm_handler():
             if joining:
+                say(f"joining Ray{' at ' + os.environ['RAY_ADDRESS'] if os.environ.get('RAY_ADDRESS') else ''}")
                 ray.init(logging_level="ERROR", log_to_driver=True)
             else:
                 _start_here(config, jobs)
@@ -210,6 +242,23 @@ def start(config: RayConfig, jobs: int = 1) -> Placement:
             if waiting:
                 _ask_for(config, 0)  # otherwise the cluster would never shrink
             return placement
+
+
+def _drop_noise() -> None:
+    """Make Ray leave out the lines of `_NOISE` from what it shows of its other processes."""
+    from ray._private import worker
+
+    show = getattr(worker, "print_worker_logs", None)  # not part of Ray's interface: without it the lines are shown
+    if show is None or hasattr(show, "drops_noise"):
+        return
+
+    def print_worker_logs(data: dict[str, Any], *more: Any, **options: Any) -> None:
+        lines = [line for line in data.get("lines", []) if not any(noise.search(line) for noise in _NOISE)]
+        if lines:
+            show({**data, "lines": lines}, *more, **options)
+
+    print_worker_logs.drops_noise = True  # type: ignore[attr-defined]
+    worker.print_worker_logs = print_worker_logs
 
 
 def _placement(config: RayConfig, jobs: int) -> Placement:
@@ -253,6 +302,7 @@ def _start_here(config: RayConfig, jobs: int) -> None:
     """Start a cluster on this machine, with enough logical CPUs for the job."""
     import ray
 
+    say("starting Ray on this machine, about 10 s")
     with socket.create_server(("127.0.0.1", 0)) as probe:
         port = probe.getsockname()[1]
     # For Ray's own actors: if another cluster runs on this machine, they would not know which one is theirs, and warn.

@@ -32,7 +32,7 @@ import numpy as np
 
 from litevae import storage
 from litevae.errors import UserError, redact
-from pipelines.runtime import cluster, mlflow_server, mlflow_target
+from pipelines.runtime import cluster, mlflow_server, mlflow_target, paths
 from pipelines.runtime.logs import say
 from pipelines.runtime.metrics_log import clear_log, metric_name, parse_line, repair_log
 from pipelines.runtime.mlflow_server import RunHandle, Status
@@ -79,8 +79,12 @@ def start_run(
             deleted or is not there. `check` finds this before Ray starts.
     """
     folder = os.path.abspath(folder)
-    os.makedirs(folder, exist_ok=True)
     uri = tracking_uri(config, root) if config.enabled else ""
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as error:
+        raise storage.unwritable(folder, error) from error
+    make_folder(uri)
     target = target_of(config)
     handle = RunHandle(uri, None, target.experiment, folder)
     if not uri:
@@ -115,12 +119,14 @@ def check(cfg: Tracked) -> None:
     config = cfg.tracking
     if not config.enabled or cluster.in_worker():
         return
+    check_place(cfg)
     uri, target = tracking_uri(config, cfg.root), target_of(config)
-    file = uri.partition(":///")[2].partition("?")[0] if uri.startswith("sqlite") else ""
+    file = _file_of(uri)
     if file and not os.path.exists(file) and not (target.run_id or target.experiment_id or config.parent):
         return  # there is nothing yet that could have been deleted
 
     def look() -> None:
+        make_folder(uri)
         client = mlflow_server.client_of(uri)
         if config.parent:
             mlflow_target.check_parent(client, uri, config.parent)
@@ -133,6 +139,35 @@ def check(cfg: Tracked) -> None:
             f"{_uri_from(config)}={uri}: {error}; install the driver of this database on every node, or set "
             f"tracking.enabled=false"
         )
+
+
+def check_place(cfg: Tracked) -> None:
+    """Check at once, without MLflow, that the tracking URI is of a usable kind, and that SQLite can be written.
+
+    Raises:
+        UserError: if not.
+    """
+    if cfg.tracking.enabled and (file := _file_of(tracking_uri(cfg.tracking, cfg.root))):
+        default = not cfg.tracking.uri and not os.environ.get("MLFLOW_TRACKING_URI")
+        paths.check_local("root" if default else "tracking.uri", os.path.dirname(file))
+
+
+def make_folder(uri: str) -> None:
+    """Make the folder of an SQLite database.
+
+    Raises:
+        UserError: if it can't be made.
+    """
+    if file := _file_of(uri):
+        try:
+            os.makedirs(os.path.dirname(file), exist_ok=True)
+        except OSError as error:
+            raise storage.unwritable(os.path.dirname(file), error) from error
+
+
+def _file_of(uri: str) -> str:
+    """Return the file of an SQLite database, or "" if a tracking URI is none."""
+    return uri.partition(":///")[2].partition("?")[0] if uri.startswith("sqlite") else ""
 
 
 def finish(handle: RunHandle, status: Status = "FINISHED") -> None:
@@ -190,7 +225,6 @@ def tracking_uri(config: Tracking, root: str) -> str:
         if rest.strip("/") in ("", ":memory:"):
             raise UserError(f"{_uri_from(config)}={uri}: give the database's file: sqlite:////path/mlflow.db")
         path = output_path("tracking.uri", rest.removeprefix("//").removeprefix("/"))
-        os.makedirs(os.path.dirname(path), exist_ok=True)
         return f"{scheme}:///{path}"
     known = (kind in mlflow_target.DATABASES or scheme in ("http", "https")) and rest[:2] == "//" != rest
     if known or (separator and scheme in _plugins()):

@@ -3,6 +3,7 @@
 import os
 import platform
 import secrets
+import tempfile
 from pathlib import Path
 
 from litevae import storage
@@ -38,6 +39,88 @@ def output_path(field: str, path: str, remote: bool = False) -> str:
             f"it writes there is lost. Give an absolute path on storage that all nodes share."
         )
     return os.path.abspath(path)
+
+
+def check_writable(field: str, path: str) -> str:
+    """Check at once, by making a file and removing it again, that a job can write its output folder.
+
+    The folder itself is not made. If it does not exist, the file is made in the nearest folder above it that does.
+
+    Args:
+        field: the config field that named the folder, for error messages.
+        path: the folder, as `output_path` accepts it with `remote=True`.
+
+    Returns:
+        The absolute form of the path.
+
+    Raises:
+        UserError: if a file is in the way, or if nothing can be written there.
+    """
+    folder = output_path(field, path, remote=True)
+    if storage.is_remote(folder):
+        mark = storage.join(folder, f".tmp-writable-{secrets.token_hex(8)}")
+        try:
+            storage.put(mark, b"")
+            storage.remove(mark)
+        except UserError as error:
+            raise UserError(f"{field}={path} can't be written: {error}") from None
+        return folder
+    try:
+        there = next(parent for parent in (Path(folder), *Path(folder).parents) if _is_there(parent))
+        if not there.is_dir():
+            raise UserError(f"{field}={path} can't be written: {there} is not a folder; give another one")
+        with tempfile.NamedTemporaryFile(prefix=".tmp-writable-", dir=there):
+            pass
+    except (OSError, ValueError) as error:  # ValueError: the path contains NUL
+        if isinstance(error, UserError):
+            raise
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"{field}={path} can't be written: {reason}; give a folder that this user can write") from None
+    return folder
+
+
+def check_local(field: str, path: str) -> str:
+    """Check, as `check_writable`, an output folder that must not be on S3, and return its absolute form."""
+    output_path(field, path)
+    return check_writable(field, path)
+
+
+def _is_there(path: Path) -> bool:
+    """Return whether there is something, also a link to nothing. An OSError says that nothing can be there."""
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
+def check_free(field: str, folder: str, needed: int, what: str) -> None:
+    """Check that a local folder's file system has room for what a job will write.
+
+    Nothing is checked where the file system does not tell its size, as some mounted stores do not.
+
+    Args:
+        field: the config field that named the folder, for error messages.
+        folder: the folder; if it does not exist, the nearest folder above it that does counts.
+        needed: bytes.
+        what: what takes this room, for the error message.
+
+    Raises:
+        UserError: if less is free.
+    """
+    there = next(parent for parent in (Path(folder), *Path(folder).parents) if parent.is_dir())
+    about = os.statvfs(there)
+    free = about.f_bavail * about.f_frsize
+    if about.f_blocks and free < needed:
+        raise UserError(
+            f"{field}: {folder} has room for {_size(free)}, but about {_size(needed)} are needed for {what}; make "
+            f"room there, or give another {field}"
+        )
+
+
+def _size(count: int) -> str:
+    """Return a number of bytes for people."""
+    return f"{count / 1e9:,.1f} GB" if count >= 1e9 else f"{count / 1e6:,.1f} MB"
 
 
 def check_folders(written: dict[str, str], read: dict[str, str]) -> None:

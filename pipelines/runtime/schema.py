@@ -3,26 +3,75 @@
 Lengths and intervals of a training are numbers of images, not of steps, so that they do not depend on the batch size.
 """
 
-import difflib
-import re
-from collections.abc import Iterator
-from typing import Annotated, Any, Literal, TypeVar, get_args
+import dataclasses
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticUndefined
 
 from litevae.errors import UserError
-from pipelines.runtime import typed_text
+from pipelines.runtime import near_misses, typed_text
 
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
 Weight = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+PathText = Annotated[str, typed_text.IsPath()]  # a file or folder, also s3:// where the field says so
+
+
+@dataclasses.dataclass(frozen=True)
+class Needed:
+    """A field that a job refuses when it is empty.
+
+    Attributes:
+        example: a value, as it is written on a command line.
+        when: the values of other fields with which it is needed; none: always.
+        note: how `--help` says when it is needed, where only the job itself can check that.
+        meaning: what it is, where its own description needs its section's to be understood.
+        usual: whether it is in the first usage line.
+    """
+
+    example: str
+    when: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    note: str = ""
+    meaning: str = ""
+    usual: bool = True
+
+    def mark(self) -> str:
+        """Return how `--help` says that it is needed."""
+        cases = [f"{name}={value}" for name, values in self.when.items() for value in values]
+        return self.note or "required" + (f" with {' or '.join(cases)}" if cases else "")
+
+
+@dataclasses.dataclass(frozen=True)
+class Shown:
+    """What the short `--help` of a job shows: at most twenty fields, each with an example.
+
+    Attributes:
+        needed: the fields that must be given.
+        groups: the most used of the others, by heading: {field: example}, or {field: (example, meaning)} where the
+            field's own description needs its section's to be understood.
+    """
+
+    needed: Mapping[str, Needed] = dataclasses.field(default_factory=dict)
+    groups: Mapping[str, Mapping[str, str | tuple[str, str]]] = dataclasses.field(default_factory=dict)
+
+    def examples(self) -> dict[str, str]:
+        """Return the examples of all fields that are shown."""
+        found = {name: needed.example for name, needed in self.needed.items()}
+        for group in self.groups.values():
+            found |= {name: value if isinstance(value, str) else value[0] for name, value in group.items()}
+        return found
 
 
 class Section(BaseModel):
     """The base class of config sections. Unknown fields are refused, and values can't be changed."""
+
+    shown: ClassVar[Shown] = Shown()
 
     model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True, protected_namespaces=())
 
@@ -71,7 +120,9 @@ class Tracking(Section):
     """How a run is tracked in MLflow."""
 
     enabled: bool = Field(True, description="false: metrics go to the run's metrics.jsonl only")
-    uri: str = Field("", description="tracking server; empty: $MLFLOW_TRACKING_URI, else sqlite in <root>/mlflow.db")
+    uri: PathText = Field(
+        "", description="tracking server; empty: $MLFLOW_TRACKING_URI, else sqlite in <root>/mlflow.db"
+    )
     experiment: str = Field(
         "", description="MLflow experiment; empty: $MLFLOW_EXPERIMENT_NAME or $MLFLOW_EXPERIMENT_ID, else litevae"
     )
@@ -88,7 +139,7 @@ class Tracking(Section):
 class Tracked(Section):
     """The fields that every job has."""
 
-    root: str = Field("runs", description="folder for runs and the default MLflow database")
+    root: PathText = Field("runs", description="folder for runs and the default MLflow database")
     tracking: Tracking = Tracking()
 
 
@@ -96,6 +147,12 @@ class Job(Tracked):
     """The fields that every job on Ray has."""
 
     ray: Ray = Ray()
+
+
+class LongJob(Job):
+    """The fields that every job has which can take days."""
+
+    yes: bool = Field(False, description="begin without asking, also what will take more than a day without a GPU")
 
 
 ConfigT = TypeVar("ConfigT", bound=BaseModel)
@@ -114,7 +171,10 @@ def validate(cls: type[ConfigT], values: dict[str, Any]) -> ConfigT:
     try:
         return cls.model_validate(merged(cls().model_dump(mode="json"), typed_text.typed(cls, values)))
     except ValidationError as error:
-        raise UserError("\n".join(_explain(cls, dict(problem)) for problem in error.errors())) from None
+        fields: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+        for problem in error.errors():
+            fields.setdefault(_path(cls, problem["loc"]), []).append(problem)
+        raise UserError("\n".join(_explain(cls, problems) for problems in fields.values())) from None
 
 
 def merged(*parts: dict[str, Any]) -> dict[str, Any]:
@@ -159,16 +219,49 @@ def values_to_keep(config: BaseModel) -> dict[str, Any]:
     return config.model_dump(mode="json", exclude={"tracking"})
 
 
-def fields_of(
+def check_needed(config: Section) -> None:
+    """Check that the fields are given without which the job can't begin; a job calls it before it imports torch.
+
+    Raises:
+        UserError: if some are empty; the message names all of them, with an example each.
+    """
+    lines = []
+    meanings = {name: text for name, _, _, text in fields_of(type(config))}
+    for name, needed in config.shown.needed.items():
+        asked = all(str(value_of(config, other)) in values for other, values in needed.when.items())
+        if asked and not needed.note and not value_of(config, name):
+            case = "".join(f" with {other}={value_of(config, other)}" for other in needed.when)
+            lines.append(
+                f"{name} is empty{case}; give it, e.g. {name}={needed.example} ({needed.meaning or meanings[name]})"
+            )
+    if lines:
+        raise UserError("\n".join(lines))
+
+
+def value_of(config: BaseModel, name: str) -> Any:
+    """Return the value of a field, by its dotted name."""
+    value: Any = config
+    for part in name.split("."):
+        value = getattr(value, part)
+    return value
+
+
+@cache
+def fields_of(cls: type[BaseModel]) -> tuple[tuple[str, str, str, str], ...]:
+    """Return (dotted name, type, default, description) of every field of a config, as text."""
+    return tuple(_fields_of(cls))
+
+
+def _fields_of(
     cls: type[BaseModel], prefix: str = "", instance: BaseModel | None = None
 ) -> Iterator[tuple[str, str, str, str]]:
-    """Yield (dotted name, type, default, description) of every field of a config, as text."""
+    """Yield what `fields_of` returns; the defaults of a section are those of its instance in the config."""
     for name, field in cls.model_fields.items():
         default = getattr(instance, name) if instance is not None else field.default
         if isinstance(default, BaseModel):
             if field.description:
                 yield f"{prefix}{name}", "section", "...", field.description
-            yield from fields_of(type(default), f"{prefix}{name}.", default)
+            yield from _fields_of(type(default), f"{prefix}{name}.", default)
             continue
         shown = (
             "required"
@@ -178,7 +271,16 @@ def fields_of(
             .removesuffix("...")
             .strip()
         )
-        yield f"{prefix}{name}", _kind(field.annotation, field.metadata), shown, field.description or ""
+        yield f"{prefix}{name}", typed_text.kind_of(field), shown, field.description or ""
+
+
+def names_of(cls: type[BaseModel]) -> list[str]:
+    """Return the dotted names of all fields and sections of a config; what every job has comes last."""
+    found: dict[str, None] = {}
+    for name, *_ in fields_of(cls):
+        parts = name.split(".")
+        found |= {".".join(parts[:count]): None for count in range(1, len(parts) + 1)}
+    return sorted(found, key=lambda name: name.partition(".")[0] in ("root", "tracking", "ray"))
 
 
 def _plain(value: Any) -> Any:
@@ -189,39 +291,74 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _kind(annotation: Any, metadata: list[Any]) -> str:
-    """Return the text for the type of a field: its choices, or its type and limits."""
-    alternatives = [a for part in get_args(annotation) for a in (get_args(part) or [part])]
-    if choices := [a for a in alternatives if isinstance(a, str)]:
-        return " | ".join(choices + ["true | false"] * (bool in alternatives))
-    kind = getattr(annotation, "__name__", None) or str(annotation).replace("typing.", "")
-    if "[" in str(annotation):
-        kind = re.sub(r"pipelines\.\w+\.\w+\.", "", str(annotation)).split("[")[0] + " of values"
-    limits = [
-        f"{sign} {value}"
-        for item in metadata
-        for sign, attribute in ((">=", "ge"), (">", "gt"), ("<=", "le"), ("multiple of", "multiple_of"))
-        if (value := getattr(item, attribute, None)) is not None
-    ]
-    return " ".join([kind, *limits])
+def unknown_field(cls: type[BaseModel], name: str, value: str = "") -> str:
+    """Return the error message for a field that does not exist, with what was probably meant.
+
+    Args:
+        cls: the config class.
+        name: the name that was given.
+        value: the text that was given for it, if any.
+    """
+    hint = near_misses.field_hint(name, names_of(cls), value, lambda field: takes(cls, field, value))
+    return f"unknown config key {name!r}{hint} (--help-all lists all)"
 
 
-def unknown_field(name: str, known: list[str]) -> str:
-    """Return the error message for a field that does not exist, with the most similar name that does."""
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
-    return f"unknown config key {name!r}" + (f"; did you mean {close[0]!r}?" if close else "") + " (--help lists all)"
+def takes(cls: type[BaseModel], name: str, value: str) -> bool:
+    """Return whether a field takes this text."""
+    values: Any = value
+    for part in reversed(name.split(".")):
+        values = {part: values}
+    try:
+        cls.model_validate(merged(cls().model_dump(mode="json"), typed_text.typed(cls, values)))
+    except ValidationError as error:
+        path = tuple(name.split("."))
+        return not any(problem["loc"][: len(path)] == path for problem in error.errors())
+    return True
 
 
-def _explain(cls: type[BaseModel], problem: dict[str, Any]) -> str:
-    """Turn an error of pydantic into one line for people."""
-    path = ".".join(str(part) for part in problem["loc"])
-    if problem["type"] == "extra_forbidden":
-        return unknown_field(path, [name for name, *_ in fields_of(cls)])
-    message = problem["msg"][0].lower() + problem["msg"][1:]
-    given = problem["input"]
-    if problem["type"] not in ("missing", "value_error"):
+def _explain(cls: type[BaseModel], problems: Sequence[Mapping[str, Any]]) -> str:
+    """Turn what pydantic says of one field into one line for people."""
+    path, given = _path(cls, problems[0]["loc"]), problems[0]["input"]
+    name = ".".join(map(str, path)) or "config"
+    if problems[0]["type"] == "extra_forbidden":
+        rest, value = _only_value(given)  # a.b.c=1 where there is no a.b
+        return unknown_field(cls, ".".join([name, *rest]), value)
+    # For a field of several types pydantic has a problem with each of them.
+    message = ", or ".join(problem["msg"][0].lower() + problem["msg"][1:] for problem in problems)
+    if problems[0]["type"] not in ("missing", "value_error"):
         message += f" (got {given!r})"
-    return f"{path or 'config'}: {message}{_advice(problem['type'], given)}"
+    advice = next(filter(None, (_advice(problem["type"], given) for problem in problems)), "")
+    words = typed_text.choices(cls, path) if problems[0]["type"] != "value_error" else []
+    text = given.text if isinstance(given, typed_text.Misread) else given
+    return f"{name}: {message}{near_misses.value_hint(text, words) or _other_level(cls, name, given) or advice}"
+
+
+def _other_level(cls: type[BaseModel], name: str, given: Any) -> str:
+    """Return the hint for a value that is a level too high or too low: the same word is a section in one job, and a
+    value in another. Empty for other mistakes.
+    """
+    rest, value = _only_value(given)
+    if rest and name in names_of(cls) and takes(cls, name, value):
+        return f"; did you mean {shlex.quote(f'{name}={value}')}?"
+    if isinstance(given, str) and given:
+        for field in (f"{name}.{part}" for part in ("uri", "train.uri", "source.uri", "init")):
+            if field in names_of(cls):
+                return f"; did you mean {shlex.quote(f'{field}={given}')}?"
+    return ""
+
+
+def _only_value(given: Any) -> tuple[list[str], str]:
+    """Return the keys to the one text that nested sections hold, and this text; without one, no keys and no text."""
+    keys: list[str] = []
+    while isinstance(given, dict) and len(given) == 1 and len(keys) < 10:  # a section of YAML may hold itself
+        ((key, given),) = given.items()
+        keys.append(str(key))
+    return (keys, given) if isinstance(given, str) and given else ([], "")
+
+
+def _path(cls: type[BaseModel], place: Sequence[Any]) -> tuple[Any, ...]:
+    """Return the parts of a field's name, without what pydantic adds for the type of a union that it tried."""
+    return tuple(place[:-1] if place and typed_text.is_union(cls, place[:-1]) else place)
 
 
 def _advice(problem: str, given: Any) -> str:

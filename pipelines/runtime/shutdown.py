@@ -23,11 +23,27 @@ Result = TypeVar("Result")
 
 
 class Stopped(KeyboardInterrupt):
-    """Raised when a job is asked to end. `code` is the exit code, as in shells: 128 + the number of the signal."""
+    """Raised when a job is asked to end.
+
+    Args:
+        code: the exit code, as in shells: 128 + the number of the signal.
+        message: what the user reads; empty: `text` chooses it.
+    """
 
     def __init__(self, code: int = 128 + signal.SIGINT, message: str = "") -> None:
-        super().__init__(message or "stopped; run the same command again to continue")
-        self.code = code
+        super().__init__(message)
+        self.code, self._message = code, message
+
+    def text(self, continues: bool) -> str:
+        """Return what the user reads.
+
+        Args:
+            continues: whether the same command goes on where this job was. Jobs that measure begin anew.
+        """
+        default = (
+            "stopped; run the same command again to continue" if continues else "stopped; the same command begins anew"
+        )
+        return self._message or default
 
 
 @contextmanager

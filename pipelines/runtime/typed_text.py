@@ -1,12 +1,14 @@
 """Read text by the type of the field that it is for: the same rules for a command line and for YAML files.
 
 - A field that is text takes its text as it was typed: `name=1.10`, `out=/data/2024-01-01`, `source.uri=/data/set #2`.
+- A field that is a path has a leading `~` or `~user` replaced, since a shell leaves it in quotes and after `key=`.
 - YAML is read only for numbers, switches, lists and sections, and there as YAML 1.2 has it. What only YAML 1.1 knows
   (`1_000`, `12:30`, `on`, dates, the octal `010`) is refused, or read as version 1.2 does.
 """
 
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import NoneType, UnionType
@@ -51,6 +53,11 @@ class SectionOf:
 
     config: type[BaseModel]
     space: bool = False
+
+
+@dataclass(frozen=True)
+class IsPath:
+    """A mark on text that is a local path, or may be one: a leading `~` is replaced, see `schema.PathText`."""
 
 
 @dataclass(frozen=True)
@@ -159,6 +166,81 @@ def typed(kind: Any, value: Any) -> Any:
     return value
 
 
+def choices(config: type[BaseModel], path: Sequence[Any]) -> list[str]:
+    """Return the words that a field may have as its value; none for a field that takes any text, or only numbers.
+
+    Args:
+        config: the class of the config.
+        path: the parts of the field's dotted name; for an item of a list also its number.
+    """
+    kind: Any = config
+    for name in path:
+        kind = _items(kind, 1)[0] if isinstance(name, int) else _child(kind, name)
+    parts = _alternatives(kind)
+    if len(parts) == 1 and _shape(parts[0]) == "list":
+        parts = _alternatives(_items(kind, 1)[0])
+    found = [str(word) for part in parts if get_origin(part) is Literal for word in get_args(part)]
+    return found + ["true", "false"] * (bool in parts)
+
+
+def is_union(config: type[BaseModel], path: Sequence[Any]) -> bool:
+    """Return whether a field, by the parts of its name, may have values of more than one type."""
+    kind: Any = config
+    for name in path:
+        kind = _items(kind, 1)[0] if isinstance(name, int) else _child(kind, name)
+    return len(_alternatives(kind)) > 1
+
+
+def kind_of(field: FieldInfo) -> str:
+    """Return for people what a field takes: its choices, or its type and limits."""
+    if any(isinstance(mark, SectionOf | IsPath) for mark in field.metadata):
+        return _kind(Annotated[field.annotation, *field.metadata])
+    return _kind(field.annotation, field.metadata)
+
+
+def _kind(kind: Any, metadata: Sequence[Any] = ()) -> str:
+    """Return for people what a type takes, see `kind_of`."""
+    origin = get_origin(kind)
+    if origin is Annotated:
+        inner, *marks = get_args(kind)
+        if any(isinstance(mark, IsPath) for mark in marks):
+            return "path"
+        return _kind(inner, [*marks, *metadata])
+    if origin in (Union, UnionType):
+        return " | ".join(_kind(part) for part in get_args(kind))
+    if origin is Literal:
+        return " | ".join(map(str, get_args(kind)))
+    if origin in (list, tuple):
+        items = [part for part in get_args(kind) if part is not ...]
+        item = _kind(items[0])
+        several = re.sub(r"(number|path|text|section)", r"\1s", item)
+        return f"list of ({item})" if " | " in item else f"list of {several}"
+    if (isinstance(kind, type) and issubclass(kind, BaseModel)) or origin is dict:
+        return "section"
+    name = {bool: "true | false", int: "whole number", float: "number", str: "text"}.get(kind, "value")
+    marks = [each for mark in metadata for each in (getattr(mark, "metadata", None) or [mark])]
+    limits = [
+        f"{sign} {limit:g}"
+        for mark in marks
+        for sign, attribute in ((">=", "ge"), (">", "gt"), ("<=", "le"), ("multiple of", "multiple_of"))
+        if (limit := getattr(mark, attribute, None)) is not None
+    ]
+    return " ".join([name, *limits])
+
+
+def takes_path(config: type[BaseModel], name: str) -> bool:
+    """Return whether a field, by its dotted name, is a path or a list of paths."""
+    kind: Any = config
+    for part in name.split("."):
+        kind = _child(kind, part)
+    return any(isinstance(part, IsPath) or _is_path_list(part) for part in _alternatives(kind))
+
+
+def expanded(path: str) -> str:
+    """Return a path with a leading `~` or `~user` replaced by that folder; `~nobody` stays, as in a shell."""
+    return os.path.expanduser(path) if path.startswith("~") else path
+
+
 def number(text: str) -> int | float | None:
     """Return the number that the text is in YAML 1.2, or None."""
     for pattern, read in _NUMBERS:
@@ -196,6 +278,10 @@ def _misread(value: Any, path: str = "") -> Iterator[tuple[str, Misread]]:
 def _typed_text(parts: list[Any], text: str) -> Any:
     """Return the text, or the number, switch or None that it is where only those are taken."""
     shapes = {_shape(part) for part in parts}
+    if any(isinstance(part, IsPath) for part in parts):
+        return expanded(text)
+    if any(_is_path_list(part) for part in parts):
+        return ",".join(map(expanded, text.split(",")))  # a list that may be written a,b,c
     if any(text in get_args(part) for part in parts if get_origin(part) is Literal):
         return text
     found = number(text)
@@ -210,13 +296,19 @@ def _typed_text(parts: list[Any], text: str) -> Any:
     return text
 
 
+def _is_path_list(part: Any) -> bool:
+    """Return whether a type is a list of paths."""
+    return _shape(part) == "list" and any(isinstance(each, IsPath) for each in _alternatives(_items(part, 1)[0]))
+
+
 def _alternatives(kind: Any) -> list[Any]:
     """Return the members of a union; of another type, that type."""
     if isinstance(kind, FieldInfo):
-        marks = [mark for mark in kind.metadata if isinstance(mark, SectionOf)]
+        marks = [mark for mark in kind.metadata if isinstance(mark, SectionOf | IsPath)]
         return [*marks] if marks else _alternatives(kind.annotation)
     if get_origin(kind) is Annotated:
-        return _alternatives(get_args(kind)[0])
+        inner, *marks = get_args(kind)
+        return [mark for mark in marks if isinstance(mark, IsPath)] or _alternatives(inner)
     if get_origin(kind) in (Union, UnionType):
         return [part for member in get_args(kind) for part in _alternatives(member)]
     return [kind]
@@ -231,6 +323,8 @@ def _shape(part: Any) -> str:
         return "section"
     if isinstance(part, _Draws):
         return "any"
+    if isinstance(part, IsPath):
+        return "text"
     if isinstance(origin, type):
         for shape, types in (
             ("text", (str, Path)),

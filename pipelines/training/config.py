@@ -1,12 +1,12 @@
 """Config schemas of the jobs train_vae and train_ldm."""
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from litevae.image_metadata import MAX_PIXELS
 from pipelines.data.config import DECODE, LARGEST, Decode, Source
-from pipelines.runtime.schema import Count, Fraction, Job, Positive, Section, Weight
+from pipelines.runtime.schema import Count, Fraction, LongJob, Needed, PathText, Positive, Section, Shown, Weight
 
 
 class Decoder(Section):
@@ -56,7 +56,9 @@ class VAE(Section):
     )
     conv1x1: bool = Field(False, description="1x1 convolutions around the latent (Table 17)")
     decoder: Decoder = Decoder()
-    init: str = Field("", description="model folder to start from (its architecture must be this one); empty: random")
+    init: PathText = Field(
+        "", description="model folder to start from (its architecture must be this one); empty: random"
+    )
 
 
 class Term(Section):
@@ -70,16 +72,19 @@ class Lpips(Term):
     """LPIPS, a perceptual distance."""
 
     net: Literal["vgg", "alex", "squeeze"] = Field("vgg", description="backbone")
-    weights: str = Field(
+    weights: PathText = Field(
         "",
-        description="backbone's torchvision checkpoint; empty: torch hub's cache; where there is none, the term is off",
+        description="backbone's torchvision checkpoint; empty: torch hub's cache, which `make weights` fills",
+    )
+    required: bool = Field(
+        True, description="refuse to train where the weights are missing; false: train without the term, and say so"
     )
 
 
 class Features(Term):
     """The distance of features of another network."""
 
-    weights: str = Field(
+    weights: PathText = Field(
         "", description="a SqueezeNet 1.1 (Caffe) feature file: its feature distance, under its own name"
     )
 
@@ -87,7 +92,7 @@ class Features(Term):
 class Esrgan(Term):
     """The perceptual loss of ESRGAN, on features of VGG19."""
 
-    weights: str = Field("", description="torchvision's VGG19 checkpoint; empty: torch hub's cache")
+    weights: PathText = Field("", description="torchvision's VGG19 checkpoint; empty: torch hub's cache")
 
 
 class Adversarial(Term):
@@ -208,8 +213,45 @@ class Loop(Section):
     )
 
 
-class TrainVAE(Job):
+class TrainVAE(LongJob):
     """Train a LiteVAE autoencoder."""
+
+    shown: ClassVar[Shown] = Shown(
+        needed={"data.train.uri": Needed("/data/photos")},
+        groups={
+            "Images": {
+                "data.val.uri": ("/data/photos-val", "images to validate on, as data.train.uri; empty: no validation"),
+                "data.resize": "none",
+            },
+            "Model": {
+                "model.encoder": "S",
+                "model.latent_channels": "12",
+                "model.init": "runs/vae/model",
+            },
+            "Loss": {
+                "loss.lpips.weight": ("0", "weight of LPIPS, the perceptual distance; 0: without it"),
+                "loss.lpips.weights": "/models/vgg16-397923af.pth",
+                "loss.adversarial.weight": ("0", "weight of the discriminator's term; 0: no discriminator"),
+            },
+            "Length and steps": {
+                "stages": (
+                    "[{resolution: 256, images: 800000, batch_size: 16}]",
+                    "resolution, length and batch size of each stage of training; lengths are numbers of images",
+                ),
+                "optim.lr": "2e-4",
+                "loop.precision": "bf16",
+                "loop.ema": "0.999",
+                "checkpointing": "true",
+            },
+            "The run": {
+                "name": "faces",
+                "root": "/shared/runs",
+                "loop.checkpoint_every": "50000",
+                "ray.workers": "8",
+                "yes": "true",
+            },
+        },
+    )
 
     name: str = Field(
         "vae", description="run name; the same name again resumes", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
@@ -229,7 +271,7 @@ class TrainVAE(Job):
         False, description="recompute ResBlocks' activations in the backward pass: less memory, slower"
     )
     val_images: Positive = Field(256, description="validation images (the first ones of the source)")
-    begin: str = Field(
+    begin: PathText = Field(
         "", description="checkpoint folder of another run (runs/<name>/checkpoint-...) that a new run goes on from"
     )
 
@@ -284,11 +326,48 @@ class OnlineData(Section):
     rows_per_shard: Positive = Field(
         512, description="write-through: as in encode_dataset; the first epoch shuffles within 8 shards"
     )
-    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="of the encoder; as in train_vae")
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="of the encoder; auto: bf16 where hardware has it"
+    )
 
 
-class TrainLDM(Job):
+class TrainLDM(LongJob):
     """Train a latent diffusion model on a latent cache, or on images that are encoded on the way."""
+
+    shown: ClassVar[Shown] = Shown(
+        needed={
+            "cache": Needed("/data/cache", {"mode": ("cache", "write-through")}),
+            "data.source.uri": Needed("/data/photos", {"mode": ("online", "write-through")}, usual=False),
+            "vae": Needed("runs/vae/model", {"mode": ("online", "write-through")}, usual=False),
+        },
+        groups={
+            "Latents": {
+                "mode": "online",
+                "data.resolution": ("512", "online, write-through: side of the images in pixels"),
+                "draw": "mean",
+            },
+            "Model": {
+                "network": "dit-b/2",
+                "objective.prediction": "flow",
+                "classes": "1000",
+            },
+            "Length and steps": {
+                "images": "24000000",
+                "batch_size": "256",
+                "optim.lr": "1e-4",
+                "loop.precision": "bf16",
+                "loop.ema": "0.999",
+                "checkpointing": "true",
+            },
+            "The run": {
+                "name": "faces",
+                "root": "/shared/runs",
+                "loop.checkpoint_every": "50000",
+                "ray.workers": "8",
+                "yes": "true",
+            },
+        },
+    )
 
     name: str = Field(
         "ldm", description="run name; the same name again resumes", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
@@ -296,16 +375,16 @@ class TrainLDM(Job):
     seed: Count = Field(0, description="seed of weights, data order and noise")
     mode: Literal["cache", "online", "write-through"] = Field(
         "cache",
-        description="latents from the cache; from data.source, encoded each time; or that, kept in the cache in the "
-        "first epoch and read from it later",
+        description="cache: latents from the cache; online: images of data.source, encoded each time; write-through: "
+        "those, kept in the cache in the first epoch and read from it later",
     )
-    cache: str = Field("", description="latent cache folder, local or s3://")
+    cache: PathText = Field("", description="latent cache folder, local or s3://")
     cache_version: Count = Field(
         0, description="an earlier manifest's number, to go on after something was appended; 0: the newest"
     )
-    cache_local: str = Field("", description="folder on each node that shards of an s3:// cache are brought to")
+    cache_local: PathText = Field("", description="folder on each node that shards of an s3:// cache are brought to")
     data: OnlineData = OnlineData()
-    vae: str = Field(
+    vae: PathText = Field(
         "", description="autoencoder's model folder; empty: the one named in the cache's manifest, if it is there"
     )
     network: Literal["ldm-8", "ldm-4", "small", "tiny", "dit-s/2", "dit-b/2", "dit-l/2", "dit-xl/2"] = Field(

@@ -13,14 +13,14 @@ JOB = "jobs/doctor.py"
 def test_help():
     done = run_in_this_process(JOB, "--help")
     assert done.code == 0, done.output
-    for words in ("usage: python jobs/doctor.py", "report = ''", "ray.workers = 1", "source.uri"):
+    for words in ("usage: python jobs/doctor.py", "report=", "ray.workers=", "source.uri=", "[--config FILE]"):
         assert words in done.output
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["limt=5"], "error: unknown config key 'limt'; did you mean 'limit'?"),
+        (["limt=5"], "error: unknown config key 'limt'; did you mean limit=5?"),
         (["root=s3://bucket/runs"], "error: root=s3://bucket/runs: only local paths"),
         (["report=/nowhere/report.json"], "error: report=/nowhere/report.json: its folder does not exist"),
     ],

@@ -9,7 +9,12 @@ import pytest
 import ray
 
 from litevae.errors import UserError
+from pipelines.diagnostics.config import Doctor
+from pipelines.encoding.config import Encode, Inspect, Retry
+from pipelines.evaluation.config import Evaluate, EvaluateLatents
+from pipelines.experiments.config import Sweep
 from pipelines.runtime import actor_pool, cluster, shutdown
+from pipelines.runtime.cli import main
 from pipelines.runtime.paths import check_folders, output_path
 from pipelines.runtime.schema import Ray
 
@@ -142,7 +147,8 @@ def init(monkeypatch, nodes):
     """What Ray is started with; no variable of Ray's is set."""
     given = []
     for name in [*cluster.ENVIRONMENT, cluster._MANY_MACHINES, cluster.PREEMPTION_NOTICES, "RAY_ADDRESS",
-                 "RAY_JOB_CONFIG_JSON_ENV_VAR", "RAY_API_SERVER_ADDRESS"]:  # fmt: skip
+                 "RAY_JOB_CONFIG_JSON_ENV_VAR", "RAY_API_SERVER_ADDRESS", cluster._NO_PREFIX,
+                 "RAY_COLOR_PREFIX"]:  # fmt: skip
         monkeypatch.setenv(name, "")  # restored in the end, whatever is set meanwhile
         monkeypatch.delenv(name)
     nodes(node(10))
@@ -178,6 +184,73 @@ def test_without_a_cluster_one_is_started_on_loopback_alone(init, nodes):
     }  # fmt: skip
     cluster.start(Ray())
     assert init[1]["num_cpus"] == 8 + 2  # this machine's, and two to spare
+
+
+@pytest.mark.parametrize(
+    ("there", "gpu", "expected"), [(True, "auto", True), (True, False, False), (False, "auto", False)]
+)
+def test_what_a_job_takes_of_this_machine_is_known_before_ray_starts(init, monkeypatch, there, gpu, expected):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: there)
+    found = cluster.alone(Ray(workers=3, gpu=gpu))
+    assert (found.workers, found.gpu, found.threads) == (3, expected, 2)  # of 8 CPUs
+    assert cluster.alone(Ray(cpus_per_worker=7)).threads == 7
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    assert cluster.alone(Ray()) is None
+    monkeypatch.delenv("RAY_ADDRESS")
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    assert cluster.alone(Ray()) is None
+
+
+def test_what_is_waited_for_is_said_before_it_begins(init, monkeypatch, capsys):
+    monkeypatch.setattr(ray, "init", lambda **options: print("here it is"))
+    cluster.start(Ray())
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    cluster.start(Ray())
+    shown = capsys.readouterr().out.splitlines()
+    assert shown == [
+        "starting Ray on this machine, about 10 s",
+        "here it is",
+        "joining Ray at 10.0.0.1:6379",
+        "here it is",
+    ]
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    cluster.start(Ray())
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(("terminal", "colour"), [(False, "0"), (True, None)])
+def test_lines_of_workers_are_plain_on_one_machine_and_coloured_on_terminals_alone(init, monkeypatch, terminal, colour):
+    monkeypatch.setattr(os, "isatty", lambda file: terminal)
+    cluster.start(Ray())
+    assert os.environ[cluster._NO_PREFIX] == "1"
+    assert os.environ.get("RAY_COLOR_PREFIX") == colour
+    monkeypatch.delenv(cluster._NO_PREFIX)
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    cluster.start(Ray())
+    assert cluster._NO_PREFIX not in os.environ  # with several machines it says where a line is from
+
+
+def test_only_rays_noise_is_left_out(monkeypatch):
+    """The first two are Ray's lines as they were seen."""
+    from ray._private import worker
+
+    shown = []
+    monkeypatch.setattr(
+        worker, "print_worker_logs", lambda data, *more: shown.append((data["pid"], data["lines"], *more))
+    )
+    cluster._drop_noise()
+    cluster._drop_noise()  # once is enough
+    noise = [
+        "2026-01-01 10:00:00,000 WARNING: Failed to query Ray Train Controller actor state. State API may be "
+        "temporarily unavailable. Continuing to monitor.",
+        "Task MapWorker(Map(ShardEncoder)).submit failed. There are 3 retries remaining, so the task will be retried. "
+        "Error: The actor is dead because it was killed by `ray.kill`.",
+    ]
+    for pid, lines in ((1, noise), (2, ["before", *noise, "after"]), (3, ["Task MapWorker(x) failed: out of memory"])):
+        worker.print_worker_logs({"pid": pid, "lines": lines, "ip": "a"}, "a stream")
+    assert shown == [
+        (2, ["before", "after"], "a stream"), (3, ["Task MapWorker(x) failed: out of memory"], "a stream"),
+    ]  # fmt: skip
 
 
 def test_a_cluster_of_ones_own_has_a_token_of_its_own(init, monkeypatch):
@@ -411,12 +484,38 @@ def handlers():
 @pytest.mark.usefixtures("handlers")
 def test_sigterm_ends_a_job_as_ctrl_c_does():
     before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(shutdown.Stopped, match="run the same command again") as stopped, shutdown.on_sigterm():
+    with pytest.raises(shutdown.Stopped) as stopped, shutdown.on_sigterm():
         signal.raise_signal(signal.SIGTERM)
     assert stopped.value.code == 143
     assert signal.getsignal(signal.SIGTERM) == before
     assert shutdown.Stopped().code == 130
     assert isinstance(shutdown.Stopped(), KeyboardInterrupt)
+
+
+@pytest.mark.parametrize(
+    ("job", "text"),
+    [
+        (Encode, "stopped; run the same command again to continue"),
+        (Retry, "stopped; run the same command again to continue"),
+        (Sweep, "stopped; run the same command again to continue"),
+        (Evaluate, "stopped; the same command begins anew"),
+        (EvaluateLatents, "stopped; the same command begins anew"),
+        (Inspect, "stopped; the same command begins anew"),
+        (Doctor, "stopped; the same command begins anew"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+@pytest.mark.usefixtures("handlers")
+def test_only_jobs_that_continue_say_so(capsys, monkeypatch, job, text):
+    monkeypatch.setattr(cluster, "set_environment", lambda: None)
+    assert main(job, lambda config: signal.raise_signal(signal.SIGTERM), []) == 143
+    assert capsys.readouterr().err.strip() == text
+
+    def stop(config):
+        raise shutdown.Stopped(130, "stopped after 16 images")
+
+    assert main(job, stop, []) == 130
+    assert capsys.readouterr().err.strip() == "stopped after 16 images"
 
 
 @pytest.mark.usefixtures("handlers")

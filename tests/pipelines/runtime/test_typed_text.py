@@ -8,17 +8,18 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import UnionType
+from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import pytest
 import yaml
 from pydantic import BaseModel
 
+from jobs import encode_dataset
+from jobs import evaluate as evaluate_job
 from litevae.errors import UserError
 from pipelines.benchmark.config import Benchmark
-from pipelines.diagnostics.config import Doctor
-from pipelines.diagnostics.demo import Demo
+from pipelines.diagnostics.config import Demo, Doctor
 from pipelines.encoding.config import Encode, Inspect, Repair, Retry, Verify
 from pipelines.evaluation.config import Evaluate, EvaluateComplexity, EvaluateLatents, EvaluateSamples, Sample
 from pipelines.experiments.config import Compare, Sweep
@@ -27,6 +28,7 @@ from pipelines.runtime.cli import load, main
 from pipelines.runtime.schema import dump
 from pipelines.training import run_folder
 from pipelines.training.config import TrainLDM, TrainVAE
+from tests.setups import leave_checkpoint
 
 JOBS = (
     *(TrainVAE, TrainLDM, Encode, Verify, Repair, Retry, Inspect, Sample, Evaluate, EvaluateSamples, EvaluateLatents),
@@ -116,6 +118,73 @@ def both_ways(cls, folder, field_texts: dict[str, str], quoted: bool = False, wr
     yield "file", load(cls, as_file(folder, written))
 
 
+HOME = "/home/somebody"
+# Every text field of every job is a path, in which ~ is a home folder, or stands here.
+NO_PATHS = {
+    *("tracking.experiment", "tracking.run", "tracking.parent", "name", "model.wavelet", "label", "split", "reasons"),
+    *("image_column", "id_column", "columns", "backbone_model", "table", "rows", "sweep", "runs", "baseline"),
+    *("metrics", "curves"),
+}
+
+
+@pytest.fixture(autouse=True)
+def _at_home(monkeypatch):
+    monkeypatch.setenv("HOME", HOME)
+
+
+def text_fields(cls):
+    """Yield (name, whether it is a list) of every field that is text or a list of it."""
+    for name, kind, _ in leaves(cls):
+        (first, *_) = members(kind)
+        if first is str:
+            yield name, False
+        elif get_origin(first) is list and members(get_args(first)[0]) == [str]:
+            yield name, True
+
+
+def is_path(name):
+    return not {name, name.rpartition(".")[2]} & NO_PATHS
+
+
+@pytest.mark.parametrize("cls", JOBS)
+def test_a_tilde_is_a_home_folder_in_paths_and_nowhere_else(cls, tmp_path):
+    """From the command line and from a file; a shell leaves it as it is in quotes and behind `key=`."""
+    for name, many in text_fields(cls):
+        if name == "name":
+            continue  # it has a pattern that no such text fits
+        more = {"baseline": "row"} if name == "sweep" else {}  # a file of it alone would be a recipe of the job sweep
+        for text, found in {
+            "~": HOME,
+            "~/a b": f"{HOME}/a b",
+            "~root/a": "/root/a",
+            "~nobody-at-all/a": "~nobody-at-all/a",
+            "a/~": "a/~",
+            "./~/a": "./~/a",
+            "s3://bucket/~/a": "s3://bucket/~/a",
+        }.items():
+            given = json.dumps([text, "x"]) if many else text
+            expected = found if is_path(name) else text
+            for way, config in both_ways(cls, tmp_path, {name: given} | more, quoted=not many):
+                assert value_of(config, name) == ([expected, "x"] if many else expected), (way, name)
+
+
+def test_a_tilde_in_lists_with_commas_and_in_the_sections_of_a_sweep(tmp_path):
+    found = []
+    assert main(Evaluate, found.append, ["complexity", "S,~/vae"], actions=evaluate_job.ACTIONS) == 0
+    assert found[-1].models == ["S", f"{HOME}/vae"]
+    assert main(Encode, found.append, ["verify", "~/cache"], actions=encode_dataset.ACTIONS) == 0
+    assert found[-1].cache == f"{HOME}/cache"
+    config = load(Sweep, None, ["space.model.init=[~/a, b]", "train_vae.loss.lpips.weights=~/vgg.pth"])
+    assert config.space == {"model": {"init": [f"{HOME}/a", "b"]}}
+    assert config.train_vae == {"loss": {"lpips": {"weights": f"{HOME}/vgg.pth"}}}
+
+
+def test_a_preset_in_the_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine.yaml").write_text("seed: 7\n")
+    assert load(TrainVAE, "~/mine.yaml").seed == 7
+
+
 @pytest.mark.parametrize("cls", JOBS)
 def test_text_arrives_as_it_was_typed(cls, tmp_path):
     fields = {name: pattern_of(metadata) for name, kind, metadata in leaves(cls) if members(kind) == [str]}
@@ -124,7 +193,8 @@ def test_text_arrives_as_it_was_typed(cls, tmp_path):
         fitting = {name: text for name, pattern in fields.items() if re.search(pattern, text)}
         for way, config in both_ways(cls, tmp_path, fitting, quoted=text in QUOTED):
             found = {name: value_of(config, name) for name in fitting}
-            assert found == fitting, (way, text)
+            home = text.replace("~", HOME, 1) if text[:1] == "~" else text
+            assert found == {name: home if is_path(name) else text for name in fitting}, (way, text)
         for name in fields.keys() - fitting.keys():
             for preset, overrides in ((None, [f"{name}={text}"]), (as_file(tmp_path, {name: json.dumps(text)}), [])):
                 with pytest.raises(UserError, match=rf"^{name}: string should match") as error:
@@ -150,8 +220,9 @@ def test_choices_lists_and_maps_of_text_arrive_as_they_were_typed(cls, tmp_path)
         if get_origin(first) is list and members(get_args(first)[0]) == [str]:
             plain = [text for text in PLAIN if "," not in text]
             block = "".join(f"\n{'  ' * name.count('.')}- {text}" for text in plain)
+            home = [text.replace("~", HOME, 1) if text[:1] == "~" and is_path(name) else text for text in plain]
             for way, config in both_ways(cls, tmp_path, {name: f"[{', '.join(plain)}]"}, written={name: block}):
-                assert value_of(config, name) == plain, way
+                assert value_of(config, name) == home, way
             (found, other) = both_ways(cls, tmp_path, {name: json.dumps(QUOTED, ensure_ascii=False)})
             assert value_of(found[1], name) == value_of(other[1], name) == [*QUOTED]
         if get_origin(first) is dict:
@@ -174,9 +245,11 @@ NO_SWITCHES = ("on", "off", "ON", "yes", "no", "Yes", "y", "n", "t", "f", "", "~
 @pytest.mark.parametrize("cls", JOBS)
 def test_what_only_yaml_1_1_takes_for_a_number_or_a_switch_is_refused(cls, tmp_path):
     """Under each field's name, with the text, from the command line and from a file; all mistakes at once."""
-    numbers, switches, lists = [], [], []
+    numbers, switches, lists, optional = [], [], [], []
     for name, kind, _ in leaves(cls):
         parts = members(kind)
+        if NoneType in parts:
+            optional.append(name)
         if {int, float} & {*parts}:
             numbers.append(name)
         elif bool in parts:
@@ -188,7 +261,8 @@ def test_what_only_yaml_1_1_takes_for_a_number_or_a_switch_is_refused(cls, tmp_p
         for text in texts if names else ():
             if names is lists and not text:
                 continue  # [] is an empty list
-            given = dict.fromkeys(names, f"[{text}]" if names is lists else text)
+            nothing = optional if text in ("null", "~", "") else []
+            given = {name: f"[{text}]" if names is lists else text for name in names if name not in nothing}
             for preset, overrides in (
                 (None, [f"{name}={value}" for name, value in given.items()]),
                 (as_file(tmp_path, given), []),
@@ -196,7 +270,7 @@ def test_what_only_yaml_1_1_takes_for_a_number_or_a_switch_is_refused(cls, tmp_p
                 with pytest.raises(UserError) as error:
                     load(cls, preset, overrides)
                 lines = str(error.value).splitlines()
-                for name in names:
+                for name in given:
                     found = [line for line in lines if re.match(rf"{re.escape(name)}[.:]", line)]
                     assert found, (name, text)
                     assert f"(got {text!r})" in found[0]
@@ -269,7 +343,8 @@ def test_the_sections_of_a_sweep_are_read_as_those_of_its_jobs(section, tmp_path
         written = {name: json.dumps(text) if text in QUOTED else value for name, value in options.items()}
         for way, config in both_ways(Sweep, tmp_path, options, written=written):
             for name in texts:
-                assert value_of(getattr(config, section), name) == ([text] if space else text), (way, name)
+                home = text.replace("~", HOME, 1) if text[:1] == "~" and is_path(name) else text
+                assert value_of(getattr(config, section), name) == ([home] if space else home), (way, name)
     for name in numbers:
         for way, config in both_ways(Sweep, tmp_path, {f"{section}.{name}": given("1e-4")}):
             assert value_of(getattr(config, section), name) == ([1e-4] if space else 1e-4), way
@@ -401,13 +476,13 @@ def test_quotes_do_what_the_message_says(tmp_path):
         ("source.columns=caption", r"source\.columns: .*valid list \(got 'caption'\); a list is written \[a, b\]"),
         ("source.columns=[label", r"source\.columns: '\[label' is not valid YAML"),
         ("source.columns=[a: b]", r"source\.columns\.0: .*YAML reads a section here: put quotes"),
-        ("source=/data", r"source: .*\(got '/data'\); a section is written {a: b}"),
+        ("transform=256", r"transform: .*\(got '256'\); a section is written {a: b}"),
         ("source=*x", "source: .* is not valid YAML"),
         ("tracking.tags=a", r"tracking\.tags: .*\(got 'a'\); a section is written {a: b}"),
         ("transform.flips=on", r"transform\.flips: .*\(got 'on'\); a switch is true or false"),
         ("transform.seed=1_000", r"transform\.seed: .*\(got '1_000'\); numbers are written as in YAML 1.2: 1000,"),
         ("transform.seed=[1]", r"transform\.seed: "),
-        ("source.urk=*x", r"unknown config key 'source\.urk'; did you mean 'source\.uri'"),
+        ("source.urk=*x", r"unknown config key 'source\.urk'; did you mean 'source\.uri=\*x'"),
     ],
 )
 def test_options_that_are_none(option, message):
@@ -433,14 +508,14 @@ def test_bare_words_are_what_was_typed(tmp_path):
         "a: b",
         "007",
     ):
-        assert main(Verify, found.append, [word], action="verify") == 0
+        assert main(Encode, found.append, ["verify", word], actions=encode_dataset.ACTIONS) == 0
         assert found[-1].cache == word
-        assert main(EvaluateSamples, found.append, [word], action="samples", subject="samples.uri") == 0
+        assert main(Evaluate, found.append, ["samples", word], actions=evaluate_job.ACTIONS) == 0
         assert found[-1].samples.uri == word
     for words, models in (("S,007,1.10,a #2", ["S", "007", "1.10", "a #2"]), ("[S, 'a,b']", ["S", "a,b"])):
-        assert main(EvaluateComplexity, found.append, [words], action="complexity", subject="models") == 0
+        assert main(Evaluate, found.append, ["complexity", words], actions=evaluate_job.ACTIONS) == 0
         assert found[-1].models == models
-    assert main(Verify, found.append, ["threads=010", "/data/x"], action="verify") == 0
+    assert main(Encode, found.append, ["verify", "threads=010", "/data/x"], actions=encode_dataset.ACTIONS) == 0
     assert (found[-1].threads, found[-1].cache) == (10, "/data/x")
 
 
@@ -468,6 +543,7 @@ def test_a_sweep_of_an_earlier_version_goes_on(tmp_path):
     kept["train_vae"] = {"loss": {"kl": {"weight": "1e-8"}}}
     (tmp_path / "then").mkdir()
     (tmp_path / "then" / "config.yaml").write_text(yaml.safe_dump(kept))
+    leave_checkpoint(tmp_path / "then")
     assert run_folder.open_run(str(tmp_path / "then"), config, ())
     with pytest.raises(UserError, match=r"space\.optim\.lr: was \['1e-4', 0\.5\], is \[0\.0002, 0\.5\]"):
         run_folder.open_run(str(tmp_path / "then"), load(Sweep, None, ["space.optim.lr=[2e-4, 0.5]", *words[1:]]), ())
