@@ -21,11 +21,8 @@ from litevae.decoder import Decoder
 from litevae.encoder import AGGREGATORS, EXTRACTORS, SIZES, Encoder
 from litevae.errors import UserError
 from litevae.layers import NORMS, bake
+from litevae.model_folder import INDEX, WEIGHTS, model_config, read_json
 from litevae.wavelet import LEVELS, check_wavelet
-
-WEIGHTS = "diffusion_pytorch_model.safetensors"
-INDEX = WEIGHTS + ".index.json"  # lists the files when the weights are split over several
-
 
 ENCODERS = (*SIZES, *SD_SIZES, "dwt", "dwt-2")
 _VARIANT_DEFAULTS: dict[str, Any] = {
@@ -328,29 +325,6 @@ def _encode(model: ModelMixin, x: Tensor) -> Tensor:
     return getattr(encoded, "parameters", encoded)
 
 
-def model_config(folder: str | Path) -> dict[str, Any]:
-    """Read the config.json of a model folder.
-
-    Raises:
-        UserError: if the folder is not a model folder, or holds no safetensors weights.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise UserError(f"model folder {folder} does not exist")
-    if (folder / "model_index.json").is_file():
-        raise UserError(f"{folder} is a whole diffusers pipeline; give its autoencoder: {folder / 'vae'}")
-    there = {path.name for path in folder.iterdir()}
-    weights = not there.isdisjoint((WEIGHTS, INDEX))
-    if missing := [name for name in ("config.json", *[WEIGHTS] * (not weights)) if name not in there]:
-        hint = ""
-        if pickles := sorted(name for name in there if name.endswith((".bin", ".ckpt", ".pt", ".pth"))):
-            hint = f"; {pickles[0]} is a pickle, which can run any code and is never loaded: convert it to safetensors"
-        elif others := sorted(name for name in there if name.endswith(".safetensors")):
-            hint = f"; rename {others[0]} if it holds the weights"
-        raise UserError(f"{folder} is not a model folder: it has no {' and no '.join(missing)}{hint}")
-    return _json(folder / "config.json")
-
-
 def fingerprint(folder: str | Path) -> str:
     """Return the sha256 over a model folder's config (without diffusers' own bookkeeping) and all its weight files.
 
@@ -374,7 +348,7 @@ def _weights(folder: Path) -> list[str]:
     """
     if not (folder / INDEX).is_file():
         return [WEIGHTS]
-    files = _json(folder / INDEX).get("weight_map")
+    files = read_json(folder / INDEX).get("weight_map")
     if not isinstance(files, dict) or not files:
         raise UserError(f"{folder}/{INDEX} names no files of weights")
     names = sorted(set(map(str, files.values())))
@@ -383,16 +357,6 @@ def _weights(folder: Path) -> list[str]:
         if Path(name).name != name or not name.endswith(".safetensors") or not (folder / name).is_file():
             raise UserError(f"{folder}/{INDEX} names {name}, which is not a safetensors file of this folder")
     return names
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path} is not the JSON of a model: it does not hold an object")
-    return value
 
 
 def count_parameters(module: torch.nn.Module) -> int:

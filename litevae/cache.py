@@ -4,6 +4,8 @@
                                          manifests/
     manifests/000001.json                one manifest per version; appending, repairing and retrying write a new one
     plan.json                            what the cache is made of (model, source, transform ...); written first
+    settings.json                        settings that may change, as they were last agreed to; absent while they are
+                                         those of the plan
     listing/000001.parquet               the inputs in the order in which they were listed; appended inputs are in
                                          000002 and so on
     shards/000012-<attempt>.parquet      the rows
@@ -22,6 +24,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from typing import Any, Literal
 
 import numpy as np
@@ -49,11 +52,16 @@ from litevae.shards import (
     read_checked,
 )
 
+SETTINGS = "settings.json"
 WINDOW_GROUPS = 16  # row groups whose rows a reader shuffles together, and which it holds in memory
 _MEND = "`encode_dataset.py verify` names all such shards, `repair` encodes them again"
 
 
 # --- plan and listing -----------------------------------------------------------------------------------------
+
+
+class OtherPlan(UserError):
+    """A folder holds a cache of something else."""
 
 
 def write_plan(folder: str, plan: dict[str, Any]) -> None:
@@ -62,17 +70,37 @@ def write_plan(folder: str, plan: dict[str, Any]) -> None:
     The `settings` and the locations of model and source are not compared, because they may change.
 
     Raises:
-        UserError: if the folder holds a cache of something else. The message lists the differences.
+        OtherPlan: if the folder holds a cache of something else. The message lists the differences.
     """
     plan = {"version": VERSION, **plan}
     if storage.put_new(storage.join(folder, "plan.json"), json_bytes(plan)):
         return
     before, now = read_plan(folder), json.loads(json_bytes(plan))
     if different := list(_differences(_compared(before), _compared(now))):
-        raise UserError(
+        raise OtherPlan(
             f"{folder} holds another cache; give another folder, or delete this one. The differences are:\n  "
             + "\n  ".join(different)
         )
+
+
+def plan_id(plan: dict[str, Any]) -> str:
+    """Return an id of all that can't change in a plan. Each commit has it as `plan`, except those of older versions.
+
+    So the commit of a writer that had begun with another plan, which was replaced meanwhile, is known as foreign.
+    """
+    return hashlib.sha256(json_bytes(_compared(json.loads(json_bytes({"version": VERSION, **plan}))))).hexdigest()[:16]
+
+
+def foreign(commit: dict[str, Any], plan: str) -> str:
+    """Return what is wrong with a commit that was made by another plan; "" for one of this plan.
+
+    Args:
+        commit: the commit.
+        plan: the `plan_id` of the cache.
+    """
+    if commit.get("plan", plan) == plan:
+        return ""
+    return f"shard {commit['shard']} was committed by a job that had begun with another plan"
 
 
 def read_plan(folder: str) -> dict[str, Any]:
@@ -82,6 +110,44 @@ def read_plan(folder: str) -> dict[str, Any]:
         UserError: if there is no plan, or it has another format version.
     """
     return read_json(storage.join(folder, "plan.json"))
+
+
+def read_settings(folder: str) -> dict[str, Any] | None:
+    """Read the settings that were agreed to after the plan was written; None if they are still those of the plan.
+
+    Raises:
+        UserError: if the file is damaged.
+    """
+    try:
+        return json.loads(storage.read(storage.join(folder, SETTINGS)))
+    except FileNotFoundError:
+        return None
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"{storage.join(folder, SETTINGS)} is damaged: {error}; remove it") from error
+
+
+def write_settings(folder: str, settings: dict[str, Any]) -> None:
+    """Note settings, such as the error budget, that a job has agreed to and that differ from those of the plan."""
+    storage.put(storage.join(folder, SETTINGS), json_bytes(settings))
+
+
+def forget(folder: str, more: Sequence[str] = ()) -> None:
+    """Remove the plan of a cache into which nothing was encoded, and all that belongs to it. The plan goes last.
+
+    Args:
+        folder: Folder of the cache.
+        more: Names of further files in the folder to remove.
+    """
+    for part in ("commits", "quarantine", "shards", "listing"):
+        for name in storage.names(storage.join(folder, part)):
+            storage.remove(storage.join(folder, part, name))
+        if not storage.is_remote(folder):
+            with suppress(OSError):  # raised where the folder is not there or not empty
+                os.rmdir(storage.join(folder, part))
+    for name in (SETTINGS, *more, "plan.json"):
+        storage.remove(storage.join(folder, name))
 
 
 def write_listing(folder: str, number: int, listing: pa.Table) -> None:
@@ -140,6 +206,9 @@ def write_manifest(folder: str, plan: dict[str, Any], source: dict[str, Any], ru
     if missing := set(range(source["shards"])) - shards.keys():
         raise UserError(f"{folder} is unfinished: {len(missing)} of {source['shards']} shards have no commit")
     commits = list(read_commits(folder, {shard: shards[shard] for shard in range(source["shards"])}))
+    known = plan_id(plan)
+    if strange := [wrong for commit in commits if (wrong := foreign(commit, known))]:
+        raise UserError(f"{folder}: {strange[0]}; {_MEND}")
     images = sum(commit["units"][1] - commit["units"][0] - commit["quarantined"] for commit in commits)
     rows, quarantined = (sum(commit[key] for commit in commits) for key in ("rows", "quarantined"))
     views = plan["latents"]["views"]
@@ -259,7 +328,7 @@ def _identity(plan: dict[str, Any]) -> dict[str, Any]:
 def _compared(plan: dict[str, Any]) -> dict[str, Any]:
     """Return `_identity` with the default filled in for messages: a plan that names no decoder used Pillow."""
     found = _identity(plan)
-    return found | {"transform": {"decode": "pillow"} | found["transform"]}
+    return found | {"transform": {"decode": "pillow"} | found.get("transform", {})}
 
 
 def _differences(before: Any, now: Any, path: str = "") -> Iterable[str]:
@@ -347,6 +416,11 @@ class LatentCache:
 
     def __len__(self) -> int:
         return int(self.groups.sum())
+
+    @property
+    def files(self) -> list[str]:
+        """Paths of the Parquet files that hold the rows, in the order of the rows."""
+        return [self._file(shard) for shard in self._shards]
 
     def moments(self, indices: Sequence[int]) -> Tensor:
         """Return the raw, unscaled moments of rows.
@@ -528,7 +602,7 @@ def sample_posteriors(mean: Tensor, logvar: Tensor, seed: int, rows: Sequence[tu
     if mean.device.type != "cpu":
         return mean + (0.5 * logvar.clamp(*LOGVAR_RANGE)).exp() * torch.from_numpy(noise).to(mean.device)
     # Computed by NumPy, as in _fp32, because this runs in the threads of loaders. If each of them had torch's own
-    # threads, the OpenMP threads of the training step would go to sleep at every barrier (BENCHMARKS.md).
+    # threads, the OpenMP threads of the training step would go to sleep at every barrier (docs/performance.md).
     noise *= np.exp(0.5 * logvar.numpy().clip(*LOGVAR_RANGE))
     noise += mean.numpy()
     return torch.from_numpy(noise)

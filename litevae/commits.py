@@ -45,7 +45,8 @@ def commit_shard(
         about: Further entries of the commit.
 
     Returns:
-        The commit that counts. If this generation was committed before, it is the earlier commit.
+        The commit that counts. If this generation was committed before, it is the earlier commit, with one entry that
+        its file does not have: `earlier`, which is True.
     """
     attempt = f"{shard:06d}-{uuid.uuid4().hex[:12]}.parquet"
     latents = [values for values in latents if len(values)]
@@ -63,7 +64,7 @@ def commit_shard(
     path = commit_path(folder, shard, generation)
     if storage.put_new(path, json_bytes(commit)):
         return commit
-    return read_json(path)
+    return read_json(path) | {"earlier": True}
 
 
 def _put_file(folder: str, file: str, data: bytes) -> dict[str, Any]:

@@ -16,14 +16,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from litevae import weight_files
 from litevae.errors import UserError
 from litevae.images import to_tensor
 from litevae.perceptual import BackboneFeatures, SqueezeNetFeatures, WeightsMissing, load_state, sha256_of
 
 # The same file under the names of torch-fidelity and pytorch-fid. The last part of a name is the beginning of the
 # file's SHA-256.
-INCEPTION_FILES = ("weights-inception-2015-12-05-6726825d.pth", "pt_inception-2015-12-05-6726825d.pth")
-INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILES[0]}"
+INCEPTION_FILES = weight_files.INCEPTION
+INCEPTION_URL = weight_files.url_of(INCEPTION_FILES[0])
 SPLITS, NEIGHBOURS, SUBSET = 10, 3, 1000
 SIGMAS = (25.0, 50.0, 100.0, 250.0, 500.0)
 
@@ -122,14 +123,11 @@ class Inception(FeatureNetwork):
 
 def _inception_in_hub() -> Path:
     """Return the path of the Inception weights in the folder of torch hub."""
-    folder = Path(torch.hub.get_dir()) / "checkpoints"
     for name in INCEPTION_FILES:
-        if (folder / name).is_file():
-            return folder / name
+        if (path := weight_files.in_hub(name)).is_file():
+            return path
     raise WeightsMissing(
-        f"no Inception weights: {folder / INCEPTION_FILES[0]} does not exist. Put the "
-        f"file there ({INCEPTION_URL}), set TORCH_HOME to the folder above a hub/checkpoints that has it, or name it: "
-        f"inception=FILE"
+        f"no Inception weights: {weight_files.how_to_get(INCEPTION_FILES[0])}, or name it: inception=FILE"
     )
 
 

@@ -32,7 +32,7 @@ def memory_format(device: torch.device | str, compiled: bool) -> torch.memory_fo
     """Return the best memory format of images, features and convolution weights for inference.
 
     Tensor cores work best with channels last. But PyTorch's group normalisation on GPUs converts its input to channels
-    first and back, so channels first is faster (BENCHMARKS.md), unless the normalisation is compiled too.
+    first and back, so channels first is faster (docs/performance.md), unless the normalisation is compiled too.
     """
     first = torch.device(device).type == "cuda" and not compiled
     return torch.contiguous_format if first else torch.channels_last

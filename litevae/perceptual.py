@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from litevae import weight_files
 from litevae.errors import UserError
 
 
@@ -27,13 +28,13 @@ class BackboneSpec(NamedTuple):
     taps: tuple[int, ...]  # indices of the layers of `.features` whose outputs are compared
 
 
-SQUEEZENET = BackboneSpec("squeezenet1_1", "squeezenet1_1-b8a52dc0.pth", (1, 4, 7, 9, 10, 11, 12))
+SQUEEZENET = BackboneSpec("squeezenet1_1", weight_files.LPIPS["squeeze"], (1, 4, 7, 9, 10, 11, 12))
 BACKBONES = {
-    "vgg": BackboneSpec("vgg16", "vgg16-397923af.pth", (3, 8, 15, 22, 29)),
-    "alex": BackboneSpec("alexnet", "alexnet-owt-7be5be79.pth", (1, 4, 7, 9, 11)),
+    "vgg": BackboneSpec("vgg16", weight_files.LPIPS["vgg"], (3, 8, 15, 22, 29)),
+    "alex": BackboneSpec("alexnet", weight_files.LPIPS["alex"], (1, 4, 7, 9, 11)),
     "squeeze": SQUEEZENET,
 }
-ESRGAN = BackboneSpec("vgg19", "vgg19-dcbb9e9d.pth", (34,))  # conv5_4, before its ReLU
+ESRGAN = BackboneSpec("vgg19", weight_files.VGG19, (34,))  # conv5_4, before its ReLU
 
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 MODELS = ("vgg16", "vgg19", "alexnet", "squeezenet1_0", "squeezenet1_1", *RESNETS)  # for `BackboneFeatures`
@@ -243,12 +244,10 @@ class BackboneFeatures(FeatureDistance):
 
 def _checkpoint(what: str, backbone: BackboneSpec, weights: str | Path) -> Path:
     """Return the path of the weights of a published backbone: the given file, or the one in the folder of torch hub."""
-    path = Path(weights or Path(torch.hub.get_dir()) / "checkpoints" / backbone.file)
+    path = Path(weights or weight_files.in_hub(backbone.file))
     if not weights and not path.is_file():
         raise WeightsMissing(
-            f"{what} has no backbone weights: {path} does not exist. Put torchvision's "
-            f"{backbone.file} there (https://download.pytorch.org/models/{backbone.file}), set TORCH_HOME to the "
-            f"folder above a hub/checkpoints that has it, or name the file in the config"
+            f"{what} has no backbone weights: {weight_files.how_to_get(backbone.file)}, or name the file in the config"
         )
     return path
 

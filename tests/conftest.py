@@ -68,7 +68,7 @@ os.environ.update(
 # The files whose tests take longest. They come first, because a process that begins one of them last would end long
 # after the other processes.
 FIRST = (
-    *("test_nodes.py", "test_train_vae.py", "test_sweep.py", "test_demo.py"),
+    *("test_commands.py", "test_nodes.py", "test_train_vae.py", "test_sweep.py", "test_demo.py"),
     *("test_autoencoder.py", "test_generated.py", "test_train_ldm.py", "test_maintenance.py", "test_encode.py"),
 )
 

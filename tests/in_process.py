@@ -21,7 +21,7 @@ from pipelines.encoding.plan import CachePlan
 from pipelines.evaluation import generated, image_batches, reconstruction, sample
 from pipelines.runtime import cluster, mlflow_run, paths
 from pipelines.runtime.schema import Ray
-from pipelines.training import launch, loop
+from pipelines.training import forecast, launch, loop
 
 
 @contextmanager
@@ -59,10 +59,11 @@ def up_to_the_workers(result: dict[str, Any]) -> Iterator[SimpleNamespace]:
     """Run a training job up to the call of Ray Train, which is replaced by one that returns `result`.
 
     Yields:
-        What the job passed on: `checked` are the arguments of `paths.check_folders`, `started` those of
-        `mlflow_run.start_run`, and `fitted` those of `launch.fit`.
+        What the job passed on: `checked` are the arguments of `paths.check_folders`, `forecast` those of
+        `forecast.say_duration`, which measures nothing here, `started` those of `mlflow_run.start_run`, and `fitted`
+        those of `launch.fit`.
     """
-    noted = SimpleNamespace(started=None, fitted=None, checked=None)
+    noted = SimpleNamespace(started=None, fitted=None, checked=None, forecast=None)
 
     def fit(*given: Any) -> dict[str, Any]:
         noted.fitted = given
@@ -75,6 +76,7 @@ def up_to_the_workers(result: dict[str, Any]) -> Iterator[SimpleNamespace]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cluster, "start", _placement)
         patch.setattr(paths, "check_folders", lambda *given: setattr(noted, "checked", given))
+        patch.setattr(forecast, "say_duration", lambda *given: setattr(noted, "forecast", given))
         patch.setattr(mlflow_run, "start_run", start_run)
         patch.setattr(launch, "fit", fit)
         yield noted

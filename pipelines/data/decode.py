@@ -21,6 +21,7 @@ from typing import Any, Literal
 import numpy as np
 import psutil
 import pyarrow as pa
+import torch
 
 from litevae.errors import UserError
 from litevae.image_metadata import MAX_PIXELS
@@ -197,6 +198,7 @@ def decode_carefully(source: Source, views: Views, units: Sequence[int], memory:
 
     def work(reader: Any, writer: Any) -> None:
         reader.close()
+        torch.set_num_threads(1)  # a fork has no threads of PyTorch, and would wait for them
         _limit(memory)
         try:
             for found in decode_units(source, views, left):

@@ -474,7 +474,7 @@ def _type_of_numbers(column: str, full: Schemas, widest_of_types: pa.DataType | 
         if pa.types.is_floating(plain(kind)):
             fractions, whole = True, whole and _are_whole(path, column)
         elif pa.types.is_integer(plain(kind)):
-            low, high = _extremes(path, column)
+            low, high = extremes(path, column)
             least, largest = min(least, low), max(largest, high)
     if not fractions:
         return pa.int64() if largest < 2**63 else pa.uint64() if least >= 0 else None
@@ -496,7 +496,7 @@ def _are_whole(path: str, column: str) -> bool:
     return True
 
 
-def _extremes(path: str, column: str) -> tuple[int, int]:
+def extremes(path: str, column: str) -> tuple[int, int]:
     """Return the least and the largest whole number of a file's column, and at most and at least 0.
 
     They are in the file's statistics, or else the column is read.

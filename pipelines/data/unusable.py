@@ -65,7 +65,10 @@ def explain_missing(shown: str, path: str) -> str:
 
 def _download(name: str) -> str:
     folder = name.rpartition("/")[2]
-    return f"download it first: hf download --repo-type dataset {name} --local-dir {folder}, then source.uri={folder}"
+    return (
+        f"download it first: hf download --repo-type dataset {name} --local-dir {folder}, then source.uri={folder} "
+        f"(a gated one needs `hf auth login` before)"
+    )
 
 
 def explain_file(shown: str, file: str) -> str:

@@ -17,8 +17,7 @@ import torch
 
 from litevae import storage
 from litevae.errors import UserError
-
-STATE = "state.pt"
+from pipelines.training.run_files import STATE
 
 
 def newest(folder: str) -> str:

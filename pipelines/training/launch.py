@@ -3,25 +3,26 @@
 import logging
 import os
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from litevae import storage
 from litevae.errors import UserError
-from pipelines.runtime import mlflow_run, mlflow_server, shutdown
+from pipelines.runtime import mlflow_run, mlflow_server, paths, shutdown
 from pipelines.runtime.cluster import Placement
 from pipelines.runtime.logs import say
 from pipelines.runtime.schema import Ray
 from pipelines.training.config import Loop, TrainLDM, TrainVAE
 from pipelines.training.loop import TrainingTask, run
+from pipelines.training.run_files import ERROR, TRAINED, found_of
 from pipelines.training.worker_setup import TrainSetup
 
-ERROR = "error.txt"  # file in the run's folder: the error message of one of several workers
 RESIZE_EVERY = 30.0  # seconds between checks for new nodes that an elastic run could use
 
 
@@ -39,7 +40,7 @@ def fit(
 
     Args:
         worker: the function that each rank runs; its argument is {"setup": setup}.
-        setup: what the workers get; `threads`, `live` and `nodes` are filled in here.
+        setup: what the workers get; `threads`, `live`, `gpu` and `nodes` are filled in here.
         placement: number and resources of the workers.
         loop: restarts, and checkpoints to keep.
         callbacks: callbacks of Ray Train, which are told of every checkpoint and of the metrics at it.
@@ -65,13 +66,21 @@ def fit(
     folder, handle = setup.folder, setup.handle
     root, name = os.path.split(folder)
     say(f"run: {folder}\nMLflow: {mlflow_run.link(handle)}", folder=folder, run=mlflow_run.link(handle))
+    count = f"{placement.workers} workers" if placement.workers > 1 else "a worker"
+    say(f"starting {count}, about 20 s")
     told = Path(folder) / ERROR
     told.unlink(missing_ok=True)
     shutdown.clear_stop_request(folder)  # a request to stop that an earlier run did not see before it ended
     trainer = TorchTrainer(
         worker,
         train_loop_config={
-            "setup": replace(setup, threads=placement.threads, live=sys.stderr.isatty(), nodes=len(ray.nodes()))
+            "setup": replace(
+                setup,
+                threads=placement.threads,
+                live=sys.stderr.isatty(),
+                gpu=placement.gpu,
+                nodes=len(ray.nodes()),
+            )
         },
         scaling_config=ray.train.ScalingConfig(
             num_workers=placement.elastic or placement.workers,
@@ -111,10 +120,10 @@ def fit(
         failures = getattr(error, "worker_failures", {})
         where = f" on rank {next(iter(failures))}" if failures else ""
         cause = str(next(iter(failures.values()), error)).strip().splitlines() or [repr(error)]
-        raise UserError(
-            f"training failed{where}: {cause[-1]}; the last checkpoint in {folder} is kept, and the same command "
-            f"continues from it"
-        ) from error
+        kept = f"the last checkpoint in {folder} is kept, and the same command continues from it"
+        if not found_of(folder, TRAINED):
+            kept = "there is no checkpoint yet, so the same command begins anew, as one with another config would"
+        raise UserError(f"training failed{where}: {cause[-1]}; {kept}") from error
     finally:
         shutdown.clear_stop_request(folder)
         told.unlink(missing_ok=True)
@@ -182,3 +191,38 @@ def check_batch(name: str, batch_size: int, units: int, ray: Ray, accumulate: in
             )
     if batch_size > units:
         raise UserError(f"{name}={batch_size} is larger than the data: {units} images; lower it or add images")
+
+
+class CheckpointSize(NamedTuple):
+    """The estimated size in bytes of what a training writes.
+
+    Attributes:
+        state: a checkpoint.
+        exported: all model folders together.
+    """
+
+    state: int
+    exported: int
+
+
+def check_room(folder: str, size: CheckpointSize, loop: Loop) -> None:
+    """Check that there is room for the checkpoints and the models of a run.
+
+    A checkpoint is first written to the temporary folder. `loop.keep` of them and the newest are in the run's folder at
+    the same time, and so are the old and the new model.
+
+    Args:
+        folder: the run's folder; what it holds already needs no more room.
+        size: the estimated sizes.
+        loop: how many checkpoints are kept.
+
+    Raises:
+        UserError: if there is less room.
+    """
+    there = len(found_of(folder, TRAINED[:1]))
+    count = max(1, loop.keep + 1 - there)
+    needed = count * size.state + 2 * size.exported
+    about = f"{count} checkpoint{'s' if count > 1 else ''} (loop.keep={loop.keep}, and the newest) with the model"
+    paths.check_free("root", folder, needed, about)
+    if not paths.in_ray_job() and "RAY_ADDRESS" not in os.environ:  # else workers have other temporary folders
+        paths.check_free("TMPDIR", tempfile.gettempdir(), size.state, "a checkpoint, which is first written there")

@@ -35,23 +35,27 @@ from pipelines.data.source import Source
 from pipelines.data.unique_ids import check_ids
 from pipelines.encoding import encode
 from pipelines.encoding.config import Encode
-from pipelines.runtime import cluster, mlflow_run, paths
+from pipelines.runtime import mlflow_run, paths
 from pipelines.runtime.logs import say
 from pipelines.runtime.schema import validate, values_to_keep
-from pipelines.training import compiling, launch, optimizer, run_folder, run_lock, step_metrics
+from pipelines.training import (
+    compiling,
+    first_look,
+    forecast,
+    images_look,
+    launch,
+    optimizer,
+    run_folder,
+    run_lock,
+    step_metrics,
+)
 from pipelines.training.config import TrainLDM
-from pipelines.training.latent_feeds import CachedFeed, Feed, LatentBatch, OnlineFeed
+from pipelines.training.latent_feeds import CachedFeed, Feed, LatentBatch, OnlineFeed, training_transform
+from pipelines.training.may_change import LDM as MAY_CHANGE
+from pipelines.training.may_change import LDM_CACHED as MAY_CHANGE_CACHED
 from pipelines.training.worker_setup import LatentData, LdmSetup
 from pipelines.training.write_through import WriteThroughFeed
 
-# Fields that may differ when a run resumes. `images` may only grow.
-MAY_CHANGE = (
-    "root", "ray", "images", "vae", "cache_version", "cache_local", "sample_images", "sample_steps", "sample_guidance",
-    "checkpointing", "data.loaders", "data.max_bad", "data.max_pixels", "data.calibrate", "optim.lr", "optim.clip",
-    "loop.precision", "loop.val_every", "loop.checkpoint_every", "loop.keep", "loop.log_every", "loop.max_restarts",
-    "loop.max_skipped",
-)  # fmt: skip
-MAY_CHANGE_CACHED = (*MAY_CHANGE, "data.decode")  # the same for mode=cache, which decodes no images
 BUCKETS = 4  # ranges of noise levels whose losses are logged separately
 PICTURES = 16  # images that validation samples at a time
 
@@ -68,6 +72,10 @@ def train_ldm(config: TrainLDM) -> dict[str, Any]:
             is working on this run.
     """
     folder = os.path.join(paths.output_path("root", config.root), config.name)
+    first_look.train_ldm(config)
+    free = MAY_CHANGE_CACHED if config.mode == "cache" else MAY_CHANGE
+    if run_folder.check_run(folder, config, free) == "same":  # refuse another run before a cache is started
+        run_folder.check_longer(folder, "images", config.images)
     objective_of(config)
     latents = {"cache": cached_latents, "online": online_latents, "write-through": write_through_latents}[config.mode](
         config
@@ -75,32 +83,34 @@ def train_ldm(config: TrainLDM) -> dict[str, Any]:
     channels, height, width = latents.shape
     if height != width:
         raise UserError(f"{latents.data} holds latents of {height}x{width}; train_ldm needs square ones")
-    if len({f"{decay:g}" for decay in (config.loop.ema, *config.more_ema)}) <= len(config.more_ema):
-        raise UserError(f"more_ema={config.more_ema} must not repeat a decay, nor that of loop.ema={config.loop.ema:g}")
     launch.check_batch("batch_size", config.batch_size, latents.images, config.ray, config.optim.accumulate)
     with torch.device("meta"):
         network = build_denoiser(config.network, channels, width, config.classes)
-    free = MAY_CHANGE_CACHED if config.mode == "cache" else MAY_CHANGE
-    if run_folder.holds_something(folder):
-        run_folder.open_run(folder, config, free)  # refuse the name of another run before a cache is started
+    launch.check_room(folder, _checkpoint_size(config, latents.vae, count_parameters(network)), config.loop)
     if config.mode == "write-through":
         latents = begin_cache(config, latents)
     mlflow_run.check(config)
-    placement = cluster.start(config.ray)
+    begun = forecast.images_done(folder)
+    placement = forecast.start_ray(
+        config, config.images, begun, lambda: forecast.ldm_seconds(config, latents, begun, config.ray.workers)
+    )
     paths.check_folders({"root": os.path.dirname(folder)}, {"vae": latents.vae, "cache": latents.cache})
     resumed = run_folder.open_run(folder, config, free)
     if resumed:
-        run_folder.check_longer(folder, "images", config.images)
         run_folder.write_config(folder, config)
     say(
         f"train_ldm {config.name}: {latents.about}, {config.network} {count_parameters(network):,} parameters, "
         f"{config.images:,} images to train on, {placement.text}",
     )
-    handle = mlflow_run.start_run(
-        config.tracking, config.root, "train_ldm", config.name, config.model_dump(mode="json"), folder, resume=resumed
-    )
-    setup = LdmSetup(config=values_to_keep(config), folder=folder, data=latents.data, handle=handle, latents=latents)
-    result = launch.fit(_worker, setup, placement, config.loop) | {"parameters": count_parameters(network)}
+    with run_folder.kept_if_made(folder):
+        params = config.model_dump(mode="json")
+        handle = mlflow_run.start_run(
+            config.tracking, config.root, "train_ldm", config.name, params, folder, resume=resumed
+        )
+        setup = LdmSetup(
+            config=values_to_keep(config), folder=folder, data=latents.data, handle=handle, latents=latents
+        )
+        result = launch.fit(_worker, setup, placement, config.loop) | {"parameters": count_parameters(network)}
     numbers = f"   loss {result['loss']:.4g}" if "loss" in result else ""
     say(f"model: {result['model']}{numbers}", **result)
     return result
@@ -118,11 +128,9 @@ def cached_latents(config: TrainLDM) -> LatentData:
     """Describe the latents of mode=cache.
 
     Raises:
-        UserError: if no cache is given, its latents differ in shape, the label column is unfit, or the autoencoder is
-            missing or is not the one that encoded the cache.
+        UserError: if its latents differ in shape, the label column is unfit, or the autoencoder is missing or is not
+            the one that encoded the cache.
     """
-    if not config.cache:
-        raise UserError("cache is empty; give a latent cache: cache=/data/cache (jobs/encode_dataset.py writes one)")
     cache = LatentCache(config.cache, version=config.cache_version or None)
     if cache.shape is None:
         raise UserError(
@@ -131,6 +139,7 @@ def cached_latents(config: TrainLDM) -> LatentData:
         )
     if config.classes:
         _check_label(config, cache.manifest["columns"], cache.path)
+        images_look.check_labels(config.classes, config.label, cache)
     vae = _vae(config.vae or cache.manifest["model"]["path"], "the cache's autoencoder ")
     wanted = cache.manifest["model"]["fingerprint"]
     if (found := fingerprint(vae)) != wanted:
@@ -159,23 +168,17 @@ def write_through_latents(config: TrainLDM) -> LatentData:
     """Describe the latents of mode=write-through, whose images are encoded once. `begin_cache` adds the cache.
 
     Raises:
-        UserError: if no cache is given, crop or flip is random, or the source, label column or autoencoder is unfit.
+        UserError: if the source, label column or autoencoder is unfit.
     """
-    if not config.cache:
-        raise UserError("cache is empty; give the folder that mode=write-through fills: cache=/data/cache")
-    if config.data.crop != "center" or config.data.flip:
-        raise UserError(
-            "mode=write-through keeps one row an image: set data.crop=center and data.flip=false, or take mode=online"
-        )
     return _latents_of(config, open_source(config.data.source, "data.source"))
 
 
 def _latents_of(config: TrainLDM, source: Source) -> LatentData:
     """Describe the latents of a source's images; their shape is found by encoding one image of zeros."""
-    if not config.vae:
-        raise UserError(f"vae is empty; mode={config.mode} needs an autoencoder: vae=FOLDER")
     if config.classes:
         _check_label(config, {field.name: str(field.type) for field in source.schema}, source.uri)
+    items = images_look.check_images(source, training_transform(config), "data.source")
+    images_look.check_labels(config.classes, config.label, source, items)
     check_ids([source], "data.source")  # noise is drawn by id, so that two images of one id would get the same
     vae = _vae(config.vae)
     model, side = load_autoencoder(vae), config.data.resolution
@@ -223,6 +226,17 @@ def _check_label(config: TrainLDM, columns: dict[str, str], where: str) -> None:
         raise UserError(f"column {config.label!r} of {where} holds {kind}; classes are integers from 0 on")
 
 
+def _checkpoint_size(config: TrainLDM, vae: str, parameters: int) -> launch.CheckpointSize:
+    """Estimate the bytes of a checkpoint and of the exported models.
+
+    A checkpoint holds the weights, their averages, and the two moments of Adam. Each model holds the network and the
+    autoencoder. All are in fp32.
+    """
+    averages = bool(config.loop.ema) + len(config.more_ema)
+    files = sum(path.stat().st_size for path in Path(vae).glob("*.safetensors"))
+    return launch.CheckpointSize(4 * parameters * (3 + averages), (4 * parameters + files) * (1 + len(config.more_ema)))
+
+
 def _vae(folder: str, what: str = "") -> str:
     """Return the absolute path of the autoencoder's folder, or raise a UserError if it is missing."""
     folder = os.path.abspath(folder)
@@ -253,6 +267,7 @@ class LdmTask:
         self.feed = make_feed(config, setup, rank, world, device)
         self.digest = self.feed.digest
         self.stages = [(config.images, config.batch_size)]
+        self.validated = ""
         self.objective = objective_of(config)
         torch.manual_seed(config.seed)
         self.network = build_denoiser(config.network, self._shape[0], self._shape[-1], config.classes)

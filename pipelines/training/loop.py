@@ -19,14 +19,14 @@ from torch import Tensor
 from litevae import storage
 from litevae.errors import UserError
 from litevae.order import seed_for
-from pipelines.runtime import mlflow_run, prometheus
+from pipelines.runtime import estimate, mlflow_run, prometheus
 from pipelines.runtime.logs import say
 from pipelines.runtime.progress import Progress
 from pipelines.runtime.schema import values_to_keep
 from pipelines.training import checkpoint, ranks
 from pipelines.training.config import TrainLDM, TrainVAE
 from pipelines.training.interruptions import PreemptionNotices, StopRequest
-from pipelines.training.step_metrics import Throughput, Totals
+from pipelines.training.step_metrics import Throughput, Totals, validation_text
 from pipelines.training.worker_setup import TrainSetup
 
 
@@ -36,10 +36,12 @@ class TrainingTask(Protocol):
     Attributes:
         digest: hash of the data. A run resumes from its checkpoint only with the same data.
         stages: (images, batch size over all ranks) of each stage.
+        validated: what `validate` measures its metrics on, for people; "": it has none.
     """
 
     digest: str
     stages: list[tuple[int, int]]
+    validated: str
 
     def begin(self, stage: int) -> None:
         """Prepare the data of a stage."""
@@ -124,11 +126,13 @@ class _Run:
         self.total = sum(images for images, _ in task.stages)
         self.images = self.begun = self.saved = _resume(task, name, setup, rank)
         self.totals, self.throughput = Totals(), Throughput(self.images)
-        self.numbers: dict[str, float] = {}  # the last loss and validation metrics, shown to the user
+        self.numbers: dict[str, float] = {}  # the last loss and validation metrics
+        self.validated = ""  # the last validation metrics, for people
         self.stop_request, self.stop = StopRequest(setup.folder, rank, world), False
         self.preemption_notices = PreemptionNotices(setup)
         self.tracker: mlflow_run.Tracker | None = None  # only rank 0 has these three
         self.progress: Progress | None = None
+        self.readings = 0  # how often the speed was measured
         self.exported: prometheus.TrainingGauges | None = None
         if rank == 0:
             self.tracker = mlflow_run.Tracker(setup.handle)
@@ -183,11 +187,16 @@ class _Run:
             if log or save:
                 self._log(batch_size)
             if self.progress is not None:
-                self.progress.update(min(self.images, self.total), **self.numbers)
+                self.progress.update(min(self.images, self.total), self._text(), **self.numbers)
             if due(before, self.images, loop.val_every) or self.images >= self.total:
                 self._validate()
             if save:
                 self._save()
+
+    def _text(self) -> str:
+        """Return the last loss and validation metrics for people."""
+        loss = [f"loss {self.numbers['loss']:.4g}"] if "loss" in self.numbers else []
+        return ", ".join([*loss, *([self.validated] if self.validated else [])])
 
     def _log(self, batch_size: int) -> None:
         """Average the metrics since the last call over steps and ranks, check them, and log them everywhere."""
@@ -197,8 +206,8 @@ class _Run:
         if (skipped := self.task.skipped()) >= self.config.loop.max_skipped:
             raise UserError(
                 f"{skipped} steps in a row, up to {self.images:,} images, had NaN or infinite gradients and "
-                f"were skipped; the checkpoint at {self.saved:,} is kept. Lower optim.lr, or set optim.clip=1 "
-                f"or loop.precision=fp32, and run the same command again: it continues from there"
+                f"were skipped; {self._kept()} Lower optim.lr, or set optim.clip=1 or loop.precision=fp32, and "
+                f"{self._again()}"
             )
         if self.tracker is not None:
             values = {key: value for key, value in means.items() if np.isfinite(value)} | speed
@@ -207,6 +216,31 @@ class _Run:
             self.exported.show(done, done // batch_size, means | speed)
         self.numbers["loss"] = means["loss"]
         self.throughput.restart(self.images)
+        self._say_duration(speed["images_per_second"])
+
+    def _say_duration(self, rate: float) -> None:
+        """Say on GPUs how long the training will take, at the second reading: the first has the start of the device.
+
+        On CPUs the driver has said so before the start.
+        """
+        self.readings += 1
+        left = self.total - self.images
+        if self.rank == 0 and self.setup.gpu and self.readings == 2 and rate > 0 and left > 0:
+            estimate.announce(f"training on the {left:,} images that are left", left / rate, gpu=True, yes=True)
+
+    def _kept(self) -> str:
+        """Return what is kept of a run that ends now."""
+        return f"the checkpoint at {self.saved:,} is kept." if self.saved else "there is no checkpoint yet."
+
+    def _again(self) -> str:
+        """Return how to train further with another learning rate, clipping or precision."""
+        if not self.saved:
+            return "run the same command again: it begins anew"
+        if isinstance(self.config, TrainLDM):
+            return "run the same command again: it continues from there"
+        # A run of train_vae keeps these fields; a new one may have others.
+        state = os.path.join(self.setup.folder, checkpoint_name(self.saved))
+        return f"continue from there in a new run: name=NEW begin={state}"
 
     def _validate(self) -> None:
         """Write the model folders, then validate and log the results."""
@@ -215,11 +249,12 @@ class _Run:
                 checkpoint.publish(write, Path(self.setup.folder, folder))
         values, picture = self.task.validate()
         self.numbers |= values
+        self.validated = validation_text(values, self.task.validated)
         if self.tracker is not None:
             self.tracker.metrics({f"val/{key}": value for key, value in values.items()}, self.images)
             if picture is not None:
                 self.tracker.image("val/picture", picture, self.images)
-        self.throughput.restart(self.images)
+        self._leave_out()
 
     def _save(self) -> None:
         """Write a checkpoint. `_log` has just checked the metrics, so a checkpoint never holds a broken run."""
@@ -227,7 +262,13 @@ class _Run:
         state = checkpoint.save(self.task.state() | about) if self.rank == 0 else None
         _report({"images": self.images} | self.numbers, state, Path(self.setup.folder))
         self.saved = self.images
+        self._leave_out()
+
+    def _leave_out(self) -> None:
+        """Leave out of all rates the time since the last step, which a validation or a checkpoint took."""
         self.throughput.restart(self.images)
+        if self.progress is not None:
+            self.progress.leave_out()
 
     def _publish(self, written: bool) -> None:
         """Give the final model folders to the tracked run in MLflow.
@@ -297,7 +338,7 @@ def _report(metrics: dict[str, Any], folder: str | None, run: Path) -> None:
     import ray.train
 
     found = ray.train.Checkpoint.from_directory(folder) if folder else None
-    name = f"checkpoint-{metrics['images']:012d}"
+    name = checkpoint_name(metrics["images"])
     try:
         ray.train.report(metrics, checkpoint=found, checkpoint_dir_name=name)
     except OSError as error:
@@ -305,6 +346,11 @@ def _report(metrics: dict[str, Any], folder: str | None, run: Path) -> None:
     finally:
         if folder:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def checkpoint_name(images: int) -> str:
+    """Return the name of the checkpoint folder after a number of images."""
+    return f"checkpoint-{images:012d}"
 
 
 def due(before: int, after: int, every: int) -> bool:

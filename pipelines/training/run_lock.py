@@ -8,23 +8,21 @@ import fcntl
 import functools
 import json
 import os
-import platform
 import shutil
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Concatenate, ParamSpec, TypeVar
 
 from litevae import storage
 from litevae.errors import UserError
+from pipelines.runtime import file_lock
 from pipelines.runtime.logs import say
 from pipelines.runtime.paths import output_path
 from pipelines.runtime.schema import Tracked
-from pipelines.training.checkpoint import STATE
+from pipelines.training.run_files import DRIVER, STATE
 
-DRIVER = ".driver"  # file in the run's folder that names the process working on the run
 Config = TypeVar("Config", bound=Tracked)
 Rest = ParamSpec("Rest")
 Result = TypeVar("Result")
@@ -92,40 +90,18 @@ def in_turn(path: str) -> Iterator[None]:
 
 
 def _lock(path: Path) -> IO[str]:
-    """Open and lock the file, and write this process's id and host into it.
+    """Open and lock the file of a run; see `file_lock.hold`.
 
     Raises:
         UserError: if another process holds the lock.
         OSError: if the file cannot be made.
     """
-    while True:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            file = path.open("a+")
-        except FileNotFoundError:  # another process has just ended and removed its empty folder
-            continue
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            about = file.read().strip()
-            file.close()
-            raise UserError(
-                f"another job is working on {path.parent}: {about or 'it has just begun'}. Wait for it, stop it, or "
-                f"choose another name"
-            ) from None
-        except OSError as error:
-            text = f"{path.parent} can't be locked ({error.strerror}); do not start a second job on it"
-            say(f"warning: {text}", "WARNING")
-        with suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(file.fileno()), path.stat()):  # else its owner has just removed it: try again
-                break
-        file.close()
-    file.truncate(0)
-    now = datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
-    file.write(f"process {os.getpid()} on {platform.node()}, since {now}\n")
-    file.flush()
-    return file
+    try:
+        return file_lock.hold(path)
+    except file_lock.Held as held:
+        raise UserError(
+            f"another job is working on {path.parent}: {held}. Wait for it, stop it, or choose another name"
+        ) from None
 
 
 def _tidy(folder: Path) -> None:

@@ -49,6 +49,17 @@ def mean_of(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     return totals.means()
 
 
+def validation_text(metrics: dict[str, float], about: str) -> str:
+    """Return a training's validation metrics for people, who should not take them for those of an evaluation.
+
+    Args:
+        metrics: the metrics by name; empty: there was no validation.
+        about: what they were measured on.
+    """
+    numbers = [f"{name} {value:.4g}" for name, value in metrics.items()]
+    return f"val {', '.join(numbers)} ({about})" if numbers else ""
+
+
 class Throughput:
     """Measurement of images per second, and of the share of time spent waiting for data, since the last `restart`.
 

@@ -21,21 +21,28 @@ from litevae.loader import stream
 from litevae.perceptual import SqueezeNetFeatures, WeightsMissing, load_esrgan, load_lpips
 from litevae.precision import autocast
 from pipelines.data.open_source import open_source
-from pipelines.runtime import cluster, mlflow_run, paths
+from pipelines.runtime import mlflow_run, paths
 from pipelines.runtime.logs import say
 from pipelines.runtime.schema import validate, values_to_keep
-from pipelines.training import checkpoint, compiling, launch, optimizer, ranks, run_folder, run_lock, step_metrics
+from pipelines.training import (
+    compiling,
+    first_look,
+    forecast,
+    images_look,
+    launch,
+    optimizer,
+    ranks,
+    run_folder,
+    run_lock,
+    step_metrics,
+    vae_validation,
+)
 from pipelines.training.config import TrainVAE
 from pipelines.training.image_feed import Images, Picture
+from pipelines.training.may_change import VAE as MAY_CHANGE
 from pipelines.training.vae_loss import AdversarialLoss, AutoencoderLoss
 from pipelines.training.vae_validation import Validation
 from pipelines.training.worker_setup import VaeSetup
-
-# Fields that may differ when a run resumes. Stages may only grow; see _check_stages.
-MAY_CHANGE = (
-    "root", "ray", "stages", "checkpointing", "val_images", "data.val", "data.loaders", "data.max_bad",
-    "data.max_pixels", "loop.val_every", "loop.checkpoint_every", "loop.keep", "loop.log_every", "loop.max_restarts",
-)  # fmt: skip
 
 
 @run_lock.exclusive
@@ -54,6 +61,9 @@ def train_vae(config: TrainVAE, callbacks: Sequence[Any] = ()) -> dict[str, Any]
             is working on this run.
     """
     folder = os.path.join(paths.output_path("root", config.root), config.name)
+    first_look.train_vae(config)
+    if run_folder.check_run(folder, config, MAY_CHANGE) == "same":
+        _check_stages(folder, config)
     source = open_source(config.data.train, "data.train")
     val = open_source(config.data.val, "data.val") if config.data.val.uri else None
     for n, stage in enumerate(config.stages):
@@ -61,43 +71,41 @@ def train_vae(config: TrainVAE, callbacks: Sequence[Any] = ()) -> dict[str, Any]
             f"stages.{n}.batch_size", stage.batch_size, source.units, config.ray, config.optim.accumulate
         )
     model = build_model(config)
-    lpips = lpips_or_warning(config)
+    lpips = lpips_or_warning(config, first_look.lpips_is_required(config, folder))
     if config.loss.features.weight:
         SqueezeNetFeatures(config.loss.features.weights)
     if config.loss.esrgan.weight:
         load_esrgan(config.loss.esrgan.weights)
     _check_discriminator(config)
     begin = os.path.abspath(config.begin) if config.begin else ""
-    # A run with its own checkpoints no longer needs `begin`, which the other run may have deleted (`loop.keep`).
-    own = list(Path(folder).glob(f"checkpoint-*/{checkpoint.STATE}"))
-    if begin and not own and not os.path.isfile(os.path.join(begin, checkpoint.STATE)):
-        raise UserError(
-            f"begin={config.begin} is not a checkpoint folder of a run (it has no {checkpoint.STATE}); give a folder "
-            f"such as runs/<name>/checkpoint-000000800000 (loop.keep decides how many a run keeps)"
-        )
+    images_look.check_images(source, transform_of(config, config.stages[0].resolution), "data.train")
+    launch.check_room(folder, _checkpoint_size(config, model), config.loop)
     mlflow_run.check(config)
-    placement = cluster.start(config.ray)
+    total, begun = sum(stage.images for stage in config.stages), forecast.images_done(folder, begin)
+    placement = forecast.start_ray(
+        config, total, begun,
+        lambda: forecast.vae_seconds(config, lambda changed: _measured_step(changed, lpips), begun, config.ray.workers),
+    )  # fmt: skip
     paths.check_folders({"root": os.path.dirname(folder)}, {"data.train.uri": source.uri})
     resumed = run_folder.open_run(folder, config, MAY_CHANGE)
     if resumed:
-        _check_stages(folder, config)
         run_folder.write_config(folder, config)
-    total = sum(stage.images for stage in config.stages)
     say(
         f"train_vae {config.name}: {source.units:,} images, encoder {config.model.encoder} "
         f"{count_parameters(model.encoder):,} + decoder {count_parameters(model.decoder):,} parameters, {total:,} "
         f"images to train on, {placement.text}",
     )
-    handle = mlflow_run.start_run(
-        config.tracking, config.root, "train_vae", config.name, config.model_dump(mode="json"), folder, resume=resumed
-    )
-    setup = VaeSetup(
-        config=values_to_keep(config), folder=folder, data=source.uri, begin=begin, handle=handle,
-        source=source, val=val, lpips=lpips,
-    )  # fmt: skip
-    result = launch.fit(_worker, setup, placement, config.loop, callbacks)
-    numbers = "   ".join(f"{key} {result[key]:.4g}" for key in ("psnr", "ssim") if key in result)
-    say(f"model: {result['model']}   {numbers}", **result)
+    with run_folder.kept_if_made(folder):
+        params = config.model_dump(mode="json")
+        handle = mlflow_run.start_run(
+            config.tracking, config.root, "train_vae", config.name, params, folder, resume=resumed
+        )
+        setup = VaeSetup(
+            config=values_to_keep(config), folder=folder, data=source.uri, begin=begin, handle=handle,
+            source=source, val=val, lpips=lpips,
+        )  # fmt: skip
+        result = launch.fit(_worker, setup, placement, config.loop, callbacks)
+    say("\n".join([f"model: {result['model']}", *vae_validation.closing_lines(config, val, result)]), **result)
     return result
 
 
@@ -141,17 +149,44 @@ def build_model(config: TrainVAE) -> LiteVAE:
     return load_autoencoder(wanted.init)
 
 
-def lpips_or_warning(config: TrainVAE) -> bool:
-    """Return whether the LPIPS term is on. If its backbone's weights are missing, it is off and a warning is logged."""
+def lpips_or_warning(config: TrainVAE, required: bool = True) -> bool:
+    """Return whether the LPIPS term is on. If its backbone's weights are missing, it is off and a warning is logged.
+
+    Args:
+        config: the run's config.
+        required: whether missing weights are an error.
+
+    Raises:
+        WeightsMissing: if the weights are missing, and `required`.
+    """
     term = config.loss.lpips
     if not term.weight:
         return False
     try:
         load_lpips(term.net, term.weights)
     except WeightsMissing as missing:
+        if required:
+            raise
         say(f"warning: loss.lpips is off: {missing}", "WARNING")
         return False
     return True
+
+
+def transform_of(config: TrainVAE, resolution: int) -> ImageTransform:
+    """Return the transform of training images at a resolution."""
+    data = config.data
+    return ImageTransform(resolution, data.resize, data.crop, data.flip, decode=data.decode, max_pixels=data.max_pixels)
+
+
+def _checkpoint_size(config: TrainVAE, model: LiteVAE) -> launch.CheckpointSize:
+    """Estimate the bytes of a checkpoint: weights, their average, and the two moments of Adam, all in fp32."""
+    copies = 3 + bool(config.loop.ema)
+    adversarial, exported = config.loss.adversarial, 4 * count_parameters(model)
+    state = copies * exported
+    if adversarial.weight:
+        with torch.device("meta"):
+            state += 3 * 4 * count_parameters(build_discriminator(adversarial.kind, adversarial.channels))
+    return launch.CheckpointSize(state, exported)
 
 
 def _check_discriminator(config: TrainVAE) -> None:
@@ -190,6 +225,13 @@ def _check_stages(folder: str, config: TrainVAE) -> None:
         raise UserError(f"stages of run {folder} may only grow; they were {before}, and are {now}")
 
 
+def _measured_step(config: TrainVAE, lpips: bool) -> forecast.Step:
+    """Return the training step of `config` on random images on the CPU, without Ray."""
+    networks = Networks(config, lpips, torch.device("cpu"), prepare=lambda network: network)
+    side = forecast.side_of(config)
+    return lambda images, seen: networks.step(torch.randint(256, (images, side, side, 3), dtype=torch.uint8), seen)
+
+
 # --- in the workers -------------------------------------------------------------------------------------------------
 
 
@@ -200,17 +242,26 @@ class Networks:
         config: the run's config.
         lpips: whether the LPIPS term is on.
         device: the device of all networks.
+        prepare: prepares a network for several ranks; None: Ray's function, which needs a worker of Ray Train.
     """
 
-    def __init__(self, config: TrainVAE, lpips: bool, device: torch.device):
-        from ray.train.torch import prepare_model
+    def __init__(
+        self,
+        config: TrainVAE,
+        lpips: bool,
+        device: torch.device,
+        prepare: Callable[[nn.Module], nn.Module] | None = None,
+    ):
+        if prepare is None:
+            from ray.train.torch import prepare_model
 
+            prepare = prepare_model
         self.config, self.device = config, device
         self.memory_format = compiling.memory_format(device, config.loop.compile)
         self.model = build_model(config).to(device).to(memory_format=self.memory_format)
         if config.checkpointing:
             self.model.enable_gradient_checkpointing()
-        self.net = prepare_model(self.model)
+        self.net = prepare(self.model)
         self.objective = AutoencoderLoss(config, lpips).to(device).to(memory_format=self.memory_format)
         self.optimizer = optimizer.Adam(self.model, config.optim)
         self.ema = EMA(self.model, config.loop.ema) if config.loop.ema else None
@@ -222,7 +273,7 @@ class Networks:
             torch.manual_seed(config.seed + 1)
             self.disc = build_discriminator(adversarial.kind, adversarial.channels)
             self.disc.to(device).to(memory_format=self.memory_format)
-            self.disc_net = prepare_model(self.disc)
+            self.disc_net = prepare(self.disc)
             self.disc_optimizer = optimizer.Adam(self.disc, config.optim, lr=adversarial.lr)
             self.lecam = losses.LeCam(ranks.average, device=device) if adversarial.lecam else None
             self.adversarial = AdversarialLoss(config, self.disc, self.disc_net, self.lecam)
@@ -341,16 +392,15 @@ class VaeTask(Networks):
         self.stages = [(stage.images, stage.batch_size) for stage in config.stages]
         self._val = setup.val
         self._rank, self._world = rank, world
+        self.validated = ""
 
     def begin(self, stage: int) -> None:
         """Prepare images and validation at the stage's resolution, and put the model into training mode."""
         resolution = self.config.stages[stage].resolution
-        data = self.config.data
-        transform = ImageTransform(
-            resolution, data.resize, data.crop, data.flip, decode=data.decode, max_pixels=data.max_pixels
-        )
+        data, transform = self.config.data, transform_of(self.config, resolution)
         self._images = Images(self.source, transform, self.config.seed, data.loaders, data.max_bad)
         self._validation = Validation(self._val, self.config, resolution, self._rank, self._world)
+        self.validated = vae_validation.described(self._validation.images, resolution)
         self.model.train()
 
     def batches(self, start: int, end: int, batch_size: int) -> Iterator[Tensor]:

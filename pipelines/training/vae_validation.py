@@ -1,6 +1,8 @@
 """Validation of train_vae: PSNR, SSIM and a picture of reconstructions."""
 
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,12 +13,44 @@ from litevae.autoencoder import LiteVAE
 from litevae.images import ImageError, ImageTransform, to_tensor
 from litevae.pictures import reconstruction_picture
 from litevae.precision import autocast
+from pipelines.data.config import Transform
 from pipelines.data.source import Source
 from pipelines.runtime.logs import say
 from pipelines.training import compiling, ranks
 from pipelines.training.config import TrainVAE
+from pipelines.training.step_metrics import validation_text
 
 PICTURES = 8  # validation images in the picture of a validation
+
+
+def described(images: int, resolution: int) -> str:
+    """Return what validation measures, for people, such as "64 images at 128 px"."""
+    return f"{images:,} image{'s' if images != 1 else ''} at {resolution} px"
+
+
+def closing_lines(config: TrainVAE, source: Source | None, metrics: Mapping[str, Any]) -> list[str]:
+    """Return the lines about validation with which a run ends: the metrics, and what an evaluation does otherwise.
+
+    Args:
+        config: the run's config.
+        source: the validation source; None: no validation.
+        metrics: the run's last metrics.
+    """
+    numbers = {name: metrics[name] for name in ("psnr", "ssim") if name in metrics}
+    if source is None or not numbers:
+        return []
+    resolution, images = config.stages[-1].resolution, min(config.val_images, source.units)
+    how = "resized and cropped" if config.data.resize == "shorter" else "cropped, not resized"
+    text = validation_text(numbers, f"{described(images, resolution)}, {how}")
+    other = [f"transform.resolution={resolution}"]
+    other += ["transform.resize=none"] * (config.data.resize == "none")
+    other += [f"images={images}"] * (images < source.units)
+    other += [f"precision={config.loop.precision}"] * (config.loop.precision != "fp32")
+    return [
+        text,
+        f"jobs/evaluate.py takes all images, resized to {Transform().resolution} px, in fp32; it measures the same "
+        f"with {' '.join(other)}",
+    ]
 
 
 class Validation:

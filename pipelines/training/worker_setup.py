@@ -21,6 +21,7 @@ class TrainSetup:
         handle: the run in MLflow.
         threads: CPU threads of each worker.
         live: whether the driver writes to a terminal, where progress is shown as a bar.
+        gpu: whether the workers have GPUs.
         nodes: the number of nodes in Ray. If there is more than one, Ray may give notice that some will be taken away.
     """
 
@@ -31,6 +32,7 @@ class TrainSetup:
     handle: RunHandle
     threads: int = 1
     live: bool = False
+    gpu: bool = False
     nodes: int = 1
 
 

@@ -629,7 +629,7 @@ def test_scaled_keeps_the_phase_at_sides_that_eighths_do_not_fit(size):
 
 @pytest.mark.slow
 def test_decoding_opens_no_threads(tmp_path):
-    """OpenMP's in a loader's thread slow the training step beside it (BENCHMARKS.md)."""
+    """OpenMP's in a loader's thread slow the training step beside it (docs/performance.md)."""
     code = """if True:
         import os, sys, threading
         import torch

@@ -31,7 +31,7 @@ from pipelines.training.worker_setup import LatentData
 from tests.encoding import encoded_crops
 from tests.in_process import up_to_the_workers
 from tests.networks import Noted
-from tests.setups import ldm_setup
+from tests.setups import ldm_setup, leave_checkpoint
 
 SMALL = [
     "network=tiny", "batch_size=8", "images=24", "loop.precision=fp32", "loop.ema=0.9", "sample_images=5",
@@ -394,6 +394,7 @@ def test_what_workers_get_and_how_a_run_is_tracked(job, made, tmp_path, capsys):
 
 def test_a_run_that_goes_on_may_be_longer(job, tmp_path):
     job("seed=3")
+    leave_checkpoint(tmp_path / "runs/mine")
     _, _, noted = job("seed=3", "images=32", "optim.lr=0.5")
     assert noted.started[1] == {"resume": True}
     assert yaml.safe_load((tmp_path / "runs/mine/config.yaml").read_text())["images"] == 32
@@ -409,6 +410,7 @@ def test_online_workers_get_the_source_and_write_through_ones_the_plan_too(job, 
     latents = noted.fitted[1].latents
     assert (latents.source.units, latents.images, latents.shape) == (24, 24, (4, 8, 8))
     assert (latents.data, latents.vae, latents.fingerprint) == (str(made[2]), str(made[1]), fingerprint(made[1]))
+    leave_checkpoint(tmp_path / "runs/mine")
     with pytest.raises(UserError, match="decode: was 'fast', is 'pillow'"):
         job(*online(made), "data.decode=pillow")
     more = ["data.resize=none", "data.decode=scaled", "data.precision=bf16", "data.max_bad=0.2", "data.resolution=32"]
@@ -441,6 +443,7 @@ STAYS = [
 def test_what_may_differ_when_a_run_goes_on(tmp_path, mode):
     folder, free = str(tmp_path), MAY_CHANGE_CACHED if mode == "cache" else MAY_CHANGE
     run_folder.write_config(folder, load(TrainLDM, None, SMALL))
+    leave_checkpoint(folder)
     decode = ["data.decode=pillow"]
     for word in [*MAY_DIFFER, *(decode if mode == "cache" else [])]:
         assert run_folder.open_run(folder, load(TrainLDM, None, [*SMALL, word]), free), word

@@ -17,11 +17,11 @@ from pipelines.runtime import mlflow_run, progress, prometheus, shutdown
 from pipelines.runtime.cli import load
 from pipelines.runtime.cluster import Placement
 from pipelines.runtime.schema import values_to_keep
-from pipelines.training import checkpoint, compiling, interruptions, launch, loop, optimizer, step_metrics
-from pipelines.training.config import Loop, Optimizer, TrainLDM
+from pipelines.training import checkpoint, compiling, interruptions, launch, loop, may_change, optimizer, step_metrics
+from pipelines.training.config import Loop, Optimizer, TrainLDM, TrainVAE
 from pipelines.training.interruptions import StopRequest
 from pipelines.training.worker_setup import TrainSetup
-from tests.setups import untracked
+from tests.setups import leave_checkpoint, untracked
 
 WAIT, STEP = 0.5, 1.5  # seconds for a batch, and for a step unless the task says otherwise
 
@@ -41,7 +41,7 @@ class Task:
     digest = "of the data"
 
     def __init__(self, clock, *stages):
-        self.stages, self._clock = list(stages), clock
+        self.stages, self._clock, self.validated = list(stages), clock, "2 images of 8 px"
         self.model = torch.nn.Linear(1, 1, bias=False)
         torch.nn.init.ones_(self.model.weight)
         self.optimizer = optimizer.Adam(self.model, Optimizer())
@@ -269,18 +269,40 @@ def test_people_see_how_far_it_is(run, clock, capsys):
     task = Task(clock, (20, 8))
     task.seconds = {0: 39.5, 8: 4.5, 16: 9.5}
     run(task, "loop.log_every=1")
-    shown = [line for line in capsys.readouterr().out.splitlines() if " left" in line]
-    # the stage's beginning, 5000 s, counts here; and the end is shown as 20, not 24
-    assert shown == ["a run: 8/20 images  loss 0  0.0 images/s  126:00 left",
-                     "a run: 20/20 images  loss 16  0.0 images/s  0:00 left"]  # fmt: skip
+    # the stage's beginning, 5000 s, and the first step do not count; and the end is shown as 20, not 24
+    assert capsys.readouterr().out.splitlines() == [
+        "a run: 8 of 20 images, loss 0",
+        "a run: 20 of 20 images, 0.800 images/s, loss 16",
+    ]
+
+
+def test_validation_is_not_counted_and_said_to_be_the_trainings(run, clock, capsys):
+    task = Task(clock, (40, 8))
+    task.seconds = dict.fromkeys(range(0, 40, 8), 7.5)  # and half a second of waiting: an image a second
+    run(task, "loop.log_every=1", "loop.val_every=16")
+    first, second, _ = (n + 1 for n, call in enumerate(task.calls) if call == ("validate",))
+    assert capsys.readouterr().out.splitlines() == [
+        "a run: 8 of 40 images, loss 0",
+        f"a run: 24 of 40 images, 1.00 images/s, about 16 s left, loss 16, val psnr {first} (2 images of 8 px)",
+        f"a run: 40 of 40 images, 1.00 images/s, loss 32, val psnr {second} (2 images of 8 px)",
+    ]
+
+
+@pytest.mark.parametrize(("gpu", "said"), [(True, 1), (False, 0)])
+def test_on_gpus_rank_0_says_once_how_long_it_will_take(run, clock, capsys, gpu, said):
+    task = Task(clock, (80, 8))
+    task.seconds = {0: 999.5}  # the device's start
+    run(task, "loop.log_every=1", gpu=gpu)
+    shown = [line for line in capsys.readouterr().out.splitlines() if "will take" in line]
+    assert shown == ["training on the 64 images that are left will take about 16 s on this machine"] * said
 
 
 def test_on_a_terminal_the_bar_is_closed_whatever_happens(run, clock, monkeypatch):
     moved = []
-    bar = SimpleNamespace(update=moved.append, close=lambda: moved.append("closed"))
+    bar = SimpleNamespace(update=moved.append, close=lambda: moved.append("closed"), set_description=lambda text: None)
     monkeypatch.setattr("ray.experimental.tqdm_ray.tqdm", lambda **about: bar)
     run(Task(clock, (12, 8)), live=True)
-    assert moved == [0, 8, 4, "closed"]  # the last batch goes beyond the end
+    assert moved == [8, 4, "closed"]  # the last batch goes beyond the end
     task = Task(clock, (32, 8))
     task.then[16] = lambda: 1 / 0
     with pytest.raises(ZeroDivisionError):
@@ -469,6 +491,23 @@ def test_too_many_skipped_steps_end_a_run_with_its_last_checkpoint(run, clock):
         run(task, "loop.max_skipped=4", "loop.checkpoint_every=16")
     assert [metrics["images"] for metrics, _, _ in run.reports] == [16, 32]
     assert Told.last.closed
+
+
+def test_what_to_do_after_skipped_steps_can_be_done(run, clock):
+    """A run of train_vae keeps its learning rate, so that a new one must go on from its checkpoint."""
+    task = Task(clock, (64, 8))
+    task.then |= {8: lambda: setattr(task, "streak", 4)}
+    with pytest.raises(UserError, match=r"there is no checkpoint yet\. .*run the same command again: it begins anew$"):
+        run(task, "loop.max_skipped=4")
+    fields = {"optim.lr", "optim.clip", "loop.precision"}
+    assert fields <= {*may_change.LDM}
+    assert not fields & {*may_change.VAE}
+    for cls, advice in (
+        (TrainLDM, "run the same command again: it continues from there"),
+        (TrainVAE, "continue from there in a new run: name=NEW begin=/r/checkpoint-000000000048"),
+    ):
+        state = SimpleNamespace(saved=48, config=load(cls), setup=SimpleNamespace(folder="/r"))
+        assert loop._Run._again(state) == advice
 
 
 def test_what_the_task_finds_wrong_is_not_kept(run, clock):
@@ -674,7 +713,14 @@ def test_ray_train_gets_what_the_config_says(fitted, capsys):
     given = fitted.given
     assert given["worker"] is print
     expected = TrainSetup(
-        config={}, folder=str(fitted.folder), data="d", handle=fitted.handle, threads=3, live=False, nodes=3
+        config={},
+        folder=str(fitted.folder),
+        data="d",
+        handle=fitted.handle,
+        threads=3,
+        live=False,
+        gpu=True,
+        nodes=3,
     )
     assert given["train_loop_config"] == {"setup": expected}
     scaling, run = given["scaling_config"], given["run_config"]
@@ -756,6 +802,9 @@ def test_what_ray_train_gives_up_names_the_rank_and_the_cause(fitted):
             error.worker_failures = dict(failures)
         raise error
 
+    with pytest.raises(UserError, match="^training failed: out of memory; there is no checkpoint yet, so the same"):
+        fitted(failed)
+    leave_checkpoint(fitted.folder)
     for failures, words in (
         ([(1, RuntimeError("a\nno memory left\n")), (0, RuntimeError("b"))], "on rank 1: no memory left"),
         ([(2, RuntimeError())], r"on rank 2: \['RuntimeError\(\)'\]|on rank 2: .*"),
@@ -763,7 +812,7 @@ def test_what_ray_train_gives_up_names_the_rank_and_the_cause(fitted):
     ):
         with pytest.raises(UserError, match=f"^training failed ?{words}; the last checkpoint in .*/mine is kept"):
             fitted(lambda failures=failures: failed(*failures))
-    assert [status for _, status in fitted.ended] == ["FAILED"] * 3
+    assert [status for _, status in fitted.ended] == ["FAILED"] * 4
 
 
 # --- small parts ------------------------------------------------------------------------------------------------------
@@ -773,13 +822,68 @@ def test_progress_is_a_line_now_and_then(clock, capsys):
     shown = progress.Progress("job", 2000, 400, live=False)
     for seconds, images in ((9, 600), (2, 700), (5, 900), (6, 1000), (1, 2000)):
         clock.now += seconds
-        shown.update(images, loss=0.123456)
+        shown.update(images, "loss 0.1235", loss=0.123456)
     shown.close()
     assert capsys.readouterr().out.splitlines() == [
-        "job: 700/2,000 images  loss 0.1235  27.3 images/s  0:47 left",
-        "job: 1,000/2,000 images  loss 0.1235  27.3 images/s  0:36 left",
-        "job: 2,000/2,000 images  loss 0.1235  69.6 images/s  0:00 left",
+        "job: 700 of 2,000 images, 50.0 images/s, about 26 s left, loss 0.1235",
+        "job: 1,000 of 2,000 images, 30.8 images/s, about 32 s left, loss 0.1235",
+        "job: 2,000 of 2,000 images, 100 images/s, loss 0.1235",
     ]
+
+
+def test_the_rate_is_that_of_the_last_minute_without_the_start(clock):
+    rate = progress.RecentRate()
+    assert rate.value == 0
+    rate.add(0, 1000)
+    assert rate.value == 0  # one moment has no rate
+    for second in range(1, 101):
+        rate.add(second, 1000 + 10 * second)
+    assert rate.value == 10
+    for second in range(101, 201):
+        rate.add(second, 2000 + 2 * (second - 100))
+        if second == 130:
+            assert rate.value == pytest.approx(6, abs=0.3)  # half a minute of either
+    assert rate.value == 2  # for longer than a minute
+    rate.leave_out(5000)
+    rate.add(5001, 2202)
+    assert rate.value == 2
+
+
+def test_a_rate_of_burst_steps_is_measured_too():
+    rate = progress.RecentRate()
+    for moment in (0.0, 0.25, 0.5, 0.75):
+        rate.add(moment, int(40 * moment))
+    assert rate.value == 40
+
+
+def test_lines_come_less_often_as_a_job_goes_on(clock, capsys):
+    shown = progress.Progress("job", 10**6, 0, live=False)
+    for second in range(3600):
+        clock.now += 1
+        shown.update(second)
+    count = len(capsys.readouterr().out.splitlines())
+    assert 60 < count < 120  # one every 10 seconds would be 360
+
+
+@pytest.mark.parametrize(
+    ("rate", "text"), [(0.02571, "0.0257"), (2.414, "2.41"), (31.84, "31.8"), (99.97, "100"), (1824.3, "1,824")]
+)
+def test_a_speed_has_three_digits(rate, text):
+    assert progress.rounded(rate) == text
+
+
+def test_what_collectors_of_logs_get(clock, capsys, monkeypatch):
+    monkeypatch.setenv("RAY_LOGGING_CONFIG_ENCODING", "JSON")
+    shown = progress.Progress("job", 100, 0, live=False)
+    for images in (10, 60):
+        clock.now += 10
+        shown.update(images, "loss 0.5, and more", loss=0.5)
+    first, second = map(json.loads, capsys.readouterr().out.splitlines())
+    assert first.keys() == second.keys() - {"images_per_second"}
+    about = ("job", "images", "total", "loss", "images_per_second", "message")
+    assert [second[key] for key in about] == [
+        "job", 60, 100, 0.5, 5.0, "job: 60 of 100 images, 5.00 images/s, about 8 s left, loss 0.5, and more",
+    ]  # fmt: skip
 
 
 def test_progress_is_a_bar_on_a_terminal(clock, monkeypatch, capsys):
@@ -792,6 +896,9 @@ def test_progress_is_a_bar_on_a_terminal(clock, monkeypatch, capsys):
         def update(self, by):
             moved.append(by)
 
+        def set_description(self, text):
+            moved.append(text)
+
         def close(self):
             moved.append("closed")
 
@@ -799,9 +906,10 @@ def test_progress_is_a_bar_on_a_terminal(clock, monkeypatch, capsys):
     shown = progress.Progress("job", 100, 40, live=True)
     clock.now += 100
     for done_so_far in (50, 58, 100):
-        shown.update(done_so_far)
+        shown.update(done_so_far, "loss 1" if done_so_far > 50 else "")
     shown.close()
-    assert moved == [("job", 100, "images"), 40, 10, 8, 42, "closed"]
+    name = "job, from 40 on"  # earlier images would count for the bar's speed
+    assert moved == [(name, 60, " images"), 10, f"{name}, loss 1", 8, f"{name}, loss 1", 42, "closed"]
     assert capsys.readouterr().out == ""
 
 

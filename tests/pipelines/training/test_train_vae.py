@@ -41,7 +41,7 @@ from pipelines.training.image_feed import Images
 from pipelines.training.vae import MAY_CHANGE, Networks, build_model, lpips_or_warning, train_vae
 from pipelines.training.vae_loss import AutoencoderLoss
 from pipelines.training.worker_setup import TrainSetup
-from tests.setups import untracked
+from tests.setups import leave_checkpoint, untracked
 
 REPO = Path(__file__).resolve().parents[3]
 SMALL = [
@@ -691,6 +691,7 @@ def test_a_run_with_checkpoints_of_its_own_no_longer_needs_what_it_began_with(ph
     own = tmp_path / "new" / "checkpoint-000000000008"
     own.mkdir(parents=True)
     torch.save({}, own / checkpoint.STATE)
+    run_folder.write_config(str(own.parent), config)
     with pytest.raises(UserError, match="^started$"):
         train_vae(config)
 
@@ -698,6 +699,7 @@ def test_a_run_with_checkpoints_of_its_own_no_longer_needs_what_it_began_with(ph
 def test_a_run_from_before_a_field_was_there_had_its_default(photos, tmp_path):
     folder = tmp_path / "run"
     assert not run_folder.open_run(str(folder), configured(photos, WHOLE), MAY_CHANGE)
+    leave_checkpoint(folder)
     values = yaml.safe_load((folder / "config.yaml").read_text())
     newer = {"": ["begin"], "model": ["extractor", "levels"], "loss": ["esrgan", "ldl"]}
     for section, names in newer.items():
@@ -757,7 +759,7 @@ def test_an_unreadable_image_is_named_counted_and_replaced(photos, tmp_path, cap
         (["model.wavelet=hair"], "unknown wavelet 'hair'"),
         (["loss.features.weight=1", "loss.features.weights=/nowhere.pth"], "no weights file at /nowhere.pth"),
         (["model.init={init}"], "model.init={init} is another model: "),
-        (["modell.encoder=S"], "unknown config key 'modell'"),
+        (["modell.encoder=S"], "unknown config key 'modell.encoder'; did you mean model.encoder=S?"),
         (["model.encoder=dwt"], "model.encoder=dwt has 12 latent channels: model.latent_channels=12"),
         (["model.encoder=dwt", "model.latent_channels=12", "model.levels=[2, 3]"], "levels is for sizes S, B, M, L"),
         (["model.levels=[]"], "model.levels: "),
@@ -771,7 +773,7 @@ def test_an_unreadable_image_is_named_counted_and_replaced(photos, tmp_path, cap
             "needs larger images than a stage's resolution of 16",
         ),
         (["loss.esrgan.weight=1", "loss.esrgan.weights=/nowhere.pth"], "no weights file at /nowhere.pth"),
-        (["loss.esrgan.weight=1"], "Put torchvision's vgg19-dcbb9e9d.pth there"),
+        (["loss.esrgan.weight=1"], "vgg19-dcbb9e9d.pth does not exist. Put the file there"),
         (["begin=/nowhere"], "begin=/nowhere is not a checkpoint folder of a run"),
     ],
 )
@@ -792,7 +794,7 @@ def test_bad_input_is_one_message_and_leaves_nothing(photos, tmp_path, monkeypat
 
 def test_missing_lpips_weights_turn_the_term_off_and_say_so(photos, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    assert not lpips_or_warning(configured(photos, "loss.lpips.weight=1"))
+    assert not lpips_or_warning(configured(photos, "loss.lpips.weight=1"), required=False)
     assert "warning: loss.lpips is off" in capsys.readouterr().out
     with pytest.raises(UserError, match="no weights file"):  # one that was named must be there
         lpips_or_warning(configured(photos, "loss.lpips.weight=1", "loss.lpips.weights=/nowhere.pth"))

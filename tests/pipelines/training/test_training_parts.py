@@ -16,6 +16,7 @@ from pipelines.runtime.schema import Ray
 from pipelines.training import checkpoint, compiling, launch, loop, optimizer, ranks, run_folder, step_metrics
 from pipelines.training.config import Optimizer, TrainLDM, TrainVAE
 from pipelines.training.ldm import MAY_CHANGE, MAY_CHANGE_CACHED
+from tests.setups import leave_checkpoint
 
 
 def test_batches_are_whole_and_go_on_at_any_position():
@@ -220,6 +221,7 @@ def test_a_run_goes_on_only_with_its_own_config(tmp_path):
     folder = str(tmp_path / "run")
     first = load(TrainVAE, None, ["seed=1"])
     assert not run_folder.open_run(folder, first, ["loop.keep"])
+    leave_checkpoint(folder)
     assert run_folder.open_run(folder, first, ["loop.keep"])
     assert run_folder.open_run(folder, load(TrainVAE, None, ["seed=1", "loop.keep=9"]), ["loop.keep"])
     other = load(TrainVAE, None, ["seed=2", "model.encoder=S"])
@@ -235,6 +237,7 @@ def test_a_run_from_before_there_was_a_choice_of_decoders_goes_on_with_pillow(tm
     values = yaml.safe_load((tmp_path / "config.yaml").read_text())
     assert values["data"].pop("decode") == "pillow"
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
+    leave_checkpoint(tmp_path)
     with pytest.raises(UserError, match=r"data\.decode: was 'pillow', is 'fast'"):
         run_folder.open_run(str(tmp_path), load(cls), MAY_CHANGE)
     assert run_folder.open_run(str(tmp_path), load(cls, None, ["data.decode=pillow"]), MAY_CHANGE)

@@ -19,9 +19,11 @@ from litevae.images import to_tensor
 from litevae.perceptual import SqueezeNetFeatures
 from litevae.pictures import reconstruction_picture
 from pipelines.data.open_source import open_source
+from pipelines.evaluation.config import Evaluate
+from pipelines.evaluation.reconstruction import evaluate
 from pipelines.runtime.cli import load
 from pipelines.runtime.schema import validate, values_to_keep
-from pipelines.training import checkpoint, ranks, run_folder
+from pipelines.training import checkpoint, ranks, run_folder, vae_validation
 from pipelines.training import vae as module
 from pipelines.training.config import TrainVAE
 from pipelines.training.vae import (
@@ -35,7 +37,7 @@ from pipelines.training.vae_loss import AutoencoderLoss
 from pipelines.training.vae_validation import Validation
 from tests.in_process import up_to_the_workers
 from tests.networks import Noted, save_squeezenet
-from tests.setups import vae_setup
+from tests.setups import leave_checkpoint, vae_setup
 
 SMALL = [
     "model.encoder=S", "model.decoder.channels=[8, 8, 8, 8]", "model.decoder.layers=1", "loss.lpips.weight=0",
@@ -480,9 +482,38 @@ def test_validation_images_are_centred_and_as_many_as_there_are(photos, tmp_path
     assert Validation(open_source(config.data.val), config, 32, 5, 6)._pixels.shape == (0, 32, 32, 3)
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["data.resize=none", "val_images=4", "stages=[{resolution: 32, images: 4, batch_size: 4}]"],
+        ["loop.precision=bf16", "stages=[{resolution: 48, images: 4, batch_size: 4}]"],
+    ],
+    ids=["cropped", "resized"],
+)
+@pytest.mark.usefixtures("in_process")
+def test_an_evaluation_with_the_options_that_are_named_measures_the_same(photos, tmp_path, capsys, words):
+    config = configured(photos, f"data.val.uri={photos}", *words)
+    source, side = open_source(config.data.val), config.stages[-1].resolution
+    nets = Networks(config, lpips=False, device=CPU)
+    values, _ = Validation(source, config, side, 0, 1).run(nets.model, nets.averaged())
+    nets.model.save_pretrained(tmp_path / "model")
+    text, advice = vae_validation.closing_lines(config, source, values | {"images": 4})
+    assert text.startswith(f"val psnr {values['psnr']:.4g}, ssim {values['ssim']:.4g} (")
+    options = advice.partition(" with ")[2].split()
+    more = [f"model={tmp_path}/model", f"source.uri={photos}", f"out={tmp_path}/out", f"root={tmp_path}"]
+    found = evaluate(load(Evaluate, None, [*options, *more, "tracking.enabled=false", "ray.gpu=false"]))
+    assert found["images"] == (4 if "val_images=4" in words else 11)
+    for name, value in values.items():
+        assert found["reconstruction"][name] == pytest.approx(value, abs=0.005)
+    more += ["overwrite=true", "tracking.enabled=false", "ray.gpu=false"]
+    other = evaluate(load(Evaluate, None, ["transform.resolution=40", *more]))
+    assert abs(other["reconstruction"]["psnr"] - values["psnr"]) > 0.01
+
+
 def test_a_task_validates_where_there_are_images(task):
     one = task("val_images=3")
     one.begin(0)
+    assert one.validated == "3 images at 32 px"
     values, picture = one.validate()
     assert values.keys() == {"psnr", "ssim"}
     assert picture.ndim == 3
@@ -536,12 +567,19 @@ def test_what_workers_get_and_how_a_run_is_tracked(job, photos, tmp_path, capsys
     shown = capsys.readouterr().out
     assert "train_vae mine: 11 images, encoder S " in shown
     assert "32 images to train on, 1 worker" in shown
-    assert "model: there   psnr 21.23" in shown
+    assert shown.endswith(
+        "model: there\n"
+        "val psnr 21.23 (11 images at 32 px, resized and cropped)\n"
+        "jobs/evaluate.py takes all images, resized to 256 px, in fp32; it measures the same with "
+        "transform.resolution=32\n"
+    )
+    assert noted.forecast[:3] == (config, 32, 0)
     assert yaml.safe_load((tmp_path / "runs/mine/config.yaml").read_text()) == values_to_keep(config)
 
 
 def test_a_run_that_goes_on_says_so_and_may_be_longer(job, tmp_path):
     job("data.val.uri=")
+    leave_checkpoint(tmp_path / "runs" / "mine")
     longer = "stages=[{resolution: 32, images: 48, batch_size: 4}]"
     _, _, noted = job(longer)
     assert noted.started[1] == {"resume": True}
@@ -599,6 +637,7 @@ MAY_DIFFER = [
     "root=/r", "ray.workers=2", "stages=[{resolution: 64, images: 8}]", "checkpointing=true", "val_images=3",
     "data.val.uri=/v", "data.loaders=9", "data.max_bad=0.5", "data.max_pixels=9", "loop.val_every=3",
     "loop.checkpoint_every=3", "loop.keep=9", "loop.log_every=9", "loop.max_restarts=9",
+    "loss.lpips.required=false",
 ]  # fmt: skip
 STAYS = [
     "name=other", "seed=1", "begin=/b", "data.train.uri=/t", "data.resize=none", "data.crop=center", "data.flip=false",
@@ -610,6 +649,7 @@ STAYS = [
 def test_what_may_differ_when_a_run_goes_on(photos, tmp_path):
     folder = str(tmp_path)
     run_folder.write_config(folder, configured(photos))
+    leave_checkpoint(folder)
     for word in MAY_DIFFER:
         assert run_folder.open_run(folder, configured(photos, word), MAY_CHANGE), word
     for word in STAYS:
