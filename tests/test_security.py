@@ -59,6 +59,7 @@ from pipelines.training import checkpoint, run_folder
 from pipelines.training.config import TrainVAE
 from tests import memory
 from tests.encoding import arguments, save_model
+from tests.setups import leave_checkpoint
 
 REPO = Path(__file__).resolve().parents[1]
 PICKLED = (UserError, pa.ArrowInvalid)
@@ -534,6 +535,7 @@ def test_yaml_runs_nothing(tmp_path):
                 load(cls, str(recipe))
     run = tmp_path / "run"
     run_folder.open_run(str(run), TrainVAE(), [])
+    leave_checkpoint(run)
     (run / "config.yaml").write_text(f"name: {evil}")
     with pytest.raises(UserError, match=r"config\.yaml is damaged"):
         run_folder.open_run(str(run), TrainVAE(), [])

@@ -13,10 +13,10 @@ import torch
 
 from litevae import storage
 from litevae.errors import UserError
-from pipelines.benchmark import meter
+from pipelines.benchmark import first_look, meter
 from pipelines.benchmark.config import Benchmark
 from pipelines.benchmark.meter import ReportTable, Setting
-from pipelines.runtime import mlflow_run, paths
+from pipelines.runtime import mlflow_run, outputs
 
 PARTS = {  # the function that measures each part; some parts need packages that only developers have
     "encoder": "pipelines.benchmark.models:encoder",
@@ -43,13 +43,13 @@ def benchmark(config: Benchmark, parts: Mapping[str, str] = PARTS) -> dict[str, 
     Raises:
         UserError: if a model, photos or a package that a part needs are missing, or the memory is too small.
     """
-    out = paths.output_path("out", config.out)
+    out = first_look.benchmark(config).announce("benchmark")
     device = _device(config)
     threads = config.threads or os.cpu_count() or 1
     torch.set_num_threads(threads)
     found: dict[str, Any] = {
         "environment": meter.environment(device, threads),
-        "config": config.model_dump(mode="json", exclude={"tracking"}),
+        "config": outputs.measured(config),
         "parts": {},
     }
     with (

@@ -14,15 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from pydantic import Field
 
 from litevae import storage
 from litevae.errors import UserError, redact
+from pipelines.diagnostics.config import Demo
 from pipelines.encoding.config import Encode
 from pipelines.evaluation.config import Evaluate, Sample
-from pipelines.runtime import cluster, mlflow_run, paths, tables
+from pipelines.runtime import cluster, mlflow_run, paths, progress, tables
 from pipelines.runtime.cli import load
-from pipelines.runtime.schema import ConfigT, Job
+from pipelines.runtime.commands import command
+from pipelines.runtime.estimate import duration
+from pipelines.runtime.schema import ConfigT
 from pipelines.training.config import TrainLDM, TrainVAE
 
 # For each photo its held-out squares: left, top and side in pixels.
@@ -44,13 +46,6 @@ HELD_OUT: dict[str, list[tuple[int, int, int]]] = {
 }
 TILES = 2000
 TILE = 96  # side in pixels; training uses crops of 64 pixels
-
-
-class Demo(Job):
-    """Photos in, a trained autoencoder, a latent cache, a diffusion model, pictures and numbers out."""
-
-    root: str = "demo"
-    preset: str = Field("", description="a preset or YAML file in place of `demo` (`demo-gpu` where there is a GPU)")
 
 
 def demo(config: Demo) -> dict[str, Any]:
@@ -78,7 +73,7 @@ def demo(config: Demo) -> dict[str, Any]:
 
     def run(job: str, cls: type[ConfigT], call: Callable[[ConfigT], dict[str, Any]], *overrides: str) -> dict[str, Any]:
         words = [*overrides, *common]
-        print(f"\n$ python jobs/{job}.py --config {preset} {redact(shlex.join(words))}", flush=True)
+        print(f"\n$ {command(job)} --config {preset} {redact(shlex.join(words))}", flush=True)
         return call(load(cls, preset, words))
 
     vae, cache, ldm = f"model={root}/vae/model", f"{root}/cache", f"model={root}/ldm/model"
@@ -88,7 +83,10 @@ def demo(config: Demo) -> dict[str, Any]:
         "encode": run("encode_dataset", Encode, encode.run, f"source.uri={train}", vae, f"out={cache}"),
         "train_ldm": run("train_ldm", TrainLDM, train_ldm, f"cache={cache}"),
         "sample": run("sample", Sample, sample, ldm, f"out={root}/samples"),
-        "evaluate": run("evaluate", Evaluate, evaluate, vae, f"source.uri={held_out}", f"out={root}/evaluation"),
+        "evaluate": run(
+            *("evaluate", Evaluate, evaluate, vae),
+            *(f"source.uri={held_out}", f"out={root}/evaluation", "overwrite=true"),
+        ),
         "seconds": time.monotonic() - started,
     }
     shutil.copyfile(root / "evaluation" / "reconstructions.png", root / "reconstructions.png")
@@ -98,38 +96,43 @@ def demo(config: Demo) -> dict[str, Any]:
 
 
 def _report(done: dict[str, Any], root: Path) -> str:
-    """Return the demo's final report: quality, speeds, numbers of parameters, and the files to look at."""
+    """Return the demo's final report: what was made and where to look, how good it is, and how fast it was."""
 
     def rate(value: float) -> str:
-        return f"{value:.1f}" if value else "done before"
+        return f"{progress.rounded(value)} images/s" if value else "done before"
 
     judged, speed = done["evaluate"], done["evaluate"]["images_per_s"]
     ours, bicubic = judged["reconstruction"], judged["bicubic"]
     quality = [
-        ["held-out photos", "LiteVAE", "bicubic by 8"],
-        ["PSNR (dB)", f"{ours['psnr']:.2f}", f"{bicubic['psnr']:.2f}"],
-        ["SSIM", f"{ours['ssim']:.3f}", f"{bicubic['ssim']:.3f}"],
-        ["bits per pixel", f"{done['encode']['bits_per_pixel']:.2f} (cache)", "0.375 (8-bit)"],
+        ["photos that were held out", "LiteVAE", "bicubic by 8"],
+        ["PSNR (dB), higher is better", f"{ours['psnr']:.2f}", f"{bicubic['psnr']:.2f}"],
+        ["SSIM, higher is better", f"{ours['ssim']:.3f}", f"{bicubic['ssim']:.3f}"],
     ]
+    parameters = judged["parameters"]
     stages = [
-        ["stage", "images/s"],
-        ["train the autoencoder", rate(done["train_vae"]["images_per_second"])],
-        ["encode into the cache", rate(done["encode"]["images_per_s"])],
-        ["train the diffusion model", rate(done["train_ldm"]["images_per_second"])],
-        ["sample", rate(done["sample"]["images_per_s"])],
-        ["evaluate: encoder alone", rate(speed["encoder"])],
-        ["evaluate: decoder alone", rate(speed["decoder"])],
+        ["stage", "speed", "parameters"],
+        ["train the autoencoder", rate(done["train_vae"]["images_per_second"]), f"{sum(parameters.values()):,}"],
+        ["encode into the cache", rate(done["encode"]["images_per_s"]), ""],
+        [
+            "train the diffusion model",
+            rate(done["train_ldm"]["images_per_second"]),
+            f"{done['train_ldm']['parameters']:,}",
+        ],
+        ["sample", rate(done["sample"]["images_per_s"]), ""],
+        ["encoder alone", rate(speed["encoder"]), f"{parameters['encoder']:,}"],
+        ["decoder alone", rate(speed["decoder"]), f"{parameters['decoder']:,}"],
     ]
-    parameters = [
-        ["parameters", ""],
-        *([f"{name}", f"{count:,}"] for name, count in judged["parameters"].items()),
-        ["diffusion UNet", f"{done['train_ldm']['parameters']:,}"],
-    ]
-    shown = "\n\n".join(tables.table(rows) for rows in (quality, stages, parameters))
-    minutes, seconds = divmod(round(done["seconds"]), 60)
+    shown = "\n\n".join(tables.fitted(rows) for rows in (quality, stages))
     return (
-        f"\n{shown}\n\n{minutes} min {seconds} s in all\n\nreconstructions  {root}/reconstructions.png\n"
-        f"samples          {root}/samples.png\nMLflow           {judged['run']}"
+        f"\nThe demo is done, in {duration(done['seconds'])}. Look at these two pictures first:\n\n"
+        f"  {root}/reconstructions.png\n"
+        f"      photos that were not trained on: the original, what LiteVAE makes of it, its latent, the error\n"
+        f"  {root}/samples.png\n"
+        f"      new images from the diffusion model: colours and textures of the photos, after so short a training\n\n"
+        f"{shown}\n\n"
+        f"models   {root}/vae/model and {root}/ldm/model\n"
+        f"latents  {root}/cache, {done['encode']['bits_per_pixel']:.2f} bits per pixel (an image in 8 bits has 24)\n"
+        f"runs     {judged['run']}"
     )
 
 

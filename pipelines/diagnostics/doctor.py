@@ -16,13 +16,14 @@ from typing import Any, NamedTuple
 
 from litevae import storage
 from litevae.errors import UserError, redact
+from pipelines.diagnostics import first_look
 from pipelines.diagnostics.config import Doctor
 from pipelines.diagnostics.folders import folder
 from pipelines.diagnostics.machine import clock, collectives, cpus, gpus, kernels, limits, versions, versions_here
 from pipelines.diagnostics.probe import DRIVER, Ask, Finding, Findings, Nodes, State, counted, failure, on_this_machine
 from pipelines.diagnostics.services import mlflow
 from pipelines.diagnostics.workload import Speeds, estimate, model, source, weights
-from pipelines.runtime import cluster, paths
+from pipelines.runtime import cluster, paths, tables
 from pipelines.runtime.schema import Ray
 
 
@@ -48,10 +49,9 @@ def doctor(config: Doctor) -> list[Finding]:
     Raises:
         UserError: if a path in the config is one that no job would accept, or the report's folder does not exist.
     """
+    first_look.doctor(config)
     root = paths.output_path("root", config.root)
     out = paths.output_path("out", config.out, remote=True) if config.out else ""
-    if config.report and not os.path.isdir(os.path.dirname(os.path.abspath(config.report))):
-        raise UserError(f"report={config.report}: its folder does not exist")
     findings: list[Finding] = []
 
     def check(name: str, function: Callable[..., Findings], *arguments: Any) -> None:
@@ -97,34 +97,44 @@ def examined(function: Callable[..., Findings], *arguments: Any) -> list[Finding
 
 
 def table(findings: Sequence[Finding], width: int = 0) -> str:
-    """Format findings as aligned columns with wrapped text; nodes with the same finding share one row.
+    """Format findings as aligned columns; what to do stands below what was found.
+
+    Nodes with the same finding share one row. Text is wrapped, but paths, addresses and commands are not broken, so
+    that they can be copied: text with one that is too long for its column begins at the left.
 
     Args:
         findings: the findings.
-        width: width of the table in characters; 0: that of the terminal, but at least 100.
+        width: width of the table in characters; 0: that of the terminal, but at most `tables.WIDTH`.
     """
+    width = width or max(60, min(tables.WIDTH, shutil.get_terminal_size((tables.WIDTH, 24)).columns))
     every = {finding.node for finding in findings} - {DRIVER}
     same: dict[Finding, list[str]] = {}
     for finding in findings:
         same.setdefault(finding._replace(node=""), []).append(finding.node)
-    rows = [("check", "node", "state", "found", "what to do")]
+    heads = [("check", "node", "state")]
     for finding, nodes in same.items():
         where = f"all {len(nodes)}" if len(nodes) > 1 and set(nodes) == every else ", ".join(nodes)
-        rows.append((finding.check, where, finding.state, finding.found, finding.advice))
-    narrow = [max(len(row[column]) for row in rows) for column in range(3)]
-    narrow[1] = min(narrow[1], 32)
-    rest = (width or max(100, shutil.get_terminal_size((160, 24)).columns)) - sum(narrow) - 8
-    widths = [*narrow, rest * 3 // 5, rest * 2 // 5]
+        heads.append((finding.check, textwrap.shorten(where, 32, placeholder=" ..."), finding.state))
+    widths = [max(len(head[column]) for head in heads) for column in range(3)]
+    begin = sum(widths) + 6
+
+    def wrapped(text: str) -> list[str]:
+        fits = all(len(word) <= width - begin for word in text.split())
+        indent = " " * (begin if fits else 4)
+        options: dict[str, Any] = {"break_long_words": False, "break_on_hyphens": False}
+        return textwrap.wrap(text, width, initial_indent=indent, subsequent_indent=indent, **options)
+
     lines = []
-    for row in rows:
-        # Paths, addresses and commands are not broken across lines, so that they can be copied.
-        cells = [
-            textwrap.wrap(cell, limit, break_long_words=False, break_on_hyphens=False) or [""]
-            for cell, limit in zip(row, widths, strict=True)
-        ]
-        for number in range(max(map(len, cells))):
-            parts = [cell[number] if number < len(cell) else "" for cell in cells]
-            lines.append("  ".join(part.ljust(limit) for part, limit in zip(parts, widths, strict=True)).rstrip())
+    for head, text, advice in zip(
+        heads, ["found", *(each.found for each in same)], ["", *(each.advice for each in same)], strict=True
+    ):
+        first = "  ".join(part.ljust(limit) for part, limit in zip(head, widths, strict=True)) + "  "
+        found = wrapped(text)
+        if found and found[0].startswith(" " * begin):
+            found[0] = first + found[0].strip()
+        else:
+            lines.append(first.rstrip())
+        lines += found + (wrapped(f"-> {advice}") if advice else [])
     return "\n".join(lines)
 
 

@@ -32,6 +32,7 @@ def mlflow(ask: Ask, config: Tracked) -> Iterator[Finding]:
             raise UserError(f"{redact(uri)}: {what} fails ({reason.replace('; ', ', ')}); {advice}") from None
 
     def open_run() -> tuple[Any, str]:
+        mlflow_run.make_folder(uri)
         client = mlflow_server.client_of(uri)
         handle = mlflow_server.RunHandle(uri, None, "litevae-doctor", config.root)
         experiment = mlflow_server.experiment_of(client, handle, config.root)

@@ -5,20 +5,18 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 
-import numpy as np
 import torch
 
-from litevae.autoencoder import encode_latents, fingerprint, load_autoencoder
+from litevae.autoencoder import fingerprint
 from litevae.errors import UserError
 from litevae.generation import Inception
-from litevae.images import ImageError, ImageTransform, to_tensor
-from litevae.inference import best_kernels, prepare_for_inference
+from litevae.images import ImageError, ImageTransform
 from litevae.perceptual import WeightsMissing, load_lpips
-from litevae.precision import autocast
 from pipelines.data.open_source import open_source
 from pipelines.data.source import Source
 from pipelines.diagnostics.config import Doctor
 from pipelines.diagnostics.probe import DRIVER, Ask, Finding, answered, counted, failure
+from pipelines.encoding.speed import encoder_speed, rates
 from pipelines.evaluation import image_batches
 from pipelines.runtime import cluster
 
@@ -46,7 +44,10 @@ def weights(ask: Ask) -> Iterator[Finding]:
         for what, name, missing in found:
             if missing:
                 problem = failure(node, UserError(missing))
-                yield problem._replace(state="warning", found=f"{problem.found} ({what} is left out)")
+                so = f"in evaluations {what} is left out"
+                if what == "LPIPS":
+                    so += ", and train_vae refuses to train with it unless loss.lpips.required=false"
+                yield problem._replace(state="warning", found=f"{problem.found} ({so})")
             elif "on other weights" in name:
                 yield Finding(node, "warning", f"{name}: not the published file", "fetch it again")
             else:
@@ -88,29 +89,9 @@ def model(ask: Ask, config: Doctor, placement: cluster.Placement | None, speeds:
         yield Finding(node, "ok", f"{speed:,.1f} images/s a worker at {config.transform.resolution} px, {how}")
 
 
-@torch.inference_mode()
 def _encode(path: str, resolution: int, batch_size: int, threads: int) -> tuple[float, str]:
-    """Measure an encoder on a node.
-
-    Returns:
-        The median images/s, and a description of device, precision and kernels.
-    """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.set_num_threads(threads)
-    by = best_kernels(device)
-    vae = prepare_for_inference(load_autoencoder(path), device, by)
-    pixels = np.random.default_rng(0).integers(0, 256, (batch_size, resolution, resolution, 3), dtype=np.uint8)
-    x = to_tensor(pixels).to(device)
-    times: list[float] = []
-    with autocast(device, "auto"):
-        how = "bf16" if torch.is_autocast_enabled(device.type) else "fp32"
-        encode_latents(vae, x if device.type == "cuda" else x[:1])  # the first call takes longer
-        while len(times) < 2 or (sum(times) < 2 and len(times) < 20):
-            begun = time.perf_counter()
-            encode_latents(vae, x).cpu()
-            times.append(time.perf_counter() - begun)
-    where = torch.cuda.get_device_name() if device.type == "cuda" else f"{threads} CPU threads"
-    return batch_size / sorted(times)[len(times) // 2], f"{where}, {how}, {by} kernels"
+    """Measure an encoder on a node; see `encoder_speed`."""
+    return encoder_speed(path, (resolution, resolution), batch_size, threads)
 
 
 def source(ask: Ask, config: Doctor, speeds: Speeds) -> Iterator[Finding]:
@@ -172,17 +153,12 @@ def _decode(parts: list[Source], transform: ImageTransform) -> tuple[int, dict[s
 
 
 def estimate(placement: cluster.Placement | None, speeds: Speeds) -> Iterator[Finding]:
-    """Estimate how long it takes to encode the source.
-
-    On CPUs decoding and encoding share the cores, so their times add up. On GPUs they overlap, and the slower counts.
-    """
+    """Estimate how long it takes to encode the source; see `rates`."""
     if not (placement and speeds.images and speeds.encode and speeds.decode):
         yield Finding(DRIVER, "skipped", "needs Ray, a source and a model")
         return
-    encode = placement.workers * sum(speeds.encode) / len(speeds.encode)
-    core = sum(speeds.decode) / len(speeds.decode)
-    decode = core * (placement.decoders if placement.gpu else placement.workers * placement.threads)
-    rate = min(encode, decode) if placement.gpu else 1 / (1 / encode + 1 / decode)
+    mean = (sum(found) / len(found) for found in (speeds.encode, speeds.decode))
+    encode, decode, rate = rates(placement, *mean)
     seconds = speeds.images / rate
     shown = f"{seconds / 3600:,.1f} hours" if seconds >= 3600 else f"{seconds / 60:,.1f} minutes"
     slower = "encoding" if encode <= decode else "decoding"

@@ -5,7 +5,6 @@ counts and nothing else runs at the same time.
 """
 
 import os
-import textwrap
 import time
 from collections.abc import Iterator
 from statistics import median
@@ -25,9 +24,9 @@ from litevae.autoencoder import (
     load_autoencoder,
 )
 from litevae.errors import UserError
-from pipelines.evaluation import config, report
+from pipelines.evaluation import config, first_look, report
 from pipelines.evaluation.timed_half import TimedHalf
-from pipelines.runtime import cluster, mlflow_run, paths, tables
+from pipelines.runtime import cluster, mlflow_run, outputs, tables
 from pipelines.runtime.actor_pool import pool, spread
 from pipelines.runtime.host import PeakMemory, processor
 from pipelines.runtime.logs import say
@@ -86,7 +85,7 @@ def complexity(cfg: config.EvaluateComplexity) -> dict[str, Any]:
     Raises:
         UserError: if the config or a model is wrong, or if a model needs more memory than there is.
     """
-    out = paths.output_path("out", cfg.out)
+    out = first_look.complexity(cfg).announce("evaluate complexity")
     plans = list(_plans(cfg))
     mlflow_run.check(cfg)
     placement = cluster.start(cfg.ray.model_copy(update={"workers": 1}))
@@ -109,16 +108,17 @@ def complexity(cfg: config.EvaluateComplexity) -> dict[str, Any]:
             },
             "protocols": {name: column.protocol for name, column in COLUMNS.items()},
             "run": mlflow_run.link(run),
+            "config": outputs.measured(cfg),
         }
         for name, values in found.items():
             tracker.metrics({f"eval/complexity/{name.strip('/')}/{key}": v for key, v in values.items()}, step=0)
         report.write_summary(summary, out, tracker)
-    print(summary_text(summary, out))
+    print(summary_text(summary, out, cfg.verbose))
     return summary
 
 
-def summary_text(summary: dict[str, Any], out: str) -> str:
-    """Format the summary for people."""
+def summary_text(summary: dict[str, Any], out: str, verbose: bool) -> str:
+    """Format the summary for people; `verbose` adds how each number was measured."""
 
     def cell(values: dict[str, float], key: str) -> str:
         digits = COLUMNS[key].digits
@@ -134,26 +134,19 @@ def summary_text(summary: dict[str, Any], out: str) -> str:
     ratios = [[f"times {summary['baseline']}", *titles]]
     for name, values in summary["against"].items():
         ratios.append([name, *(f"{values[key]:.3f}" if key in values else "" for key in COLUMNS)])
-    how = [
-        line
-        for name, text in summary["protocols"].items()
-        for line in textwrap.wrap(
-            f"{COLUMNS[name].title}: {text}", 118, initial_indent="    ", subsequent_indent="      "
-        )
-    ]
+    how = {COLUMNS[name].title: text for name, text in summary["protocols"].items()}
     compiled = ", compiled" if summary["compile"] else ""
     lines = [
-        f"batches of {summary['batch_size']} images of {summary['resolution']} px, {summary['precision']}{compiled}, "
-        f"{summary['repeats']} times after {summary['warmup']}; {summary['machine']}",
+        *report.wrapped(
+            f"batches of {summary['batch_size']} images of {summary['resolution']} px, {summary['precision']}"
+            f"{compiled}, {summary['repeats']} times after {summary['warmup']}; {summary['machine']}"
+        ),
         "",
-        tables.table(rows),
+        tables.fitted(rows),
         "",
-        tables.table(ratios),
+        tables.fitted(ratios),
         "",
-        *how,
-        "",
-        f"metrics   {out}/metrics.json",
-        f"run       {summary['run']}",
+        *report.closing_lines(how, summary, out, verbose),
     ]
     return "\n".join(lines)
 

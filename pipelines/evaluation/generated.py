@@ -27,10 +27,10 @@ from litevae.generation import FeatureNetwork, FrechetStatistics
 from litevae.images import ImageError, ImageTransform, View
 from pipelines.data.open_source import open_source
 from pipelines.data.source import Source
-from pipelines.evaluation import config, image_batches, report
+from pipelines.evaluation import config, first_look, image_batches, report
 from pipelines.evaluation.image_batches import PixelBatch, UnreadableImage, describe_unreadable, evenly_spaced
 from pipelines.evaluation.report import Score
-from pipelines.runtime import cluster, mlflow_run, paths
+from pipelines.runtime import cluster, mlflow_run, outputs, paths
 from pipelines.runtime.actor_pool import pool
 from pipelines.runtime.progress import Progress
 
@@ -118,7 +118,7 @@ def samples(cfg: config.EvaluateSamples) -> dict[str, Any]:
     Raises:
         UserError: if the config or a source is wrong, if no network has weights, or if too few images could be read.
     """
-    out = paths.output_path("out", cfg.out)
+    out = first_look.samples(cfg).announce("evaluate samples")
     root = paths.output_path("root", cfg.root)
     if cfg.transform.resolution < SMALLEST:
         raise UserError(f"transform.resolution={cfg.transform.resolution} is too small: it must be at least {SMALLEST}")
@@ -160,9 +160,10 @@ def samples(cfg: config.EvaluateSamples) -> dict[str, Any]:
             "images_per_s": drawn.images / seconds,
             "remarks": remarks,
             "run": mlflow_run.link(run),
+            "config": outputs.measured(cfg),
         }
         report.write_scores(summary, out, tracker)
-    print(summary_text(summary, out))
+    print(summary_text(summary, out, cfg.verbose))
     return summary
 
 
@@ -187,8 +188,6 @@ def check_networks(*weights: str) -> tuple[list[FeatureNetwork], list[str]]:
 def _drawn(cfg: config.EvaluateSamples) -> ImageSet:
     """Return the set of generated images: of a source, or of the folder of a sample job, without its grid.png."""
     where, side = cfg.samples, cfg.transform.resolution
-    if not where.uri:
-        raise UserError("samples.uri is empty; give the folder of a sample job: evaluate.py samples FOLDER")
     folder = storage.absolute(where.uri)
     files = storage.names(folder)
     if "sampling.json" in files:
@@ -419,12 +418,12 @@ def _scores(network: FeatureNetwork, drawn: ImageSet, reference: ImageSet) -> li
     return found
 
 
-def summary_text(summary: dict[str, Any], out: str) -> str:
-    """Format the summary for people: the scores, with each protocol below the scores that share it."""
+def summary_text(summary: dict[str, Any], out: str, verbose: bool) -> str:
+    """Format the summary for people; see `report.report`."""
     lines = []
     for name in ("samples", "reference"):
         about = summary[name]
         lines.append(f"{name:10}{about['images']:,} images of {about['uri']}")
         if bad := [UnreadableImage(**entry) for entry in about["unreadable"]]:
-            lines.append(f"          {len(bad)} unreadable left out: {describe_unreadable(bad)}")
-    return "\n".join([*lines, "", report.report(summary, out)])
+            lines += report.wrapped(f"          {len(bad)} unreadable left out: {describe_unreadable(bad)}")
+    return "\n".join([*lines, "", report.report(summary, out, verbose)])

@@ -10,11 +10,10 @@ from torch import Tensor
 
 from litevae import generation
 from litevae.cache import LatentCache, Shape
-from litevae.errors import UserError
-from pipelines.evaluation import config, report
+from pipelines.evaluation import config, first_look, report
 from pipelines.evaluation.image_batches import evenly_spaced
 from pipelines.evaluation.report import Score
-from pipelines.runtime import mlflow_run, paths
+from pipelines.runtime import mlflow_run, outputs
 
 PART = 256  # rows read at a time
 MMD = generation.PROTOCOLS["mmd"]
@@ -29,9 +28,7 @@ def mmd(cfg: config.EvaluateLatents) -> dict[str, Any]:
     Raises:
         UserError: if the config or the cache is wrong, or if latents are NaN or infinite.
     """
-    out = paths.output_path("out", cfg.out)
-    if not cfg.cache:
-        raise UserError("cache is empty; give a latent cache: evaluate.py latents FOLDER")
+    out = first_look.latents(cfg).announce("evaluate latents")
     cache = LatentCache(cfg.cache)
     shape, rows = _largest_group(cache)
     chosen = evenly_spaced(rows, min(cfg.images or len(rows), len(rows)))
@@ -52,9 +49,10 @@ def mmd(cfg: config.EvaluateLatents) -> dict[str, Any]:
             "metrics": [score._asdict() for score in found],
             "remarks": remarks,
             "run": mlflow_run.link(run),
+            "config": outputs.measured(cfg),
         }
         report.write_scores(summary, out, tracker)
-    print(f"{len(raw):,} of {len(cache):,} latents of {cache.path}\n\n{report.report(summary, out)}")
+    print(f"{len(raw):,} of {len(cache):,} latents of {cache.path}\n\n{report.report(summary, out, cfg.verbose)}")
     return summary
 
 

@@ -10,7 +10,6 @@ To add a metric, add a line to METRICS: a title, a protocol, and a function of o
 
 import os
 import sys
-import textwrap
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -38,10 +37,10 @@ from litevae.pictures import feature_map_picture, png, reconstruction_picture, s
 from litevae.precision import autocast
 from pipelines.data.open_source import open_source
 from pipelines.data.source import Source
-from pipelines.evaluation import config, image_batches, latent_mmd, report
+from pipelines.evaluation import config, first_look, image_batches, latent_mmd, report
 from pipelines.evaluation.image_batches import PixelBatch, UnreadableImage, describe_unreadable
 from pipelines.evaluation.report import Score
-from pipelines.runtime import cluster, host, mlflow_run, paths, tables
+from pipelines.runtime import cluster, host, mlflow_run, outputs, paths, tables
 from pipelines.runtime.actor_pool import pool, spread
 from pipelines.runtime.progress import Progress
 
@@ -196,9 +195,7 @@ def evaluate(cfg: config.Evaluate) -> dict[str, Any]:
     Raises:
         UserError: if the config, the model or the source is wrong, or if no image could be read.
     """
-    out = paths.output_path("out", cfg.out)
-    if not cfg.model:
-        raise UserError("model is empty; give a model folder: model=runs/vae/model")
+    out, asked = first_look.evaluate(cfg).announce("evaluate"), outputs.measured(cfg)
     side = cfg.transform.resolution
     if side < SMALLEST:
         raise UserError(f"transform.resolution={side} is too small: it must be at least {SMALLEST}")
@@ -269,6 +266,7 @@ def evaluate(cfg: config.Evaluate) -> dict[str, Any]:
             },
             "remarks": remarks,
             "run": mlflow_run.link(run),
+            "config": asked,
         }
         for which in ("reconstruction", "bicubic"):
             tracker.metrics({f"eval/{which}/{metric}": value for metric, value in summary[which].items()}, step=0)
@@ -279,33 +277,32 @@ def evaluate(cfg: config.Evaluate) -> dict[str, Any]:
             storage.put(os.path.join(out, f"{name}.png"), png(picture))
             tracker.image(name, picture, step=0)
         report.write_scores(summary, out, tracker)
-    print(summary_text(summary, out))
+    print(summary_text(summary, out, cfg.verbose))
     return summary
 
 
-def summary_text(summary: dict[str, Any], out: str) -> str:
-    """Format the summary for people."""
+def summary_text(summary: dict[str, Any], out: str, verbose: bool) -> str:
+    """Format the summary for people; `verbose` adds how each number was measured."""
     titles = {name: metric.title for name, metric in METRICS.items()} | {"rfid": "rFID"}
     protocols, images = summary["protocols"], summary["protocols"]["images"]
     quality = [["", "reconstruction", f"bicubic by {summary['downsampling']}"]]
-    how = []
+    how = {}
     for metric, value in summary["reconstruction"].items():
         other = summary["bicubic"].get(metric)
         quality.append([titles.get(metric, metric), f"{value:.4f}", "" if other is None else f"{other:.4f}"])
-        text = f"{titles.get(metric, metric)}: {protocols[metric].removesuffix(f'; {images}')}"
-        how += textwrap.wrap(text, 118, initial_indent="    ", subsequent_indent="      ")
+        how[titles.get(metric, metric)] = protocols[metric].removesuffix(f"; {images}")
+    for score in (Score(**score) for score in summary["metrics"]):
+        quality.append([score.title, report.cell(score), ""])
+        how[score.title.strip()] = score.protocol
     speed = summary["images_per_s"]
     model = [["", "encoder", "decoder"]]
     model.append(["parameters", *(f"{summary['parameters'][part]:,}" for part in model[0][1:])])
     model.append(["images/s, one worker", *(f"{speed[part]:.1f}" for part in model[0][1:])])
     lines = [
-        f"{summary['images']} images at {summary['transform']['resolution']} px of {summary['source']['uri']}, "
-        f"{speed['evaluation']:.1f} a second with reading and measuring",
-        f"({images}; {protocols['reconstruction']})",
+        f"source    {summary['source']['uri']}",
+        *report.wrapped(f"{images}; {protocols['reconstruction']}"),
         "",
-        tables.table(quality),
-        "",
-        *how,
+        tables.fitted(quality),
         "",
     ]
     if scales := summary["scales"]:
@@ -313,13 +310,11 @@ def summary_text(summary: dict[str, Any], out: str) -> str:
         for metric in summary["reconstruction"]:
             values = (each["reconstruction"].get(metric) for each in scales.values())
             rows.append([titles.get(metric, metric), *("" if value is None else f"{value:.4f}" for value in values)])
-        lines += [tables.table(rows), ""]
-    lines += [*report.format_scores([Score(**score) for score in summary["metrics"]]), tables.table(model), ""]
+        lines += [tables.fitted(rows), ""]
+    lines += [tables.fitted(model), ""]
     if bad := [UnreadableImage(**entry) for entry in summary["unreadable"]]:
-        lines.append(f"{len(bad)} unreadable left out: {describe_unreadable(bad)}")
-    lines += summary["remarks"]
-    pictures = [f"pictures  {out}/{name}" for name in summary["pictures"]]
-    return "\n".join([*lines, f"metrics   {out}/metrics.json", *pictures, f"run       {summary['run']}"])
+        lines += report.wrapped(f"{len(bad)} unreadable left out: {describe_unreadable(bad)}")
+    return "\n".join([*lines, *report.closing_lines(how, summary, out, verbose, summary["pictures"])])
 
 
 # --- numbers ----------------------------------------------------------------------------------------------------

@@ -3,14 +3,17 @@
 import json
 import os
 import textwrap
-from itertools import pairwise
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from litevae import storage
 from litevae.generation import Backbone, FeatureNetwork, Inception, SqueezeNetCaffe
 from litevae.images import ImageTransform
 from litevae.perceptual import WeightsMissing
+from pipelines.runtime import tables
 from pipelines.runtime.mlflow_run import Tracker
+
+CAUTION = "CAUTION"  # how a protocol begins its last part, if the number misleads
 
 
 class Score(NamedTuple):
@@ -66,7 +69,7 @@ def small_sample_warning(count: int, network: FeatureNetwork) -> list[str]:
     if count > network.dimension:
         return []
     return [
-        f"CAUTION: {count:,} images give a singular covariance of {network.dimension:,} features, so the distance is "
+        f"{CAUTION}: {count:,} images give a singular covariance of {network.dimension:,} features, so the distance is "
         f"too large; compare it only at equal N"
     ]
 
@@ -94,18 +97,51 @@ def write_summary(summary: dict[str, Any], out: str, tracker: Tracker) -> None:
     tracker.artifact(path)
 
 
-def report(summary: dict[str, Any], out: str) -> str:
-    """Format what `write_scores` wrote, with each protocol below the scores that share it."""
-    lines = format_scores([Score(**score) for score in summary["metrics"]])
-    return "\n".join([*lines, *summary["remarks"], f"metrics   {out}/metrics.json", f"run       {summary['run']}"])
+def report(summary: dict[str, Any], out: str, verbose: bool) -> str:
+    """Format what `write_scores` wrote.
+
+    Args:
+        summary: the content of metrics.json.
+        out: its folder.
+        verbose: whether to show how each number was measured.
+    """
+    scores = [Score(**score) for score in summary["metrics"]]
+    protocols: dict[str, list[str]] = {}
+    for score in scores:
+        protocols.setdefault(score.protocol, []).append(score.title.strip())
+    rows = [["", "value"], *([score.title, cell(score)] for score in scores)]
+    how = {", ".join(titles): protocol for protocol, titles in protocols.items()}
+    return "\n".join([tables.fitted(rows), "", *closing_lines(how, summary, out, verbose)])
 
 
-def format_scores(scores: list[Score]) -> list[str]:
-    """Return scores as lines of text, with the protocol and an empty line after each group of scores that share it."""
-    lines, width = [], max((len(score.title) for score in scores), default=0)
-    for score, following in pairwise([*scores, None]):
-        assert score is not None
-        lines.append(f"{score.title:{width}}  {score.value:.5g}" + ("" if score.std is None else f" ± {score.std:.2g}"))
-        if following is None or following.protocol != score.protocol:
-            lines += [*textwrap.wrap(score.protocol, 118, initial_indent="    ", subsequent_indent="    "), ""]
-    return lines
+def closing_lines(
+    protocols: Mapping[str, str], summary: dict[str, Any], out: str, verbose: bool, pictures: Sequence[str] = ()
+) -> list[str]:
+    """Return the lines of a report after its tables: protocols, cautions, remarks, and where everything was written.
+
+    Args:
+        protocols: how numbers were measured, by their titles.
+        summary: the content of metrics.json.
+        out: its folder.
+        verbose: whether to show the protocols. Cautions in them are always shown.
+        pictures: names of pictures in that folder.
+    """
+    lines = []
+    for titles, protocol in protocols.items():
+        text = protocol if verbose else "".join(protocol.partition(CAUTION)[1:])
+        lines += wrapped(f"{titles}: {text}") if text else []
+    lines += [""] * bool(lines)
+    for remark in summary.get("remarks", []):
+        lines += wrapped(remark)
+    files = [f"metrics   {out}/metrics.json" + ("" if verbose else "   (also how each number was measured)")]
+    return [*lines, *files, *(f"pictures  {out}/{name}" for name in pictures), f"run       {summary['run']}"]
+
+
+def cell(score: Score) -> str:
+    """Return a score's value for people, with its standard deviation."""
+    return f"{score.value:.5g}" + ("" if score.std is None else f" ± {score.std:.2g}")
+
+
+def wrapped(text: str) -> list[str]:
+    """Return text as lines of a report. Paths and addresses are not broken, so that they can be copied."""
+    return textwrap.wrap(text, tables.WIDTH, subsequent_indent="    ", break_long_words=False, break_on_hyphens=False)

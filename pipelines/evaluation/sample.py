@@ -40,7 +40,7 @@ from litevae.ldm import LDM, ldm_fingerprint, load_ldm
 from litevae.pictures import grid, png
 from litevae.precision import autocast
 from litevae.sampling import SAMPLERS, label_numbers, sampler_of
-from pipelines.evaluation import config
+from pipelines.evaluation import config, first_look
 from pipelines.runtime import cluster, mlflow_run, paths
 from pipelines.runtime.actor_pool import pool, spread
 from pipelines.runtime.progress import Progress
@@ -105,9 +105,7 @@ def sample(cfg: config.Sample) -> dict[str, Any]:
         UserError: if the config or the model is wrong, or if `cfg.out` holds images of another job, or more than are
             asked for.
     """
-    out = paths.output_path("out", cfg.out, remote=True)
-    if not cfg.model:
-        raise UserError("model is empty; give the folder of a latent diffusion model: model=runs/ldm/model")
+    out = first_look.sample(cfg)
     plan = _plan(cfg, load_ldm(cfg.model))
     cfg = cfg.model_copy(update={"model": os.path.abspath(cfg.model), "sampler": plan.sampler, "classes": plan.classes})
     pieces = _pieces(cfg, out)

@@ -16,12 +16,12 @@ from PIL import Image
 
 from litevae import storage
 from litevae.errors import UserError, redact
-from pipelines.experiments import paper
+from pipelines.experiments import first_look, paper
 from pipelines.experiments.comparison import FINISHED, Run, clean, comparison, listed
 from pipelines.experiments.config import Compare
 from pipelines.experiments.page import as_json, markdown, page, report
 from pipelines.runtime import mlflow_run, mlflow_server, mlflow_target
-from pipelines.runtime.paths import output_path
+from pipelines.runtime.logs import say
 
 STORED = re.compile(r"images/(.+?)[+%]step[+%](\d+)[+%]timestamp[+%]\d+[+%][^+%]*\.png$")  # path of a picture in MLflow
 SAVED = re.compile(r"(.+)-(\d{12})\.png$")  # name of a picture in the run's folder
@@ -36,7 +36,9 @@ def compare(cfg: Compare) -> dict[str, Any]:
     Raises:
         UserError: if there are no such runs, MLflow does not answer, or the config is wrong.
     """
-    out = Path(output_path("out", cfg.out))
+    out = Path(first_look.compare(cfg))
+    if (out / "comparison.json").exists():
+        say(f"the comparison in {out} will be replaced", folder=str(out))
     client, found, experiment = _read(cfg)
     runs, remarks = select(found, cfg.sweep, cfg.runs, cfg.unfinished, experiment)
     runs = [replace(run, history=_histories(client, run, cfg)) for run in runs]
@@ -117,8 +119,6 @@ def select(
 def _read(cfg: Compare) -> tuple[Any, list[Run], str]:
     """Return an MLflow client, all runs of the experiment without their histories, and the experiment's name."""
     os.environ["MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"] = "false"
-    if not cfg.tracking.enabled:
-        raise UserError("a comparison reads MLflow, so it needs tracking.enabled=true")
     uri = mlflow_run.tracking_uri(cfg.tracking, cfg.root)
     target = mlflow_run.target_of(cfg.tracking)
     where = f"{redact(uri)}, experiment {target.shown}"

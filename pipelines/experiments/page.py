@@ -2,6 +2,7 @@
 
 import math
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -19,8 +20,10 @@ BEST = " *"
 def report(result: Comparison) -> str:
     """Return the comparison as text for a terminal."""
     head = [result.title, f"baseline: {result.baseline}"]
-    blocks = [f"{title}\n{tables.table(rows)}" for title, rows in _tables(result)]
-    return "\n\n".join(["\n".join(head), *blocks, "\n".join(result.remarks)])
+    blocks = [f"{title}\n{tables.fitted(rows)}" for title, rows in _tables(result)]
+    return "\n\n".join(
+        ["\n".join(head), *blocks, "\n".join(textwrap.fill(remark, tables.WIDTH) for remark in result.remarks)]
+    )
 
 
 def markdown(result: Comparison) -> str:

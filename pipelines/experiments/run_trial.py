@@ -132,7 +132,9 @@ def _evaluate(cfg: Sweep, values: dict[str, Any], trained: TrainedModel, row: Tr
     from pipelines.runtime import mlflow_run
 
     out = os.path.join(row.folder, "evaluation")
-    summary = evaluate(validate(Evaluate, row.jobs["evaluate"] | {"model": trained.model, "out": out}))
+    summary = evaluate(
+        validate(Evaluate, row.jobs["evaluate"] | {"model": trained.model, "out": out, "overwrite": True})
+    )
     folders = [out]
     if "train_ldm" in row.jobs:
         folders.append(_diffusion(row, trained))
@@ -172,7 +174,9 @@ def _diffusion(row: TrialRow, trained: TrainedModel) -> str:
     ldm = train_ldm(validate(TrainLDM, row.jobs["train_ldm"] | where))
     sample(validate(Sample, row.jobs["sample"] | {"model": ldm["model"], "out": samples}))
     generated.samples(
-        validate(EvaluateSamples, row.jobs["evaluate_samples"] | {"samples": {"uri": samples}, "out": out})
+        validate(
+            EvaluateSamples, row.jobs["evaluate_samples"] | {"samples": {"uri": samples}, "out": out, "overwrite": True}
+        )
     )
     return out
 

@@ -22,7 +22,7 @@ from litevae.errors import UserError
 from pipelines.data.config import Source as SourceConfig
 from pipelines.evaluation import report
 from pipelines.evaluation.config import Evaluate, EvaluateComplexity
-from pipelines.experiments import paper, run_trial
+from pipelines.experiments import first_look, paper, run_trial
 from pipelines.experiments.config import Compare, Sweep
 from pipelines.experiments.search_space import domain, space_fields, tune_space, within
 from pipelines.experiments.trials import (
@@ -43,6 +43,7 @@ from pipelines.runtime.logs import say
 from pipelines.runtime.schema import dump, merged, validate, values_to_keep
 from pipelines.training import run_folder, run_lock
 from pipelines.training.config import TrainVAE
+from pipelines.training.run_files import LEFT_BY_SWEEP, SWEPT
 
 # Fields that may differ when a sweep resumes. Rows and seeds may, since each row and seed is done on its own.
 MAY_CHANGE = ("ray", "concurrent", "rows", "seeds", "data.loaders")
@@ -62,12 +63,9 @@ def sweep(cfg: Sweep) -> list[dict[str, Any]]:
         UserError: if the sweep's config or a trial's config is wrong, another process is working on this sweep, or
             trials failed (raised after the others are done).
     """
-    if bool(cfg.table) == bool(cfg.space):
-        raise UserError("give either table=... (of the paper) or space.FIELD=... (fields of train_vae to vary)")
-    if cfg.table and (cfg.search, cfg.scheduler) != ("grid", "none"):
-        raise UserError("search and scheduler need space.FIELD=...: the rows of a table are all trained completely")
+    first_look.sweep(cfg)
     table = paper.table(cfg.table) if cfg.table else None
-    name = cfg.name or (f"table-{table.name}-{cfg.scale}" if table else "sweep")
+    name = first_look.name_of(cfg)
     root = paths.output_path("root", cfg.root)
     sources = {name: _absolute(getattr(cfg.data, name)) for name in ("train", "val")}
     mlflow_run.check(cfg)
@@ -86,8 +84,6 @@ def _sweep(cfg: Sweep, table: paper.PaperTable | None, sources: dict[str, Any], 
     root, name = cfg.root, cfg.name
     if table and table.kind == "complexity":
         return _complexity(cfg, table, folder)
-    if not cfg.data.train.uri or not cfg.data.val.uri:
-        raise UserError("give data.train.uri=... to train on and data.val.uri=... to evaluate on")
     check_fields(cfg)
     judge = validate(Evaluate, cfg.evaluate)
     report.networks(judge.inception, judge.squeezenet, judge.backbone, judge.backbone_model)
@@ -95,7 +91,7 @@ def _sweep(cfg: Sweep, table: paper.PaperTable | None, sources: dict[str, Any], 
     # With pbt all trials run at the same time. Trials that waited for others to end could not copy from each other.
     placement = cluster.start(cfg.ray, cfg.trials if cfg.scheduler == "pbt" else cfg.concurrent)
     paths.check_folders({"root": root}, {f"data.{name}.uri": source.uri for name, source in sources.items()})
-    run_folder.open_run(folder, cfg, MAY_CHANGE)
+    run_folder.open_run(folder, cfg, MAY_CHANGE, SWEPT, LEFT_BY_SWEEP)
     for row, train in ((row, each.train) for each in trials for row in each.rows):
         path = os.path.join(folder, "configs", f"{slug(row.label)}.yaml")
         os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -137,11 +133,11 @@ def _complexity(cfg: Sweep, table: paper.PaperTable, folder: str) -> list[dict[s
     from pipelines.evaluation.cost import complexity
 
     rows = paper.chosen(table, cfg.rows)
-    own = {"models": [row.model for row in rows], "out": os.path.join(folder, "complexity")}
+    own = {"models": [row.model for row in rows], "out": os.path.join(folder, "complexity"), "overwrite": True}
     shared = {"root": cfg.root, "ray": cfg.ray.model_dump(mode="json"), "tracking": {"enabled": False}}
     parts = paper.at_scale(cfg.scale, "evaluate_complexity"), cfg.evaluate_complexity, own, shared
     job = validate(EvaluateComplexity, merged(*parts))
-    run_folder.open_run(folder, cfg, MAY_CHANGE)
+    run_folder.open_run(folder, cfg, MAY_CHANGE, SWEPT, LEFT_BY_SWEEP)
     run = mlflow_run.start_run(cfg.tracking, cfg.root, "sweep", cfg.name, cfg.model_dump(mode="json"), folder)
     cfg = _beside(cfg, run)
     status: mlflow_server.Status = "FAILED"
@@ -345,7 +341,7 @@ def _report(cfg: Sweep, results: list[dict[str, Any]], folder: str) -> str:
         for result in results:
             cells = [f"{result['metrics'][name]:.4g}" if name in result["metrics"] else "-" for name in names]
             rows.append([f"{result['row']}, seed {result['seed']}", *cells])
-        lines += [tables.table(rows), ""]
+        lines += [tables.fitted(rows), ""]
     lines += sorted({remark for result in results for remark in result["remarks"]})
     lines.append(f"results  {folder}/results.json")
     if results:

@@ -128,8 +128,8 @@ RESERVED = (
 )
 # Fields that do not change the trained weights; they are not part of a training's hash.
 NOT_WEIGHTS = (
-    "name", "root", "ray", "data.loaders", "data.max_bad", "loop.log_every", "loop.keep", "loop.max_restarts",
-    "loop.max_skipped", "loop.checkpoint_every",
+    "name", "root", "ray", "yes", "data.loaders", "data.max_bad", "loss.lpips.required", "loop.log_every", "loop.keep",
+    "loop.max_restarts", "loop.max_skipped", "loop.checkpoint_every",
 )  # fmt: skip
 # Fields of evaluate_samples that name feature networks.
 FEATURE_NETWORK_FIELDS = ("inception", "squeezenet", "backbone", "backbone_model")
@@ -210,7 +210,7 @@ def point(cfg: Sweep, values: dict[str, Any], seed: int, folder: str, begin: str
         begin: checkpoint of another training from which this one continues; "": none.
 
     Raises:
-        UserError: if the values are not a valid config of train_vae.
+        UserError: if the values are not a valid config of train_vae, or if LPIPS is required and has no weights.
     """
     shown = {key: f"{value:.6g}" if isinstance(value, float) else value for key, value in values.items()}
     name = ", ".join(f"{key}={value}" for key, value in shown.items())
@@ -229,7 +229,12 @@ def _train(cfg: Sweep, values: dict[str, Any], seed: int, begin: str = "") -> di
         own["loop"] = {"val_every": every, "checkpoint_every": every, "keep": 1 + total // every}
     config = validate(TrainVAE, merged({"data": cfg.data.model_dump(mode="json")}, values, own))
     # Without LPIPS weights the training would switch the term off. It is done here so that the name's hash shows it.
-    if config.loss.lpips.weight and _missing(values, "lpips"):
+    if config.loss.lpips.weight and (reason := _missing(values, "lpips")):
+        if config.loss.lpips.required:
+            raise UserError(
+                f"the trainings use LPIPS: {reason}. Fetch the weights with `make weights`, or train all without "
+                f"LPIPS, which gives other results: train_vae.loss.lpips.required=false"
+            )
         values = merged(values, {"loss": {"lpips": {"weight": 0.0}}})
         return _train(cfg, values, seed, begin)
     kept = values_to_keep(config)
@@ -292,8 +297,8 @@ def _jobs(cfg: Sweep, values: dict[str, Any], kind: paper.Kind) -> dict[str, dic
     classes: dict[str, type[Tracked]] = {"evaluate": Evaluate}
     sources: dict[str, Any] = {"evaluate": {"source": val}}
     if kind == "ldm":
-        classes |= {"encode_dataset": Encode, "train_ldm": TrainLDM}
-        classes |= {"sample": Sample, "evaluate_samples": EvaluateSamples}
+        classes["encode_dataset"], classes["train_ldm"] = Encode, TrainLDM
+        classes["sample"], classes["evaluate_samples"] = Sample, EvaluateSamples
         sources |= {"encode_dataset": {"source": train}, "evaluate_samples": {"source": train}}
     shared = {"root": cfg.root, "tracking": {"enabled": False}}
     found = {}

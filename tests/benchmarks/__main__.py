@@ -1,4 +1,4 @@
-"""Studies behind this project's design, as BENCHMARKS.md and docs/scale.md report them.
+"""Studies behind this project's design, as docs/performance.md and docs/scale.md report them.
 
 python -m tests.benchmarks                                             # decoding, train_ldm's modes, OpenMP's threads
 python -m tests.benchmarks parts=scale source=PHOTOS scale_rows=100000000

@@ -41,8 +41,10 @@ from litevae.loader import LatentLoader
 from litevae.shards import QUARANTINE, SOURCE_HASH, latent_layout, row_schema
 from pipelines.benchmark import encoding, meter
 from pipelines.data.config import Source as SourceConfig
+from pipelines.data.config import Views
 from pipelines.data.decode import ShardTask
 from pipelines.data.open_source import open_source, restore
+from pipelines.encoding import preview
 from pipelines.encoding.config import Encode
 from pipelines.encoding.partition import Partition
 from pipelines.runtime.host import PeakMemory
@@ -337,12 +339,20 @@ def listing(uri: str) -> dict[str, Any]:
     return {"units": open_source(SourceConfig(uri=uri)).units}
 
 
+def glance(uri: str, rows: int) -> dict[str, Any]:
+    """What the driver looks at before its first shard: a few images, at the size of `requests_of_job`."""
+    partition = Partition([open_source(SourceConfig(uri=uri))], rows)
+    found = preview.look(partition, [ShardTask(n) for n in range(len(partition))], Views(resolution=32))
+    return {"seen": found.seen}
+
+
 STEPS: dict[str, Callable[..., dict[str, Any]]] = {
     "plan": plan,
     "resume": resume,
     "finish": finish,
     "reader": reader,
     "listing": listing,
+    "glance": glance,
 }
 
 
@@ -548,6 +558,8 @@ def requests_of_job(
     served.new()
     step("listing", served.environment, uri=uri)
     listed = served.new()
+    step("glance", served.environment, uri=uri, rows=rows)
+    looked = served.new() - listed
     words = [f"source.uri={uri}", f"model={model}", f"out={out}", f"root={place}/runs", f"rows_per_shard={rows}"]
     words += ["transform.resolution=32", "precision=fp32", "kernels=torch", "ray.gpu=false", "ray.workers=1"]
     words += ["ray.decode_tasks=1", "ray.cpus_per_worker=1", "tracking.enabled=false"]
@@ -559,13 +571,14 @@ def requests_of_job(
     step("reader", served.environment, out=out)
     read = served.new()
     cached = {f"cache-{kind}/{folder}" for folder in ("shards", "commits")}
-    rest, shard = every - listed, Counter[str]()
+    rest, shard = every - listed - looked, Counter[str]()
     for (method, folder), count in list(rest.items()):
         if method != "LIST" and folder in (kind, *cached):
             shard[method] += count
             del rest[method, folder]
     return {
         "listing": _by_method(listed),
+        "first look": _by_method(looked),
         "each shard": {method: count / shards for method, count in shard.items()},
         "once": _by_method(rest),
         "reader": _by_method(read),
@@ -594,8 +607,8 @@ def requests(place: Path, shards: int = 2, rows: int = SHARD) -> meter.ReportTab
         f"The encode job (`jobs/encode_dataset.py`) from S3 to S3, {shards} shards of {rows} images, as a server "
         f"(moto) got them. Parquet: one file, row groups of {rows // 2}; tars: one file, ranges of 256 samples. Each "
         f"shard: its reading, its file, its commit, and reading the commit at the end; in brackets what the model "
-        f"says. Once: plan, listing, manifest, and looking what is there. A reader: opens the cache and gets one "
-        f"batch.",
+        f"says. First look: 32 images, before the job begins. Once: plan, manifest, and looking what is there. A "
+        f"reader: opens the cache and gets one batch.",
         ["source", "", *METHODS],
     )
     model = small_model(place / "small")
@@ -649,7 +662,7 @@ def predictions(setting: meter.Setting, place: Path) -> meter.ReportTable:
     return table
 
 
-# Of one core, decoding and encoding photos alone, on the machine of BENCHMARKS.md (its part encode).
+# Of one core, decoding and encoding photos alone, on the machine of docs/performance.md (its part encode).
 DECODE, ENCODE = 589.1, 10.0
 ROW = 16_480.0  # bytes of a row at 256 px: its part of a shard of 512, 16,477, and of commit, manifest and listing
 PHOTO = 57_800.0  # bytes of an image there
@@ -671,8 +684,8 @@ def costs(decode: float, encode: float, gpu: float) -> meter.ReportTable:
     """
     table = meter.ReportTable(
         "Time and cost by the model",
-        f"A core decodes {decode:,.0f} images/s and encodes {encode:.1f} (LiteVAE-S, fp32, 256 px: BENCHMARKS.md); a "
-        f"GPU is taken to do {gpu:,.0f}, which is NOT measured. Images of {PHOTO / 1e3:,.0f} kB in Parquet on S3, one "
+        f"A core decodes {decode:,.0f} images/s, encodes {encode:.1f} (LiteVAE-S, fp32, 256 px: docs/performance.md). "
+        f"A GPU is taken to do {gpu:,.0f}, NOT measured. Images of {PHOTO / 1e3:,.0f} kB in Parquet on S3, one "
         f"prefix. Prices and networks are examples. Break-even: what a GPU must reach for decoding to hold it up.",
         ["nodes", "break-even, images/s a GPU", "images/s", "full first", *(f"{name}: hours, $" for name in SIZES)],
     )

@@ -1,5 +1,7 @@
 """The demo's photos: held-out squares that no training tile touches."""
 
+from pathlib import Path
+
 import numpy as np
 import skimage.data
 from PIL import Image
@@ -36,3 +38,28 @@ def test_tiles_stay_off_what_is_held_out():
             assert not mask[top:bottom, left:right].any()
             assert 0 <= left < right <= 640
             assert 0 <= top < bottom <= 427
+
+
+def test_the_report_says_what_to_look_at():
+    judged = {
+        "images_per_s": {"encoder": 105.7, "decoder": 182.04}, "parameters": {"encoder": 1_040_628, "decoder": 612_867},
+        "reconstruction": {"psnr": 22.184, "ssim": 0.6071}, "bicubic": {"psnr": 19.911, "ssim": 0.4522},
+        "run": "a link",
+    }  # fmt: skip
+    done = {
+        "evaluate": judged, "seconds": 490.4, "encode": {"images_per_s": 88.4, "bits_per_pixel": 6.451},
+        "train_vae": {"images_per_second": 31.84}, "sample": {"images_per_s": 18.51},
+        "train_ldm": {"images_per_second": 0.0, "parameters": 1_905_964},
+    }  # fmt: skip
+    lines = demo._report(done, Path("/tmp/demo")).splitlines()
+    assert lines[1] == "The demo is done, in 8 min 10 s. Look at these two pictures first:"
+    assert [line.strip() for line in lines if ".png" in line] == [
+        "/tmp/demo/reconstructions.png", "/tmp/demo/samples.png",
+    ]  # fmt: skip
+    found = {line.split("  ")[0]: line.split()[-2:] for line in lines}
+    assert found["PSNR (dB), higher is better"] == ["22.18", "19.91"]
+    assert found["SSIM, higher is better"] == ["0.607", "0.452"]
+    assert found["train the autoencoder"] == ["images/s", "1,653,495"]
+    assert "train the diffusion model    done before   1,905,964" in lines
+    assert lines[-1] == "runs     a link"
+    assert max(map(len, lines)) <= 110

@@ -12,10 +12,10 @@ from jobs.evaluate import ACTIONS
 from litevae.autoencoder import LiteVAE
 from litevae.errors import UserError
 from pipelines.evaluation import cost as module
-from pipelines.evaluation.config import EvaluateComplexity
+from pipelines.evaluation.config import Evaluate, EvaluateComplexity
 from pipelines.evaluation.cost import complexity
 from pipelines.runtime import cluster, host
-from pipelines.runtime.cli import main, usage
+from pipelines.runtime.cli import main
 from pipelines.runtime.schema import validate
 
 SIDE = 32
@@ -143,7 +143,7 @@ def test_models_are_compared_with_the_first(tmp_path, monkeypatch, capsys):
     @contextmanager
     def tracked(cfg, job, name, folder):
         assert (job, name, folder) == ("evaluate", "out", str(tmp_path / "out"))
-        (tmp_path / "out").mkdir()
+        (tmp_path / "out").mkdir(exist_ok=True)
         yield tracker, None
 
     workers = []
@@ -162,6 +162,9 @@ def test_models_are_compared_with_the_first(tmp_path, monkeypatch, capsys):
     assert "10.00 (9.00 to 12.00)" in shown
     assert [line.split() for line in shown.splitlines() if line.startswith("S ")][1] == ["S", "0.029", "4.000"]
     assert "batches of 8 images" in shown
+    assert "torch.utils.flop_counter" not in shown
+    complexity(config(["sd-vae", "S"], tmp_path, verbose=True))
+    assert "torch.utils.flop_counter" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -253,7 +256,5 @@ def test_mistakes_are_refused_with_nothing_written(folder, tmp_path, capsys):
     refused("is not a model folder", str(tmp_path))
     refused("resolution=36: S takes multiples of 8 px", str(folder), "S", resolution=36)
     assert not (tmp_path / "out").exists()
-    kind, subject = ACTIONS["complexity"]
-    assert main(kind, complexity, ["--print-config", "sd-vae,S,dwt"], "complexity", subject=subject) == 0
+    assert main(Evaluate, complexity, ["complexity", "--print-config", "sd-vae,S,dwt"], actions=ACTIONS) == 0
     assert "models:\n- sd-vae\n- S\n- dwt\n" in capsys.readouterr().out
-    assert "evaluate.py complexity MODELS" in usage(kind, "complexity", subject)

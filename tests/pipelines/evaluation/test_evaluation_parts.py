@@ -15,7 +15,7 @@ from torchmetrics.functional.image import peak_signal_noise_ratio
 
 from litevae import generation, metrics
 from litevae.images import ImageError, ImageTransform, to_tensor
-from pipelines.evaluation import generated, image_batches, latent_mmd, reconstruction, report
+from pipelines.evaluation import cost, generated, image_batches, latent_mmd, reconstruction, report
 from pipelines.evaluation.config import Evaluate
 from pipelines.evaluation.image_batches import PixelBatch, UnreadableImage
 from pipelines.evaluation.report import Score
@@ -121,10 +121,76 @@ def test_scores_are_written_and_logged(tmp_path):
         "eval/x": 3.0,
     }
     assert 0 in logged
-    assert report.report(summary, "out").split("\n") == [
-        "FID   1.5", "IS    2 ± 0.25", "    p", "", "Long  3", "    q", "", "no LPIPS", "metrics   out/metrics.json",
-        "run       link",
+    scores = ["         value", "FID        1.5", "IS    2 ± 0.25", "Long         3", ""]
+    assert report.report(summary, "out", verbose=True).split("\n") == [
+        *scores, "FID, IS: p", "Long: q", "", "no LPIPS", "metrics   out/metrics.json", "run       link",
     ]  # fmt: skip
+    assert report.report(summary, "out", verbose=False).split("\n") == [
+        *scores, "no LPIPS", "metrics   out/metrics.json   (also how each number was measured)", "run       link",
+    ]  # fmt: skip
+
+
+NUMBERS = {
+    "psnr": 22.21,
+    "a distance of features with a very long name, as some backbones have it": 0.001,
+    "rfid": 99.5,
+}
+SCORES = [
+    Score(f"s{n}", f"a score of images whose title says all that can be said of it, number {n}", n / 7, n and 0.1,
+          f"protocol {n}: " + "a long sentence about how it was measured, and why; " * 3)
+    for n in range(3)
+]  # fmt: skip
+LONG = "/data/a folder with a long name/" + "and/another/one/" * 6
+ABOUT = {
+    "images": 12,
+    "uri": LONG,
+    "unreadable": [{"id": f"{n}.png", "reason": "corrupt", "message": ""} for n in range(9)],
+}
+OF_IMAGES = f"1,000 images, shorter side to 256 px, centre crop {'and more ' * 9}"
+SUMMARIES = {
+    "reconstruction": (reconstruction.summary_text, {
+        "reconstruction": NUMBERS, "bicubic": {"psnr": 19.9}, "downsampling": 8, "unreadable": ABOUT["unreadable"],
+        "source": {"uri": LONG},
+        "scales": {str(32 * n): {"images": 9, "reconstruction": NUMBERS} for n in range(1, 15)},
+        "protocols": {"images": OF_IMAGES, "reconstruction": "decoded mean of the latent",
+                      **dict.fromkeys(NUMBERS, f"measured so; CAUTION: few images; {OF_IMAGES}")},
+        "images_per_s": {"encoder": 1234.5, "decoder": 99.1, "evaluation": 3.25},
+        "parameters": {"encoder": 34_160_000, "decoder": 49_490_000}, "pictures": ["reconstructions.png"],
+    }),
+    "samples": (generated.summary_text, {"samples": ABOUT, "reference": ABOUT}),
+    "latents": (report.report, {}),
+    "complexity": (cost.summary_text, {
+        "batch_size": 32, "resolution": 256, "precision": "fp32", "compile": True, "repeats": 10, "warmup": 2,
+        "machine": "2 threads of a processor with a name that is long enough to be wrapped, torch 2.14.1+cu130",
+        "part": "encoder", "baseline": LONG, "protocols": {name: each.protocol for name, each in cost.COLUMNS.items()},
+        "complexity": {LONG: {f"{name}{end}": 123456.789 for name in cost.COLUMNS for end in ("", "_low", "_high")}},
+        "against": {LONG: dict.fromkeys(cost.COLUMNS, 1.0)},
+    }),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("verbose", [False, True])
+@pytest.mark.parametrize("kind", SUMMARIES)
+def test_results_fit_onto_a_page_and_say_how_they_were_measured_if_asked(kind, verbose):
+    text, summary = SUMMARIES[kind]
+    shared = {
+        "metrics": [each._asdict() for each in SCORES],
+        "remarks": [f"no LPIPS: {LONG} is missing"],
+        "run": "link",
+    }
+    shown = text(shared | summary, "out", verbose)
+    whole = LONG.split()[-1]  # paths are not broken
+    assert max(len(line) for line in shown.splitlines() if whole not in line) <= tables.WIDTH
+    flat = " ".join(shown.split())
+    protocols = {"complexity": cost.COLUMNS["memory_mb"].protocol, "reconstruction": "measured so"}
+    assert (protocols.get(kind, SCORES[1].protocol.strip()) in flat) is verbose
+    assert "out/metrics.json" in shown
+    if kind == "reconstruction":
+        assert "CAUTION: few images" in flat  # what misleads is said without being asked for
+        assert "99.5000" in shown
+        assert "19.9000" in shown
+    if kind != "complexity":
+        assert all(f"{each.value:.5g}" in shown for each in SCORES)
 
 
 def test_networks_are_those_with_weights(monkeypatch):

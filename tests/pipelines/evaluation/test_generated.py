@@ -23,8 +23,8 @@ from litevae.errors import UserError
 from litevae.generation import Backbone, Inception, SqueezeNetCaffe, mmd
 from pipelines.encoding import encode
 from pipelines.evaluation import generated, latent_mmd
-from pipelines.evaluation.config import EvaluateLatents, EvaluateSamples
-from pipelines.runtime.cli import main, usage
+from pipelines.evaluation.config import Evaluate, EvaluateLatents, EvaluateSamples
+from pipelines.runtime.cli import main
 from pipelines.runtime.schema import validate
 from tests import encoding
 from tests.in_process import in_process
@@ -85,6 +85,7 @@ def config(fake, real, out, /, **more) -> EvaluateSamples:
         "batch_size": 4,
         "out": str(out / "out"),
         "root": str(out / "runs"),
+        "overwrite": True,
         "tracking": {"enabled": False},
         "ray": {"gpu": False, "cpus_per_worker": 1},
     }
@@ -167,7 +168,7 @@ def test_protocols_name_what_the_numbers_depend_on(summary, fake, real, capsys):
         }
         (library,) = (text for name, text in libraries.items() if name in score["name"])
         assert library in score["protocol"]
-    text = generated.summary_text(summary, "out")
+    text = generated.summary_text(summary, "out", verbose=True)
     assert "Frechet distance on squeezenet-caffe features" in text
     assert "1 unreadable left out: class0/05a.jpg (not_an_image)" in text
     for score in summary["metrics"]:
@@ -317,13 +318,13 @@ def test_a_damaged_or_foreign_file_is_not_believed(reference, tmp_path):
 
 @pytest.mark.usefixtures("in_process")
 def test_images_are_taken_evenly_and_as_many_as_said(fake, real, weights, tmp_path, capsys):
-    more = {"images": 12, "reference_images": 13, "pr_images": 10, "squeezenet": weights["squeezenet"]}
+    more = {"images": 12, "reference_images": 13, "pr_images": 10, "squeezenet": weights["squeezenet"], "verbose": True}
     summary = generated.samples(config(fake, real, tmp_path, **more, **missing(tmp_path)))
     assert (summary["samples"]["images"], summary["reference"]["images"]) == (12, 13)
     assert {score["name"] for score in summary["metrics"]} == {
         f"{name}/squeezenet-caffe" for name in ("frechet", "precision", "recall")
     }
-    printed = capsys.readouterr().out
+    printed = " ".join(capsys.readouterr().out.split())  # lines are wrapped
     assert "12 generated images" in printed
     assert "10 generated images" in printed
     assert "FID and Inception Score are left out: no Inception weights: " in printed
@@ -370,10 +371,8 @@ def test_mistakes_are_refused_with_nothing_written(fake, real, weights, tmp_path
     refused(r"9 of 9 images could be read; judging needs at least 10", images=9, **squeezenet)
     assert not (tmp_path / "out" / "metrics.json").exists()
     words = ["--print-config", "/data/samples", "source.uri=/data/photos"]
-    kind, subject = ACTIONS["samples"]
-    assert main(kind, generated.samples, words, "samples", subject=subject) == 0
+    assert main(Evaluate, generated.samples, ["samples", *words], actions=ACTIONS) == 0
     assert "samples:\n  uri: /data/samples\n" in capsys.readouterr().out
-    assert "evaluate.py samples SAMPLES" in usage(kind, "samples", subject)
 
 
 # --- latents ----------------------------------------------------------------------------------------------------
@@ -395,7 +394,7 @@ def about(cache, out, **more) -> EvaluateLatents:
 
 
 def test_mmd_of_a_cache(cache, tmp_path, capsys):
-    summary = latent_mmd.mmd(about(cache, tmp_path, subset=20, seed=3, tracking={"enabled": True}))
+    summary = latent_mmd.mmd(about(cache, tmp_path, subset=20, seed=3, tracking={"enabled": True}, verbose=True))
     rows = LatentCache(cache)
     found = values(summary)
     for kind, normalize in (("normalised", True), ("raw", False)):

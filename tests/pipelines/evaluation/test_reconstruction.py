@@ -274,7 +274,7 @@ def test_it_is_logged_to_mlflow(summary):
 @pytest.mark.usefixtures("wherever")
 def test_two_workers_give_the_same_to_the_last_bit(summary, model, photos, weights, tmp_path, capsys):
     ray = {"gpu": False, "cpus_per_worker": 1, "workers": 2, "decode_tasks": 1}
-    more = {"ray": ray, "pictures": 1, "resolutions": [32], "mmd_images": MMD}
+    more = {"ray": ray, "pictures": 1, "resolutions": [32], "mmd_images": MMD, "verbose": True}
     two = evaluate(config(model, photos, tmp_path / "two", **weights, **more))
     for key in ("reconstruction", "bicubic", "metrics", "unreadable", "protocols"):
         assert two[key] == summary[key]

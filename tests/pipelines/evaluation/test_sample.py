@@ -177,7 +177,7 @@ def test_mistakes_are_refused_with_nothing_written(model, by_class, tmp_path, ca
 
     with pytest.raises(UserError, match="model is empty"):
         sample(validate(Sample, {"model": "", "out": str(tmp_path / "out")}))
-    refused("no latent diffusion model", model=str(tmp_path / "nowhere"))
+    refused("nowhere does not exist; models are folders on disk", model=str(tmp_path / "nowhere"))
     refused("no latent diffusion model", model=str(model / "vqvae"))
     refused("take 2 or 4", steps=3)
     refused("a model of epsilon; choose one of ddim, dpm", sampler="heun")
@@ -187,7 +187,7 @@ def test_mistakes_are_refused_with_nothing_written(model, by_class, tmp_path, ca
     refused("class 3 does not exist: the model knows 0 to 2", by_class, classes=[0, 3])
     assert not (tmp_path / "out").exists()
     assert main(Sample, sample, ["model=nowhere", "images=2"]) == 2
-    assert capsys.readouterr().err.startswith("error: nowhere holds no latent diffusion model")
+    assert capsys.readouterr().err.startswith("error: model=nowhere does not exist; models are folders")
 
 
 @pytest.mark.usefixtures("in_process")

@@ -253,7 +253,7 @@ def test_what_smaller_scales_set():
     assert smoke == {
         "stages": [{"resolution": 64, "images": 8, "batch_size": 4}],
         "model.decoder.channels": [16, 16, 16, 16], "model.decoder.layers": 1,
-        "loss.adversarial.channels": 4, "loss.adversarial.start": 0,
+        "loss.adversarial.channels": 4, "loss.adversarial.start": 0, "loss.lpips.required": False,
         "loop.ema": 0.9, "loop.log_every": 1, "loop.precision": "fp32", "data.loaders": 0, "val_images": 4,
     }  # fmt: skip
     drawn = {"small": {"images": 2000, "steps": 50}, "smoke": {"images": 12, "steps": 2, "eta": 0.0}}

@@ -18,6 +18,7 @@ from PIL import Image
 from ray.util.queue import Queue
 
 from litevae.autoencoder import load_autoencoder
+from litevae.errors import UserError
 from pipelines.experiments import paper, run_trial, search_space, sweep, trials
 from pipelines.experiments.config import Sweep
 from pipelines.experiments.trials import (
@@ -117,6 +118,21 @@ def test_lpips_without_weights_is_another_training(photos, tmp_path, monkeypatch
     assert same["name"] == off["name"]
 
 
+def test_lpips_without_weights_is_refused_unless_the_trainings_may_do_without(photos, tmp_path, monkeypatch):
+    """Only scale=smoke, which is to run on any machine, says so by itself."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    load_network.cache_clear()
+    for words in (["table=9", "rows=[Baseline]"], ["space.optim.lr=[1e-4]"]):
+        with pytest.raises(UserError) as error:
+            prepared(photos, tmp_path, *words)
+        told = str(error.value)
+        assert "vgg16-397923af.pth does not exist" in told
+        for way in ("`make weights`", "train_vae.loss.lpips.weights=FILE", "train_vae.loss.lpips.required=false"):
+            assert way in told
+        off = prepared(photos, tmp_path, *words, "train_vae.loss.lpips.required=false")
+        assert {each.train["loss"]["lpips"]["weight"] for each in off} == {0}
+
+
 def test_the_best_is_the_best_mean_over_seeds():
     def result(row, value):
         return {"row": row, "metrics": {"psnr": value}}
@@ -140,8 +156,8 @@ def test_values_that_pbt_moves_stay_in_their_ranges():
 
 @pytest.mark.parametrize("more", ["seeds=[1]", "data.flip=false", "train_vae.optim.lr=1e-3", "scale=small"])
 def test_another_training_has_another_name(photos, tmp_path, more):
-    first = prepared(photos, tmp_path, "table=9", "scale=smoke", "rows=[Baseline]")
-    other = prepared(photos, tmp_path, "table=9", "scale=smoke", "rows=[Baseline]", more)
+    words = ["table=9", "scale=smoke", "rows=[Baseline]", "train_vae.loss.lpips.weight=0"]
+    first, other = (prepared(photos, tmp_path, *words, *each) for each in ([], [more]))
     assert first[0].train["name"] != other[0].train["name"]
 
 
@@ -195,7 +211,7 @@ def test_a_row_whose_weights_are_missing_is_left_out_with_the_reason(photos, tmp
         (["space.optim.lr.uniform=[1e-4, 1e-3]"], "is a distribution: set search=random"),
         (["space.optim.lr=fast"], "neither a list of values nor one of"),
         (["space.optim.lrr=[1]"], r"unknown config key 'optim\.lrr'"),
-        (["space.model.encoder=[S, XL]"], r"model\.encoder: .*'XL'"),
+        (["space.model.encoder=[S, XL]", "train_vae.loss.lpips.weight=0"], r"model\.encoder: .*'XL'"),
         (["space.optim.lr.choice=5", "search=random"], "choice takes a list of values"),
         (["space.seed=[0, 1]"], r"space\.seed is set by the sweep; set the sweep's seeds"),
         (["table=9", "train_vae.data.train.uri=x"], r"train_vae\.data\.train\.uri is set by the sweep"),
@@ -204,7 +220,7 @@ def test_a_row_whose_weights_are_missing_is_left_out_with_the_reason(photos, tmp
         (["table=9", "evaluate.images=1000"], r"evaluate\.images=1000, but .*has 12"),
         (["table=9", "evaluate.squeezenet=nowhere.pth"], "no weights file at nowhere.pth"),
         (["table=9", "train_vae.optim.lrr=1"], r"unknown config key 'optim\.lrr'"),
-        (["table=9", "evaluate.imagess=1"], r"unknown config key 'imagess'; did you mean 'images'"),
+        (["table=9", "evaluate.imagess=1"], r"unknown config key 'imagess'; did you mean images=1\?"),
     ],
 )
 def test_mistakes_are_told_before_anything_runs(photos, tmp_path, more, message, capsys):

@@ -608,13 +608,15 @@ def test_jobs_after_a_training_have_their_sources_and_sizes(tmp_path, monkeypatc
 
 def test_a_searched_training_looks_and_keeps_its_checkpoints(tmp_path, monkeypatch):
     listed(monkeypatch)
-    plain = _train(configured(tmp_path), configured().train_vae, 5)
+    off = "train_vae.loss.lpips.weight=0"
+    values = configured(tmp_path, off).train_vae
+    plain = _train(configured(tmp_path), values, 5)
     assert (plain["seed"], plain["begin"], plain["root"]) == (5, "", str(tmp_path / "trained"))
     assert plain["loop"]["keep"] == 2
     for more in ("scheduler=asha", "scheduler=pbt", "search=optuna"):
-        loop = _train(configured(tmp_path, more, "every=70"), configured().train_vae, 5)["loop"]
+        loop = _train(configured(tmp_path, more, "every=70"), values, 5)["loop"]
         assert (loop["val_every"], loop["checkpoint_every"], loop["keep"]) == (70, 70, 12)  # 800 // 70, and one
-    begun = point(configured(tmp_path), {"optim.lr": 1e-3}, 5, "folder", "runs/a/checkpoint-8")
+    begun = point(configured(tmp_path, off), {"optim.lr": 1e-3}, 5, "folder", "runs/a/checkpoint-8")
     assert begun.train["begin"] == "runs/a/checkpoint-8"
     (row,) = begun.rows
     assert row.name == f"optim.lr=0.001 ({begun.train['name']})"
@@ -644,6 +646,7 @@ def whole(tmp_path, monkeypatch):
     """`sweep.sweep` of a space, whose trials are stood in for: rates of 1e-4 and 1e-3 with PSNRs of 20 and 30."""
     found = SimpleNamespace(asked=[], finished=[], failed=[])
     listed(monkeypatch)
+    monkeypatch.setattr(sweep.first_look, "check_source", lambda config, name: None)
     monkeypatch.setattr(sweep.cluster, "start", lambda ray, jobs: found.asked.append(jobs) or PLACEMENT)
     monkeypatch.setattr(sweep.paths, "check_folders", lambda written, read: found.asked.append((written, read)))
     monkeypatch.setattr(sweep.mlflow_run, "finish", lambda run, status: found.finished.append(status))
