@@ -14,9 +14,11 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -27,24 +29,26 @@ from litevae.errors import UserError, redact
 from pipelines.data.decode import Shard, ShardTask, decode_shard
 from pipelines.data.open_source import restore
 from pipelines.data.unique_ids import check_ids
-from pipelines.encoding import auto
+from pipelines.encoding import at_work, auto, speed
 from pipelines.encoding.config import Encode, MaintainCache
 from pipelines.encoding.encoder import ShardEncoder
 from pipelines.encoding.listings import inputs_of, source_of
 from pipelines.encoding.partition import Partition
 from pipelines.encoding.plan import CachePlan, make_plan
+from pipelines.encoding.preview import Preview, check_room, judge, look
 from pipelines.encoding.stored_ids import StoredIds
-from pipelines.encoding.totals import EncodeTotals, check_budget, listed_losses, listed_reasons
+from pipelines.encoding.totals import EncodeTotals, listed_losses, listed_reasons
 from pipelines.runtime import cluster, host, mlflow_run, mlflow_server, paths, prometheus
 from pipelines.runtime.cluster import Placement
-from pipelines.runtime.logs import say
-from pipelines.runtime.progress import Progress
+from pipelines.runtime.logs import say, without_stderr_lines
+from pipelines.runtime.progress import Progress, rounded
 
 # Libraries whose versions the manifest records, because they can change the bytes of a cache.
 LIBRARIES = ("litevae", "torch", "diffusers", "pillow", "simplejpeg", "pyarrow", "numpy", "ray")
 # How often a shard is retried after its process died. Ray Data by default retries without end, even a shard that kills
 # its process every time.
 RETRIES = 3
+FEW_SHARDS = 100  # shards whose commits are read to find out whether nothing was encoded into a cache
 WAVE = 2000  # shards per worker that Ray Data gets at a time, so that the driver's memory does not grow with the data
 
 
@@ -69,14 +73,35 @@ def encode_dataset(config: Encode) -> dict[str, Any]:
         UserError: if there is nothing to encode, if `out` is a cache of something else, or if more images can't be read
             than the error budget allows.
     """
-    job = plan_cache(config)
-    if job.finished:
-        return _summary(job.out, cache.read_manifest(job.out), config.root)
-    done = encode_and_track(config, config.model_dump(mode="json"), job, job.todo())
-    if len(job.changed):  # only now: a run that is killed before finds the same changes again
-        for number, source in enumerate(job.partition.sources, start=1):
-            cache.replace_listing(job.out, number, source.listing)
-    return done
+    out = paths.output_path("out", config.out, remote=True)
+    with at_work.claimed(out, config.takeover) as alone, _leaving_nothing(out, alone):
+        job = plan_cache(config, alone, preview=True)
+        if job.finished:
+            return _summary(job.out, cache.read_manifest(job.out), config.root)
+        done = encode_and_track(config, config.model_dump(mode="json"), job, job.todo())
+        if len(job.changed):  # only now: a run that is killed before finds the same changes again
+            for number, source in enumerate(job.partition.sources, start=1):
+                cache.replace_listing(job.out, number, source.listing)
+        return done
+
+
+@contextmanager
+def _leaving_nothing(out: str, alone: Callable[[], bool]) -> Iterator[None]:
+    """Return a context that leaves no plan behind if it began a cache and fails before a shard was committed.
+
+    Args:
+        out: the cache folder.
+        alone: whether no other driver is at work on it; one may have begun with the same plan.
+    """
+    begun = "plan.json" in storage.names(out)
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError, UserError):  # the store is away, or the disk; the next job takes the plan over
+            committed = committed_shards(out) or storage.names(storage.join(out, "manifests"))
+            if not begun and not committed and alone():
+                _forget(out)
+        raise
 
 
 @dataclass(frozen=True)
@@ -110,8 +135,16 @@ class CacheJob:
         ]
 
 
-def plan_cache(config: Encode) -> CacheJob:
+def plan_cache(config: Encode, alone: Callable[[], bool] | None = None, preview: bool = False) -> CacheJob:
     """Begin a new cache, or prepare to continue an existing one. Start or join Ray unless the cache is finished.
+
+    A plan with other settings into which nothing was encoded is replaced, with a word, unless another driver is at
+    work. Commits name their plan, so that what a process of the earlier job may still commit is known as foreign.
+
+    Args:
+        config: the job's config.
+        alone: whether no other driver is at work on the cache; None: this is not known.
+        preview: whether to look at a few images first, and to say how long the job will take.
 
     Raises:
         UserError: for the same reasons as `encode_dataset`.
@@ -128,7 +161,18 @@ def plan_cache(config: Encode) -> CacheJob:
     sources = inputs.sources
     plan = make_plan(config, sources[0], inputs.identity, before)
     if before:
-        plan.write(out)  # raises if the plan in the folder differs
+        try:
+            plan.write(out)
+        except cache.OtherPlan as error:
+            if alone is None or not alone() or _holds_images(out):
+                raise
+            say(
+                f"{out} was begun with other settings, and nothing was encoded into it: it begins anew with those of "
+                f"now{str(error).partition('are:')[2]}",
+                "WARNING",
+            )
+            _forget(out)
+            return plan_cache(config, alone, preview)
     finished = "manifest.json" in files and inputs.new is None and not len(inputs.changed)
     if finished and cache.read_manifest(out)["source"]["units"] == sum(source.units for source in sources):
         return CacheJob(out, plan, Partition(sources, plan.rows_per_shard), finished=True, placement=None)
@@ -148,21 +192,52 @@ def plan_cache(config: Encode) -> CacheJob:
         later = cache.read_listings(out)[len(sources) :]
         sources = [*sources, *(restore(listing, sources[0].uri) for listing in later)]
     partition = Partition(sources, plan.rows_per_shard)
+    job = CacheJob(out, plan, partition, finished=False, placement=None, changed=inputs.changed)
+    seen = Preview(0)
+    if preview and (todo := job.todo()):
+        seen = look(partition, todo, plan.views)
+        judge(seen, config.error_budget, partition.units)
+        check_room(out, plan, seen.todo)
     placement = cluster.start(config.ray)
     paths.check_folders({"out": out}, {"source.uri": sources[0].uri, "model": config.model})
     if not before:
         plan = auto.settle(plan, config, placement, partition.units)
+    speed.announce(plan, placement, seen, config.yes)
+    if before:
+        plan.agree(out)
+    else:
         plan.write(out)
     if not storage.names(storage.join(out, "listing")):
         cache.write_listing(out, 1, sources[0].listing)
-    return CacheJob(out, plan, partition, finished=False, placement=placement, changed=inputs.changed)
+    return replace(job, plan=plan, placement=placement)
+
+
+def _forget(out: str) -> None:
+    """Remove a cache into which nothing was encoded, with the metrics of the job that began it."""
+    cache.forget(out, () if storage.is_remote(out) else ("metrics.jsonl",))
 
 
 def _is_empty(out: str) -> bool:
-    """Return whether the folder does not exist or, if it is local, holds nothing but temporary files."""
-    if storage.is_remote(out) or not storage.folder_exists(out):
-        return not storage.folder_exists(out)
-    return all(name.startswith(".tmp-") for name in os.listdir(out))  # left behind by a killed driver
+    """Return whether the folder does not exist or holds nothing but marks of drivers and temporary files."""
+    if storage.is_remote(out):
+        return all(at_work.is_mark(name) for name, _ in storage.walk(out))
+    if not storage.folder_exists(out):
+        return True
+    # A killed driver leaves temporary files behind.
+    return all(name.startswith(".tmp-") or at_work.is_mark(name) for name in os.listdir(out))
+
+
+def _holds_images(out: str) -> bool:
+    """Return whether images were encoded into a cache, or may have been."""
+    if storage.names(storage.join(out, "manifests")) or "manifest.json" in storage.names(out):
+        return True
+    committed = committed_shards(out)
+    if len(committed) > FEW_SHARDS:
+        return True
+    try:
+        return any(commit["rows"] for commit in read_commits(out, committed))
+    except UserError:  # a damaged commit
+        return True
 
 
 # --- running ------------------------------------------------------------------------------------------------
@@ -252,6 +327,17 @@ def tracking_folder(out: str, root: str) -> str:
     return os.path.join(os.path.abspath(root), os.path.basename(out)) if storage.is_remote(out) else out
 
 
+def _begun(rows: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Return an iterator over rows that waits for the first one, without a warning of Ray that is no concern of users.
+
+    Ray Data itself puts the arguments of its actors into the object store, and Ray warns that they may be lost there.
+    """
+    rest = iter(rows)
+    with without_stderr_lines("has constructor arguments in the object store"):
+        first = next(rest, None)
+    return chain([] if first is None else [first], rest)
+
+
 def _encode(job: CacheJob, todo: Sequence[ShardTask]) -> dict[str, Any]:
     """Encode the shards of these tasks. All other shards keep their commits."""
     import ray.data
@@ -264,8 +350,10 @@ def _encode(job: CacheJob, todo: Sequence[ShardTask]) -> dict[str, Any]:
     numbers = {task.shard for task in todo}
     kept = {shard: generation for shard, generation in committed_shards(out).items() if shard not in numbers}
     for commit in read_commits(out, kept):
+        if strange := cache.foreign(commit, job.plan.id):
+            raise UserError(f"{out}: {strange}; `encode_dataset.py repair {out}` encodes it again")
         totals.add_earlier(commit)
-    check_budget(totals.reasons, budget, out, totals.images)
+    totals.check_budget(budget, out)
     if kept and todo:
         say(f"{len(todo):,} of {len(partition):,} shards are left to encode")
     progress = Progress("encode", totals.images, totals.done, sys.stderr.isatty())
@@ -276,7 +364,7 @@ def _encode(job: CacheJob, todo: Sequence[ShardTask]) -> dict[str, Any]:
         wave = WAVE * placement.workers
         for begin in range(0, len(todo), wave):
             shards = [partition.shard(task) for task in todo[begin : begin + wave]]
-            rows = _pipeline(job.plan, shards, out, placement).iter_rows()
+            rows = _begun(_pipeline(job.plan, shards, out, placement).iter_rows())
             for row in rows:
                 if row["error"]:
                     raise UserError(
@@ -285,9 +373,9 @@ def _encode(job: CacheJob, todo: Sequence[ShardTask]) -> dict[str, Any]:
                 encoded, reasons = totals.add(row)
                 busy = totals.busy()
                 exported.show(encoded, reasons, busy)
-                check_budget(totals.reasons, budget, out, totals.images)
+                totals.check_budget(budget, out)
                 percent = {f"{stage}_%": 100 * share for stage, share in busy.items()}
-                progress.update(totals.done, quarantined=totals.reasons.total(), **percent)
+                progress.update(totals.done, totals.text(busy), quarantined=totals.reasons.total(), **percent)
     except ray.exceptions.RayError as error:
         if isinstance(error, ray.exceptions.RayTaskError):
             raise  # an exception in this project's code: its traceback is of use
@@ -371,9 +459,15 @@ def print_summary(done: dict[str, Any]) -> dict[str, Any]:
     rows["quarantined"] = f"{done['quarantined']:,}{reasons}"
     if done["enlarged"]:
         rows["enlarged"] = f"{done['enlarged']:,} images, which are smaller than transform.resolution on a side"
+    if twice := done.get("encoded_twice"):
+        rows["encoded in vain"] = (
+            f"{twice:,} of the {done['encoded_now']:,} images of this run: another driver, or an earlier attempt, had "
+            f"committed them meanwhile"
+        )
     if done["encoded_now"]:
         busy = f"decoding busy {done['decode_busy']:.0%}, encoding {done['encode_busy']:.0%}"
-        rows["images/s"] = f"{done['images_per_s']:.1f}, once started {done['steady_images_per_s']:.1f}  ({busy})"
+        steady = f", once started {rounded(done['steady_images_per_s'])}" if done["steady_images_per_s"] else ""
+        rows["images/s"] = f"{rounded(done['images_per_s'])}{steady}  ({busy})"
     rows["latents"] = f"{shape} {latents['content']}, {latents['dtype']}, {done['bits_per_pixel']:.2f} bits per pixel"
     rows["manifest"] = f"{done['manifest']}, version {done['number']}"
     rows["run"] = done["link"]

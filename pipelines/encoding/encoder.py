@@ -19,6 +19,7 @@ from litevae.autoencoder import (
     latent_content,
     load_autoencoder,
 )
+from litevae.cache import foreign
 from litevae.commits import EXAMPLES, commit_shard, merged_losses, read_commit
 from litevae.errors import UserError
 from litevae.images import to_tensor
@@ -50,6 +51,7 @@ class ShardEncoder:
         assert plan.settings.batch_size != "auto", "the plan was not settled"
         self.out, self.plan, self.how = out, plan, plan.latents
         self.batch_size = plan.settings.batch_size
+        self._plan_id = plan.id
         self.device = torch.device("cuda" if gpu else "cpu")
         self.native = plan.kernels == "native"
         self.name = torch.cuda.get_device_name() if gpu else platform.processor() or platform.machine()
@@ -111,7 +113,7 @@ class ShardEncoder:
             parts += kept
         table, latents = _merged_rows(parts, row_schema(shard.source.schema, self.plan.hashed))
         planned = self.plan.settings.batch_size
-        return commit_shard(
+        commit = commit_shard(
             self.out,
             shard.task.shard,
             (shard.first, shard.first + shard.source.units),
@@ -121,10 +123,14 @@ class ShardEncoder:
             quarantine.sort_by("unit"),
             shard.task.generation,
             device=self.name,
+            plan=self._plan_id,
             **({"batch_size": self.batch_size} if self.batch_size != planned else {}),
             **({"lost_values": lost_values} if (lost_values := merged_losses(losses)) else {}),
             **({"enlarged": enlarged} if enlarged else {}),
         )
+        if strange := foreign(commit, self._plan_id):
+            raise UserError(f"{strange}; `encode_dataset.py repair {self.out}` encodes it again")
+        return commit
 
     def _storable(
         self, shard: Shard, rows: pa.Table, quarantine: pa.Table, encoded: list[tuple[np.ndarray, np.ndarray]]

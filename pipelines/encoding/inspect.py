@@ -42,6 +42,7 @@ def inspect(config: Inspect) -> dict[str, Any]:
     """
     if not config.cache:
         raise UserError("give a cache folder")
+    out = Path(paths.check_local("out", config.out))
     latents = cache.LatentCache(config.cache)
     manifest, plan = latents.manifest, CachePlan.from_json(latents.manifest, f"{latents.path}/manifest.json")
     _print_facts(latents)
@@ -65,7 +66,6 @@ def inspect(config: Inspect) -> dict[str, Any]:
     rows += [[f"{s['shard']:,}", str(s["rows"]), f"{s['psnr']:.2f}", f"{s['drift']:.2g}"] for s in about["shards"]]
     print(f"\n{tables.table(rows)}\n")
     print("drift: largest absolute difference between stored latents and latents encoded now")
-    out = Path(paths.output_path("out", config.out))
     out.mkdir(parents=True, exist_ok=True)
     same = [one for one in shown if one[0].shape == shown[0][0].shape]  # all rows of a picture have one shape
     picture = reconstruction_picture(*(torch.cat(column) for column in zip(*same, strict=True)))

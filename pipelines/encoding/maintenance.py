@@ -1,10 +1,11 @@
 """Repair the shards of a cache, and retry the images in its quarantine."""
 
+import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from litevae import cache, storage
 from litevae.autoencoder import fingerprint
@@ -12,6 +13,7 @@ from litevae.commits import committed_shards, read_commits
 from litevae.errors import UserError
 from litevae.shards import read_quarantine
 from pipelines.data.decode import ShardTask
+from pipelines.encoding import at_work
 from pipelines.encoding.config import MaintainCache, Repair, Retry
 from pipelines.encoding.encode import CacheJob, encode_and_track, print_summary
 from pipelines.encoding.listings import open_listings
@@ -22,7 +24,35 @@ from pipelines.encoding.verify import audit, unnamed_files
 from pipelines.runtime import cluster, mlflow_run, paths
 from pipelines.runtime.logs import say
 
+Config = TypeVar("Config", bound=MaintainCache)
 
+
+def _claimed(job: Callable[[Config], dict[str, Any]]) -> Callable[[Config], dict[str, Any]]:
+    """Decorate a job on a cache, so that it is marked as at work on it; see `at_work.claimed`."""
+
+    @functools.wraps(job)
+    def run(config: Config) -> dict[str, Any]:
+        with at_work.claimed(_cache_folder(config), config.takeover):
+            return job(config)
+
+    return run
+
+
+def _cache_folder(config: MaintainCache) -> str:
+    """Return the absolute path of the cache.
+
+    Raises:
+        UserError: if there is no cache.
+    """
+    if not config.cache:
+        raise UserError("give a cache folder")
+    out = paths.output_path("cache", config.cache, remote=True)
+    if "plan.json" not in storage.names(out):
+        raise UserError(f"{out} is not a latent cache: it has no plan.json")
+    return out
+
+
+@_claimed
 def repair(config: Repair) -> dict[str, Any]:
     """Encode again the shards that the audit finds missing or damaged, and remove files that no commit names.
 
@@ -55,6 +85,7 @@ def repair(config: Repair) -> dict[str, Any]:
     return print_summary(done)
 
 
+@_claimed
 def retry(config: Retry) -> dict[str, Any]:
     """Try to encode quarantined images again. Rows of those that succeed now are added to their shards.
 
@@ -90,11 +121,7 @@ def _encode_again(config: MaintainCache, job: CacheJob, todo: Sequence[ShardTask
 
 def _open(config: MaintainCache) -> tuple[str, CachePlan, Partition]:
     """Return the cache folder, the plan and the partition, with the model and the source where they are now."""
-    if not config.cache:
-        raise UserError("give a cache folder")
-    out = paths.output_path("cache", config.cache, remote=True)
-    if "plan.json" not in storage.names(out):
-        raise UserError(f"{out} is not a latent cache: it has no plan.json")
+    out = _cache_folder(config)
     plan, sources = CachePlan.read(out), open_listings(out, config.source)
     if not sources:
         raise UserError(f"{out} has no listing of its source; run the encode job with the same settings again")
@@ -103,15 +130,17 @@ def _open(config: MaintainCache) -> tuple[str, CachePlan, Partition]:
     if fingerprint(plan.model.path) != plan.model.fingerprint:
         raise UserError(f"{plan.model.path} is not the model that encoded {out}; give that one with model=FOLDER")
     mlflow_run.check(config)
-    transform = plan.settings.transform | {"max_pixels": config.max_pixels or _largest(out, plan)}
-    plan = replace(plan, settings=replace(plan.settings, transform=transform))
-    return out, plan, Partition(sources, plan.rows_per_shard)
-
-
-def _largest(out: str, plan: CachePlan) -> int:
-    """Return the largest limit in pixels that the cache was made with: a retry may have raised that of the plan."""
-    limits = [plan.views.max_pixels]
+    agreed: dict[str, Any] = {}
     with suppress(UserError):  # an unfinished cache has no manifest
-        settings = cache.read_manifest(out).get("settings", {})
-        limits.append(settings.get("transform", {}).get("max_pixels", 0))
-    return max(limits)
+        agreed = cache.read_manifest(out).get("settings", {})
+    budget = plan.settings.error_budget
+    if cache.read_settings(out) is None:  # older versions noted only in the manifest what was agreed to
+        budget = agreed.get("error_budget", budget)
+    if config.error_budget is not None:
+        budget = config.error_budget
+    # The largest limit that the cache was made with, so that no image is lost that was encoded before.
+    largest = max(plan.views.max_pixels, agreed.get("transform", {}).get("max_pixels", 0))
+    transform = plan.settings.transform | {"max_pixels": config.max_pixels or largest}
+    plan = replace(plan, settings=replace(plan.settings, transform=transform, error_budget=budget))
+    plan.agree(out)
+    return out, plan, Partition(sources, plan.rows_per_shard)

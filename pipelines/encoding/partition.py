@@ -41,6 +41,19 @@ class Partition:
         start, end = int(ends[index - 1]) if index else 0, int(ends[index])
         return Shard(task, self.sources[place].part(start, end), int(self._units[place]) + start)
 
+    def first(self, shard: int) -> int:
+        """Return the number of a shard's first unit in the whole cache."""
+        return int(self.sizes[:shard].sum())
+
+    def located(self, units: Sequence[int]) -> list[tuple[Source, list[int]]]:
+        """Return the source of each listing that has some of these units, with their numbers in that source."""
+        found = []
+        for place, source in enumerate(self.sources):
+            start, end = int(self._units[place]), int(self._units[place + 1])
+            if own := [unit - start for unit in units if start <= unit < end]:
+                found.append((source, own))
+        return found
+
     def shards_of(self, units: np.ndarray) -> np.ndarray:
         """Return the numbers of the shards that hold any of these units, sorted."""
         return np.unique(np.searchsorted(np.cumsum(self.sizes), units, side="right"))

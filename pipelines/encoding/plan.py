@@ -88,12 +88,15 @@ class CachePlan:
 
     @classmethod
     def read(cls, out: str) -> Self:
-        """Read the plan of the cache in folder `out`.
+        """Read the plan of the cache in folder `out`, with the settings that were last agreed to.
 
         Raises:
             UserError: if there is no plan, or it is damaged.
         """
-        return cls.from_json(cache.read_plan(out), storage.join(out, "plan.json"))
+        plan, agreed = cache.read_plan(out), cache.read_settings(out)
+        if agreed is None:
+            return cls.from_json(plan, storage.join(out, "plan.json"))
+        return cls.from_json(plan | {"settings": agreed}, storage.join(out, cache.SETTINGS))
 
     @classmethod
     def from_json(cls, value: dict[str, Any], file: str) -> Self:
@@ -127,6 +130,19 @@ class CachePlan:
             UserError: if the folder holds a cache of something else; the message lists what differs.
         """
         cache.write_plan(out, self.to_json())
+
+    @property
+    def id(self) -> str:
+        """`plan_id` of the plan, by which commits name it."""
+        return cache.plan_id(self.to_json())
+
+    def agree(self, out: str) -> None:
+        """Note the settings of this plan as those that the cache's commands go by from now on.
+
+        The plan in the folder stays as it is: what it says beside them never changes.
+        """
+        if self.settings != type(self).read(out).settings:
+            cache.write_settings(out, asdict(self.settings))
 
     @property
     def hashed(self) -> bool:

@@ -21,6 +21,8 @@ class EncodeTotals:
         slots: how many tasks ("decode") or actors ("encode") of each stage work at a time.
         done: number of images in committed shards, including those in quarantine.
         encoded: number of images that this run has encoded.
+        earlier: number of images that this run has encoded in vain, because their shard had been committed before, by
+            another driver or by an attempt of which Ray did not hear.
         reasons: number of images in quarantine, by reason.
         devices: names of the devices that have encoded.
         seconds: seconds that each stage has worked, summed over its tasks or actors.
@@ -31,6 +33,7 @@ class EncodeTotals:
     slots: Mapping[str, int]
     done: int = 0
     encoded: int = 0
+    earlier: int = 0
     reasons: Counter[str] = field(default_factory=Counter)
     devices: set[str] = field(default_factory=set)
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
@@ -55,11 +58,18 @@ class EncodeTotals:
         encoded = commit["units"][1] - commit["units"][0] - commit["quarantined"]
         self.add_earlier(commit)
         self.encoded += encoded
+        if commit.get("earlier"):
+            self.earlier += encoded
         self.devices.add(row["device"])
         self._shards.append((row["finished"], encoded))
         for stage in STAGES:
             self.seconds[stage] += row[f"{stage}_seconds"]
         return encoded, commit.get("reasons", {})
+
+    def check_budget(self, budget: float, out: str) -> None:
+        """Stop the job if it has lost too many images; see the function of the same name."""
+        encoded = self.done - sum(self.reasons.values())
+        check_budget(self.reasons, budget, out, self.images, encoded=encoded)
 
     def busy(self, seconds: float | None = None) -> dict[str, float]:
         """Return, for each stage, the share of the run's time, 0 to 1, in which its tasks or actors worked.
@@ -69,6 +79,16 @@ class EncodeTotals:
         """
         seconds = time.monotonic() - self.started if seconds is None else seconds
         return {stage: self.seconds[stage] / self.slots[stage] / seconds for stage in STAGES}
+
+    def text(self, busy: Mapping[str, float]) -> str:
+        """Return what people should see beside the progress: how busy the stages are, and what is in quarantine.
+
+        Args:
+            busy: as `busy` returns it.
+        """
+        names = {"decode": "decoding", "encode": "encoding"}
+        stages = ", ".join(f"{names[stage]} {min(share, 1):.0%} busy" for stage, share in busy.items())
+        return stages + (f", {lost:,} in quarantine" if (lost := self.reasons.total()) else "")
 
     def summary(self) -> dict[str, Any]:
         """Return numbers of this run for its table and its tracked run.
@@ -82,6 +102,7 @@ class EncodeTotals:
         steady = sum(images for _, images in shards[1:]) / (shards[-1][0] - shards[0][0]) if shards[1:] else 0.0
         return {
             "encoded_now": self.encoded,
+            **({"encoded_twice": self.earlier} if self.earlier else {}),
             "seconds": round(seconds, 3),
             "images_per_s": round(self.encoded / seconds, 3),
             "steady_images_per_s": round(steady, 3),
@@ -90,7 +111,9 @@ class EncodeTotals:
         }
 
 
-def check_budget(reasons: Mapping[str, int], budget: float, out: str, total: int, name: str = "error_budget") -> None:
+def check_budget(
+    reasons: Mapping[str, int], budget: float, out: str, total: int, name: str = "error_budget", encoded: int = 0
+) -> None:
     """Stop a job that loses too many images.
 
     Args:
@@ -99,6 +122,7 @@ def check_budget(reasons: Mapping[str, int], budget: float, out: str, total: int
         out: the cache folder.
         total: number of images in the source.
         name: the config field that sets the budget.
+        encoded: number of images that are encoded and committed.
 
     Raises:
         UserError: if more images are in quarantine than the budget allows.
@@ -107,8 +131,10 @@ def check_budget(reasons: Mapping[str, int], budget: float, out: str, total: int
     if quarantined > budget * total:
         raise UserError(
             f"{quarantined} of {total} images could not be encoded ({listed_reasons(reasons)}), more than {name}="
-            f"{budget:g} allows; they are listed in {out}/quarantine. Repair or remove them, or raise {name}; the same "
-            f"command then continues"
+            f"{budget:g} allows; they are listed in {out}/quarantine"
+            + (f", and the {encoded:,} images that were encoded are kept" if encoded else "")
+            + f". Raise {name} to go on with the same command; `encode_dataset.py retry {out}` then encodes those that "
+            f"were repaired"
         )
 
 

@@ -23,6 +23,7 @@ from pipelines.encoding.config import Verify
 from pipelines.encoding.listings import open_listings, source_of
 from pipelines.encoding.partition import Partition
 from pipelines.encoding.plan import CachePlan
+from pipelines.runtime.commands import command
 from pipelines.runtime.logs import say
 
 STALE = 3600.0  # seconds; a temporary file older than this belongs to a killed writer
@@ -80,7 +81,7 @@ def verify(config: Verify) -> Audit:
     of_shards = [f"shard {n}: {text}" for n, texts in found.problems.items() for text in texts]
     if wrong := [*found.general, *found.repeated, *of_shards]:
         more = f"\n  and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
-        remedy = f"repair it: python jobs/encode_dataset.py repair {out}"
+        remedy = f"repair it: {command('encode_dataset')} repair {out}"
         if found.missing:
             remedy = "run the encode job with the same settings again; it continues where it stopped"
         elif found.repeated and not found.problems and not found.general:
@@ -111,7 +112,7 @@ def _differences_from_source(out: str, found: Audit) -> str:
     if changed := [name for _, names in sorted(found.changed.items()) for name in names]:
         texts.append(
             f"{len(changed):,} images are others than those that were encoded ({_examples(changed)}); encode their "
-            f"shards again: python jobs/encode_dataset.py repair {out} contents=true"
+            f"shards again: {command('encode_dataset')} repair {out} contents=true"
         )
     if found.gone:
         texts.append(
@@ -199,6 +200,8 @@ def _check_shard(
     except UserError as error:
         return {}, [str(error)], nothing
     try:
+        if strange := cache.foreign(commit, plan.id):
+            return commit, [strange], nothing
         units = (shard.first, shard.first + shard.source.units)
         if tuple(commit["units"]) != units:
             return commit, [f"its commit is of inputs {commit['units']}, the plan says {list(units)}"], nothing

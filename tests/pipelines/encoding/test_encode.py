@@ -27,7 +27,7 @@ from litevae.images import ImageError, ImageTransform, to_tensor
 from pipelines.data import decode
 from pipelines.data.config import Source, Views
 from pipelines.data.open_source import open_source
-from pipelines.encoding import auto, encode, verify
+from pipelines.encoding import auto, encode, preview, verify
 from pipelines.encoding.encode import encode_dataset
 from pipelines.encoding.encoder import ShardEncoder
 from pipelines.encoding.partition import Partition, cut
@@ -172,7 +172,8 @@ def test_decoding_is_not_done_in_the_encoder(folder, model, tmp_path, capsys):
 
 
 @pytest.mark.usefixtures("wherever")
-def test_error_budget_stops_and_a_higher_one_goes_on(folder, model, tmp_path):
+def test_error_budget_stops_and_a_higher_one_goes_on(folder, model, tmp_path, monkeypatch):
+    monkeypatch.setattr(preview, "IMAGES", 0)  # otherwise it is known before
     with pytest.raises(
         UserError, match=r"of 48 images could not be encoded \(.*\), more than error_budget=0.02 allows"
     ):
@@ -470,12 +471,15 @@ NASTY = Path(__file__).resolve().parents[4] / "shared" / "data" / "nasty"
 @pytest.mark.parametrize(
     "kind", ["made", *([pytest.param("collected", marks=pytest.mark.slow)] if NASTY.is_dir() else [])]
 )
-def test_ugly_images_do_not_stop_the_job(model, tmp_path, kind):
+def test_ugly_images_do_not_stop_the_job(model, tmp_path, monkeypatch, kind):
     """A hundred odd and broken files and more: each is a row like Pillow reads it, or in quarantine; odd_images.py, and
     of the collection test_images.py, say which."""
     out, folder = tmp_path / "cache", NASTY
     if kind == "made":
         write_odd_images(folder := tmp_path / "odd")
+    with pytest.raises(UserError, match=r"of the 32 images that were looked at .* error_budget=0.01 allows \d+ of"):
+        encode_dataset(config(folder, model, out, "error_budget=0.01", "rows_per_shard=20"))
+    monkeypatch.setattr(preview, "IMAGES", 0)
     with pytest.raises(UserError, match="more than error_budget=0.01 allows"):
         encode_dataset(config(folder, model, out, "error_budget=0.01", "rows_per_shard=20"))
     done = encode_dataset(config(folder, model, out, "error_budget=0.5", "rows_per_shard=20"))

@@ -517,9 +517,9 @@ def test_shards_without_a_commit_are_done(tmp_path, monkeypatch):
     commit(tmp_path, 0)
     commit(tmp_path, 2)
     job = encode.CacheJob(str(tmp_path), cache_plan(), Partition([Listed([1] * 40)], 8), False, PLACEMENT)
-    monkeypatch.setattr(encode, "plan_cache", lambda config: job)
+    monkeypatch.setattr(encode, "plan_cache", lambda *given, **more: job)
     monkeypatch.setattr(encode, "encode_and_track", lambda *given: given)
-    found = encode.encode_dataset(validate(Encode, {}))
+    found = encode.encode_dataset(validate(Encode, {"out": str(tmp_path)}))
     assert found[2:] == (job, [ShardTask(1), ShardTask(3), ShardTask(4)])
 
 
@@ -536,13 +536,15 @@ def test_a_retry_is_of_the_quarantined_for_these_reasons(tmp_path, monkeypatch):
     given = []
     monkeypatch.setattr(maintenance, "encode_and_track", lambda *values: given.append(values) or {"images": 12})
     monkeypatch.setattr(maintenance, "print_summary", lambda done: done)
-    assert maintenance.retry(Retry(reasons=["missing"])) == {"images": 12, "encoded_now": 2, "recovered": 2}
+    (tmp_path / "plan.json").touch()
+    own = {"cache": str(tmp_path)}
+    assert maintenance.retry(Retry(reasons=["missing"], **own)) == {"images": 12, "encoded_now": 2, "recovered": 2}
     assert given[0][3] == [ShardTask(0, 1, (7,)), ShardTask(2, 2, (22, 23))]
-    maintenance.retry(Retry())
+    maintenance.retry(Retry(**own))
     assert given[1][3] == [ShardTask(0, 1, (6, 7)), ShardTask(2, 2, (22, 23))]
     assert given[1][1]["batch_size"] == 3
     with pytest.raises(UserError, match="no image is in quarantine as burnt; the quarantine has 1 empty, 3 missing"):
-        maintenance.retry(Retry(reasons=["missing", "burnt"]))
+        maintenance.retry(Retry(reasons=["missing", "burnt"], **own))
 
 
 # --- running ------------------------------------------------------------------------------------------------------
@@ -561,10 +563,11 @@ class Clock:
 
 class Shown:
     def __init__(self, *arguments, **options):
-        self.made, self.seen, self.closed = arguments, [], False
+        self.made, self.seen, self.closed, self.texts = arguments, [], False, []
         type(self).last = self
 
-    def update(self, done, **numbers):
+    def update(self, done, text, **numbers):
+        self.texts.append(text)
         self.seen.append((done, numbers["quarantined"]))
 
     def show(self, *arguments):
@@ -626,6 +629,7 @@ def test_what_a_run_has_done_is_counted(runs, monkeypatch):
         "steady_images_per_s": 7.5,  # 8 + 7 images in the 2 seconds after the first shard
         "decode_busy": 0.5, "encode_busy": 1.125, "devices": ["d0", "d1"],
     }  # fmt: skip
+    assert runs.progress.last.texts[-1] == "decoding 67% busy, encoding 100% busy, 4 in quarantine"
 
 
 def test_one_shard_has_no_steady_rate(runs):
@@ -705,6 +709,8 @@ def test_what_is_printed_of_a_run(capsys):
     ):
         assert line in shown
     assert "out of quarantine" not in shown
+    encode.print_summary(done | {"steady_images_per_s": 0.0})  # one shard alone
+    assert "images/s              12.3  (decoding busy 25%, encoding 50%)" in capsys.readouterr().out
     encode.print_summary(
         done | {"recovered": 3, "encoded_now": 0, "shape": None, "latents": done["latents"] | {"shapes": [1, 2]}}
     )

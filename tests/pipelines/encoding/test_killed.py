@@ -407,7 +407,7 @@ def test_encoding_survives_what_is_killed(store, folder, model, undisturbed, tmp
             nodes,
             tmp_path,
             SEED,
-            launch=lambda out, **options: start_job(source, model, out, *SIZES, *TWO, **options),
+            launch=lambda out, **options: start_job(source, model, out, *SIZES, *TWO, "takeover=true", **options),
             outs=(f"{store}/cache-{n}" for n in itertools.count()),
             check=lambda out: check_cache(out, folder, undisturbed),
         )
