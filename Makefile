@@ -7,7 +7,7 @@ TENTH ?=
 SHARED := --numprocesses 2 --dist loadfile --no-loadscope-reorder --durations 10
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-chaos mutants coverage lint audit mlflow
+.PHONY: help setup demo weights test test-slow test-chaos mutants coverage lint audit docs mlflow
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -23,6 +23,9 @@ setup: .venv/installed ## .venv with the versions of constraints.txt; needs Pyth
 
 demo: setup ## train, cache, diffuse, sample and evaluate on a few photos: minutes
 	$(BIN)/python jobs/demo.py
+
+weights: setup ## fetch the published weights of LPIPS and FID (620 MB), checked by their SHA-256
+	$(BIN)/python jobs/fetch_weights.py
 
 test: setup ## the fast tests
 	$(BIN)/python -m pytest $(SHARED)
@@ -49,7 +52,14 @@ audit: setup ## known vulnerabilities in the versions of constraints.txt; asks P
 	.venv/audit/bin/python -m pip install --quiet pip-audit
 	.venv/audit/bin/pip-audit --strict --no-deps --disable-pip --requirement constraints.txt
 
-mlflow: setup ## MLflow on http://127.0.0.1:5000 (PORT=...) for the runs in ROOT=runs
+docs: .venv/installed-docs ## the documentation as a site in site/, its links checked
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+
+.venv/installed-docs: .venv/installed
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[docs]'
+	@touch $@
+
+mlflow: setup ## serve MLflow on http://127.0.0.1:5000 (PORT=...) for the runs in ROOT=runs
 	@test -f $(ROOT)/mlflow.db || { echo "$(ROOT)/mlflow.db does not exist; ROOT=... is the jobs' root" >&2; exit 1; }
 	MLFLOW_DISABLE_TELEMETRY=true MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false $(BIN)/mlflow ui --workers 1 \
 		--host 127.0.0.1 --port $(PORT) --backend-store-uri sqlite:///$(abspath $(ROOT))/mlflow.db
