@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+BEFORE_TRAINING = "tests/pipelines/training/test_before_training.py"
+
 
 class Mutant(NamedTuple):
     """A fault: if `old`, which occurs once in the product, is replaced by `new`, each of `tests` must fail.
@@ -111,6 +113,66 @@ MUTANTS = [
         "fresh.chmod(0o755)",
         "fresh.chmod(0o700)",
         ("tests/pipelines/training/test_training_parts.py::test_publish_replaces_whole_folders_or_nothing",),
+    ),
+    Mutant(
+        "pipelines/training/run_folder.py",
+        "not found_of(folder, made)",
+        "False",
+        (f"{BEFORE_TRAINING}::test_another_config_takes_a_run_over_that_made_nothing",),
+    ),
+    Mutant(
+        "pipelines/training/run_folder.py",
+        "not (log.exists() and log.stat().st_size)",
+        "not log.exists()",
+        (f"{BEFORE_TRAINING}::test_a_run_that_fails_at_once_leaves_nothing",),
+    ),
+    Mutant(
+        "pipelines/training/run_files.py",
+        '"model*/config.json", ',
+        "",
+        (f"{BEFORE_TRAINING}::test_an_exported_model_is_something_made",),
+    ),
+    Mutant(
+        "pipelines/training/images_look.py",
+        "if largest >= classes:",
+        "if largest > classes:",
+        (f"{BEFORE_TRAINING}::test_labels_are_compared_with_the_classes_before_ray_starts",),
+    ),
+    Mutant(
+        "pipelines/training/images_look.py",
+        "if len(bad) == len(units):",
+        "if len(bad) > len(units):",
+        (f"{BEFORE_TRAINING}::test_a_training_of_images_of_which_none_can_be_read_is_refused_before_ray_starts",),
+    ),
+    Mutant(
+        "pipelines/training/launch.py",
+        "count = max(1, loop.keep + 1 - there)",
+        "count = max(1, loop.keep - there)",
+        (f"{BEFORE_TRAINING}::test_how_much_room_is_needed",),
+    ),
+    Mutant(
+        "pipelines/training/first_look.py",
+        "return config.loss.lpips.required and not older",
+        "return config.loss.lpips.required",
+        (f"{BEFORE_TRAINING}::test_a_run_from_before_there_was_this_choice_goes_on_as_it_was",),
+    ),
+    Mutant(
+        "pipelines/runtime/outputs.py",
+        "flatten(measured(type(config)())) | flatten(before)",
+        "flatten(before)",
+        ("tests/pipelines/runtime/test_outputs.py::test_a_field_that_is_newer_than_a_result_counts_as_its_default",),
+    ),
+    Mutant(
+        "pipelines/runtime/outputs.py",
+        "part[field] = _absolute(part[field])",
+        "part[field] = part[field]",
+        ("tests/pipelines/runtime/test_outputs.py::test_a_result_is_replaced_only_by_that_of_the_same_config",),
+    ),
+    Mutant(
+        "pipelines/runtime/paths.py",
+        "except (FileNotFoundError, NotADirectoryError):",
+        "except OSError:",
+        ("tests/pipelines/runtime/test_outputs.py::test_a_folder_that_cannot_be_written_is_refused",),
     ),
     Mutant(
         "pipelines/training/run_folder.py",
@@ -1017,6 +1079,99 @@ MUTANTS = [
         (
             "tests/pipelines/encoding/test_changed_sources.py::"
             "test_the_ids_of_what_is_encoded_again_are_those_in_the_source",
+        ),
+    ),
+    Mutant(
+        "pipelines/runtime/near_misses.py",
+        "best = min(best, before[column - 2] + 1)",
+        "best = min(best, before[column - 2])",
+        ("tests/pipelines/runtime/test_near_misses.py::test_one_edit_is_what_one_edit_makes",),
+    ),
+    Mutant(
+        "pipelines/runtime/near_misses.py",
+        'said = shlex.quote(f"{fields[0]}={value}") if fitting else _listed(fields)',
+        "said = _listed(fields)",
+        ("tests/pipelines/runtime/test_near_misses.py::test_what_others_call_it_and_the_advice_works",),
+    ),
+    Mutant(
+        "pipelines/runtime/typed_text.py",
+        "        return expanded(text)",
+        "        return text",
+        ("tests/pipelines/runtime/test_typed_text.py::test_a_tilde_is_a_home_folder_in_paths_and_nowhere_else",),
+    ),
+    Mutant(
+        "pipelines/runtime/schema.py",
+        "if asked and not needed.note and not value_of(config, name):",
+        "if not needed.note and not value_of(config, name):",
+        ("tests/pipelines/runtime/test_help.py::test_what_is_required_depends_on_other_fields",),
+    ),
+    Mutant(
+        "pipelines/runtime/cli.py",
+        "        words.bare.remove(name)",
+        "        words.bare = words.bare[1:]",
+        ("tests/pipelines/runtime/test_config.py::test_words_of_the_command_line",),
+    ),
+    Mutant(
+        "pipelines/runtime/help_text.py",
+        'return f\'"{example}"\' if "\'" in example else f"\'{example}\'"',
+        "return f\"'{example}'\"",
+        ("tests/pipelines/runtime/test_help.py::test_the_short_help_has_usage_required_fields_and_examples",),
+    ),
+    Mutant(
+        "pipelines/diagnostics/config.py",
+        "from pydantic import Field\n",
+        "from pydantic import Field\n\nimport numpy  # noqa: F401\n",
+        ("tests/jobs/test_console.py::test_mistakes_are_answered_without_torch_and_ray",),
+    ),
+    Mutant(
+        "pipelines/runtime/progress.py",
+        "now - self._seen[1][0] >= RECENT",
+        "now - self._seen[1][0] < RECENT",
+        ("tests/pipelines/training/test_loop.py::test_the_rate_is_that_of_the_last_minute_without_the_start",),
+    ),
+    Mutant(
+        "pipelines/runtime/progress.py",
+        "deque((when + gap, done) for when, done in self._seen)",
+        "deque((when, done) for when, done in self._seen)",
+        ("tests/pipelines/training/test_loop.py::test_validation_is_not_counted_and_said_to_be_the_trainings",),
+    ),
+    Mutant(
+        "pipelines/runtime/tables.py",
+        "if needed > left and groups[-1]:",
+        "if needed > width and groups[-1]:",
+        ("tests/pipelines/runtime/test_tables.py::test_no_line_is_wider_and_no_cell_is_lost",),
+    ),
+    Mutant(
+        "pipelines/training/forecast.py",
+        "(stage.resolution / side) ** 2",
+        "stage.resolution / side",
+        ("tests/pipelines/training/test_forecast.py::test_the_stages_of_an_autoencoder",),
+    ),
+    Mutant(
+        "pipelines/training/forecast.py",
+        "max(0, min(end, last) - max(begin, first))",
+        "max(0, min(end, last) - begin)",
+        ("tests/pipelines/training/test_forecast.py::test_the_stages_of_an_autoencoder",),
+    ),
+    Mutant(
+        "pipelines/training/forecast.py",
+        "placement.gpu or cluster.in_worker() or begun >= total",
+        "placement.gpu or begun >= total",
+        ("tests/pipelines/training/test_forecast.py::test_where_nothing_is_said",),
+    ),
+    Mutant(
+        "pipelines/runtime/logs.py",
+        "if text.encode() not in line:",
+        "if text.encode() in line:",
+        ("tests/pipelines/runtime/test_logs.py::test_lines_of_native_code_are_dropped_by_their_text",),
+    ),
+    Mutant(
+        "pipelines/evaluation/report.py",
+        'protocol if verbose else "".join(protocol.partition(CAUTION)[1:])',
+        'protocol if verbose else ""',
+        (
+            "tests/pipelines/evaluation/test_evaluation_parts.py"
+            "::test_results_fit_onto_a_page_and_say_how_they_were_measured_if_asked",
         ),
     ),
 ]
