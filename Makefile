@@ -14,7 +14,7 @@ help: ## this list
 
 setup: .venv/installed ## .venv with the versions of constraints.txt; needs Python 3.11 or newer
 
-.venv/installed: pyproject.toml constraints.txt
+.venv/installed: pyproject.toml setup.py constraints.txt
 	@for python in python3.11 python3; do \
 		$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && exec $$python -m venv .venv; \
 	done; echo "no Python 3.11 or newer found: neither python3.11 nor python3" >&2; exit 1

@@ -34,9 +34,18 @@ def test_every_job_is_a_script_and_the_other_way_round():
     assert modules == {path.stem for path in (REPO / "jobs").glob("*.py") if "cli.main(" in path.read_text()}
     for module in modules:
         assert callable(import_module(f"jobs.{module}").main)
+
+
+def test_the_command_is_the_one_that_is_installed(monkeypatch, capsys):
     entry = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]["scripts"]["litevae"]
     module, _, function = entry.partition(":")
-    assert getattr(import_module(module), function) is console.main
+    command = getattr(import_module(module), function)
+    monkeypatch.setattr(sys, "argv", ["litevae", "help"])
+    assert (command(), capsys.readouterr().out) == (0, said(capsys, "help"))
+    monkeypatch.setitem(sys.modules, "mlflow", None)  # as where the extra is not installed
+    monkeypatch.setitem(sys.modules, "ray", None)
+    assert command() == 2
+    assert capsys.readouterr() == ("", "error: the jobs need ray, mlflow: pip install 'litevae[jobs]'\n")
 
 
 @pytest.mark.parametrize("words", [(), ("--help",), ("-h",), ("help",)], ids=" ".join)
