@@ -10,14 +10,28 @@ from typing import TYPE_CHECKING, Any
 from litevae.errors import UserError
 
 if TYPE_CHECKING:
-    from litevae.autoencoder import LiteVAE, load_autoencoder
+    from litevae.any_autoencoder import load_autoencoder
+    from litevae.autoencoder import LiteVAE
+    from litevae.distilled import DistilledVAE
     from litevae.dit import DiT
     from litevae.ldm import NormalizedAutoencoder, load_ldm
+    from litevae.pipeline import LatentDiffusionPipeline
 
-__all__ = ["DiT", "LiteVAE", "NormalizedAutoencoder", "UserError", "load_autoencoder", "load_ldm"]
+__all__ = [
+    "DiT",
+    "DistilledVAE",
+    "LatentDiffusionPipeline",
+    "LiteVAE",
+    "NormalizedAutoencoder",
+    "UserError",
+    "load_autoencoder",
+    "load_ldm",
+]
 
-_MODULES = {"LiteVAE": "autoencoder", "load_autoencoder": "autoencoder", "DiT": "dit"}
+_MODULES = {"LiteVAE": "autoencoder", "load_autoencoder": "any_autoencoder", "DiT": "dit"}
+_MODULES["DistilledVAE"] = "distilled"
 _MODULES |= {"NormalizedAutoencoder": "ldm", "load_ldm": "ldm"}
+_MODULES["LatentDiffusionPipeline"] = "pipeline"
 _MODULES["ModelMixin"] = "autoencoder"  # diffusers looks for this in a library whose models it loads
 
 

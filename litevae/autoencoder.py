@@ -1,30 +1,27 @@
-"""The LiteVAE autoencoder as a diffusers model, and functions to load and use any image autoencoder of diffusers."""
+"""The LiteVAE autoencoder as a diffusers model."""
 
-import hashlib
-import json
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, Literal
-from weakref import WeakKeyDictionary
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar
 
-import diffusers
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.autoencoders.vae import AutoencoderMixin, DecoderOutput, DiagonalGaussianDistribution
+from diffusers.models.autoencoders.vae import AutoencoderMixin, DecoderOutput
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.models.modeling_utils import ModelMixin
-from safetensors import SafetensorError
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor
 
 from litevae.baselines import SD_SIZES, SDEncoder, WaveletEncoder
 from litevae.decoder import Decoder
 from litevae.encoder import AGGREGATORS, EXTRACTORS, SIZES, Encoder
 from litevae.errors import UserError
-from litevae.layers import NORMS, bake
-from litevae.model_folder import INDEX, WEIGHTS, model_config, read_json
-from litevae.wavelet import LEVELS, check_wavelet
+from litevae.layers import NORMS, ExactConv2d, bake, compute_dtype
+from litevae.posterior import Posterior
+from litevae.tiling import tiled
+from litevae.wavelet import LEVELS, check_wavelet, pad_to_multiple
 
 ENCODERS = (*SIZES, *SD_SIZES, "dwt", "dwt-2")
+FACTOR = 2**LEVELS  # one latent element covers 8 x 8 pixels
 _VARIANT_DEFAULTS: dict[str, Any] = {
     "shared_extractor": False,
     "levels": (1, 2, 3),
@@ -109,10 +106,32 @@ class LiteVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
             Eq. 3), "batch", "instance", "layer", "rms", or "none" (an SMC decoder after `bake`).
         output: What the decoder network predicts: the "image", or its "wavelet" bands (Appendix G). `decode` returns
             images in both cases.
-        scaling_factor: Factor by which diffusers pipelines multiply the latents.
+        scaling_factor: Factor by which diffusers pipelines multiply the latents, after they subtract `shift_factor`.
+            `litevae.latent_statistics.scaling` computes this field and the next three.
+        shift_factor: What SD3 and Flux pipelines subtract from the latents.
+        latents_mean: Mean of each channel of the latents; None if it was not measured.
+        latents_std: Standard deviation of each channel of the latents; None if it was not measured.
+        force_upcast: Whether SDXL pipelines run the model in fp32 when its weights are fp16.
+
+    Attributes:
+        use_slicing: Whether the images of a batch are processed one by one (`enable_slicing`).
+        use_tiling: Whether images larger than a tile are processed in tiles (`enable_tiling`).
+        tile_sample_min_size: Side of a tile in pixels, a multiple of 8.
+        tile_latent_min_size: The same in latent elements; it follows `tile_sample_min_size`.
+        tile_overlap_factor: The part of a tile that it shares with the next one, at least.
     """
 
     _supports_gradient_checkpointing = True  # the ResBlocks are checkpointed
+    # `device_map` puts each of these as a whole on one device.
+    _no_split_modules: ClassVar[list[str]] = [
+        "ResBlock",
+        "Attention",
+        "Upsample",
+        "NAFBlock",
+        "TransformerEncoderLayer",
+    ]
+    # Normalisations are small, and PyTorch's transformer layers read weights without calling the layers that hold them.
+    _skip_layerwise_casting_patterns: ClassVar[list[str]] = ["norm", "aggregator.layers"]
 
     @register_to_config
     def __init__(
@@ -133,9 +152,14 @@ class LiteVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         output: str = "image",
         in_channels: int = 3,
         scaling_factor: float = 1.0,
+        shift_factor: float = 0.0,
+        latents_mean: Sequence[float] | None = None,
+        latents_std: Sequence[float] | None = None,
         force_upcast: bool = False,
     ):
         super().__init__()
+        # diffusers takes positional arguments for defaults, which `from_config(model.config)` then leaves out.
+        self.register_to_config(_use_default_values=[])
         _check_config(self.config)
         variant = {name: self.config[name] for name in _VARIANT_DEFAULTS} | {"levels": tuple(levels)}
         self.encoder = _build_encoder(size, latent_channels, wavelet, in_channels, vit_grid, variant)
@@ -148,9 +172,10 @@ class LiteVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
             wavelet if output == "wavelet" else None,
         )
         # These two layers have the names that diffusers gives them.
-        self.quant_conv = _identity_conv(2 * latent_channels) if conv1x1 else torch.nn.Identity()
-        self.post_quant_conv = _identity_conv(latent_channels) if conv1x1 else torch.nn.Identity()
-        self.use_slicing = False
+        self.quant_conv = _identity_conv(2 * latent_channels, ExactConv2d) if conv1x1 else torch.nn.Identity()
+        self.post_quant_conv = _identity_conv(latent_channels) if conv1x1 else _NoConv(self.decoder)
+        self.use_slicing = self.use_tiling = False
+        self.tile_sample_min_size, self.tile_overlap_factor = 512, 0.25
 
     @property
     def deterministic(self) -> bool:
@@ -162,49 +187,107 @@ class LiteVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
         """Build a randomly initialised model with the paper's encoder of this size and the SD-VAE decoder."""
         return cls(size=size, latent_channels=latent_channels, **config)
 
-    def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[DiagonalGaussianDistribution]:
+    @property
+    def tile_latent_min_size(self) -> int:
+        """Side of a tile in latent elements."""
+        return self.tile_sample_min_size // FACTOR
+
+    def enable_tiling(self, tile_sample_min_size: int | None = None, tile_overlap_factor: float | None = None) -> None:
+        """Encode and decode images larger than a tile in tiles, blended where they overlap.
+
+        Memory then depends on the tile and not on the image. Each tile has its own statistics of group normalisation
+        and its own attention, so the result differs a little from that of the whole image (docs/autoencoder.md).
+
+        Args:
+            tile_sample_min_size: Side of a tile in pixels, a multiple of 8; None leaves it as it is (512 at first).
+            tile_overlap_factor: The part of a tile that it shares with the next one, at least 0 and below 1; None
+                leaves it as it is (0.25 at first).
+
+        Raises:
+            UserError: if one of them is out of its range.
+        """
+        tile = self.tile_sample_min_size if tile_sample_min_size is None else tile_sample_min_size
+        overlap = self.tile_overlap_factor if tile_overlap_factor is None else tile_overlap_factor
+        if tile < FACTOR or tile % FACTOR:
+            raise UserError(f"enable_tiling: tile_sample_min_size={tile} is not a positive multiple of {FACTOR}")
+        if not 0 <= overlap < 1:
+            raise UserError(f"enable_tiling: tile_overlap_factor={overlap} is not in [0, 1)")
+        self.tile_sample_min_size, self.tile_overlap_factor, self.use_tiling = tile, overlap, True
+
+    @apply_forward_hook
+    def encode(self, x: Tensor, return_dict: bool = True, pad: bool = False) -> AutoencoderKLOutput | tuple[Posterior]:
         """Encode a batch of images into posteriors.
 
         Args:
-            x: Images (N, C, H, W) in [-1, 1]. H and W must be multiples of 8.
+            x: Images (N, C, H, W) in [-1, 1]. H and W must be multiples of 8 unless `pad`.
             return_dict: Whether to return an `AutoencoderKLOutput` instead of a tuple.
+            pad: Whether to repeat the last row and column up to the next multiples of 8. `decode(z, size=(H, W))`
+                crops the image to its size again.
 
         Returns:
-            The diagonal Gaussian posterior over latents (N, n_z, H/8, W/8). For `dwt` and `dwt-2` the posterior has
-            zero variance: `sample()` equals `mode()`.
+            The diagonal Gaussian posterior over latents (N, n_z, H/8, W/8), in fp32 whatever computes the network (see
+            `Posterior`). For `dwt` and `dwt-2` the posterior has zero variance: `sample()` equals `mode()`.
+
+        Raises:
+            UserError: if H or W is not a multiple of 8, and `pad` is false.
         """
-        moments = torch.cat([self.quant_conv(self.encoder(part)) for part in self._slices(x)])
+        height, width = x.shape[-2:]
+        if pad:
+            x = pad_to_multiple(x, FACTOR)
+        elif height % FACTOR or width % FACTOR:
+            raise UserError(
+                f"image size {height}x{width} is not a multiple of {FACTOR}; resize or crop it, or use "
+                f"encode(x, pad=True) and decode(z, size=({height}, {width}))"
+            )
+        moments = torch.cat([self._in_tiles(self._moments, part, FACTOR, 1) for part in self._slices(x)])
         if self.deterministic:
             moments = torch.cat([moments, torch.full_like(moments, -30)], dim=1)  # diffusers' lowest log-variance
-        posterior = DiagonalGaussianDistribution(moments, deterministic=self.deterministic)
+        half = self.dtype if self.dtype in (torch.float16, torch.bfloat16) else None
+        posterior = Posterior(moments, self.deterministic, half)
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
 
+    @apply_forward_hook
     def decode(
-        self, z: Tensor, return_dict: bool = True, generator: torch.Generator | None = None
+        self,
+        z: Tensor,
+        return_dict: bool = True,
+        generator: torch.Generator | None = None,
+        size: tuple[int, int] | None = None,
     ) -> DecoderOutput | tuple[Tensor]:
         """Decode latents (N, n_z, h, w) into images (N, C, 8h, 8w).
 
-        `generator` is not used. It is accepted because diffusers pipelines pass one.
+        Args:
+            z: The latents.
+            return_dict: Whether to return a `DecoderOutput` instead of a tuple.
+            generator: Not used. It is accepted because diffusers pipelines pass one.
+            size: Height and width that the images are cropped to, for latents from `encode(x, pad=True)`.
         """
-        sample = torch.cat([self.decoder(self.post_quant_conv(part)) for part in self._slices(z)])
+        sample = torch.cat([self._in_tiles(self._image, part, 1, FACTOR) for part in self._slices(z)])
+        if size is not None:
+            sample = sample[..., : size[0], : size[1]]
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
     def forward(
-        self, x: Tensor, sample_posterior: bool = True, generator: torch.Generator | None = None
-    ) -> tuple[Tensor, DiagonalGaussianDistribution]:
-        """Encode and decode images in one call. A training step needs this because DDP hooks only into `forward`.
+        self,
+        sample: Tensor,
+        sample_posterior: bool = False,
+        return_dict: bool = True,
+        generator: torch.Generator | None = None,
+    ) -> DecoderOutput | tuple[Tensor]:
+        """Encode and decode images in one call.
 
         Args:
-            x: Images (N, C, H, W) in [-1, 1].
+            sample: Images (N, C, H, W) in [-1, 1].
             sample_posterior: Whether to decode a sample of the posterior; False decodes its mean.
+            return_dict: Whether to return a `DecoderOutput` instead of a tuple.
             generator: Random generator for the sample.
 
         Returns:
-            The reconstruction (N, C, H, W) and the posterior.
+            The reconstruction (N, C, H, W).
         """
-        posterior = self.encode(x).latent_dist  # type: ignore[union-attr]
+        posterior = self.encode(sample).latent_dist
         z = posterior.sample(generator) if sample_posterior else posterior.mode()
-        return self.decode(z).sample, posterior  # type: ignore[union-attr]
+        return self.decode(z, return_dict=return_dict)
 
     def bake(self) -> "LiteVAE":
         """Replace self-modulated convolutions by plain ones with equal output, in place, for inference and export."""
@@ -213,150 +296,50 @@ class LiteVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
             self.register_to_config(decoder_norm="none")
         return self
 
+    def _moments(self, x: Tensor) -> Tensor:
+        return self.quant_conv(self.encoder(x))
+
+    def _image(self, z: Tensor) -> Tensor:
+        return self.decoder(self.post_quant_conv(z.to(compute_dtype(self.decoder.conv_in))))
+
+    def _in_tiles(self, compute: Callable[[Tensor], Tensor], x: Tensor, a: int, b: int) -> Tensor:
+        """Compute a network in tiles if tiling is enabled and `x` is larger than one.
+
+        A latent element is `a` elements of `x` and `b` of the result, on each axis.
+        """
+        tile = self.tile_latent_min_size
+        if not self.use_tiling or max(x.shape[-2:]) <= a * tile:
+            return compute(x)
+        return tiled(compute, x, tile, min(int(tile * self.tile_overlap_factor), tile - 1), (a, b))
+
     def _slices(self, x: Tensor) -> tuple[Tensor, ...]:
         """Split a batch into single images if slicing is enabled (`enable_slicing` of diffusers)."""
         return x.split(1) if self.use_slicing else (x,)
 
 
-def _identity_conv(channels: int) -> torch.nn.Conv2d:
-    conv = torch.nn.Conv2d(channels, channels, 1)
+class _NoConv(torch.nn.Identity):
+    """Stands for the convolution before the decoder in models that have none.
+
+    SDXL pipelines take the dtype that the decoder wants from the first parameter of this layer; so `parameters` gives
+    an empty one with the dtype and device of the decoder. It is in no state dict, and no optimizer sees it.
+    """
+
+    def __init__(self, decoder: Decoder):
+        super().__init__()
+        self._decoder = (decoder,)  # in a tuple, so that it is not a submodule
+
+    def parameters(self, recurse: bool = True) -> Iterator[torch.nn.Parameter]:
+        weight = self._decoder[0].conv_in.weight
+        yield torch.nn.Parameter(
+            torch.empty(0, dtype=compute_dtype(self._decoder[0].conv_in), device=weight.device), requires_grad=False
+        )
+
+
+def _identity_conv(channels: int, kind: type[torch.nn.Conv2d] = torch.nn.Conv2d) -> torch.nn.Conv2d:
+    conv = kind(channels, channels, 1)
     torch.nn.init.dirac_(conv.weight)
     torch.nn.init.zeros_(conv.get_parameter("bias"))
     return conv
-
-
-def load_autoencoder(folder: str | Path) -> ModelMixin:
-    """Load the autoencoder in a model folder, in eval mode and fp32.
-
-    The model can be a LiteVAE or any image autoencoder of diffusers.
-
-    Raises:
-        UserError: if the folder does not exist or is not a model folder, if it holds its weights only as
-            pickles, if its class is not an image autoencoder, or if its weights do not fit its config.
-    """
-    name = str(model_config(folder).get("_class_name", "model without a class name"))
-    family = autoencoder_class(name)
-    if family is None:
-        raise UserError(
-            f"{folder} holds a {name}, not a LiteVAE or an autoencoder of diffusers {diffusers.__version__}"
-        )
-    _weights(Path(folder))
-    try:
-        # The loading report is checked below, so that a missing or renamed tensor does not stay randomly initialised.
-        model, report = family.from_pretrained(
-            folder, output_loading_info=True, use_safetensors=True, local_files_only=True, torch_dtype=torch.float32
-        )
-    except UserError:
-        raise
-    except (OSError, RuntimeError, TypeError, ValueError, LookupError, AttributeError, SafetensorError) as error:
-        raise UserError(f"{folder} is damaged, its model can't be loaded: {error}") from error
-    except (ImportError, NameError) as error:
-        raise UserError(f"{folder} holds a {name} that needs a package which is not installed: {error}") from error
-    if wrong := [key for keys in report.values() for key in keys]:
-        raise UserError(f"{folder}: the weights do not fit config.json; e.g. {wrong[0]} ({len(wrong)} tensors)")
-    other = any(isinstance(layer, torch.nn.Conv1d | torch.nn.Conv3d) for layer in model.modules())
-    if other or (family is not LiteVAE and model.config.get("in_channels", 3) != 3):
-        raise UserError(f"{folder} holds a {name}, which encodes video, sound or layers, not RGB images")
-    return model.eval()
-
-
-def autoencoder_class(name: str) -> type[ModelMixin] | None:
-    """Return the class with this name, LiteVAE or an autoencoder of diffusers; None if there is no such class."""
-    if name == "LiteVAE":
-        return LiteVAE
-    known = name.startswith(("Autoencoder", "AsymmetricAutoencoder", "VQModel"))
-    return getattr(diffusers, name, None) if known else None
-
-
-def encode_latents(model: ModelMixin, x: Tensor) -> Tensor:
-    """Encode images into the raw output of the encoder, neither scaled nor shifted, on the scale that `decode` takes.
-
-    Args:
-        model: Autoencoder from `load_autoencoder`.
-        x: Images (N, 3, H, W) in [-1, 1].
-
-    Returns:
-        The posterior's moments (N, 2 n_z, h, w), first the mean and then the log-variance; for a deterministic encoder,
-        the latents (N, n_z, h, w). `latent_content` tells which.
-
-    Raises:
-        UserError: if H or W is not a multiple of the model's `downsampling`. Many encoders would silently drop the
-            remaining pixels.
-    """
-    factor, (height, width) = downsampling(model), x.shape[-2:]
-    if height % factor or width % factor:
-        raise UserError(
-            f"{type(model).__name__} takes images with sides that are multiples of {factor} pixels, not "
-            f"{width}x{height}; choose another resolution"
-        )
-    return _encode(model, x)
-
-
-def latent_content(model: ModelMixin) -> Literal["moments", "mean"]:
-    """Return what `encode_latents` gives for this model: a posterior's "moments", or one latent, the "mean"."""
-    if isinstance(model, LiteVAE):
-        return "mean" if model.deterministic else "moments"
-    return "moments" if "KL" in type(model).__name__ else "mean"
-
-
-_MEASURED: WeakKeyDictionary[torch.nn.Module, int] = WeakKeyDictionary()
-
-
-def downsampling(model: ModelMixin) -> int:
-    """Return the downsampling factor f of an autoencoder: one latent element covers f x f pixels.
-
-    The height and width of images must be multiples of f.
-    """
-    ratio = getattr(model, "spatial_compression_ratio", None) or model.config.get("spatial_compression_ratio")
-    widths = model.config.get("encoder_block_out_channels") or model.config.get("block_out_channels")
-    if ratio or widths:
-        return ratio or 2 ** (len(widths) - 1)
-    if model not in _MEASURED:  # the config does not tell the factor, so it is measured on a blank image
-        weight = next(model.parameters())
-        with torch.inference_mode():
-            _MEASURED[model] = 256 // _encode(model, weight.new_zeros(1, 3, 256, 256)).shape[-1]
-    return _MEASURED[model]
-
-
-def _encode(model: ModelMixin, x: Tensor) -> Tensor:
-    encoded = model.encode(x, return_dict=False)[0]
-    if isinstance(model, LiteVAE) and model.deterministic:
-        return encoded.mode()
-    return getattr(encoded, "parameters", encoded)
-
-
-def fingerprint(folder: str | Path) -> str:
-    """Return the sha256 over a model folder's config (without diffusers' own bookkeeping) and all its weight files.
-
-    Raises:
-        UserError: if the folder is not a model folder.
-    """
-    config = {key: value for key, value in model_config(folder).items() if key == "_class_name" or key[0] != "_"}
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-    for name in _weights(Path(folder)):
-        with open(Path(folder) / name, "rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()
-
-
-def _weights(folder: Path) -> list[str]:
-    """Return the names of the weight files. As in diffusers, an index counts before a single file.
-
-    Raises:
-        UserError: if the index names no files, or one that is not a safetensors file of this folder.
-    """
-    if not (folder / INDEX).is_file():
-        return [WEIGHTS]
-    files = read_json(folder / INDEX).get("weight_map")
-    if not isinstance(files, dict) or not files:
-        raise UserError(f"{folder}/{INDEX} names no files of weights")
-    names = sorted(set(map(str, files.values())))
-    for name in names:
-        # Without this check diffusers would also load pickles, and files outside the folder.
-        if Path(name).name != name or not name.endswith(".safetensors") or not (folder / name).is_file():
-            raise UserError(f"{folder}/{INDEX} names {name}, which is not a safetensors file of this folder")
-    return names
 
 
 def count_parameters(module: torch.nn.Module) -> int:

@@ -5,7 +5,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from litevae.errors import UserError
-from litevae.layers import ResBlock, group_norm, middle, small_posterior, variance_preserving_conv
+from litevae.layers import (
+    ExactConv2d,
+    ResBlock,
+    compute_dtype,
+    group_norm,
+    middle,
+    small_posterior,
+    variance_preserving_conv,
+)
 from litevae.wavelet import LEVELS, wavelet_pyramid
 
 # Widths, finest level first. For VAE-Small the paper states only the number of parameters, 6.75 M (Table 2b). The
@@ -49,7 +57,7 @@ class SDEncoder(nn.Module):
             self.down.append(nn.Sequential(*blocks))
         self.mid = middle(width)
         self.norm_out = group_norm(width)
-        self.conv_out = variance_preserving_conv(width, 2 * latent_channels, 3)
+        self.conv_out = variance_preserving_conv(width, 2 * latent_channels, 3, kind=ExactConv2d)
         small_posterior(self.conv_out)
         self.factor = 2 ** (len(channels) - 1)
 
@@ -58,7 +66,7 @@ class SDEncoder(nn.Module):
             raise UserError(
                 f"image size {x.shape[-2]}x{x.shape[-1]} is not a multiple of {self.factor}; resize or crop it first"
             )
-        x = self.conv_in(x.to(self.conv_in.weight.dtype))
+        x = self.conv_in(x.to(compute_dtype(self.conv_in)))
         for level in self.down:
             x = level(x)
         return self.conv_out(F.silu(self.norm_out(self.mid(x))))
@@ -81,10 +89,9 @@ class WaveletEncoder(nn.Module):
         self.details, self.wavelet, self.in_channels = details, wavelet, in_channels
         self.latent_channels = (16 if details else 4) * in_channels
 
-    @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
         with torch.autocast(x.device.type, enabled=False):
             *_, finer, latent = wavelet_pyramid(x.float(), self.wavelet, LEVELS)
         if self.details:
             latent = torch.cat([latent, F.pixel_unshuffle(finer[:, self.in_channels :], 2)], dim=1)
-        return latent.to(x.dtype)
+        return latent

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from litevae.layers import Norm, ResBlock, Upsample, group_norm, middle, variance_preserving_conv
+from litevae.layers import Norm, ResBlock, Upsample, compute_dtype, group_norm, middle, variance_preserving_conv
 from litevae.wavelet import idwt
 
 # Smallest width of a group in decoders narrower than SD-VAE's. With 32 groups of one channel, the last normalisation
@@ -60,7 +60,7 @@ class Decoder(nn.Module):
         self.conv_out = variance_preserving_conv(width, out_channels if wavelet is None else 4 * out_channels, 3)
 
     def forward(self, z: Tensor) -> Tensor:
-        x = self.mid(self.conv_in(z))
+        x = self.mid(self.conv_in(z.to(compute_dtype(self.conv_in))))
         for level in self.up:
             x = level(x)
         x = self.conv_out(F.silu(self.norm_out(x)))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from litevae.features import FlatUNet, NAFNet, ViT
-from litevae.layers import small_posterior, variance_preserving_conv
+from litevae.layers import ExactConv2d, compute_dtype, small_posterior, variance_preserving_conv
 from litevae.wavelet import LEVELS, check_wavelet, wavelet_pyramid
 
 
@@ -86,14 +86,14 @@ class Encoder(nn.Module):
         self.aggregator: FlatUNet | ViT = (
             ViT(seen, moments, 4 * size.aggregator_channels, vit_grid)
             if aggregator == "vit"
-            else FlatUNet(seen, moments, size.aggregator_channels, size.aggregator_mults)
+            else FlatUNet(seen, moments, size.aggregator_channels, size.aggregator_mults, last=ExactConv2d)
         )
         small_posterior(self.aggregator.conv_out)
 
     def forward(self, x: Tensor) -> Tensor:
-        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+        with torch.autocast(x.device.type, enabled=False):
             pyramid = wavelet_pyramid(x.float(), self.wavelet)
-        dtype = self.aggregator.conv_out.weight.dtype
+        dtype = compute_dtype(self.aggregator.conv_out)
         features = [
             down(extract(pyramid[level - 1].to(dtype)))
             for level, extract, down in zip(self.levels, cycle(self.extractors), self.downsamplers, strict=False)

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from litevae.layers import LayerNorm2d, ResBlock, variance_preserving_conv
+from litevae.layers import ExactConv2d, LayerNorm2d, ResBlock, variance_preserving_conv
 
 
 class FlatUNet(nn.Module):
@@ -18,9 +18,18 @@ class FlatUNet(nn.Module):
         channels: Base width.
         mults: Multiples of the base width, one per level.
         blocks: Number of ResBlocks per level.
+        last: Class of the last convolution.
     """
 
-    def __init__(self, in_channels: int, out_channels: int, channels: int, mults: tuple[int, ...], blocks: int = 2):
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        channels: int,
+        mults: tuple[int, ...],
+        blocks: int = 2,
+        last: type[nn.Conv2d] = nn.Conv2d,
+    ):
         super().__init__()
         self.conv_in = variance_preserving_conv(in_channels, channels, 3)
         widths, width = [], channels
@@ -36,7 +45,7 @@ class FlatUNet(nn.Module):
             for _ in range(blocks):
                 self.up.append(ResBlock(width + widths.pop(), channels * mult))
                 width = channels * mult
-        self.conv_out = variance_preserving_conv(width, out_channels, 3)
+        self.conv_out = variance_preserving_conv(width, out_channels, 3, kind=last)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
@@ -131,12 +140,13 @@ class ViT(nn.Module):
         )
         self.norm = nn.LayerNorm(width)
         self.project = nn.Linear(width, out_channels)
-        self.conv_out = variance_preserving_conv(out_channels, out_channels, 3)
+        self.conv_out = variance_preserving_conv(out_channels, out_channels, 3, kind=ExactConv2d)
 
     def forward(self, x: Tensor) -> Tensor:
         n, _, h, w = x.shape
         positions: Tensor = self.positions
         if positions.shape[-2:] != (h, w):
             positions = F.interpolate(positions, size=(h, w), mode="bicubic")
-        tokens = self.embed(x.flatten(2).mT) + positions.flatten(2).mT
+        tokens = self.embed(x.flatten(2).mT)
+        tokens = tokens + positions.flatten(2).mT.to(tokens.dtype)
         return self.conv_out(self.project(self.norm(self.layers(tokens))).mT.reshape(n, -1, h, w))

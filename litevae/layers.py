@@ -7,6 +7,7 @@ from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
+from diffusers.models.modeling_utils import get_parameter_dtype
 from torch import Tensor, nn
 
 Norm = Literal["group", "smc", "batch", "instance", "layer", "rms", "none"]
@@ -34,7 +35,8 @@ class SMC(nn.Module):
             return w * torch.rsqrt(w.square().sum(dim=(1, 2, 3), keepdim=True) + 1e-8) * self.gain.float()
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.conv2d(x, self.weight().to(self.conv.weight.dtype), self.conv.bias, padding=self.conv.padding)
+        bias = None if self.conv.bias is None else self.conv.bias.to(x.dtype)
+        return F.conv2d(x, self.weight().to(x.dtype), bias, padding=self.conv.padding)
 
     @torch.no_grad()
     def bake(self) -> nn.Conv2d:
@@ -53,15 +55,40 @@ class SMC(nn.Module):
         return plain.train(self.training)
 
 
+class ExactConv2d(nn.Conv2d):
+    """A convolution that is computed in fp32, outside autocast, whatever the dtype of its input and weights.
+
+    It is for the layers that output moments. It converts its weights itself, so that what wraps its `forward`
+    (layerwise casting, offloading) works.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = torch.promote_types(torch.promote_types(x.dtype, self.weight.dtype), torch.float32)
+        with torch.autocast(x.device.type, enabled=False):
+            bias = None if self.bias is None else self.bias.to(dtype)
+            return self._conv_forward(x.to(dtype), self.weight.to(dtype), bias)
+
+
+def compute_dtype(layer: nn.Conv2d) -> torch.dtype:
+    """Return the dtype that a layer computes in: that of its weights, or what layerwise casting turns them into."""
+    dtype = layer.weight.dtype
+    return dtype if dtype.itemsize > 1 else get_parameter_dtype(layer)
+
+
 def variance_preserving_conv(
-    in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, padding: int | None = None
+    in_channels: int,
+    out_channels: int,
+    kernel_size: int,
+    stride: int = 1,
+    padding: int | None = None,
+    kind: type[nn.Conv2d] = nn.Conv2d,
 ) -> nn.Conv2d:
     """Build a convolution that keeps the variance of its input at initialisation.
 
     It is for the main path, outside the residual branches. PyTorch's default initialisation divides the variance by
     three, and there are a dozen such convolutions in a row between the input image and its reconstruction.
     """
-    conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, kernel_size // 2 if padding is None else padding)
+    conv = kind(in_channels, out_channels, kernel_size, stride, kernel_size // 2 if padding is None else padding)
     nn.init.normal_(conv.weight, std=(in_channels * kernel_size**2) ** -0.5)
     nn.init.zeros_(conv.get_parameter("bias"))
     return conv
@@ -86,7 +113,8 @@ def upsampled_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     It takes 4/9 of the multiplications. An output pixel sees only 2x2 pixels of `x`, so the weights that apply to the
     same pixel can be summed. The result is a transposed 4x4 convolution of stride 2.
     """
-    if x.shape[0] * x.shape[2] * x.shape[3] < MIN_POSITIONS_FOR_FUSION:
+    # An exported program serves all sizes, so it must not depend on this one.
+    if not torch.compiler.is_exporting() and x.shape[0] * x.shape[2] * x.shape[3] < MIN_POSITIONS_FOR_FUSION:
         return F.conv2d(F.interpolate(x, scale_factor=2.0), weight, bias, padding=1)
     return F.conv_transpose2d(x, _neighbours(weight.flip(2, 3).transpose(0, 1)), bias, stride=2, padding=1)
 
@@ -97,7 +125,7 @@ def pooled_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     It takes 4/9 of the multiplications, because both together are a 4x4 convolution of stride 2. The height and width
     of `x` must be even.
     """
-    if x.shape[0] * x.shape[2] * x.shape[3] < 4 * MIN_POSITIONS_FOR_FUSION:
+    if not torch.compiler.is_exporting() and x.shape[0] * x.shape[2] * x.shape[3] < 4 * MIN_POSITIONS_FOR_FUSION:
         return F.avg_pool2d(F.conv2d(x, weight, bias, padding=1), 2)
     return F.conv2d(x, _neighbours(weight) / 4, bias, stride=2, padding=1)
 
@@ -117,8 +145,11 @@ class Upsample(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         conv = self[1]
-        if type(conv) is not nn.Conv2d:  # it was replaced, e.g. by a faster kernel
+        replaced = type(conv) is not nn.Conv2d  # e.g. by a faster kernel
+        # Layerwise casting and offloading bring the weights only while the layer's own `forward` runs.
+        if replaced or hasattr(conv, "_diffusers_hook") or hasattr(conv, "_hf_hook"):
             return super().forward(x)
+        assert isinstance(conv, nn.Conv2d)
         return upsampled_conv(x, conv.weight, conv.bias)
 
 
@@ -133,8 +164,8 @@ class RMSNorm2d(nn.RMSNorm):
     """RMS normalisation over the channels of each position of (N, C, H, W)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.to(self.weight.dtype)  # autocast runs the other normalisations in fp32, but not this one
-        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+        exact = x.to(self.weight.dtype)  # autocast runs the other normalisations in fp32, but not this one
+        return super().forward(exact.movedim(1, -1)).movedim(-1, 1).to(x.dtype)
 
 
 def group_norm(channels: int, group_width: int = 1, eps: float = 1e-6) -> nn.GroupNorm:

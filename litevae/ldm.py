@@ -7,21 +7,25 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import diffusers
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UNet2DModel
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.autoencoders.vae import AutoencoderMixin, DecoderOutput
+from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from safetensors import SafetensorError
 from torch import Tensor
 
-from litevae.autoencoder import autoencoder_class, fingerprint
+from litevae.any_autoencoder import autoencoder_class, fingerprint
+from litevae.autoencoder import LiteVAE
 from litevae.diffusion import Scheduler
 from litevae.dit import DiT
 from litevae.errors import UserError
+from litevae.posterior import Posterior
 from litevae.sampling import Seed, sample_latents
 
 FORMAT = 2
@@ -32,10 +36,11 @@ PIPELINES = {False: ("LDMPipeline", "unet", "vqvae"), True: ("DiTPipeline", "tra
 
 
 class NormalizedAutoencoder(ModelMixin, AutoencoderMixin, ConfigMixin):
-    """An autoencoder that decodes normalised latents, which have mean 0 and standard deviation 1 in each channel.
+    """An autoencoder of normalised latents, which have mean 0 and standard deviation 1 in each channel.
 
     Diffusion models learn latents that are normalised over the data set. diffusers pipelines know only one scaling
-    factor for all channels. With this class as their autoencoder, that factor is 1.
+    factor for all channels. With this class as their autoencoder, that factor is 1. Slicing, tiling and gradient
+    checkpointing are those of the autoencoder inside.
 
     Args:
         autoencoder_config: Config of a LiteVAE or of a diffusers autoencoder, including `_class_name`.
@@ -47,6 +52,10 @@ class NormalizedAutoencoder(ModelMixin, AutoencoderMixin, ConfigMixin):
         UserError: if the class in the config is not an autoencoder.
     """
 
+    _supports_gradient_checkpointing = True  # as far as the autoencoder inside does
+    _no_split_modules: ClassVar[list[str]] = LiteVAE._no_split_modules
+    _skip_layerwise_casting_patterns: ClassVar[list[str]] = LiteVAE._skip_layerwise_casting_patterns
+
     @register_to_config
     def __init__(
         self,
@@ -56,6 +65,7 @@ class NormalizedAutoencoder(ModelMixin, AutoencoderMixin, ConfigMixin):
         scaling_factor: float = 1.0,
     ):
         super().__init__()
+        self.register_to_config(_use_default_values=[])  # see LiteVAE
         name = str(autoencoder_config.get("_class_name"))
         family = autoencoder_class(name)
         if family is None:
@@ -91,15 +101,71 @@ class NormalizedAutoencoder(ModelMixin, AutoencoderMixin, ConfigMixin):
         """The standard deviation of the raw latents, (1, C, 1, 1)."""
         return torch.tensor(self.config.latents_std).view(1, -1, 1, 1)
 
+    @property
+    def use_slicing(self) -> bool:
+        """Whether the images of a batch are processed one by one."""
+        return getattr(self.autoencoder, "use_slicing", False)
+
+    @property
+    def use_tiling(self) -> bool:
+        """Whether large images are processed in tiles."""
+        return getattr(self.autoencoder, "use_tiling", False)
+
+    def enable_slicing(self) -> None:
+        """Process the images of a batch one by one, if the autoencoder inside can."""
+        self.autoencoder.enable_slicing()
+
+    def disable_slicing(self) -> None:
+        """Process a batch at once."""
+        self.autoencoder.disable_slicing()
+
+    def enable_tiling(self, *args: Any, **options: Any) -> None:
+        """Process large images in tiles; arguments are those of the autoencoder inside (`LiteVAE.enable_tiling`)."""
+        self.autoencoder.enable_tiling(*args, **options)
+
+    def disable_tiling(self) -> None:
+        """Process images as a whole."""
+        self.autoencoder.disable_tiling()
+
+    @apply_forward_hook
+    def encode(self, x: Tensor, return_dict: bool = True, **options: Any) -> AutoencoderKLOutput | tuple[Any]:
+        """Encode images (N, 3, H, W) in [-1, 1] into the posterior over normalised latents.
+
+        `options` go to the autoencoder inside, e.g. `pad=True` of LiteVAE. An autoencoder that gives one latent instead
+        of a posterior has a posterior of zero variance here.
+        """
+        encoded = self.autoencoder.encode(x, return_dict=False, **options)[0]
+        latent = isinstance(encoded, Tensor)
+        mean, logvar = (encoded, torch.full_like(encoded, -30)) if latent else (encoded.mean, encoded.logvar)
+        mean = (mean - self.mean.to(mean)) / self.std.to(mean)
+        logvar = logvar - 2 * self.std.to(logvar).log()
+        half = self.dtype if self.dtype in (torch.float16, torch.bfloat16) else None
+        posterior = Posterior(torch.cat([mean, logvar], dim=1), latent or encoded.deterministic, half)
+        return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
+
+    @apply_forward_hook
     def decode(
-        self, z: Tensor, return_dict: bool = True, generator: torch.Generator | None = None
+        self, z: Tensor, return_dict: bool = True, generator: torch.Generator | None = None, **options: Any
     ) -> DecoderOutput | tuple[Tensor]:
         """Decode normalised latents (N, C, h, w) into images (N, 3, f h, f w).
 
-        `generator` is not used. It is accepted because diffusers pipelines may pass one.
+        `generator` is not used. It is accepted because diffusers pipelines may pass one. `options` go to the
+        autoencoder inside, e.g. `size` of LiteVAE.
         """
-        sample = self.autoencoder.decode(z * self.std.to(z) + self.mean.to(z), return_dict=False)[0]
+        sample = self.autoencoder.decode(z * self.std.to(z) + self.mean.to(z), return_dict=False, **options)[0]
         return DecoderOutput(sample=sample) if return_dict else (sample,)
+
+    def forward(
+        self,
+        sample: Tensor,
+        sample_posterior: bool = False,
+        return_dict: bool = True,
+        generator: torch.Generator | None = None,
+    ) -> DecoderOutput | tuple[Tensor]:
+        """Encode and decode images in one call; the arguments are those of `LiteVAE.forward`."""
+        posterior = self.encode(sample, return_dict=False)[0]
+        z = posterior.sample(generator) if sample_posterior else posterior.mode()
+        return self.decode(z, return_dict=return_dict)
 
 
 @dataclass

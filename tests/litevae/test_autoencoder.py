@@ -32,16 +32,10 @@ from torch.nn import functional as F
 
 import litevae
 from litevae import LiteVAE, UserError, load_autoencoder
-from litevae.autoencoder import (
-    INDEX,
-    WEIGHTS,
-    count_parameters,
-    downsampling,
-    encode_latents,
-    fingerprint,
-    latent_content,
-    model_config,
-)
+from litevae.any_autoencoder import fingerprint
+from litevae.autoencoder import count_parameters
+from litevae.latents import downsampling, encode_latents, latent_content
+from litevae.model_folder import INDEX, WEIGHTS, model_config
 
 SHARED = Path(__file__).parents[3] / "shared"
 SMALL = {"block_out_channels": (32, 32, 32, 32), "layers_per_block": 1}
@@ -131,9 +125,12 @@ def test_encode_and_decode_as_diffusers(model, x):
 
 @torch.no_grad()
 def test_forward_is_encode_draw_decode(model, x):
-    image, posterior = model(x, generator=torch.Generator().manual_seed(1))
+    posterior = model.encode(x).latent_dist
+    image = model(x, sample_posterior=True, generator=torch.Generator().manual_seed(1)).sample
     assert torch.equal(image, model.decode(posterior.sample(torch.Generator().manual_seed(1))).sample)
-    assert torch.equal(model(x, sample_posterior=False)[0], model.decode(posterior.mode()).sample)
+    (mode,) = model(x, return_dict=False)
+    assert torch.equal(mode, model.decode(posterior.mode()).sample)
+    assert torch.equal(mode, model(sample=x).sample)
 
 
 @torch.no_grad()
@@ -209,11 +206,12 @@ def test_every_system_trains_is_saved_and_loaded(tmp_path, x, name):
     if name not in LARGE:
         part = x[:1, :, :32, :32]
         with torch.no_grad():
-            exact, _ = model(part, sample_posterior=False)
+            exact = model(part).sample
             with torch.autocast("cpu", torch.bfloat16):
-                rough, _ = model(part, sample_posterior=False)
+                rough = model(part).sample
         assert 0 < (rough - exact).abs().mean() < 0.05 * exact.std(), (rough - exact).abs().mean() / exact.std()
-    image, posterior = model(x)
+    posterior = model.encode(x).latent_dist
+    image = model.decode(posterior.sample()).sample
     assert image.shape == x.shape
     (F.mse_loss(image, x) + 1e-3 * posterior.kl().mean()).backward()
     gradients = {key: p.grad for key, p in model.named_parameters()}
@@ -317,7 +315,7 @@ def test_the_fingerprint_is_of_config_and_weights(tmp_path, model):
     config = json.loads((b / "config.json").read_text())
     (b / "config.json").write_text(json.dumps(dict(reversed(config.items())) | {"_diffusers_version": "9"}))
     assert fingerprint(a) == fingerprint(b)
-    (c / "config.json").write_text(json.dumps(config | {"scaling_factor": 2.0}))
+    (c / "config.json").write_text(json.dumps(config | {"downsample": "pool"}))
     assert fingerprint(a) != fingerprint(c)
     with torch.no_grad():
         model.decoder.conv_out.bias.add_(1e-3)
@@ -532,9 +530,9 @@ def test_folders_that_hold_something_else(tmp_path):
             UserError, match=f"{type(model).__name__}, which encodes video, sound or layers, not RGB images"
         ):
             load_autoencoder(tmp_path / name)
-    layers.save_pretrained(tmp_path / "half", variant="fp16")
-    with pytest.raises(UserError, match=r"rename diffusion_pytorch_model\.fp16\.safetensors"):
-        load_autoencoder(tmp_path / "half")
+    (tmp_path / "layers" / WEIGHTS).rename(tmp_path / "layers" / "vae.safetensors")
+    with pytest.raises(UserError, match=r"rename vae\.safetensors"):
+        load_autoencoder(tmp_path / "layers")
 
 
 def test_damaged_folders_are_named(tmp_path, model):

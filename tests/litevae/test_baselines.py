@@ -83,7 +83,7 @@ def test_the_wavelet_encoders_bands_are_pywavelets(wavelet):
     low, coarse, fine, _ = pywt.wavedec2(x.numpy(), wavelet, mode="periodization", level=3)
     fine = np.concatenate(fine, axis=1)  # (N, 9, H/4, W/4)
     deep = np.stack([fine[..., i::2, j::2] for i in (0, 1) for j in (0, 1)], axis=2).reshape(2, 36, 5, 6)
-    dwt, dwt2 = (WaveletEncoder(details, wavelet)(x) for details in (False, True))
+    dwt, dwt2 = (WaveletEncoder(details, wavelet)(x).double() for details in (False, True))
     assert (dwt.shape, dwt2.shape) == ((2, 12, 5, 6), (2, 48, 5, 6))
     assert torch.equal(dwt2[:, :12], dwt)
     torch.testing.assert_close(dwt, torch.from_numpy(np.concatenate([low, *coarse], axis=1)) / 8, atol=1e-5, rtol=1e-5)

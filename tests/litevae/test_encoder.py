@@ -54,10 +54,22 @@ def test_every_level_and_every_parameter_is_used(variant):
     assert not silent
 
 
-def test_the_transform_of_the_input_has_no_gradient():
-    x = torch.randn(1, 3, 32, 32, requires_grad=True)
-    Encoder(4, SIZES["S"])(x).sum().backward()
-    assert x.grad is None
+def test_the_transform_keeps_a_graph_only_for_an_image_that_wants_a_gradient(monkeypatch):
+    import litevae.encoder
+
+    kept = []
+    pyramid = litevae.encoder.wavelet_pyramid
+
+    def look(x, name):
+        kept.append([bands.requires_grad for bands in pyramid(x, name)])
+        return pyramid(x, name)
+
+    monkeypatch.setattr(litevae.encoder, "wavelet_pyramid", look)
+    for wanted in (False, True):
+        x = torch.randn(1, 3, 32, 32, requires_grad=wanted)
+        Encoder(4, SIZES["S"])(x).sum().backward()
+        assert (x.grad is not None) == wanted
+    assert kept == [[False] * 3, [True] * 3]
 
 
 @pytest.mark.parametrize("wavelet", ["haar", "db2"])  # Haar only adds; db2 is a convolution, which autocast takes
