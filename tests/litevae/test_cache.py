@@ -7,6 +7,8 @@ import os
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +20,14 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 from litevae import cache, storage
 from litevae.cache import LatentCache
-from litevae.commits import commit_shard, committed_shards, latent_statistics, mean_and_std
+from litevae.commits import (
+    commit_shard,
+    committed_shards,
+    constant_channels,
+    divisor,
+    latent_statistics,
+    mean_and_std,
+)
 from litevae.errors import UserError
 from litevae.order import EpochOrder
 from litevae.shards import DTYPES, QUARANTINE, finite_rows, latent_layout, row_schema, storage_errors, to_stored
@@ -482,3 +491,135 @@ def test_noise_is_that_of_seed_epoch_and_id(made):
     expected = mean + np.exp(logvar / 2) * generator.standard_normal(mean.shape, np.float32)
     found = LatentCache(folder).latents([9, 5], epoch=[0, 3], seed=7, normalize=False)[1]
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_threads_read_different_row_groups_at_the_same_time(made, monkeypatch):
+    folder, moments = made
+    latents = LatentCache(folder)
+    hashed, together = [], threading.Barrier(4)  # broken, after a minute, where they do not read at the same time
+    read_group, read_checked = storage.read_row_group, cache.read_checked
+
+    def read(*args):
+        together.wait(60)
+        return read_group(*args)
+
+    def checked(file, shard):
+        hashed.append(file)
+        return read_checked(file, shard)
+
+    monkeypatch.setattr(storage, "read_row_group", read)
+    monkeypatch.setattr(cache, "read_checked", checked)
+    rows = [0, 128, 256, 300]  # of four row groups, three of them in one shard
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda row: latents.moments([row]), rows))
+    np.testing.assert_array_equal(torch.cat(found).numpy(), moments[rows])
+    assert sorted(hashed) == sorted(latents.files)  # each file was hashed once
+
+
+def append(folder):
+    """Another driver appends two images, as shard 3, and finishes the cache."""
+    rows = rows_of(450, 2)
+    commit_shard(folder, 3, (452, 454), HOW, rows, [random_moments(2, seed=2)], quarantine_of([]))
+    return cache.write_manifest(folder, plan_of(), SOURCE | {"units": 454, "shards": 4}, {"job": "other"})
+
+
+def repair(folder):
+    """Another driver encodes shard 2 again, and finishes the cache."""
+    again = [random_moments(150, seed=1)]
+    commit_shard(folder, 2, UNITS[2], HOW, rows_of(300, 150, 302), again, quarantine_of([]), generation=1)
+    return cache.write_manifest(folder, plan_of(), SOURCE, {"job": "other"})
+
+
+class Meanwhile:
+    """Does something once, just before a driver writes a file."""
+
+    def __init__(self, monkeypatch, act, at):
+        self.act, self.at, self.made = act, at, None
+        for name in ("replace", "put_new", "put"):
+            monkeypatch.setattr(storage, name, partial(self, getattr(storage, name)))
+
+    def __call__(self, do, path, *more):
+        if self.act and path.endswith(self.at):
+            act, self.act = self.act, None
+            self.made = act()
+        return do(path, *more)
+
+
+@pytest.fixture(params=["local", "s3"])
+def place(request, tmp_path):
+    """A folder for a cache, in each kind of storage."""
+    return storage.join(request.getfixturevalue("s3"), "cache") if request.param == "s3" else str(tmp_path / "cache")
+
+
+@pytest.mark.parametrize("at", ["manifests/000001.json", "/manifest.json"])
+@pytest.mark.parametrize("act", [append, repair])
+def test_a_late_driver_does_not_put_an_older_manifest_over_a_newer_one(place, monkeypatch, act, at):
+    write(place, finish=False)
+    other = Meanwhile(monkeypatch, lambda: act(place), at)
+    late = cache.write_manifest(place, plan_of(), SOURCE, {"job": "late"})
+    newest = cache.read_manifest(place)
+    assert newest == other.made
+    assert newest["run"] == {"job": "other"}
+    assert newest["counts"]["rows"] == 452 if act is append else newest["shards"][2]["generation"] == 1
+    names = storage.names(storage.join(place, "manifests"))
+    assert newest == cache.read_manifest(place, len(names))
+    # Where the late one had not written yet, it takes over what the other has made.
+    assert late["number"] == 1
+    assert names == (["000001.json"] if at.startswith("manifests") else ["000001.json", "000002.json"])
+
+
+def test_what_another_driver_has_appended_stays_in(place):
+    write(place)
+    append(place)
+    assert cache.write_manifest(place, plan_of(), SOURCE, {})["number"] == 2  # by one that knows of three shards
+    repair(place)
+    newest = cache.read_manifest(place)
+    assert (newest["number"], newest["counts"]["rows"], newest["source"]["units"]) == (3, 452, 454)
+    assert newest["shards"][2]["generation"] == 1
+
+
+def test_a_manifest_that_is_damaged_or_lost_is_written_again(place):
+    write(place)
+    newest = cache.read_manifest(place)
+    path = storage.join(place, "manifest.json")
+    for damage in (lambda: storage.put(path, b"{"), lambda: storage.remove(path)):
+        damage()
+        assert cache.write_manifest(place, plan_of(), SOURCE, {}) == newest
+        assert cache.read_manifest(place) == newest
+    storage.remove(storage.join(place, "manifests", "000001.json"))  # the numbers go on after that of manifest.json
+    assert cache.write_manifest(place, plan_of(), SOURCE, {})["number"] == 2
+    assert cache.read_manifest(place)["number"] == 2
+
+
+@pytest.fixture(params=["moments", "mean"])
+def with_a_constant_channel(request, tmp_path):
+    """A cache whose channel 1 has one value everywhere, of which fp32 sums are not exact; and the values."""
+    values = np.random.default_rng(0).normal(1, 3, (140, 3, 4, 5)).astype(np.float32)
+    values[:, 1] = 0.1
+    stored = values
+    if request.param == "moments":
+        logvar = np.full_like(values, -1.0)
+        logvar[:, 1] = -30.0  # its standard deviation is 3e-7
+        stored = np.concatenate([values, logvar], axis=1)
+    return write_one(str(tmp_path), latent_layout(request.param, "float32"), [stored]), torch.from_numpy(values)
+
+
+def test_a_constant_channel_is_named_and_is_0_when_normalised(with_a_constant_channel):
+    latents, values = with_a_constant_channel
+    assert latents.constant == ([1] if latents.content == "mean" else [])
+    if latents.content == "moments":  # as small as it is, it can be told from rounding: draws have deviation 1
+        z = latents.latents(range(140), 0, 0)
+        assert 0.9 < z[:, 1].std() < 1.1
+        return
+    with pytest.warns(UserWarning, match="constant channels of the latents, counted from 0: 1; normalised, they are 0"):
+        z = latents.latents(range(140), 0, 0)
+    assert torch.equal(z[:, 1], torch.zeros(140, 4, 5))
+    torch.testing.assert_close(z[:, ::2].std((0, 2, 3), correction=0), torch.ones(2), atol=1e-4, rtol=0)
+    torch.testing.assert_close(latents.normalize(values), z)
+    torch.testing.assert_close(latents.denormalize(z), values, atol=1e-5, rtol=1e-5)
+
+
+def test_constant_channels_by_hand():
+    mean, std = torch.tensor([0.0, 2.0, 2.0, 0.0]), torch.tensor([0.0, 1e-6, 1e-5, 1e-9])
+    assert constant_channels(mean, std) == [0, 1]
+    assert divisor(mean, std).tolist() == [torch.inf, torch.inf, std[2], std[3]]

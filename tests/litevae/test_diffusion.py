@@ -143,6 +143,26 @@ def test_min_snr_weights_by_hand(prediction, expected):
     torch.testing.assert_close(weights, torch.tensor(expected))
 
 
+@pytest.mark.parametrize(("gamma", "expected"), [(5.0, [1, 1 / 1, 5 / 5, 5 / 10]), (1.0, [1, 1 / 1.25, 1 / 5, 1 / 10])])
+def test_min_snr_weights_of_zero_snr_by_hand(gamma, expected):
+    objective = Objective("v", zero_snr=True, weighting="min-snr", gamma=gamma)
+    weights = objective._weights(torch.tensor([0.0, 0.25, 4.0, 9.0]))
+    torch.testing.assert_close(weights, torch.tensor(expected, dtype=torch.float32))
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_the_level_that_sampling_begins_at_is_trained(schedule):
+    objective = Objective("v", schedule, zero_snr=True, weighting="min-snr")
+    sampler = objective.scheduler()
+    sampler.set_timesteps(20)
+    z, noise = normal(1, 4, 8, 8), normal(1, 4, 8, 8, seed=1)
+    answer = torch.zeros_like(z, requires_grad=True)
+    losses = objective.loss(Answers(answer), z, noise, torch.tensor([0.9999]))
+    assert losses.level.item() * 1000 == sampler.timesteps[0] == 999
+    losses.weighted.sum().backward()
+    torch.testing.assert_close(answer.grad, 2 * z / z.numel())  # v of pure noise is -z, and its weight is 1
+
+
 def test_a_loss_by_hand():
     """z = 1, epsilon = -1, and a network that always says 1/2."""
     z, noise, u = torch.ones(2, 1, 2, 2), -torch.ones(2, 1, 2, 2), torch.tensor([0.25, 0.75])

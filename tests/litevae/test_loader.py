@@ -182,10 +182,18 @@ def test_shapes_are_mixed_in_proportion(several):
     assert other != first
 
 
-def test_the_order_of_shapes_is_fixed_for_ever(several):
+@pytest.mark.parametrize(
+    ("version", "pinned"),
+    [
+        (1, [128, 108, 60, 6, 93, 143, 68, 81, 31, 87, 32, 110]),
+        (2, [127, 107, 60, 123, 80, 71, 116, 59, 28, 57, 12, 12]),
+    ],
+)
+def test_the_order_of_shapes_is_fixed_for_ever(several, version, pinned):
     """A resumed run must see the order of the version that started it."""
-    batches = take(make(several, 32, seed=7), 12)
-    assert [batch["index"][0].item() for batch in batches] == [128, 108, 60, 6, 93, 143, 68, 81, 31, 87, 32, 110]
+    loader = make(several, 32, seed=7)
+    loader.use_order(version)
+    assert [batch["index"][0].item() for batch in take(loader, 12)] == pinned
 
 
 # --- draws and columns ------------------------------------------------------------------------------------------------
@@ -232,6 +240,24 @@ def test_it_goes_on_in_mid_epoch_with_any_number_of_workers(folder, world):
             same(rest, [{key: value[rank::world] for key, value in batch.items()} for batch in whole[stop:]])
         rest = take(first, 40 - stop)  # the same loader, iterated again
         same(rest, whole[stop:])
+
+
+def test_a_state_of_an_earlier_version_goes_on_in_its_order(one):
+    earlier, now = make(one, 12, seed=2), make(one, 12, seed=2)
+    earlier.use_order(1)
+    whole = take(earlier, 8)
+    assert not same_rows(whole, take(now, 8))
+    state = {key: value for key, value in now.state_dict().items() if key != "order"} | {"position": 36}
+    loader = make(one, 12, seed=2)
+    loader.load_state_dict(state)
+    assert same_rows(take(loader, 5), whole[3:])
+    assert loader.state_dict()["order"] == 1  # also where it is saved again
+    loader.load_state_dict(now.state_dict())
+    assert loader.state_dict()["order"] == 2
+
+
+def same_rows(batches, others):
+    return all(torch.equal(a["index"], b["index"]) for a, b in zip(batches, others, strict=True))
 
 
 def test_the_state_is_that_of_the_last_batch_handed_out(folder):
@@ -303,10 +329,10 @@ def test_a_damaged_shard_is_named_when_its_batch_comes(one, tmp_path, threads):
     data = bytearray((folder / shard).read_bytes())
     data[len(data) // 3] ^= 1
     (folder / shard).write_bytes(data)
-    whole = take(make(one, 2, seed=4), 20)
+    whole = take(make(one, 2, seed=9), 20)
     good = next(n for n, batch in enumerate(whole) if any(60 <= index < 80 for index in batch["index"]))
     assert good >= 4  # or the test could not tell an error that comes too early
-    loader, batches = make(folder, 2, seed=4, threads=threads), []
+    loader, batches = make(folder, 2, seed=9, threads=threads), []
     with pytest.raises(UserError, match=f"{shard} is damaged"):
         batches.extend(loader)
     same(batches, whole[:good])

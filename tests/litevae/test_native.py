@@ -2,6 +2,9 @@
 
 import copy
 import os
+import pickle
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,9 +12,11 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 
 from litevae import native
-from litevae.autoencoder import LiteVAE, encode_latents
+from litevae.autoencoder import LiteVAE
 from litevae.denoiser import build_denoiser
 from litevae.inference import best_kernels, memory_format, prepare_for_inference
+from litevae.latents import encode_latents
+from litevae.layers import ResBlock
 
 LAST = torch.channels_last
 
@@ -180,6 +185,13 @@ def anew(monkeypatch, tmp_path):
     native._library.cache_clear()
 
 
+@pytest.mark.usefixtures("anew", "no_home")
+def test_without_a_home_folder_there_are_no_kernels():
+    assert not native.available()
+    with pytest.raises(native.NoKernels, match="no home folder for compiled kernels: set HOME or XDG_CACHE_HOME"):
+        native._library()
+
+
 def test_compiled_once_and_kept(anew, monkeypatch):
     assert native.available()
     (kept,) = anew.iterdir()
@@ -205,3 +217,150 @@ def test_no_compiler_or_one_that_fails(anew, monkeypatch, tmp_path):
     with pytest.raises(native.NoKernels, match="could not compile .*no space"):
         native.accelerate(torch.nn.Sequential())
     assert [*anew.iterdir()] == []  # nothing half-made
+
+
+# --- what is refused, and what is noticed ---------------------------------------------------------------------------
+
+
+def layer(fewer=4, more=6, **options):
+    torch.manual_seed(0)
+    return native.FastConv2d(torch.nn.Conv2d(fewer, more, 3, padding=1, **options).requires_grad_(False))
+
+
+BAD_INPUTS = {
+    "more channels": (torch.zeros(1, 8, 4, 4), "shape"),
+    "one channel": (torch.zeros(1, 1, 4, 4), "shape"),
+    "three dimensions": (torch.zeros(4, 4, 4), "shape"),
+    "meta": (torch.zeros(1, 4, 4, 4, device="meta"), "meta"),
+    "integers": (torch.zeros(1, 4, 4, 4, dtype=torch.int64), "int64"),
+    "double": (torch.zeros(1, 4, 4, 4, dtype=torch.float64), "float64"),
+    "sparse": (torch.zeros(1, 4, 4, 4).to_sparse(), "dense"),
+    "gradient": (torch.zeros(1, 4, 4, 4, requires_grad=True), "gradient"),
+}
+
+
+@pytest.mark.parametrize("bad", BAD_INPUTS)
+def test_inputs_that_the_kernels_cannot_read_are_refused(bad):
+    x, message = BAD_INPUTS[bad]
+    with pytest.raises(ValueError, match=message):
+        layer()(x)
+    with pytest.raises(ValueError, match=message):
+        native.norm_silu(x, torch.nn.GroupNorm(2, 4).requires_grad_(False))
+
+
+def test_no_pixels_are_refused_and_no_images_give_none():
+    with pytest.raises(ValueError, match="no pixels"):
+        layer()(torch.zeros(1, 4, 0, 4))
+    assert layer()(torch.zeros(0, 4, 5, 7)).shape == (0, 6, 5, 7)
+    assert native.norm_silu(torch.zeros(0, 4, 5, 7), torch.nn.GroupNorm(2, 4).requires_grad_(False)).shape[0] == 0
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 4, 4), (2, 6, 4, 4), (1, 6, 4, 5), (6, 4, 4)], ids=str)
+def test_what_is_added_must_have_the_shape_of_the_output(shape):
+    with pytest.raises(ValueError, match="what is added must have the shape"):
+        layer()(torch.zeros(1, 4, 4, 4), torch.zeros(shape))
+
+
+def test_the_output_of_a_normalisation_must_fit():
+    x, norm = torch.zeros(1, 4, 4, 4), torch.nn.GroupNorm(2, 4).requires_grad_(False)
+    for out in (torch.zeros(1, 4, 4, 5), x.bfloat16(), torch.zeros(1, 4, 4, 4)):  # the last is channels first
+        with pytest.raises(ValueError, match="the output must"):
+            native.norm_silu(x, norm, out=out)
+    with pytest.raises(ValueError, match="the weight of this layer"):
+        native.norm_silu(x, norm.bfloat16())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_reduced_inputs_are_cast_without_loss(dtype, generator):
+    x, conv = torch.randn(2, 4, 5, 6, generator=generator).to(dtype), layer()
+    assert torch.equal(conv(x), conv(x.float()))
+    assert conv(x).dtype == torch.float32
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(conv(x.float()), conv(x.float()))
+        assert conv(x.float()).dtype == torch.float32
+
+
+def test_under_autocast_a_block_computes_in_fp32(generator):
+    block = native.FastResBlock(filled(ResBlock(16, 32)))
+    x = torch.randn(1, 16, 8, 8, generator=generator)
+    expected = block(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(block(x), expected)
+
+
+def doubled(model):
+    for parameter in model.parameters():
+        parameter.mul_(2)
+
+
+def assigned(model):
+    model.weight = torch.nn.Parameter(2 * model.weight, requires_grad=False)
+    model.bias = torch.nn.Parameter(2 * model.bias, requires_grad=False)
+
+
+def through_data(model):
+    for parameter in model.parameters():
+        parameter.data = 2 * parameter.data
+
+
+def there_and_back(model):
+    """The memory of the old weights must not be given to the new ones, or both would look the same."""
+    doubled(model.bfloat16().float())
+
+
+CHANGES = {
+    "load_state_dict": lambda m: m.load_state_dict({key: 2 * value for key, value in m.state_dict().items()}),
+    "assign": lambda m: m.load_state_dict({key: 2 * value for key, value in m.state_dict().items()}, assign=True),
+    "in place": doubled, "assigned": assigned, "data": through_data, "bfloat16 and back": there_and_back,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", [False, True], ids=["outside", "in inference mode"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_changed_weights_are_used(change, mode, generator):
+    with torch.inference_mode(mode):
+        conv, x = layer(), torch.randn(1, 4, 6, 6, generator=generator)
+        conv(x)
+        CHANGES[change](conv)
+        within(conv(x), F.conv2d(x.double(), conv.weight.double(), conv.bias.double(), padding=1))
+
+
+@pytest.mark.parametrize("cast", ["bfloat16", "half", "double", "meta"])
+def test_weights_that_are_no_longer_fp32_on_a_cpu_are_refused(cast):
+    model = native.accelerate(torch.nn.Sequential(torch.nn.Conv2d(4, 4, 3, padding=1)))
+    model = model.to("meta") if cast == "meta" else getattr(model, cast)()
+    with pytest.raises(ValueError, match="load the model again"):
+        model(torch.zeros(1, 4, 4, 4))
+
+
+def test_weights_that_train_are_refused():
+    model = native.accelerate(torch.nn.Sequential(torch.nn.Conv2d(4, 4, 3, padding=1))).requires_grad_(True)
+    with pytest.raises(ValueError, match="requires a gradient, and none flows"):
+        model(torch.zeros(1, 4, 4, 4))
+    with torch.no_grad():
+        model(torch.zeros(1, 4, 4, 4))
+
+
+@pytest.mark.parametrize(
+    "way", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"]
+)
+def test_copies_have_weights_of_their_own(way, generator):
+    model = native.accelerate(torch.nn.Sequential(torch.nn.Conv2d(4, 4, 3, padding=1), filled(ResBlock(4, 4))))
+    x = torch.randn(1, 4, 6, 6, generator=generator)
+    expected, other = model(x), way(model)
+    assert torch.equal(other(x), expected)
+    other[0].weight.zero_()
+    assert torch.equal(model(x), expected)
+    assert not torch.equal(other(x), expected)
+
+
+@pytest.mark.slow
+def test_sanitizers_report_nothing(tmp_path):
+    driver = Path(__file__).with_name("native_driver.cpp")
+    compiler, program = os.environ.get("CXX", "g++"), str(tmp_path / "driver")
+    flags = ["-O1", "-g", "-march=native", "-std=c++17", "-fopenmp", "-ffp-contract=fast", "-fno-math-errno"]
+    sanitize = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
+    subprocess.run([compiler, *flags, *sanitize, str(native.SOURCE), str(driver), "-o", program], check=True)
+    env = os.environ | {"OMP_NUM_THREADS": "3", "ASAN_OPTIONS": "detect_leaks=1"}
+    done = subprocess.run([program], capture_output=True, text=True, env=env)
+    assert (done.returncode, done.stdout) == (0, "all equal\n"), done.stdout + done.stderr[-3000:]

@@ -76,11 +76,26 @@ def test_single_files_are_shuffled_across_everything():
     assert abs(np.corrcoef(rows, np.arange(1000))[0, 1]) < 0.1
 
 
-def test_the_order_is_fixed_for_ever():
+PINNED = {
+    1: [8, 5, 6, 0, 2, 7, 1, 4, 3, 4, 6, 5, 7, 8, 3, 2, 1, 0],
+    2: [8, 7, 5, 0, 1, 2, 6, 4, 3, 8, 5, 4, 6, 7, 3, 2, 1, 0],
+}
+
+
+@pytest.mark.parametrize("version", PINNED)
+def test_the_order_is_fixed_for_ever(version):
     """A resumed run must see the order of the version that started it."""
-    order = EpochOrder([3, 2, 4], seed=7, window=5)
-    pinned = [8, 5, 6, 0, 2, 7, 1, 4, 3, 4, 6, 5, 7, 8, 3, 2, 1, 0]
-    assert [order.index(i) for i in range(18)] == pinned
+    order = EpochOrder([3, 2, 4], seed=7, window=5, version=version)
+    assert [order.index(i) for i in range(18)] == PINNED[version]
+    assert EpochOrder([3], seed=7, window=5).version == max(PINNED)
+
+
+@pytest.mark.parametrize(("version", "expected"), [(1, 2.0), (2, 1.0)])
+def test_groups_and_rows_are_shuffled_apart(version, expected):
+    """A random permutation leaves one row in its place on average; the square of one leaves two."""
+    order = EpochOrder(np.ones(9, dtype=np.int64), seed=0, window=9, version=version)
+    in_place = np.mean([sum(order.index(9 * epoch + i) == i for i in range(9)) for epoch in range(3000)])
+    assert abs(in_place - expected) < 0.1
 
 
 def test_no_rows():

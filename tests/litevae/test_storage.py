@@ -185,6 +185,48 @@ def test_large_put_is_one_request(bucket):
     assert storage.size(f"{bucket}/large") == len(data)
 
 
+def test_replace(folder):
+    path = storage.join(folder, "a")
+    assert storage.read_content(path) is None
+    assert storage.replace(path, b"one", None)
+    assert not storage.replace(path, b"two", None)  # it is there by now
+    one = storage.read_content(path)
+    assert one.data == content(path) == b"one"
+    assert storage.replace(path, b"two", one)
+    assert not storage.replace(path, b"three", one)
+    assert content(path) == b"two"
+    two = storage.read_content(path)
+    storage.remove(path)
+    assert not storage.replace(path, b"three", two)
+    assert everything(folder) == []
+
+
+def test_race_to_replace(folder):
+    """Each of eight adds 1 five times; of those who have read the same number one goes on."""
+    path = storage.join(folder, "count")
+    storage.put(path, b"0")
+
+    def count(_):
+        done = 0
+        for _ in range(2000):  # more tries than eight could need
+            before = storage.read_content(path)
+            done += storage.replace(path, str(int(before.data) + 1).encode(), before)
+            if done == 5:
+                return
+
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(count, range(8)))
+    assert content(path) == b"40"
+
+
+def test_a_store_without_conditions_replaces_all_the_same(s3, faulty):
+    storage.put(f"{s3}/a", b"one")
+    one = storage.read_content(f"{s3}/a")
+    faulty.plan[:] = ["501"]
+    assert storage.replace(f"{s3}/a", b"two", one)
+    assert (faulty.asked[-2:], content(f"{s3}/a")) == (["PUT", "PUT"], b"two")
+
+
 WRITER = """
 import sys
 from litevae import storage
@@ -382,8 +424,8 @@ class Faulty(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         self.asked.append(self.command)
         fault = self.plan.pop(0) if self.plan else ""
-        if fault == "503":
-            self.send_response(503)
+        if fault in ("501", "503"):
+            self.send_response(int(fault))
             self.send_header("Content-Length", "0")
             self.end_headers()
             return
