@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <exception>
 #include <vector>
 
 namespace {
@@ -227,13 +228,20 @@ int convolve(const float* x, const float* packed, const float* bias, const float
 }
 
 // y (n, pixels, channels) = SiLU, or not, of the group normalisation of x; y may be x. scale and shift are (channels).
-// Sums are of differences to each channel's first pixel, in doubles from 64 pixels on: a large mean costs no digits.
-void normalise(const float* x, const float* scale, const float* shift, float* y, int64_t n, int64_t pixels,
-               int64_t channels, int64_t groups, float eps, int activate) {
+// Returns 0, or 1 where memory was refused. Sums are of differences to each channel's first pixel, in doubles from 64
+// pixels on: a large mean costs no digits.
+int normalise(const float* x, const float* scale, const float* shift, float* y, int64_t n, int64_t pixels,
+              int64_t channels, int64_t groups, float eps, int activate) {
   const int64_t chunk = std::max<int64_t>(256, up(65536 / channels, 256)), chunks = (pixels + chunk - 1) / chunk;
   const int64_t step = up(channels, L), width = channels / groups;
-  std::vector<double> sums(n * chunks * 2 * channels);
-  std::vector<float> factors(n * 2 * step);
+  std::vector<double> sums;
+  std::vector<float> factors;
+  try {
+    sums.resize(n * chunks * 2 * channels);
+    factors.resize(n * 2 * step);
+  } catch (const std::exception&) {
+    return 1;
+  }
 #pragma omp parallel
   {
     std::vector<float> part(2 * step);
@@ -305,6 +313,7 @@ void normalise(const float* x, const float* scale, const float* shift, float* y,
       }
     }
   }
+  return 0;
 }
 
 }  // extern "C"

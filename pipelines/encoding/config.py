@@ -69,10 +69,10 @@ class Encode(LongJob):
         "auto", description="of the encoder; auto: bf16 where hardware has it"
     )
     compile: bool = Field(False, description="torch.compile the encoder")
-    kernels: Literal["auto", "native", "torch"] = Field(
+    kernels: Literal["auto", "native", "torch", "sliced"] = Field(
         "auto",
-        description="native: this project's own for fp32 on CPUs, which a C++ compiler makes at first use; auto: where "
-        "they are of use and can be had",
+        description="native: this project's own for fp32 on CPUs, which a C++ compiler makes at first use; torch: "
+        "PyTorch's; sliced: PyTorch's, a batch's images one by one; auto: on CPUs the fastest, measured for a second",
     )
     error_budget: Fraction = Field(0.01, description="share of images that may be quarantined before the job stops")
     takeover: bool = Field(False, description=TAKEOVER)
@@ -81,6 +81,8 @@ class Encode(LongJob):
     def _one_way(self) -> "Encode":
         if self.compile and self.kernels == "native":
             raise ValueError("kernels=native are compiled already; leave compile=false")
+        if self.precision == "bf16" and self.kernels == "native":
+            raise ValueError("kernels=native compute in fp32; leave precision=auto, or kernels=auto")
         return self
 
 

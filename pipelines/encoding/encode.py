@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from litevae import cache, storage
-from litevae.commits import committed_shards, read_commits
+from litevae.commits import committed_shards, constant_channels, read_commits
 from litevae.errors import UserError, redact
 from pipelines.data.decode import Shard, ShardTask, decode_shard
 from pipelines.data.open_source import restore
@@ -33,6 +33,7 @@ from pipelines.encoding import at_work, auto, speed
 from pipelines.encoding.config import Encode, MaintainCache
 from pipelines.encoding.encoder import ShardEncoder
 from pipelines.encoding.listings import inputs_of, source_of
+from pipelines.encoding.model_statistics import disagreement
 from pipelines.encoding.partition import Partition
 from pipelines.encoding.plan import CachePlan, make_plan
 from pipelines.encoding.preview import Preview, check_room, judge, look
@@ -425,7 +426,7 @@ def _pipeline(plan: CachePlan, shards: Sequence[Shard], out: str, placement: Pla
 
 def _summary(out: str, manifest: dict[str, Any], root: str) -> dict[str, Any]:
     """Return the summary of a finished cache in which nothing was encoded now."""
-    counts = manifest["counts"]
+    counts, latents = manifest["counts"], manifest["latents"]
     stored = sum(shard.get("bytes", 0) for shard in manifest["shards"])
     return {
         "images": counts["encoded"],
@@ -439,8 +440,9 @@ def _summary(out: str, manifest: dict[str, Any], root: str) -> dict[str, Any]:
         "images_per_s": 0.0,
         "steady_images_per_s": 0.0,
         "bits_per_pixel": round(8 * stored / (counts["rows"] * manifest["transform"]["resolution"] ** 2), 4),
-        "shape": manifest["latents"]["shape"],
-        "latents": manifest["latents"],
+        "shape": latents["shape"],
+        "latents": latents,
+        "disagreement": disagreement(manifest["model"]["config"], latents["mean"], latents["std"]),
         "digest": manifest["digest"],
         "number": manifest["number"],
         "manifest": storage.join(out, "manifest.json"),
@@ -469,6 +471,10 @@ def print_summary(done: dict[str, Any]) -> dict[str, Any]:
         steady = f", once started {rounded(done['steady_images_per_s'])}" if done["steady_images_per_s"] else ""
         rows["images/s"] = f"{rounded(done['images_per_s'])}{steady}  ({busy})"
     rows["latents"] = f"{shape} {latents['content']}, {latents['dtype']}, {done['bits_per_pixel']:.2f} bits per pixel"
+    if constant := constant_channels(latents["mean"], latents["std"]):
+        rows["constant channels"] = f"{', '.join(map(str, constant))} (from 0): the same value in all latents"
+    if other := done.get("disagreement"):
+        rows["model's statistics"] = other
     rows["manifest"] = f"{done['manifest']}, version {done['number']}"
     rows["run"] = done["link"]
     lines = [f"{name:<22}{text}" for name, text in rows.items()] + listed_losses(done["lost_values"])

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,17 +14,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from litevae.autoencoder import (
-    encode_latents,
-    fingerprint,
-    latent_content,
-    load_autoencoder,
-)
+from litevae.any_autoencoder import fingerprint, load_autoencoder
 from litevae.cache import foreign
 from litevae.commits import EXAMPLES, commit_shard, merged_losses, read_commit
 from litevae.errors import UserError
 from litevae.images import to_tensor
-from litevae.inference import prepare_for_inference
+from litevae.inference import one_by_one, prepare_for_inference
+from litevae.latents import encode_latents, latent_content
 from litevae.native import NoKernels
 from litevae.precision import autocast
 from litevae.shards import QUARANTINE, read_quarantine, read_shard, row_schema, storage_errors, to_stored
@@ -53,7 +50,7 @@ class ShardEncoder:
         self.batch_size = plan.settings.batch_size
         self._plan_id = plan.id
         self.device = torch.device("cuda" if gpu else "cpu")
-        self.native = plan.kernels == "native"
+        self.single = plan.kernels in ("native", "sliced")
         self.name = torch.cuda.get_device_name() if gpu else platform.processor() or platform.machine()
         self._model: Callable[[torch.Tensor], torch.Tensor] | None = None
         self._threads, self._turn = threads, threading.Lock()
@@ -193,9 +190,9 @@ class ShardEncoder:
         """Encode images of one size into latents.
 
         Every forward pass has the full batch size, and the last batch is padded: the batch size decides which kernels
-        run, and so the last bits of a result. Native kernels give the same bits at any batch size, so they get no
-        padding. If the memory of a GPU is too small for a batch, the batch size is halved from then on. While a GPU
-        computes, the next batch is prepared and copied to it.
+        run, and so the last bits of a result. Where images are computed one by one, the bits are the same at any batch
+        size, and there is no padding. If the memory of a GPU is too small for a batch, the batch size is halved from
+        then on. While a GPU computes, the next batch is prepared and copied to it.
 
         Args:
             images: n arrays, uint8 (H, W, 3).
@@ -211,7 +208,7 @@ class ShardEncoder:
         done = 0
         while done < len(images):
             part = images[done : done + self.batch_size]
-            batch = np.zeros((len(part) if self.native else self.batch_size, *part[0].shape), dtype=np.uint8)
+            batch = np.zeros((len(part) if self.single else self.batch_size, *part[0].shape), dtype=np.uint8)
             np.stack(part, out=batch[: len(part)])
             try:
                 launched = self._forward(batch), len(part)
@@ -274,10 +271,11 @@ def load_encoder(plan: CachePlan, device: torch.device) -> Callable[[torch.Tenso
             prepare_for_inference(model, device, plan.kernels, plan.compile)
         except NoKernels as error:
             raise UserError(f"kernels=native fails on {platform.node()}: {error}; or set kernels=torch") from None
+    single = plan.kernels in ("native", "sliced")  # also where the model itself has no slicing
     halve = latent_content(model) == "moments" and plan.latents["content"] == "mean"
 
     def latents(x: torch.Tensor) -> torch.Tensor:
-        found = encode_latents(model, x)
+        found = one_by_one(partial(encode_latents, model), x) if single else encode_latents(model, x)
         return found.chunk(2, dim=1)[0] if halve else found
 
     return torch.compile(latents) if plan.compile else latents

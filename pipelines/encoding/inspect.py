@@ -1,7 +1,6 @@
 """Show what a cache holds: its facts, some of its rows, and the images that the model decodes from their latents."""
 
 import json
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,10 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from litevae import cache, metrics, storage
-from litevae.autoencoder import encode_latents, fingerprint, load_autoencoder
+from litevae import cache, hub, metrics, storage
+from litevae.any_autoencoder import fingerprint, load_autoencoder
 from litevae.errors import UserError
 from litevae.images import to_tensor
+from litevae.latents import encode_latents
 from litevae.pictures import png, reconstruction_picture
 from litevae.precision import autocast
 from litevae.shards import from_stored, read_shard
@@ -20,6 +20,7 @@ from pipelines.data.decode import Shard, ShardTask, seed_of, transform_of
 from pipelines.data.left_out import LeftOut
 from pipelines.encoding.config import Inspect
 from pipelines.encoding.listings import open_listings
+from pipelines.encoding.model_statistics import disagreement
 from pipelines.encoding.partition import Partition
 from pipelines.encoding.plan import CachePlan
 from pipelines.encoding.totals import listed_losses
@@ -49,7 +50,7 @@ def inspect(config: Inspect) -> dict[str, Any]:
     about: dict[str, Any] = {"digest": manifest["digest"], "shards": []}
     if not config.shards:
         return about
-    folder = os.path.abspath(config.model or plan.model.path)
+    folder = hub.pinned(config.model or plan.model.path)
     if fingerprint(folder) != plan.model.fingerprint:
         raise UserError(f"{folder} is not the model that encoded {latents.path}; give that one with model=FOLDER")
     model = load_autoencoder(folder)
@@ -101,6 +102,8 @@ def _print_facts(latents: cache.LatentCache) -> None:
     rows = [["channel", *map(str, range(len(kept["mean"])))]]
     rows += [[name, *(f"{value:.4f}" for value in kept[name])] for name in ("mean", "std")]
     print(f"\n{tables.table(rows)}")
+    if other := disagreement(model["config"], kept["mean"], kept["std"]):
+        print(f"model's statistics: {other}")
 
 
 def _spread(items: list[int], count: int) -> list[int]:

@@ -1,14 +1,13 @@
 """Repair the shards of a cache, and retry the images in its quarantine."""
 
 import functools
-import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from typing import Any, TypeVar
 
-from litevae import cache, storage
-from litevae.autoencoder import fingerprint
+from litevae import cache, hub, storage
+from litevae.any_autoencoder import fingerprint
 from litevae.commits import committed_shards, read_commits
 from litevae.errors import UserError
 from litevae.shards import read_quarantine
@@ -126,7 +125,7 @@ def _open(config: MaintainCache) -> tuple[str, CachePlan, Partition]:
     if not sources:
         raise UserError(f"{out} has no listing of its source; run the encode job with the same settings again")
     if config.model:
-        plan = replace(plan, model=replace(plan.model, path=os.path.abspath(config.model)))
+        plan = replace(plan, model=replace(plan.model, path=hub.pinned(config.model)))
     if fingerprint(plan.model.path) != plan.model.fingerprint:
         raise UserError(f"{plan.model.path} is not the model that encoded {out}; give that one with model=FOLDER")
     mlflow_run.check(config)

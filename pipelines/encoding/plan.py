@@ -1,19 +1,15 @@
 """The plan of a cache: which images each shard has, and everything that decides what is stored for them."""
 
-import os
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, Self
 
-from litevae import cache, storage
-from litevae.autoencoder import (
-    downsampling,
-    fingerprint,
-    latent_content,
-    load_autoencoder,
-    model_config,
-)
+from litevae import cache, hub, storage
+from litevae.any_autoencoder import fingerprint, load_autoencoder
 from litevae.errors import UserError
 from litevae.images import ImageTransform
+from litevae.inference import Kernels
+from litevae.latents import downsampling, latent_content
+from litevae.model_folder import model_config
 from litevae.shards import SOURCE_HASH, latent_layout, row_schema
 from pipelines.data.config import Source as SourceFields
 from pipelines.data.config import Views
@@ -72,7 +68,8 @@ class CachePlan:
         rows_per_shard: largest number of images in a shard.
         source: `Source.identity` of the first listing.
         settings: what may change later.
-        kernels: "native" (litevae/native.py) or "torch"; "" in plans that are older than this choice.
+        kernels: "native" (litevae/native.py), "torch", or "sliced" (PyTorch's, a batch's images one by one); "" in
+            plans that are older than this choice.
     """
 
     model: PlannedModel
@@ -84,7 +81,7 @@ class CachePlan:
     rows_per_shard: int
     source: dict[str, Any]
     settings: PlanSettings
-    kernels: Literal["native", "torch", ""] = ""
+    kernels: Kernels | Literal[""] = ""
 
     @classmethod
     def read(cls, out: str) -> Self:
@@ -178,11 +175,11 @@ def make_plan(config: Encode, source: Source, identity: dict[str, Any], before: 
     content = _content_of(config.model, transform)
     if config.latents == "mean":
         content = "mean"
-    kernels: Literal["native", "torch", ""] = "torch" if config.kernels == "auto" else config.kernels
+    kernels: Kernels | Literal[""] = "torch" if config.kernels == "auto" else config.kernels
     if before and (config.kernels == "auto" or not before.kernels):
         kernels = before.kernels
     return CachePlan(
-        model=PlannedModel(os.path.abspath(config.model), fingerprint(config.model), described),
+        model=PlannedModel(hub.pinned(config.model), fingerprint(config.model), described),
         transform=transform.identity | ({"seed": config.transform.seed} if transform.crop == "random" else {}),
         latents=latent_layout(content, DTYPES[config.dtype], transform.views, not transform.buckets),
         precision=before.precision if before and config.precision == "auto" else config.precision,

@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from litevae import storage
-from litevae.autoencoder import downsampling, load_autoencoder
+from litevae.any_autoencoder import load_autoencoder
 from litevae.errors import UserError
 from litevae.images import ImageTransform
+from litevae.latents import downsampling
 from litevae.shards import DTYPES
 from pipelines.data.config import Views
 from pipelines.data.decode import Lost, ShardTask, decode_carefully, transform_of

@@ -7,9 +7,10 @@ from typing import Literal
 import numpy as np
 import torch
 
-from litevae.autoencoder import encode_latents, load_autoencoder
+from litevae.any_autoencoder import load_autoencoder
 from litevae.images import to_tensor
-from litevae.inference import best_kernels, prepare_for_inference
+from litevae.inference import Kernels, best_kernels, prepare_for_inference
+from litevae.latents import encode_latents
 from litevae.precision import autocast
 from pipelines.data.decode import transform_of
 from pipelines.encoding.plan import CachePlan
@@ -30,7 +31,7 @@ def encoder_speed(
     batch_size: int,
     threads: int,
     precision: str = "auto",
-    kernels: Literal["native", "torch", ""] = "",
+    kernels: Kernels | Literal[""] = "",
 ) -> tuple[float, str]:
     """Measure an encoder in this process, on the GPU if there is one.
 
@@ -40,7 +41,7 @@ def encoder_speed(
         batch_size: images a forward pass; fewer if one of so many would take more than about two seconds on a CPU.
         threads: CPU threads of PyTorch.
         precision: "auto", "fp32" or "bf16".
-        kernels: "native" or "torch"; "": the best for the device.
+        kernels: "native", "torch" or "sliced"; "": the best for the device.
 
     Returns:
         The median images/s, and a description of device, precision and kernels.
