@@ -23,8 +23,10 @@ values are little-endian bytes, and the metadata of the Parquet field says their
 import hashlib
 import json
 import os
+import warnings
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -34,7 +36,17 @@ import torch
 from torch import Tensor
 
 from litevae import storage
-from litevae.commits import committed_shards, json_bytes, mean_and_std, merged_losses, read_commits, read_json
+from litevae.commits import (
+    committed_shards,
+    constant_channels,
+    constant_text,
+    divisor,
+    json_bytes,
+    mean_and_std,
+    merged_losses,
+    read_commits,
+    read_json,
+)
 from litevae.errors import UserError
 from litevae.lru_cache import LRUCache
 from litevae.shards import (
@@ -188,7 +200,9 @@ def _listing_bytes(listing: pa.Table) -> bytes:
 def write_manifest(folder: str, plan: dict[str, Any], source: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
     """Merge the commits of all shards into a manifest. This makes the cache, or what was appended to it, complete.
 
-    If the newest manifest has the same content already, no new one is written.
+    If the newest manifest has the same content already, no new one is written. Several drivers can do this at a time,
+    and no manifest has less than one before it: if another driver has written one since the commits were read, they
+    are read again, and inputs that another driver has appended stay in.
 
     Args:
         folder: Folder of the cache.
@@ -202,6 +216,23 @@ def write_manifest(folder: str, plan: dict[str, Any], source: dict[str, Any], ru
     Raises:
         UserError: if no image was encoded, or shards are missing.
     """
+    history = storage.join(folder, "manifests")
+    while True:
+        number = max(_newest_number(history), _number_of(storage.read_content(storage.join(folder, "manifest.json"))))
+        newest = _manifest_of(history, number)
+        known = newest["source"] if newest and newest["source"].get("shards", 0) > source["shards"] else source
+        content = _merged(folder, plan, known)
+        if newest is None or _content(newest) != _content(content):
+            number += 1
+            newest = {"format": "litevae-latents", "version": VERSION, "number": number, **content, "run": run}
+            if not storage.put_new(storage.join(history, f"{number:06d}.json"), _manifest_bytes(newest)):
+                continue  # another driver was faster
+        _publish(folder, newest)
+        return newest
+
+
+def _merged(folder: str, plan: dict[str, Any], source: dict[str, Any]) -> dict[str, Any]:
+    """Return the content of a manifest that merges all commits; arguments and errors as of `write_manifest`."""
     shards = committed_shards(folder)
     if missing := set(range(source["shards"])) - shards.keys():
         raise UserError(f"{folder} is unfinished: {len(missing)} of {source['shards']} shards have no commit")
@@ -249,16 +280,41 @@ def write_manifest(folder: str, plan: dict[str, Any], source: dict[str, Any], ru
         "shards": [{key: commit[key] for key in kept if key in commit} for commit in commits],
     }
     content["digest"] = digest(content)
-    history = storage.join(folder, "manifests")
-    number = max((int(name.removesuffix(".json")) for name in storage.names(history)), default=0)
-    newest = _manifest_of(history, number)
-    while newest is None or _content(newest) != _content(content):
-        number += 1
-        newest = {"format": "litevae-latents", "version": VERSION, "number": number, **content, "run": run}
-        if not storage.put_new(storage.join(history, f"{number:06d}.json"), json.dumps(newest, indent=1).encode()):
-            newest = _manifest_of(history, number)  # another driver wrote it first
-    storage.put(storage.join(folder, "manifest.json"), json.dumps(newest, indent=1).encode())
-    return newest
+    return content
+
+
+def _publish(folder: str, manifest: dict[str, Any]) -> None:
+    """Make manifest.json the newest manifest, which is this one, or one that another driver has written since.
+
+    A driver that is late must not put its manifest over a newer one. So manifest.json is replaced only if it still is
+    what was read, and looked at again after each attempt.
+    """
+    path, history = storage.join(folder, "manifest.json"), storage.join(folder, "manifests")
+    while True:
+        if (number := _newest_number(history)) > manifest["number"]:
+            manifest = _manifest_of(history, number) or manifest
+        before, data = storage.read_content(path), _manifest_bytes(manifest)
+        if before is not None and (before.data == data or _number_of(before) > manifest["number"]):
+            return
+        storage.replace(path, data, before)
+
+
+def _newest_number(history: str) -> int:
+    """Return the number of the newest manifest in a folder `manifests`; 0 if it has none."""
+    return max((int(name.removesuffix(".json")) for name in storage.names(history)), default=0)
+
+
+def _number_of(manifest: storage.Content | None) -> int:
+    """Return the number in manifest.json; 0 if there is none, or it is damaged."""
+    try:
+        return int(json.loads(manifest.data)["number"]) if manifest else 0
+    except (ValueError, KeyError, TypeError):
+        return 0
+
+
+def _manifest_bytes(manifest: dict[str, Any]) -> bytes:
+    """Return a manifest as it is written."""
+    return json.dumps(manifest, indent=1).encode()
 
 
 def _manifest_of(history: str, number: int) -> dict[str, Any] | None:
@@ -361,6 +417,7 @@ class LatentCache:
         shape: Shape of a stored row: (2 n_z, h, w) for moments, (n_z, h, w) for latents. None if rows differ in shape.
         mean: Mean (n_z,) of the sampled latents over the whole cache.
         std: Standard deviation (n_z,) of the sampled latents over the whole cache.
+        constant: Numbers of the channels that are constant up to rounding. Normalised, they are 0.
         groups: Number of rows of each row group.
         group_shapes: Shape of the rows of each row group.
         window: Number of rows that can be read in any order without reading a row group twice. `EpochOrder` shuffles
@@ -387,6 +444,7 @@ class LatentCache:
         self.std = torch.tensor(latents["std"], dtype=torch.float32)
         if not torch.cat([self.mean, self.std]).isfinite().all():
             raise UserError(f"{self.path} has no mean and standard deviation: some latents are not finite; {_MEND}")
+        self.constant = constant_channels(self.mean, self.std)
         self._shards = [shard for shard in self.manifest["shards"] if shard["rows"]]
         if not storage.is_remote(self.path):  # on S3 a shard is checked when a row of it is read
             for shard in self._shards:
@@ -406,16 +464,20 @@ class LatentCache:
         largest, shapes = int(self.groups.max()), len(set(self.group_shapes))
         self.window = max(WINDOW_GROUPS, 4 * shapes) * largest  # each shape has its own window, all open at once
         self._starts = np.cumsum(self.groups) - self.groups
-        self._checked: set[int] = set()
+        self._files = LRUCache(self._checked_file, limit=len(self._shards))
         self._footers = LRUCache(self._read_footer, limit=1024)
         self._tables = LRUCache(self._load, limit=self.window + shapes * largest)
         self._columns = LRUCache(self._load_columns, limit=16 * self.window)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_checked": set()}
-
     def __len__(self) -> int:
         return int(self.groups.sum())
+
+    @cached_property
+    def _divisor(self) -> Tensor:
+        """What `normalize` divides by. A warning names the constant channels when it is first needed."""
+        if self.constant:
+            warnings.warn(constant_text(self.path, self.constant), stacklevel=3)
+        return divisor(self.mean, self.std)
 
     @property
     def files(self) -> list[str]:
@@ -455,7 +517,8 @@ class LatentCache:
             epoch: Epoch of all rows, or one for each row.
             seed: Seed of the noise.
             draw: "sample" of the posterior, or its "mean". The two are the same if the cache stores only latents.
-            normalize: Whether to normalise each channel to mean 0 and standard deviation 1 over the whole cache.
+            normalize: Whether to normalise each channel to mean 0 and standard deviation 1 over the whole cache; a
+                constant channel becomes 0, with a warning.
 
         Returns:
             Latents (n, n_z, h, w) in float32.
@@ -473,15 +536,18 @@ class LatentCache:
             )
         if not normalize:
             return mean
-        channels = (value.numpy()[:, None, None] for value in (self.mean, self.std))
+        channels = (value.numpy()[:, None, None] for value in (self.mean, self._divisor))
         return torch.from_numpy((mean.numpy() - next(channels)) / next(channels))
 
     def normalize(self, z: Tensor) -> Tensor:
-        """Normalise raw latents (N, n_z, h, w): each channel gets mean 0 and standard deviation 1 over the cache."""
-        return (z - _broadcast(self.mean, z)) / _broadcast(self.std, z)
+        """Normalise raw latents (N, n_z, h, w): each channel gets mean 0 and standard deviation 1 over the cache.
+
+        A constant channel becomes 0, with a warning.
+        """
+        return (z - _broadcast(self.mean, z)) / _broadcast(self._divisor, z)
 
     def denormalize(self, z: Tensor) -> Tensor:
-        """Undo `normalize`. The result is what the autoencoder decodes."""
+        """Undo `normalize`. The result is what the autoencoder decodes; a constant channel gets its mean."""
         return z * _broadcast(self.std, z) + _broadcast(self.mean, z)
 
     def row(self, index: int) -> dict[str, Any]:
@@ -558,32 +624,33 @@ class LatentCache:
 
     def _read(self, group: int, columns: list[str]) -> pa.Table:
         number, position, _ = (int(value) for value in self._places[group])
-        file, size = self._checked_file(number), self._shards[number]["bytes"]
+        file, size = self._files(number), self._shards[number]["bytes"]
         with damage_of(file):
             return storage.read_row_group(file, self._footers(number), position, columns, size)
 
     def _read_footer(self, number: int) -> tuple[pq.FileMetaData, int]:
-        file = self._checked_file(number)
+        file = self._files(number)
         with damage_of(file):
             return storage.read_footer(file, self._shards[number]["bytes"]), 1
 
     def _file(self, shard: dict[str, Any]) -> str:
         return storage.join(self.path, shard["file"])
 
-    def _checked_file(self, number: int) -> str:
-        """Return the path that a shard is read from. With `verify`, the sha256 of a local shard is checked once."""
+    def _checked_file(self, number: int) -> tuple[str, int]:
+        """Return the path that a shard is read from, and 1, its size for `LRUCache`.
+
+        With `verify`, the sha256 of a local shard is checked. `_files` calls this once for each shard.
+        """
         shard = self._shards[number]
         file = self._file(shard)
         if self.local is not None:
             copy = os.path.join(self.local, f"{shard['sha256']}.parquet")
-            if number not in self._checked and storage.size(copy) != shard["bytes"]:
+            if storage.size(copy) != shard["bytes"]:
                 storage.put(copy, read_checked(file, shard))
             file = copy
-        if storage.is_remote(file) or not self.verify or number in self._checked:
-            return file
-        read_checked(file, shard)
-        self._checked.add(number)
-        return file
+        if self.verify and not storage.is_remote(file):
+            read_checked(file, shard)
+        return file, 1
 
 
 def sample_posteriors(mean: Tensor, logvar: Tensor, seed: int, rows: Sequence[tuple[int, str]]) -> Tensor:

@@ -12,11 +12,14 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import torch
+from torch import Tensor
 
 from litevae import storage
 from litevae.errors import UserError
 from litevae.shards import LOGVAR_RANGE, VERSION, from_stored, parquet_bytes, shard_bytes
 
+CONSTANT = 1e-6  # a channel whose standard deviation is this part of its mean, or less, is constant up to rounding
 EXAMPLES = 5  # values that are named of those that a column could not hold
 
 
@@ -142,6 +145,30 @@ def mean_and_std(parts: Iterable[dict[str, Any]]) -> tuple[list[float], list[flo
         np.sum([part[key] for part in parts], axis=0) / elements for key in ("mean", "square", "variance")
     )
     return mean.tolist(), np.sqrt((square - mean**2).clip(0) + variance).tolist()
+
+
+def constant_channels(mean: Tensor | Sequence[float], std: Tensor | Sequence[float]) -> list[int]:
+    """Return the numbers of the channels that have the same value everywhere, up to rounding.
+
+    Args:
+        mean: Mean (C,) of each channel, of `mean_and_std`.
+        std: Standard deviation (C,) of each channel.
+    """
+    return torch.nonzero(torch.as_tensor(std) <= CONSTANT * torch.as_tensor(mean).abs()).flatten().tolist()
+
+
+def divisor(mean: Tensor, std: Tensor) -> Tensor:
+    """Return what latents are divided by to normalise them, (C,): the standard deviation; in a constant channel inf.
+
+    So a constant channel becomes 0, and z * std + mean gives its mean back; arguments as of `constant_channels`.
+    """
+    return std.masked_fill(std <= CONSTANT * mean.abs(), torch.inf)
+
+
+def constant_text(what: str, channels: Sequence[int]) -> str:
+    """Return what to tell a user about channels that are constant in `what`."""
+    names = ", ".join(map(str, channels))
+    return f"{what}: constant channels of the latents, counted from 0: {names}; normalised, they are 0"
 
 
 def _count(values: list[str]) -> dict[str, int]:

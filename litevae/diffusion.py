@@ -52,7 +52,9 @@ class Objective:
         schedule: Noise schedule for epsilon and v: "sqrt-linear", whose betas go from 0.0015 to 0.0195, linear in the
             square root (Rombach et al.), or "cosine" (arXiv 2102.09672).
         zero_snr: Whether to rescale the schedule so that its last level is pure noise (arXiv 2305.08891).
-        weighting: "none", or "min-snr", which weights the error of z by min(SNR, gamma) (arXiv 2303.09556).
+        weighting: "none", or "min-snr", which weights the error of z by min(SNR, gamma) (arXiv 2303.09556); with
+            `zero_snr` by min(SNR + 1, gamma), because min(SNR, gamma) is 0 at the level of pure noise, at which
+            sampling begins, and the network would never learn it.
         gamma: Upper limit of the weight for "min-snr".
         times: Distribution of t for flow: "uniform", or "logit-normal", which samples the middle more often
             (arXiv 2403.03206).
@@ -149,9 +151,14 @@ class Objective:
         """Return the weights (N,) of the squared errors for these signal-to-noise ratios.
 
         The squared error of epsilon is that of z times the SNR; the squared error of v is that of z times SNR + 1.
+        With `zero_snr`, what gamma limits is therefore SNR + 1, the weight of z in the unweighted loss of v ("SNR+1
+        weighting", section 4 of arXiv 2202.00512), as in diffusers' train_pixart_controlnet_hf.py: noisy levels have
+        weight 1, also where the SNR is 0.
         """
         if self.weighting == "none":
             return torch.ones_like(snr)
+        if self.zero_snr:
+            return (snr + 1).clamp(max=self.gamma) / (snr + 1)
         return snr.clamp(max=self.gamma) / (snr + 1 if self.prediction == "v" else snr)
 
     def loss(

@@ -87,6 +87,11 @@ class LatentLoader:
         self._rows = [len(shape.order) for shape in self._shapes]
         self._mixes = LRUCache(self._mix, limit=1)
 
+    def use_order(self, version: int) -> None:
+        """Shuffle as another version of this library does; see `litevae.order.VERSION`."""
+        for shape in self._shapes:
+            shape.order = EpochOrder(shape.order.groups, self.seed, shape.order.window, version)
+
     def __iter__(self) -> Iterator[dict[str, Any]]:
         places = ([place] for place in self.places(self.position))
         with contextlib.closing(stream(self._load, places, self._threads, self._prefetch)) as loaded:
@@ -100,7 +105,7 @@ class LatentLoader:
         It is plain JSON, and the same on all ranks.
         """
         about = {"seed": self.seed, "batch_size": self.batch_size, "digest": self.cache.manifest["digest"]}
-        return {"position": self.position, **about}
+        return {"position": self.position, "order": self._shapes[0].order.version, **about}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a state. The number of ranks may have changed.
@@ -118,6 +123,7 @@ class LatentLoader:
         for name in ("seed", "batch_size") if len(self._shapes) > 1 else ("seed",):
             if state[name] != now[name]:
                 raise UserError(f"the loader's state was saved with {name}={state[name]}, but now {name}={now[name]}")
+        self.use_order(state.get("order", 1))
         self.position = state["position"]
 
     def _load(self, place: BatchPlace) -> tuple[int, dict[str, Any]]:

@@ -12,6 +12,12 @@ import numpy as np
 
 from litevae.lru_cache import LRUCache
 
+# How rows are shuffled. In version 1 the groups of an epoch and the rows of its first window were sorted by the same
+# random numbers: their keys (seed, epoch) and (seed, epoch, 0) are one (see `seed_for`), so that the order of single
+# files in one window was the square of a permutation. A run that began with version 1 ends with it.
+VERSION = 2
+_FIRST_WINDOW = 2**32 - 1  # what stands for window 0 in a key of version 2; no window has this number
+
 
 @dataclass(frozen=True)
 class EpochLayout:
@@ -44,11 +50,12 @@ class EpochOrder:
         groups: Number of rows in each locality group. Rows are numbered through the groups in order.
         seed: Seed of the permutations of all epochs.
         window: Number of rows to shuffle together. A window ends with the group that fills it.
+        version: 1 for the order of earlier versions of this library; see `VERSION`.
     """
 
-    def __init__(self, groups: Sequence[int] | np.ndarray, seed: int, window: int):
+    def __init__(self, groups: Sequence[int] | np.ndarray, seed: int, window: int, version: int = VERSION):
         self.groups = np.asarray(groups, dtype=np.int64)
-        self.seed, self.window = seed, max(1, window)
+        self.seed, self.window, self.version = seed, max(1, window), version
         self._starts = np.cumsum(self.groups) - self.groups
         self._rows = int(self.groups.sum())
         if not self._rows:
@@ -94,7 +101,8 @@ class EpochOrder:
         groups = self._layouts(epoch).groups_of(window)
         sizes = self.groups[groups]
         rows = np.repeat(self._starts[groups] - (np.cumsum(sizes) - sizes), sizes) + np.arange(sizes.sum())
-        return rows[_permutation(len(rows), self.seed, epoch, window)], 1
+        number = window or _FIRST_WINDOW * (self.version > 1)
+        return rows[_permutation(len(rows), self.seed, epoch, number)], 1
 
 
 def _permutation(size: int, *key: int) -> np.ndarray:
@@ -107,7 +115,11 @@ def _permutation(size: int, *key: int) -> np.ndarray:
 
 
 def seed_for(*key: int) -> int:
-    """Return a seed for a key such as (seed of the run, position, rank). Neighbouring keys get uncorrelated seeds."""
+    """Return a seed for a key such as (seed of the run, position, rank). Neighbouring keys get uncorrelated seeds.
+
+    Zeros at the end of a key do not count: (7, 3) and (7, 3, 0) give one seed, as with any `SeedSequence`. Two uses of
+    one kind of generator therefore need keys that differ in an entry which is not 0.
+    """
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 

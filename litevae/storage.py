@@ -12,6 +12,7 @@ than one file. A missing file raises a FileNotFoundError.
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import io
 import os
@@ -35,6 +36,7 @@ _MISSING = ("404", "NoSuchKey", "NotFound")
 _REFUSED = ("401", "403", "AccessDenied", "AllAccessDisabled", "InvalidObjectState")  # may concern only one file
 _UNKNOWN = ("ExpiredToken", "InvalidAccessKeyId", "InvalidToken", "SignatureDoesNotMatch")
 _TAKEN = ("412", "PreconditionFailed")
+_NO_CONDITIONS = ("501", "NotImplemented")  # of a store that knows no If-Match
 _RACE = ("409", "ConditionalRequestConflict")  # from Amazon while another conditional write is under way; retried
 
 
@@ -190,6 +192,55 @@ def put(path: str, data: bytes) -> None:
     with _temporary(path, data) as temporary:
         os.replace(temporary, path)
     _sync(os.path.dirname(path))
+
+
+class Content(NamedTuple):
+    """What `read_content` has read of a file.
+
+    Attributes:
+        data: the content of the file.
+        tag: the ETag that the content had on S3; "" on a disk.
+    """
+
+    data: bytes
+    tag: str
+
+
+def read_content(path: str) -> Content | None:
+    """Read a whole file for `replace`; None if there is no such file."""
+    try:
+        return Content(*_get_tagged(path)) if is_remote(path) else Content(read(path), "")
+    except FileNotFoundError:
+        return None
+
+
+def replace(path: str, data: bytes, before: Content | None) -> bool:
+    """Write a file as `put` does, but only if it still is what `read_content` has read.
+
+    On S3 this is one conditional PUT (If-Match). On a disk the folder is locked meanwhile. A store that ignores the
+    condition, and a file system that can't lock folders (NFS), leave a moment between the look and the write: read the
+    file again afterwards.
+
+    Args:
+        path: Path of the file.
+        data: The new content.
+        before: What `read_content` has returned.
+
+    Returns:
+        Whether the file was written by this call. It can be False although it was, if an answer of S3 was lost.
+
+    Raises:
+        UserError: if the file can't be written; see `put_new`.
+    """
+    if before is None:
+        return put_new(path, data)
+    if is_remote(path):
+        return _replace(path, data, before.tag)
+    with _locked(os.path.dirname(path)):
+        if read_content(path) != before:
+            return False
+        put(path, data)
+        return True
 
 
 def remove(path: str) -> None:
@@ -385,6 +436,18 @@ def _temporary(path: str, data: bytes) -> Iterator[str]:
             os.remove(temporary)
 
 
+@contextlib.contextmanager
+def _locked(folder: str) -> Iterator[None]:
+    """Return a context in which nobody else has this lock on a folder, if the file system can lock folders."""
+    descriptor = os.open(folder or ".", os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def _sync(folder: str) -> None:
     """Sync a folder to disk, so that a new name in it survives a power cut."""
     descriptor = os.open(folder or ".", os.O_RDONLY)
@@ -443,6 +506,11 @@ def _call(path: str, method: str, **arguments: Any) -> Any:
 
 def _get(path: str, offset: int = 0, length: int | None = None) -> bytes:
     """Read an S3 object, or a part of it."""
+    return _get_tagged(path, offset, length)[0]
+
+
+def _get_tagged(path: str, offset: int = 0, length: int | None = None) -> tuple[bytes, str]:
+    """Read an S3 object, or a part of it; return its bytes and the ETag of the object."""
     bucket, key = _split(path)
     # The cat_file of s3fs is not used: it asks for the size first, and splits a key that contains "?versionId=".
     part = {} if length is None else {"Range": f"bytes={offset}-{offset + length - 1}"}
@@ -451,11 +519,11 @@ def _get(path: str, offset: int = 0, length: int | None = None) -> bytes:
         from fsspec.asyn import sync
         from s3fs.core import S3_RETRYABLE_ERRORS
 
-        async def attempt(last: bool) -> bytes | None:
+        async def attempt(last: bool) -> tuple[bytes, str] | None:
             answer = await store._call_s3("get_object", Bucket=bucket, Key=key, **part)
             try:
                 async with answer["Body"] as body:
-                    return await body.read()
+                    return await body.read(), answer.get("ETag", "")
             except S3_RETRYABLE_ERRORS:  # the connection broke while data came
                 if last:
                     raise
@@ -463,12 +531,12 @@ def _get(path: str, offset: int = 0, length: int | None = None) -> bytes:
 
         try:
             for last in (False, False, True):
-                if (data := sync(store.loop, attempt, last)) is not None:
-                    return data
+                if (found := sync(store.loop, attempt, last)) is not None:
+                    return found
             raise AssertionError("the last attempt raises")
         except OSError as error:
             if _code(error) in ("416", "InvalidRange"):  # the offset is at or after the end of the file
-                return b""
+                return b"", ""
             raise
 
 
@@ -509,6 +577,30 @@ def _put_new(path: str, data: bytes) -> bool:
     # second one.
     head = _head(path)
     return head is not None and head["Metadata"].get("writer") == writer
+
+
+def _replace(path: str, data: bytes, tag: str) -> bool:
+    """Do `replace` on S3."""
+    bucket, key = _split(path)
+    # Ceph compares what is sent with the tag as it keeps it, which is without quotes.
+    for condition in (tag, tag.strip('"')):
+        with _explained(path):
+            try:
+                _store().call_s3("put_object", Bucket=bucket, Key=key, Body=data, IfMatch=condition)
+                return True
+            except OSError as error:
+                if _code(error) in _NO_CONDITIONS:
+                    _store().call_s3("put_object", Bucket=bucket, Key=key, Body=data)
+                    return True
+                if _code(error) in _RACE:
+                    time.sleep(0.1)  # for the other writer to end
+                    return False
+                if _code(error) not in (*_TAKEN, *_MISSING):
+                    raise
+        head = _head(path)
+        if head is None or head["ETag"] != tag:
+            return False
+    return False
 
 
 def _listing(path: str, **arguments: Any) -> Any:

@@ -46,6 +46,8 @@ def fetch(config: Weights, files: Mapping[str, str] | None = None) -> None:
 
 def _fetch(file: str, path: Path, force: bool) -> None:
     """Fetch a file unless it is there. It is written whole or not at all."""
+    if path.parts[0] == "~":
+        raise UserError("there is no home folder to put it in; set TORCH_HOME or HOME")
     digits = weight_files.digits_of(file)
     if path.exists():
         found = _sha256(path)

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 import torch
 
-from litevae.autoencoder import fingerprint
+from litevae import hub
+from litevae.any_autoencoder import fingerprint
 from litevae.errors import UserError
 from litevae.generation import Inception
 from litevae.images import ImageError, ImageTransform
@@ -70,7 +71,7 @@ def model(ask: Ask, config: Doctor, placement: cluster.Placement | None, speeds:
     if not config.model:
         yield Finding(DRIVER, "skipped", "not given")
         return
-    path = os.path.abspath(config.model)
+    path = hub.pinned(config.model)
     mine = fingerprint(path)
     nodes, lost = answered(ask(fingerprint, path), "give a model folder that all nodes share")
     yield from lost

@@ -89,7 +89,7 @@ def fields(cls: type[Section], topic: str = "") -> str:
     Args:
         cls: the config class.
         topic: a field (`loop.ema`), a section (`loop`), the beginning of either (`loss.adv`), or the last part of a
-            field's name (`lr`); empty: all fields.
+            field's or a section's name (`lr`, `kl`); empty: all fields.
 
     Raises:
         UserError: if there is no such field.
@@ -132,7 +132,7 @@ def _chosen(names: Sequence[str], topic: str) -> set[str]:
     for means in (
         lambda name: not topic or name == topic or name.startswith(f"{topic}."),
         lambda name: name.startswith(topic),
-        lambda name: name.rpartition(".")[2] == topic,
+        lambda name: name.rpartition(".")[2] == topic or f".{topic}." in name,
         lambda name: f".{topic}" in name,
     ):
         if found := {name for name in names if means(name)}:

@@ -6,7 +6,7 @@ import secrets
 import tempfile
 from pathlib import Path
 
-from litevae import storage
+from litevae import hub, storage
 from litevae.errors import UserError
 
 
@@ -128,7 +128,8 @@ def check_folders(written: dict[str, str], read: dict[str, str]) -> None:
 
     Args:
         written: folders to write, by the config field that named them. They are created. S3 URIs are not checked.
-        read: folders and files to read, in the same way.
+        read: folders and files to read, in the same way. Names of models on the Hub are not checked: each node
+            downloads them.
 
     Raises:
         UserError: if a node does not see what this node has written, or what is to be read.
@@ -151,7 +152,9 @@ def check_folders(written: dict[str, str], read: dict[str, str]) -> None:
         if not storage.is_remote(folder)
     }
     paths = marks | {
-        field: os.path.abspath(path) for field, path in read.items() if path and not storage.is_remote(path)
+        field: os.path.abspath(path)
+        for field, path in read.items()
+        if path and not storage.is_remote(path) and not hub.is_name(path)
     }
     try:
         for mark in marks.values():

@@ -75,6 +75,11 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True, protected_namespaces=())
 
+    @classmethod
+    def implied(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the defaults that are others because of the values that are given."""
+        return {}
+
 
 class Ray(Section):
     """How much of the machine or cluster a job takes."""
@@ -169,7 +174,9 @@ def validate(cls: type[ConfigT], values: dict[str, Any]) -> ConfigT:
         UserError: if keys or values are wrong; the message names every wrong field.
     """
     try:
-        return cls.model_validate(merged(cls().model_dump(mode="json"), typed_text.typed(cls, values)))
+        given = typed_text.typed(cls, values)
+        implied = cls.implied(given) if issubclass(cls, Section) else {}
+        return cls.model_validate(merged(cls().model_dump(mode="json"), implied, given))
     except ValidationError as error:
         fields: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
         for problem in error.errors():

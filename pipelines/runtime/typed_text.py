@@ -18,6 +18,8 @@ import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from litevae.errors import UserError
+
 # The core schema of YAML 1.2.
 _SWITCHES = {word: word.lower() == "true" for word in ("true", "True", "TRUE", "false", "False", "FALSE")}
 _NULLS = ("null", "Null", "NULL", "~", "")
@@ -237,8 +239,16 @@ def takes_path(config: type[BaseModel], name: str) -> bool:
 
 
 def expanded(path: str) -> str:
-    """Return a path with a leading `~` or `~user` replaced by that folder; `~nobody` stays, as in a shell."""
-    return os.path.expanduser(path) if path.startswith("~") else path
+    """Return a path with a leading `~` or `~user` replaced by that folder; `~nobody` stays, as in a shell.
+
+    Raises:
+        UserError: if it is in the home folder, and there is none: HOME is not set, and the system does not know the
+            user, as in a container that runs under any number.
+    """
+    found = os.path.expanduser(path) if path.startswith("~") else path
+    if found == path and path.partition("/")[0] == "~":
+        raise UserError(f"{path}: there is no home folder; set HOME, or write the path without ~")
+    return found
 
 
 def number(text: str) -> int | float | None:
