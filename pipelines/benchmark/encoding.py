@@ -23,10 +23,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from litevae.autoencoder import LiteVAE, encode_latents, load_autoencoder
+from litevae import hub
+from litevae.any_autoencoder import load_autoencoder
+from litevae.autoencoder import LiteVAE
 from litevae.errors import UserError
 from litevae.images import ImageTransform, to_tensor
 from litevae.inference import memory_format
+from litevae.latents import encode_latents
 from litevae.precision import autocast
 from pipelines.benchmark import meter
 from pipelines.data.decode import transform_of
@@ -152,7 +155,7 @@ def _table(
 def _model(setting: meter.Setting, place: Path) -> str:
     """Return the config's model folder, or save a LiteVAE-S with random weights and return its folder."""
     if setting.config.model:
-        return os.path.abspath(setting.config.model)
+        return hub.pinned(setting.config.model)
     torch.manual_seed(0)
     LiteVAE("S").save_pretrained(place / "vae")
     return str(place / "vae")

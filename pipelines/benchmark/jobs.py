@@ -76,7 +76,8 @@ def _data(setting: meter.Setting, job: str, folder: Path, side: int) -> list[str
     place = [f"root={folder}", "tracking.enabled=false"]
     if job == "train_vae":
         return [*place, f"data.train.uri={setting.config.source or setting.photos()[0].parent}"]
-    from litevae.autoencoder import LiteVAE, fingerprint
+    from litevae.any_autoencoder import fingerprint
+    from litevae.autoencoder import LiteVAE
 
     LiteVAE("S", block_out_channels=(8, 8, 8, 8), layers_per_block=1).save_pretrained(folder / "vae")
     model = {"path": str(folder / "vae"), "fingerprint": fingerprint(folder / "vae")}

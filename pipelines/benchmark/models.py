@@ -19,17 +19,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from litevae.autoencoder import (
-    ENCODERS,
-    LiteVAE,
-    count_parameters,
-    encode_latents,
-    latent_content,
-    load_autoencoder,
-)
+from litevae.any_autoencoder import load_autoencoder
+from litevae.autoencoder import ENCODERS, LiteVAE, count_parameters
 from litevae.encoder import SIZES, Encoder
 from litevae.errors import UserError
 from litevae.inference import best_kernels, prepare_for_inference
+from litevae.latents import encode_latents, latent_content
 from pipelines.benchmark import meter
 from pipelines.benchmark.config import Benchmark
 from pipelines.evaluation.timed_half import TimedHalf

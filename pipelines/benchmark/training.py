@@ -206,7 +206,8 @@ class Ours:
         torch.manual_seed(2)
         x = self.images(pixels)
         with self._autocast(), torch.no_grad():
-            y, posterior = self.model(x)
+            posterior = self.model.encode(x).latent_dist
+            y = self.model.decode(posterior.sample()).sample
         y, z = y.float().requires_grad_(), posterior.mode().requires_grad_()
         gradients = {p: torch.zeros_like(p) for p in (*self.model.parameters(), *self.disc.parameters())}
         calls: dict[str, Callable[[], object]] = {
@@ -288,7 +289,8 @@ class Plain(Ours):
         weights = self.config.loss
         x = self.images(pixels)
         with self._autocast():
-            y, posterior = self.model(x)
+            posterior = self.model.encode(x).latent_dist
+            y = self.model.decode(posterior.sample()).sample
         y = y.float()
         loss = self._terms(x, y, posterior)
         if self.objective.lpips is not None:

@@ -6,7 +6,7 @@ Only existence is checked. Whatever passes is looked at again, and more closely,
 import os
 import re
 
-from litevae import storage
+from litevae import hub, storage
 from litevae.errors import UserError
 from litevae.model_folder import model_config
 from pipelines.data.config import Source
@@ -39,15 +39,22 @@ def check_source(config: Source, name: str = "source") -> None:
 def check_model(field: str, path: str) -> None:
     """Check that an autoencoder's folder is there, and holds a config and weights.
 
+    A model of the Hugging Face Hub is downloaded here, so that a wrong name is answered at once.
+
     Args:
         field: the config field that names it, for error messages.
-        path: the folder.
+        path: the folder, or a name on the Hub (see `litevae.hub`).
 
     Raises:
-        UserError: if no folder is given or it is no model folder; with what to do where its name is that of a model of
-            the Hugging Face Hub.
+        UserError: if no folder is given, it is no model folder, or the Hub's model can't be had.
     """
-    check_folder(field, path, "runs/vae/model")
+    if hub.is_name(path):
+        try:
+            hub.local_folder(path)
+        except UserError as error:
+            raise UserError(f"{field}={error}") from None
+    else:
+        check_folder(field, path, "runs/vae/model")
     try:
         model_config(path)
     except UserError as error:

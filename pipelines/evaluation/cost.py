@@ -15,15 +15,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from litevae.autoencoder import (
-    ENCODERS,
-    LiteVAE,
-    downsampling,
-    encode_latents,
-    latent_content,
-    load_autoencoder,
-)
+from litevae import hub
+from litevae.any_autoencoder import load_autoencoder
+from litevae.autoencoder import ENCODERS, LiteVAE
 from litevae.errors import UserError
+from litevae.latents import downsampling, encode_latents, latent_content
 from pipelines.evaluation import config, first_look, report
 from pipelines.evaluation.timed_half import TimedHalf
 from pipelines.runtime import cluster, mlflow_run, outputs, tables
@@ -160,11 +156,11 @@ def _plans(cfg: config.EvaluateComplexity) -> Iterator[ModelToMeasure]:
     Raises:
         UserError: if a model is neither a size nor a folder, is named twice, or does not take `cfg.resolution`.
     """
-    names = [each.strip() if each.strip() in ENCODERS else os.path.abspath(each.strip()) for each in cfg.models]
+    names = [each.strip() if each.strip() in ENCODERS else hub.pinned(each.strip()) for each in cfg.models]
     for number, name in enumerate(names):
         if name in names[:number]:
             raise UserError(f"models has {name} twice")
-        if name not in ENCODERS and not os.path.isdir(name):
+        if name not in ENCODERS and not hub.is_name(name) and not os.path.isdir(name):
             raise UserError(
                 f"models: {cfg.models[number]!r} is neither a model folder nor one of {', '.join(ENCODERS)}"
             )

@@ -20,18 +20,14 @@ import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor, nn
 
-from litevae import generation, metrics, storage
-from litevae.autoencoder import (
-    count_parameters,
-    downsampling,
-    encode_latents,
-    fingerprint,
-    latent_content,
-    load_autoencoder,
-)
+from litevae import generation, hub, metrics, storage
+from litevae.any_autoencoder import fingerprint, load_autoencoder
+from litevae.autoencoder import count_parameters
+from litevae.commits import divisor
 from litevae.errors import UserError
 from litevae.generation import Backbone, FeatureNetwork, FrechetStatistics, SqueezeNetCaffe
 from litevae.images import ImageTransform, to_tensor, to_uint8
+from litevae.latents import downsampling, encode_latents, latent_content
 from litevae.perceptual import WeightsMissing, load_lpips
 from litevae.pictures import feature_map_picture, png, reconstruction_picture, strongest_maps
 from litevae.precision import autocast
@@ -199,6 +195,7 @@ def evaluate(cfg: config.Evaluate) -> dict[str, Any]:
     side = cfg.transform.resolution
     if side < SMALLEST:
         raise UserError(f"transform.resolution={side} is too small: it must be at least {SMALLEST}")
+    cfg = cfg.model_copy(update={"model": hub.pinned(cfg.model)})
     model = load_autoencoder(cfg.model)
     factor = downsampling(model)
     for name, pixels in (("transform.resolution", side), *(("resolutions", each) for each in cfg.resolutions)):
@@ -207,7 +204,7 @@ def evaluate(cfg: config.Evaluate) -> dict[str, Any]:
     source = open_source(cfg.source)
     if cfg.images > source.units:
         raise UserError(f"images={cfg.images}, but {cfg.source.uri} has {source.units}; 0 takes all")
-    files = ("model", "lpips_weights", "inception", "squeezenet", "backbone")
+    files = ("lpips_weights", "inception", "squeezenet", "backbone")
     known = {name: os.path.abspath(path) for name in files if (path := getattr(cfg, name))}
     cfg = cfg.model_copy(update=known | {"images": cfg.images or source.units})
     if cfg.mmd_images > cfg.images:
@@ -370,7 +367,7 @@ def _mmd(cfg: config.Evaluate, total: Total, moments: bool) -> list[Score]:
     if moments:
         raw = DiagonalGaussianDistribution(raw).sample(torch.Generator().manual_seed(cfg.seed))
     std, mean = torch.std_mean(raw, dim=(0, 2, 3), keepdim=True, correction=0)
-    normalised = (raw - mean) / std.clamp(min=1e-12)  # a channel may be constant
+    normalised = (raw - mean) / divisor(mean, std)
     drawn = "drawn from the posterior" if moments else "as the encoder gives them"
     return latent_mmd.mmd_scores(raw, normalised, "these", drawn, seed=cfg.seed)
 

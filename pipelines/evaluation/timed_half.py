@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from litevae.autoencoder import count_parameters, downsampling, encode_latents
+from litevae.autoencoder import count_parameters
+from litevae.latents import downsampling, encode_latents
 from litevae.precision import autocast
 from pipelines.runtime import host
 

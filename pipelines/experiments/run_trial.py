@@ -205,6 +205,7 @@ def tracking_of(cfg: Sweep, row: TrialRow, parent: str) -> Tracking:
 
 def _parameters(model: str, part: str) -> int:
     """Count the parameters of one part of a saved autoencoder."""
-    from litevae.autoencoder import count_parameters, load_autoencoder
+    from litevae.any_autoencoder import load_autoencoder
+    from litevae.autoencoder import count_parameters
 
     return count_parameters(attrgetter(part)(load_autoencoder(model)))

@@ -1,6 +1,7 @@
 """Config schemas of the jobs train_vae and train_ldm."""
 
-from typing import Annotated, ClassVar, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -59,6 +60,23 @@ class VAE(Section):
     init: PathText = Field(
         "", description="model folder to start from (its architecture must be this one); empty: random"
     )
+    init_decoder: PathText = Field(
+        "", description="model folder of an AutoencoderKL or LiteVAE whose decoder to start from; empty: random"
+    )
+    freeze: list[Literal["encoder", "decoder"]] = Field(
+        [], description="parts that are not trained, with the 1x1 convolution next to them"
+    )
+
+    @model_validator(mode="after")
+    def _frozen(self) -> "VAE":
+        if self.init and self.init_decoder:
+            raise ValueError("init_decoder can't be combined with init, which gives the decoder too")
+        learned = {"encoder", "decoder"} - ({"encoder"} if self.encoder in ("dwt", "dwt-2") else set())
+        if self.freeze and learned <= set(self.freeze):
+            raise ValueError(f"freeze={self.freeze} leaves nothing to train")
+        if "decoder" in self.freeze and self.decoder.norm == "batch":
+            raise ValueError("freeze=[decoder] can't keep the running statistics of decoder.norm=batch")
+        return self
 
 
 class Term(Section):
@@ -154,6 +172,12 @@ class Losses(Section):
     gaussian: Term = Field(Term(weight=0.5), description="L1 of x - blur(x), 5x5, sigma 1; weight from open-litevae")
     adversarial: Adversarial = Field(
         Adversarial(weight=0.1, start=800_000), description="GAN; the paper leaves weight and start open: ours"
+    )
+    latent: Term = Field(
+        Term(weight=1.0), description="with a teacher: squared error of its latents (means), in std of each channel"
+    )
+    logvar: Term = Field(
+        Term(weight=0.1), description="with a teacher that has them: squared error of log-variances, likewise"
     )
 
 
@@ -261,6 +285,11 @@ class TrainVAE(LongJob):
     model: VAE = VAE()
     loss: Losses = Losses()
     optim: Optimizer = Optimizer()
+    teacher: PathText = Field(
+        "",
+        description="model folder of an autoencoder whose latents the encoder learns and whose decoder it keeps; the "
+        "weights of other terms than loss.latent and loss.logvar are then 0 unless given",
+    )
     stages: list[Stage] = Field(
         [Stage(resolution=128, images=1_600_000, batch_size=16), Stage(resolution=256, images=800_000, batch_size=16)],
         min_length=1,
@@ -274,6 +303,45 @@ class TrainVAE(LongJob):
     begin: PathText = Field(
         "", description="checkpoint folder of another run (runs/<name>/checkpoint-...) that a new run goes on from"
     )
+
+    @classmethod
+    def implied(cls, values: Mapping[str, Any]) -> dict[str, Any]:
+        """With a teacher, the terms on pixels are off unless they are given a weight."""
+        terms = Losses.model_fields.keys() - {"latent", "logvar"}
+        return {"loss": {name: {"weight": 0.0} for name in sorted(terms)}} if values.get("teacher") else {}
+
+    @model_validator(mode="after")
+    def _known_before_it_is_frozen(self) -> "TrainVAE":
+        sources = {"decoder": self.model.init or self.model.init_decoder or self.begin or self.teacher}
+        sources["encoder"] = self.model.init or self.begin
+        for part in self.model.freeze:
+            if not sources[part]:
+                known = "model.init" + (", model.init_decoder" if part == "decoder" else "")
+                raise ValueError(f"model.freeze=[{part}] would keep random weights: give {known} or begin")
+        return self
+
+    @model_validator(mode="after")
+    def _taught(self) -> "TrainVAE":
+        if not self.teacher:
+            return self
+        for name, why in (
+            ("kl", "the teacher has set the scale of its latents"),
+            ("ldl", "it needs two trained models that decode"),
+            ("adversarial", "the decoder is the teacher's and not trained, and the encoder must not leave its latents"),
+        ):
+            if getattr(self.loss, name).weight:
+                raise ValueError(f"loss.{name} can't be combined with a teacher: {why}; set loss.{name}.weight=0")
+        if not self.loss.latent.weight:
+            raise ValueError("with a teacher loss.latent.weight must not be 0: its latents are what is learned")
+        plain = VAE()
+        for name in ("decoder", "conv1x1", "init", "init_decoder", "freeze"):
+            if getattr(self.model, name) != getattr(plain, name):
+                raise ValueError(
+                    f"model.{name} can't be combined with a teacher, which gives the decoder; leave it out"
+                )
+        if self.model.encoder in ("dwt", "dwt-2"):
+            raise ValueError(f"model.encoder={self.model.encoder} can't learn from a teacher; take S, B, M or L")
+        return self
 
     @model_validator(mode="after")
     def _fits(self) -> "TrainVAE":
@@ -299,7 +367,9 @@ class DiffusionObjective(Section):
         "sqrt-linear", description="noise levels of epsilon and v; sqrt-linear: Rombach's 0.0015 to 0.0195"
     )
     zero_snr: bool = Field(False, description="v: the schedule ends in noise alone (arXiv 2305.08891)")
-    weighting: Literal["none", "min-snr"] = Field("none", description="epsilon and v: min-SNR (arXiv 2303.09556)")
+    weighting: Literal["none", "min-snr"] = Field(
+        "none", description="epsilon and v: min-SNR (arXiv 2303.09556); with zero_snr gamma limits SNR + 1"
+    )
     gamma: Annotated[float, Field(gt=0)] = Field(5.0, description="of min-SNR")
     times: Literal["uniform", "logit-normal"] = Field(
         "uniform", description="flow: how often each noise level comes; logit-normal as in arXiv 2403.03206"

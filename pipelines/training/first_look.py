@@ -27,6 +27,10 @@ def train_vae(config: TrainVAE) -> None:
     run_folder.check_run(folder, config, may_change.VAE)
     if config.model.init:
         check_model("model.init", config.model.init)
+    if config.model.init_decoder:
+        check_model("model.init_decoder", config.model.init_decoder)
+    if config.teacher:
+        check_model("teacher", config.teacher)
     check_weights(config, folder)
     # A run with its own checkpoints no longer needs `begin`, which the other run may have deleted (`loop.keep`).
     if config.begin and not checkpoints(folder) and not os.path.isfile(os.path.join(config.begin, STATE)):

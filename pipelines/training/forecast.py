@@ -12,9 +12,10 @@ from typing import NamedTuple
 
 import torch
 
-from litevae.autoencoder import encode_latents, load_autoencoder
+from litevae.any_autoencoder import load_autoencoder
 from litevae.denoiser import build_denoiser
 from litevae.diffusion import EMA, Objective
+from litevae.latents import encode_latents
 from litevae.precision import autocast
 from pipelines.runtime import cluster, estimate
 from pipelines.runtime.cluster import Placement

@@ -8,7 +8,7 @@ import numpy as np
 from litevae.errors import UserError
 from litevae.images import ImageError, ImageTransform
 from litevae.loader import stream
-from litevae.order import EpochOrder, batch_positions, seed_for
+from litevae.order import VERSION, EpochOrder, batch_positions, seed_for
 from pipelines.data.source import Source
 from pipelines.runtime.logs import say
 from pipelines.training import ranks
@@ -37,16 +37,25 @@ class Images:
         seed: seed of the order, and with the position of each random crop and mirroring.
         loaders: number of decoding threads; 0: decode between the steps.
         max_bad: largest share of unreadable images that `check` accepts, 0 to 1.
+        version: version of the order; see `litevae.order.VERSION`.
 
     Attributes:
         order: maps a position to a row of the source.
         bad: the reason for each unreadable image that this rank has met, by image id.
     """
 
-    def __init__(self, source: Source, transform: ImageTransform, seed: int, loaders: int, max_bad: float):
+    def __init__(
+        self,
+        source: Source,
+        transform: ImageTransform,
+        seed: int,
+        loaders: int,
+        max_bad: float,
+        version: int = VERSION,
+    ):
         self._source, self._transform, self._seed = source, transform, seed
         self._loaders, self._max_bad = loaders, max_bad
-        self.order = EpochOrder(source.groups, seed, source.window)
+        self.order = EpochOrder(source.groups, seed, source.window, version)
         self.bad: dict[str, str] = {}
 
     def load(self, place: tuple[int, int]) -> Picture:

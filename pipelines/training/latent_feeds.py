@@ -13,15 +13,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from litevae.autoencoder import encode_latents, fingerprint, latent_content, load_autoencoder
+from litevae.any_autoencoder import fingerprint, load_autoencoder
 from litevae.cache import LatentCache, sample_posteriors
-from litevae.commits import latent_statistics, mean_and_std
+from litevae.commits import divisor, latent_statistics, mean_and_std
 from litevae.denoiser import null_class
 from litevae.errors import UserError
 from litevae.images import ImageError, ImageTransform, to_tensor
 from litevae.inference import best_kernels, prepare_for_inference
+from litevae.latents import encode_latents, latent_content
 from litevae.loader import LatentLoader, stream
-from litevae.order import batch_positions
+from litevae.order import VERSION, batch_positions
 from litevae.precision import autocast
 from pipelines.data.source import Source
 from pipelines.encoding import encoder
@@ -91,12 +92,14 @@ class Feed(ABC):
 
     Attributes:
         digest: hash of the data and of how they become latents.
+        order: how the data are shuffled; see `litevae.order.VERSION`.
         mean, std: (C,), statistics of the raw latents, by which they are normalised. They are known after `begin`.
     """
 
     digest: str
     mean: Tensor
     std: Tensor
+    order: int = VERSION
 
     def __init__(self, config: TrainLDM, rank: int, world: int, device: torch.device):
         self.config, self.rank, self.world, self.device = config, rank, world, device
@@ -116,8 +119,9 @@ class Feed(ABC):
     def latents(self, batch: LatentBatch) -> Tensor:
         """Return a batch's latents, drawn and normalised: float32 (n, C, h, w) on the device."""
         raw = self.raw(batch)
-        mean, std = (v.to(raw.device, non_blocking=True).view(1, -1, 1, 1) for v in (self.mean, self.std))
-        return (raw - mean) / std
+        by = divisor(self.mean, self.std)
+        mean, by = (v.to(raw.device, non_blocking=True).view(1, -1, 1, 1) for v in (self.mean, by))
+        return (raw - mean) / by
 
     def raw(self, batch: LatentBatch) -> Tensor:
         """Return a batch's latents, drawn but not normalised: float32 (n, C, h, w)."""
@@ -174,6 +178,7 @@ def from_cache(
     loader = LatentLoader(
         latents, batch_size, config.seed, feed.rank, feed.world, config.draw, normalize=False, columns=columns
     )
+    loader.use_order(feed.order)
     loader.position = at
     for step, batch in zip(batch_positions(start, end, batch_size), loader, strict=False):
         labels = labels_of(batch[config.label] if columns else [], config)
@@ -245,6 +250,10 @@ class OnlineFeed(EncodingFeed):
         self._vae = load_autoencoder(setup.latents.vae)
         prepare_for_inference(self._vae, device, best_kernels(device, data.precision))
         self._content = latent_content(self._vae)
+
+    def begin(self) -> None:
+        self._images.order.version = self.order
+        super().begin()
 
     def batches(self, start: int, end: int, batch_size: int) -> Iterator[LatentBatch]:
         pictures = self._images.batches(start, end, batch_size, self.rank, self.world)

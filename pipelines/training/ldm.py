@@ -12,21 +12,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from litevae.autoencoder import (
-    count_parameters,
-    downsampling,
-    encode_latents,
-    fingerprint,
-    latent_content,
-    load_autoencoder,
-)
+from litevae import hub
+from litevae.any_autoencoder import fingerprint, load_autoencoder
+from litevae.autoencoder import count_parameters
 from litevae.cache import LatentCache
+from litevae.commits import constant_channels, constant_text
 from litevae.denoiser import build_denoiser, null_class
 from litevae.diffusion import EMA, Objective, random_numbers
 from litevae.errors import UserError
 from litevae.images import to_uint8
+from litevae.latents import downsampling, encode_latents, latent_content
 from litevae.ldm import LDM, NormalizedAutoencoder, save_ldm
 from litevae.loader import stream
+from litevae.order import VERSION
 from litevae.pictures import grid
 from litevae.precision import autocast
 from pipelines.data.config import Views
@@ -204,7 +202,7 @@ def begin_cache(config: TrainLDM, latents: LatentData) -> LatentData:
         ray=config.ray,
         tracking=config.tracking,
         source=data.source,
-        model=config.vae,
+        model=latents.vae,
         out=config.cache,
         transform=Views(resolution=data.resolution, resize=data.resize, decode=data.decode, max_pixels=data.max_pixels),
         rows_per_shard=data.rows_per_shard,
@@ -233,14 +231,14 @@ def _checkpoint_size(config: TrainLDM, vae: str, parameters: int) -> launch.Chec
     autoencoder. All are in fp32.
     """
     averages = bool(config.loop.ema) + len(config.more_ema)
-    files = sum(path.stat().st_size for path in Path(vae).glob("*.safetensors"))
+    files = sum(path.stat().st_size for path in hub.local_folder(vae).glob("*.safetensors"))
     return launch.CheckpointSize(4 * parameters * (3 + averages), (4 * parameters + files) * (1 + len(config.more_ema)))
 
 
 def _vae(folder: str, what: str = "") -> str:
-    """Return the absolute path of the autoencoder's folder, or raise a UserError if it is missing."""
-    folder = os.path.abspath(folder)
-    if not os.path.isdir(folder):
+    """Return where every node finds the autoencoder (see `hub.pinned`), or raise a UserError if it is missing."""
+    folder = hub.pinned(folder)
+    if not hub.is_name(folder) and not os.path.isdir(folder):
         raise UserError(f"{what}{folder} does not exist; say where it is now with vae=FOLDER")
     return folder
 
@@ -265,7 +263,7 @@ class LdmTask:
         latents = setup.latents
         self._vae, self._fingerprint, self._shape = latents.vae, latents.fingerprint, latents.shape
         self.feed = make_feed(config, setup, rank, world, device)
-        self.digest = self.feed.digest
+        self.digest, self.order = self.feed.digest, VERSION
         self.stages = [(config.images, config.batch_size)]
         self.validated = ""
         self.objective = objective_of(config)
@@ -284,7 +282,10 @@ class LdmTask:
 
     def begin(self, stage: int) -> None:
         """Prepare the feed, and put the network into training mode."""
+        self.feed.order = self.order
         self.feed.begin()
+        if self.feed.rank == 0 and (constant := constant_channels(self.feed.mean, self.feed.std)):
+            say(f"warning: {constant_text('the training data', constant)}", "WARNING")
         self.network.train()
 
     def batches(self, start: int, end: int, batch_size: int) -> Iterator[LatentBatch]:

@@ -37,9 +37,11 @@ class TrainingTask(Protocol):
         digest: hash of the data. A run resumes from its checkpoint only with the same data.
         stages: (images, batch size over all ranks) of each stage.
         validated: what `validate` measures its metrics on, for people; "": it has none.
+        order: how the data are shuffled; see `litevae.order.VERSION`. A resumed run sets this before `begin`.
     """
 
     digest: str
+    order: int
     stages: list[tuple[int, int]]
     validated: str
 
@@ -243,11 +245,11 @@ class _Run:
         return f"continue from there in a new run: name=NEW begin={state}"
 
     def _validate(self) -> None:
-        """Write the model folders, then validate and log the results."""
+        """Validate, write the model folders, which may say what was measured, and log the results."""
+        values, picture = self.task.validate()
         if self.rank == 0:
             for folder, write in self.task.exports().items():
                 checkpoint.publish(write, Path(self.setup.folder, folder))
-        values, picture = self.task.validate()
         self.numbers |= values
         self.validated = validation_text(values, self.task.validated)
         if self.tracker is not None:
@@ -259,6 +261,7 @@ class _Run:
     def _save(self) -> None:
         """Write a checkpoint. `_log` has just checked the metrics, so a checkpoint never holds a broken run."""
         about = {"images": self.images, "digest": self.task.digest, "config": values_to_keep(self.config)}
+        about["order"] = self.task.order
         state = checkpoint.save(self.task.state() | about) if self.rank == 0 else None
         _report({"images": self.images} | self.numbers, state, Path(self.setup.folder))
         self.saved = self.images
@@ -319,6 +322,7 @@ def _resume(task: TrainingTask, name: str, setup: TrainSetup, rank: int) -> int:
                 f"changed. Start a new run (name=...), or restore the data"
             )
         task.load(state)
+        task.order = state.get("order", 1)
     if rank == 0:
         say(f"{name}: continues after {state['images']:,} images", images=state["images"])
     return state["images"]

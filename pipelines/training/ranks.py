@@ -7,6 +7,11 @@ import torch
 from torch import Tensor
 
 
+def world() -> int:
+    """Return the number of ranks."""
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+
+
 def gathered(mine: list[Any], world: int) -> list[Any]:
     """Gather the items of all ranks, in the order of ranks. All ranks must call this together.
 

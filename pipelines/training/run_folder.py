@@ -25,6 +25,9 @@ from pipelines.training.run_files import CONFIG, DRIVER, LEFT_BY_TRAINING, TRAIN
 
 # Fields whose default differs from what runs did before the field existed, with that earlier behaviour.
 EARLIER_DEFAULTS: dict[str, Any] = {"data.decode": "pillow", "loss.lpips.required": False}
+# The first ones had nothing to do before; they are listed here since a trial of a sweep is named without them.
+EARLIER_DEFAULTS |= {"teacher": "", "loss.latent.weight": 1.0, "loss.latent.start": 0}
+EARLIER_DEFAULTS |= {"loss.logvar.weight": 0.1, "loss.logvar.start": 0, "model.init_decoder": "", "model.freeze": []}
 LENGTHS = ("stages", "images")  # fields that may only grow once something was trained
 
 

@@ -56,7 +56,8 @@ def validation_text(metrics: dict[str, float], about: str) -> str:
         metrics: the metrics by name; empty: there was no validation.
         about: what they were measured on.
     """
-    numbers = [f"{name} {value:.4g}" for name, value in metrics.items()]
+    # The numbers of single channels (latent_r2_0) are left to the tracked run.
+    numbers = [f"{name} {value:.4g}" for name, value in metrics.items() if not name[-1].isdigit()]
     return f"val {', '.join(numbers)} ({about})" if numbers else ""
 
 

@@ -9,16 +9,23 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from litevae import losses
-from litevae.autoencoder import LiteVAE, count_parameters, load_autoencoder, model_config
+from litevae.any_autoencoder import load_autoencoder
+from litevae.autoencoder import LiteVAE, count_parameters
+from litevae.convert import load_decoder
 from litevae.diffusion import EMA
 from litevae.discriminators import Discriminator, build_discriminator
+from litevae.distilled import DistilledVAE
 from litevae.errors import UserError
 from litevae.images import ImageTransform, to_tensor
 from litevae.loader import stream
+from litevae.model_folder import STATISTICS, model_config
+from litevae.order import VERSION
 from litevae.perceptual import SqueezeNetFeatures, WeightsMissing, load_esrgan, load_lpips
+from litevae.posterior import Posterior
 from litevae.precision import autocast
 from pipelines.data.open_source import open_source
 from pipelines.runtime import mlflow_run, paths
@@ -35,11 +42,13 @@ from pipelines.training import (
     run_folder,
     run_lock,
     step_metrics,
+    vae_statistics,
     vae_validation,
 )
 from pipelines.training.config import TrainVAE
 from pipelines.training.image_feed import Images, Picture
 from pipelines.training.may_change import VAE as MAY_CHANGE
+from pipelines.training.teacher import Lessons, Student, TeacherValidation, build_student, closing_line
 from pipelines.training.vae_loss import AdversarialLoss, AutoencoderLoss
 from pipelines.training.vae_validation import Validation
 from pipelines.training.worker_setup import VaeSetup
@@ -90,10 +99,11 @@ def train_vae(config: TrainVAE, callbacks: Sequence[Any] = ()) -> dict[str, Any]
     resumed = run_folder.open_run(folder, config, MAY_CHANGE)
     if resumed:
         run_folder.write_config(folder, config)
+    decoder = model.teacher if isinstance(model, DistilledVAE) else model.decoder
     say(
         f"train_vae {config.name}: {source.units:,} images, encoder {config.model.encoder} "
-        f"{count_parameters(model.encoder):,} + decoder {count_parameters(model.decoder):,} parameters, {total:,} "
-        f"images to train on, {placement.text}",
+        f"{count_parameters(model.encoder):,} + {'teacher' * bool(config.teacher) or 'decoder'} "
+        f"{count_parameters(decoder):,} parameters, {total:,} images to train on, {placement.text}",
     )
     with run_folder.kept_if_made(folder):
         params = config.model_dump(mode="json")
@@ -105,16 +115,24 @@ def train_vae(config: TrainVAE, callbacks: Sequence[Any] = ()) -> dict[str, Any]
             source=source, val=val, lpips=lpips,
         )  # fmt: skip
         result = launch.fit(_worker, setup, placement, config.loop, callbacks)
-    say("\n".join([f"model: {result['model']}", *vae_validation.closing_lines(config, val, result)]), **result)
+    lines = [f"model: {result['model']}", *vae_validation.closing_lines(config, val, result)]
+    lines += vae_statistics.closing_lines(config, source, result["model"])
+    if config.teacher:
+        lines.append(closing_line(config, result["model"]))
+    say("\n".join(lines), **result)
     return result
 
 
-def build_model(config: TrainVAE) -> LiteVAE:
+def build_model(config: TrainVAE) -> LiteVAE | DistilledVAE:
     """Build the autoencoder of `config.model`: with the weights of `model.init`, or random ones from `config.seed`.
+
+    With a teacher, it is an encoder with the teacher's decoder.
 
     Raises:
         UserError: if `model.init` is not a model folder, or its architecture differs from `config.model`.
     """
+    if config.teacher:
+        return build_student(config)
     wanted = config.model
     torch.manual_seed(config.seed)
     model = LiteVAE(
@@ -133,6 +151,8 @@ def build_model(config: TrainVAE) -> LiteVAE:
         decoder_norm=wanted.decoder.norm,
         output=wanted.decoder.output,
     )
+    if wanted.init_decoder:
+        _init_decoder(model, wanted.init_decoder)
     if not wanted.init:
         return model
     have = model_config(wanted.init)
@@ -140,13 +160,39 @@ def build_model(config: TrainVAE) -> LiteVAE:
         raise UserError(f"model.init={wanted.init} is a model of class {kind}, not LiteVAE")
     # A field that is missing in an older model folder counts as its default.
     have = {key: field.default for key, field in inspect.signature(LiteVAE.__init__).parameters.items()} | have
+    before = {key: model.config[key] for key in STATISTICS}  # latents of the weights at the start don't count
+    have |= before
     have, own = (
         {key: list(value) if isinstance(value, tuple) else value for key, value in config.items()}
         for config in (have, model.config)
     )
     if different := [f"{k} {have.get(k)!r}, not {v!r}" for k, v in own.items() if k[0] != "_" and have.get(k) != v]:
         raise UserError(f"model.init={wanted.init} is another model: {'; '.join(different)}")
-    return load_autoencoder(wanted.init)
+    model = load_autoencoder(wanted.init)
+    model.register_to_config(**before)
+    return model
+
+
+def _init_decoder(model: LiteVAE, folder: str) -> None:
+    """Put the decoder of the autoencoder in a folder into a model.
+
+    Raises:
+        UserError: if it is neither an AutoencoderKL nor a LiteVAE, or its decoder is another one.
+    """
+    source = load_autoencoder(folder)
+    if not isinstance(source, AutoencoderKL | LiteVAE):
+        raise UserError(f"model.init_decoder={folder} is a {type(source).__name__}, not an AutoencoderKL or LiteVAE")
+    try:
+        load_decoder(model, source)
+    except UserError as error:
+        raise UserError(f"model.init_decoder={folder}: {error}") from None
+
+
+def _freeze(model: LiteVAE, parts: Sequence[str]) -> None:
+    """Exclude parts of a model from training, each with the 1x1 convolution next to it."""
+    for part in parts:
+        for name in (part, {"encoder": "quant_conv", "decoder": "post_quant_conv"}[part]):
+            getattr(model, name).requires_grad_(False)
 
 
 def lpips_or_warning(config: TrainVAE, required: bool = True) -> bool:
@@ -235,6 +281,22 @@ def _measured_step(config: TrainVAE, lpips: bool) -> forecast.Step:
 # --- in the workers -------------------------------------------------------------------------------------------------
 
 
+class Reconstruction(nn.Module):
+    """The forward pass of a training step: images -> reconstruction and posterior.
+
+    The step needs both from one call, because DDP hooks only into `forward`.
+    """
+
+    def __init__(self, model: LiteVAE):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor, sample_posterior: bool = True) -> tuple[Tensor, Posterior]:
+        posterior = self.model.encode(x, return_dict=False)[0]
+        z = posterior.sample() if sample_posterior else posterior.mode()
+        return self.model.decode(z, return_dict=False)[0], posterior
+
+
 class Networks:
     """Autoencoder, discriminator, their optimizers and the EMA: everything that a step updates and a checkpoint stores.
 
@@ -259,10 +321,15 @@ class Networks:
         self.config, self.device = config, device
         self.memory_format = compiling.memory_format(device, config.loop.compile)
         self.model = build_model(config).to(device).to(memory_format=self.memory_format)
+        _freeze(self.model, config.model.freeze)
         if config.checkpointing:
             self.model.enable_gradient_checkpointing()
-        self.net = prepare(self.model)
+        student = isinstance(self.model, DistilledVAE)
+        self.net = prepare(Student(self.model) if student else Reconstruction(self.model))
         self.objective = AutoencoderLoss(config, lpips).to(device).to(memory_format=self.memory_format)
+        self.lessons = (
+            Lessons(config, self.model, self.objective, device) if isinstance(self.model, DistilledVAE) else None
+        )
         self.optimizer = optimizer.Adam(self.model, config.optim)
         self.ema = EMA(self.model, config.loop.ema) if config.loop.ema else None
         self.disc: Discriminator | None = None
@@ -278,8 +345,11 @@ class Networks:
             self.lecam = losses.LeCam(ranks.average, device=device) if adversarial.lecam else None
             self.adversarial = AdversarialLoss(config, self.disc, self.disc_net, self.lecam)
         if config.loop.compile:  # but the posterior's draw between encoder and decoder stays eager
-            compiling.compile_parts(self.model.encoder, self.model.decoder, self.disc, *self.objective.children())
+            decoder = self.model.teacher if isinstance(self.model, DistilledVAE) else self.model.decoder
+            compiling.compile_parts(self.model.encoder, decoder, self.disc, *self.objective.children())
         self.total = sum(stage.images for stage in config.stages)
+        self.seen = 0  # images, over all ranks
+        self.latent_r2: float | None = None  # of the last validation with a teacher
 
     def step(self, pixels: Tensor, images: int) -> dict[str, Tensor]:
         """Do one optimizer step for each network.
@@ -292,6 +362,7 @@ class Networks:
             The unweighted loss terms, the total `loss`, and the optimizers' metrics, as scalars.
         """
         optim, adversarial = self.config.optim, self.config.loss.adversarial
+        self.seen = images + len(pixels) * ranks.world()
         gan = self.adversarial if images >= adversarial.start else None
         factor = optimizer.learning_rate_factor(optim, images, self.total)
         values: list[dict[str, Tensor]] = []
@@ -299,6 +370,12 @@ class Networks:
         parts = pixels.to(self.device, non_blocking=True).chunk(optim.accumulate)
         for n, part in enumerate(parts):
             x = to_tensor(part, self.memory_format)
+            if self.lessons is not None:
+                with compiling.synced(self.net, n == len(parts) - 1):
+                    loss, terms = self.lessons.loss(self.net, x, images)
+                    (loss / len(parts)).backward()
+                values.append(terms | {"loss": loss})
+                continue
             averaged = self._averaged_reconstruction(x) if self.objective.wants_averaged(images) else None
             with compiling.synced(self.net, n == len(parts) - 1):
                 with autocast(self.device, self.config.loop.precision):
@@ -306,7 +383,7 @@ class Networks:
                 reconstruction = reconstruction.float()
                 loss, terms = self.objective(x, reconstruction, posterior, images, averaged)
                 if gan is not None:
-                    weight, more = gan.term(loss, reconstruction, self.model.decoder.conv_out.weight, images)
+                    weight, more = gan.term(loss, reconstruction, self._last_layer(), images)
                     terms |= more
                     loss = loss + weight * terms["adversarial"]
                     fakes.append((x, reconstruction.detach()))
@@ -319,6 +396,12 @@ class Networks:
         if gan is not None:
             found |= self._discriminator_step(fakes, images, adversarial.lr * factor)
         return found
+
+    def _last_layer(self) -> Tensor:
+        """Return the weight at which gradients are compared: of the decoder's last layer; if frozen, the encoder's."""
+        frozen = "decoder" in self.config.model.freeze
+        part = getattr(self.model.encoder, "aggregator", self.model.encoder) if frozen else self.model.decoder
+        return part.conv_out.weight
 
     def _discriminator_step(self, fakes: list[tuple[Tensor, Tensor]], images: int, lr: float) -> dict[str, Tensor]:
         """Do one optimizer step for the discriminator on each micro-batch's (images, reconstructions)."""
@@ -341,7 +424,8 @@ class Networks:
         # The buffers are copied so that running means do not see the batch twice.
         state = self.ema.average | {name: buffer.clone() for name, buffer in self.model.named_buffers()}
         with compiling.uncompiled(), autocast(self.device, self.config.loop.precision):
-            return torch.func.functional_call(self.model, state, (x, False))[0].float()
+            state = {f"model.{name}": value for name, value in state.items()}
+            return torch.func.functional_call(Reconstruction(self.model), state, (x, False))[0].float()
 
     def averaged(self) -> AbstractContextManager[None]:
         """Return a context in which the model has the weights to validate and export: the EMA's if there is an EMA."""
@@ -356,10 +440,13 @@ class Networks:
             state |= {"discriminator": self.disc.state_dict(), "disc_optimizer": self.disc_optimizer.state_dict()}
         if self.lecam is not None:
             state["lecam"] = self.lecam.state_dict()
+        if self.lessons is not None:
+            state["latent_r2"] = self.latent_r2
         return state
 
     def load(self, state: dict[str, Any]) -> None:
         """Restore what `state` returned."""
+        self.seen = state.get("images", 0)  # the loop adds it
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.ema is not None:
@@ -369,6 +456,9 @@ class Networks:
             self.disc_optimizer.load_state_dict(state["disc_optimizer"])
         if self.lecam is not None:
             self.lecam.load_state_dict(state["lecam"])
+        if self.lessons is not None:
+            self.lessons.measured = True  # mean and standard deviation are in the model's state
+            self.latent_r2 = state["latent_r2"]
 
 
 def _share_buffers(model: nn.Module) -> None:
@@ -388,18 +478,33 @@ class VaeTask(Networks):
     def __init__(self, config: TrainVAE, setup: VaeSetup, rank: int, world: int, device: torch.device):
         super().__init__(config, setup.lpips, device)
         self.source = setup.source
-        self.digest = self.source.digest
+        self.digest, self.order = self.source.digest, VERSION
         self.stages = [(stage.images, stage.batch_size) for stage in config.stages]
         self._val = setup.val
         self._rank, self._world = rank, world
         self.validated = ""
+        self._statistics: dict[str, Any] | None = None  # of the latents of the trained model
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint stores; of a finished run also the statistics of its latents."""
+        return super().state() | ({} if self._statistics is None else {"statistics": self._statistics})
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Restore what `state` returned. Statistics of other data are left out."""
+        super().load(state)
+        self._statistics = state.get("statistics") if state.get("digest") == self.digest else None
 
     def begin(self, stage: int) -> None:
         """Prepare images and validation at the stage's resolution, and put the model into training mode."""
         resolution = self.config.stages[stage].resolution
         data, transform = self.config.data, transform_of(self.config, resolution)
-        self._images = Images(self.source, transform, self.config.seed, data.loaders, data.max_bad)
-        self._validation = Validation(self._val, self.config, resolution, self._rank, self._world)
+        self._images = Images(self.source, transform, self.config.seed, data.loaders, data.max_bad, self.order)
+        view = (self._val, self.config, resolution, self._rank, self._world)
+        if self.lessons is None:
+            self._validation = Validation(*view)
+        else:
+            self.lessons.measure(self.source, resolution)
+            self._validation = TeacherValidation(*view, self.lessons)
         self.validated = vae_validation.described(self._validation.images, resolution)
         self.model.train()
 
@@ -427,8 +532,18 @@ class VaeTask(Networks):
         return max(self.optimizer.skipped(), self.disc_optimizer.skipped() if self.disc is not None else 0)
 
     def validate(self) -> tuple[dict[str, float], np.ndarray | None]:
-        """Return the metrics and the picture of the validation images, if there are any."""
-        return self._validation.run(self.model, self.averaged()) if self._validation.images else ({}, None)
+        """Return the metrics and the picture of the validation images, if there are any.
+
+        At the end of the training this also measures the statistics of the latents.
+        """
+        if self._finished():
+            with self.averaged(), compiling.uncompiled():
+                self._statistics = self._measured(self._rank, self._world)
+        if not self._validation.images:
+            return {}, None
+        values, picture = self._validation.run(self.model, self.averaged())
+        self.latent_r2 = values.get("latent_r2")
+        return values, picture
 
     def exports(self) -> dict[str, Callable[[Path], None]]:
         """Return the writer of the run's only model folder."""
@@ -436,8 +551,21 @@ class VaeTask(Networks):
 
     def _save(self, folder: Path) -> None:
         """Save the model, with the EMA weights if there is an EMA, as a model folder."""
+        if self.lessons is not None and self.latent_r2 is not None:
+            self.model.rate(self.latent_r2, self.lessons.about)
         with self.averaged():
+            if self._finished():
+                if self._statistics is None:  # of a run that an older version finished, or with other data
+                    self._statistics = self._measured()
+                self.model.register_to_config(**self._statistics)
             self.model.save_pretrained(folder)
+
+    def _finished(self) -> bool:
+        """Return whether the model is trained and has statistics of its own. A student has those of its teacher."""
+        return self.seen >= self.total and self.lessons is None
+
+    def _measured(self, rank: int = 0, world: int = 1) -> dict[str, Any]:
+        return vae_statistics.measured(self.model, self.source, self.config, rank, world)
 
 
 def _worker(given: dict[str, Any]) -> dict[str, Any]:

@@ -73,6 +73,11 @@ class AutoencoderLoss(nn.Module):
             total = total + getattr(self.config, name).weight * value
         return total, values
 
+    def needs_reconstruction(self, images: int) -> bool:
+        """Return whether a term that compares pixels is on in the step after `images` images."""
+        names = ("l1", "l2", "wavelet", "gaussian", "lpips", "features", "esrgan")
+        return any(self._counts(name, images) for name in names)
+
     def wants_averaged(self, images: int) -> bool:
         """Return whether the step after `images` images needs the averaged model's reconstruction (for LDL)."""
         return self._counts("ldl", images)
@@ -129,7 +134,8 @@ class AdversarialLoss:
         config = self.config.loss.adversarial
         penalized = config.r1 > 0 and self._due(config.r1_every, images)
         # All ranks decide the same, because each forward pass under DDP is a collective operation.
-        mixed = np.random.default_rng(order.seed_for(self.config.seed, images, part)).random() < config.cutmix
+        # The last entry keeps this apart from (seed, position), which seeds the crop of an image; see `order.seed_for`.
+        mixed = np.random.default_rng(order.seed_for(self.config.seed, images, part, 1)).random() < config.cutmix
         mask = losses.cutmix_mask(len(x), *x.shape[-2:]).to(x.device) if mixed else None
         batches = [x.requires_grad_(penalized), fake]
         if mask is not None:

@@ -36,7 +36,8 @@ def closing_lines(config: TrainVAE, source: Source | None, metrics: Mapping[str,
         source: the validation source; None: no validation.
         metrics: the run's last metrics.
     """
-    numbers = {name: metrics[name] for name in ("psnr", "ssim") if name in metrics}
+    names = ("latent_r2", "psnr", "ssim", "teacher_psnr", "teacher_ssim")
+    numbers = {name: metrics[name] for name in names if name in metrics}
     if source is None or not numbers:
         return []
     resolution, images = config.stages[-1].resolution, min(config.val_images, source.units)
@@ -99,7 +100,8 @@ class Validation:
                 pixels = torch.from_numpy(self._pixels[start : start + self._batch]).to(model.device)
                 x = to_tensor(pixels, compiling.memory_format(model.device, self._compile))
                 with autocast(model.device, self._precision):
-                    reconstruction, posterior = model(x, sample_posterior=False)
+                    posterior = model.encode(x).latent_dist
+                    reconstruction = model.decode(posterior.mode()).sample
                 reconstruction = reconstruction.float()
                 values["psnr"] += metrics.psnr(reconstruction, x).tolist()
                 values["ssim"] += metrics.ssim(reconstruction, x).tolist()

@@ -60,7 +60,7 @@ class LatentData:
         images: number of rows of the cache, or of images.
         shape: shape of a latent, (n_z, h, w).
         vae: the autoencoder's folder.
-        fingerprint: hash of the autoencoder, as `litevae.autoencoder.fingerprint` returns it.
+        fingerprint: hash of the autoencoder, as `litevae.any_autoencoder.fingerprint` returns it.
         about: a description of the latents for the log.
         cache: the cache that is read (mode=cache) or filled (mode=write-through); "" with mode=online.
         version: number of the manifest of the cache that is read; None in the other modes.

@@ -57,7 +57,9 @@ class WriteThroughFeed(EncodingFeed):
         """Set up the shards and the order of the first epoch, then the statistics."""
         sources = open_listings(self._out)[: self._listings]
         self._partition = Partition(sources, self._plan.rows_per_shard)
-        self._order = EpochOrder(self._partition.sizes, self.config.seed, WINDOW * self._plan.rows_per_shard)
+        self._order = EpochOrder(
+            self._partition.sizes, self.config.seed, WINDOW * self._plan.rows_per_shard, self.order
+        )
         super().begin()
 
     def encoded(self, pixels: list[np.ndarray]) -> tuple[np.ndarray, str]:
