@@ -8,8 +8,8 @@ from torch import Tensor
 class Posterior(DiagonalGaussianDistribution):
     """A diagonal Gaussian over latents whose parameters and draws are computed in fp32.
 
-    bf16 has 8 significant bits: an error of a mean in bf16 is as large as the standard deviation of a trained
-    posterior, and one in six numbers of bf16 noise, times that standard deviation, changes nothing.
+    bf16 has 8 significant bits, so that noise times a small standard deviation can be lost when it is added to a mean.
+    The error that the rest of a network makes in bf16 stays: this class does not remove it.
 
     Args:
         parameters: Moments (N, 2 n_z, h, w), mean then log-variance. They are converted to fp32 (fp64 stays).

@@ -129,6 +129,18 @@ def closed_port() -> Iterator[int]:
 
 
 @pytest.fixture
+def no_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take the home folder away, as in a container that runs under a number that its system does not know."""
+
+    def unknown(uid: int) -> None:
+        raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    for name in ("HOME", "XDG_CACHE_HOME", "TORCH_HOME"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
 def in_process() -> Iterator[None]:
     """Run jobs without Ray during the test; see `tests.in_process`."""
     from tests import in_process  # imported here, because most tests do not need it

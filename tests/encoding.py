@@ -12,8 +12,10 @@ from PIL import Image
 from skimage import data as photos
 
 from litevae import storage
-from litevae.autoencoder import LiteVAE, encode_latents, load_autoencoder
+from litevae.any_autoencoder import load_autoencoder
+from litevae.autoencoder import LiteVAE
 from litevae.images import ImageTransform
+from litevae.latents import encode_latents
 from litevae.shards import latent_layout
 from pipelines.data.config import Views
 from pipelines.encoding import encode, encoder, plan

@@ -23,6 +23,18 @@ class Mutant(NamedTuple):
 
 MUTANTS = [
     Mutant(
+        "litevae/inference.py",
+        "key=lambda measured: (not measured.agrees, -measured.speed)",
+        "key=lambda measured: -measured.speed",
+        ("tests/litevae/test_inference.py::test_a_path_that_does_not_agree_is_last",),
+    ),
+    Mutant(
+        "litevae/native.py",
+        "if seen.data_ptr() == self.weight.data_ptr() and version == self.weight._version:",
+        "if seen.data_ptr() == self.weight.data_ptr():",
+        ("tests/litevae/test_native.py::test_changed_weights_are_used",),
+    ),
+    Mutant(
         "pipelines/training/optimizer.py",
         "return (images + 1) / (config.warmup + 1)",
         "return 1.0",
@@ -36,8 +48,8 @@ MUTANTS = [
     ),
     Mutant(
         "litevae/order.py",
-        "return rows[_permutation(len(rows), self.seed, epoch, window)], 1",
-        "return rows[_permutation(len(rows), self.seed, 0, window)], 1",
+        "return rows[_permutation(len(rows), self.seed, epoch, number)], 1",
+        "return rows[_permutation(len(rows), self.seed, 0, number)], 1",
         ("tests/litevae/test_order.py::test_rows_of_a_lone_group_come_otherwise_in_each_epoch_and_window",),
     ),
     Mutant(
@@ -78,8 +90,8 @@ MUTANTS = [
     ),
     Mutant(
         "pipelines/training/image_feed.py",
-        "self.order = EpochOrder(source.groups, seed, source.window)",
-        "self.order = EpochOrder(source.groups, 0, source.window)",
+        "self.order = EpochOrder(source.groups, seed, source.window, version)",
+        "self.order = EpochOrder(source.groups, 0, source.window, version)",
         ("tests/pipelines/training/test_vae_task.py::test_images_come_in_another_order_with_another_seed",),
     ),
     Mutant(
@@ -92,7 +104,7 @@ MUTANTS = [
     ),
     Mutant(
         "pipelines/training/latent_feeds.py",
-        "return (raw - mean) / std",
+        "return (raw - mean) / by",
         "return raw - mean",
         ("tests/pipelines/training/test_ldm_task.py::test_online_latents_are_the_autoencoders_normalised",),
     ),
@@ -301,9 +313,51 @@ MUTANTS = [
         ("tests/pipelines/training/test_vae_task.py::test_networks_compute_in_the_precision_and_losses_in_fp32",),
     ),
     Mutant(
+        "pipelines/training/vae_statistics.py",
+        "(mean.square() + variance)",
+        "mean.square()",
+        ("tests/pipelines/training/test_vae_statistics.py::test_statistics_are_those_of_draws",),
+    ),
+    Mutant(
+        "pipelines/training/vae_statistics.py",
+        "for unit in units[rank::world]:",
+        "for unit in units:",
+        ("tests/pipelines/training/test_vae_statistics.py::test_ranks_share_the_images",),
+    ),
+    Mutant(
         "pipelines/training/vae.py",
-        "(loss / len(parts)).backward()",
-        "loss.backward()",
+        "have |= before",
+        "have |= {}",
+        ("tests/pipelines/training/test_vae_statistics.py::test_statistics_of_the_weights_at_the_start_do_not_stay",),
+    ),
+    Mutant(
+        "pipelines/training/vae.py",
+        "if self._statistics is None:  # of a run",
+        "if True:  # of a run",
+        ("tests/pipelines/training/test_vae_statistics.py::test_only_the_trained_model_gets_them_and_only_once",),
+    ),
+    Mutant(
+        "pipelines/encoding/model_statistics.py",
+        "wrong = np.maximum(np.abs(ratio - 1), np.abs(shift))",
+        "wrong = np.abs(ratio - 1)",
+        ("tests/pipelines/encoding/test_model_statistics.py::test_the_worst_channel_is_named",),
+    ),
+    Mutant(
+        "pipelines/training/teacher.py",
+        "errors = ((found - target) / std).square()",
+        "errors = (found - target).square()",
+        ("tests/pipelines/training/test_teacher.py::test_the_loss_is_normalised_by_channel",),
+    ),
+    Mutant(
+        "litevae/distilled.py",
+        "latent_space=teacher if r2 >= LIMIT else None",
+        "latent_space=teacher",
+        ("tests/pipelines/training/test_teacher.py::test_a_student_names_the_latents_only_from_the_limit_on",),
+    ),
+    Mutant(
+        "pipelines/training/vae.py",
+        "fakes.append((x, reconstruction.detach()))\n                (loss / len(parts)).backward()",
+        "fakes.append((x, reconstruction.detach()))\n                loss.backward()",
         ("tests/pipelines/training/test_train_vae.py::test_accumulated_micro_batches_are_one_batch",),
     ),
     Mutant(
@@ -320,8 +374,8 @@ MUTANTS = [
     ),
     Mutant(
         "pipelines/training/vae_validation.py",
-        "model(x, sample_posterior=False)",
-        "model(x)",
+        "model.decode(posterior.mode())",
+        "model.decode(posterior.sample())",
         ("tests/pipelines/training/test_vae_task.py::test_validation_judges_the_mode_with_the_averaged_weights",),
     ),
     Mutant(
@@ -332,8 +386,8 @@ MUTANTS = [
     ),
     Mutant(
         "pipelines/training/vae.py",
-        "        with self.averaged():\n            self.model.save",
-        "        with nullcontext():\n            self.model.save",
+        "        with self.averaged():\n            if self._finished():",
+        "        with nullcontext():\n            if self._finished():",
         ("tests/pipelines/training/test_vae_task.py::test_the_exported_model_is_the_average",),
     ),
     Mutant(
@@ -432,8 +486,8 @@ MUTANTS = [
     ),
     Mutant(
         "litevae/encoder.py",
-        "with torch.no_grad(), torch.autocast(x.device.type, enabled=False):",
-        "with torch.no_grad():",
+        "with torch.autocast(x.device.type, enabled=False):\n            pyramid",
+        "if True:\n            pyramid",
         ("tests/litevae/test_encoder.py::test_the_transform_stays_in_fp32_under_autocast",),
     ),
     Mutant(
@@ -570,7 +624,7 @@ MUTANTS = [
     ),
     Mutant(
         "pipelines/encoding/encoder.py",
-        "batch = np.zeros((len(part) if self.native else self.batch_size,",
+        "batch = np.zeros((len(part) if self.single else self.batch_size,",
         "batch = np.zeros((len(part),",
         ("tests/pipelines/encoding/test_encode_parts.py::test_batches_are_full_and_rows_in_order",),
     ),
@@ -1173,5 +1227,47 @@ MUTANTS = [
             "tests/pipelines/evaluation/test_evaluation_parts.py"
             "::test_results_fit_onto_a_page_and_say_how_they_were_measured_if_asked",
         ),
+    ),
+    Mutant(
+        "litevae/lru_cache.py",
+        "del self._loading[key]\n            loaded.set_exception(error)",
+        "loaded.set_exception(error)",
+        ("tests/litevae/test_lru_cache.py::test_an_error_goes_to_all_who_wait_for_it_and_is_not_kept",),
+    ),
+    Mutant(
+        "litevae/lru_cache.py",
+        "if waiting := self._loading.get(key):",
+        "if waiting := None:",
+        ("tests/litevae/test_lru_cache.py::test_threads_that_want_one_key_load_it_once_and_get_the_same_value",),
+    ),
+    Mutant(
+        "litevae/diffusion.py",
+        "return (snr + 1).clamp(max=self.gamma) / (snr + 1)",
+        "return snr.clamp(max=self.gamma) / (snr + 1)",
+        ("tests/litevae/test_diffusion.py::test_the_level_that_sampling_begins_at_is_trained",),
+    ),
+    Mutant(
+        "litevae/cache.py",
+        "continue  # another driver was faster",
+        "pass",
+        ("tests/litevae/test_cache.py::test_a_late_driver_does_not_put_an_older_manifest_over_a_newer_one",),
+    ),
+    Mutant(
+        "litevae/storage.py",
+        "Body=data, IfMatch=condition)",
+        "Body=data)",
+        ("tests/litevae/test_storage.py::test_race_to_replace",),
+    ),
+    Mutant(
+        "litevae/commits.py",
+        "return std.masked_fill(std <= CONSTANT * mean.abs(), torch.inf)",
+        "return std.masked_fill(std == 0, torch.inf)",
+        ("tests/litevae/test_cache.py::test_constant_channels_by_hand",),
+    ),
+    Mutant(
+        "pipelines/training/vae_loss.py",
+        "order.seed_for(self.config.seed, images, part, 1)",
+        "order.seed_for(self.config.seed, images, part)",
+        ("tests/pipelines/training/test_vae_task.py::test_cutmix_is_drawn_by_seed_position_and_micro_batch",),
     ),
 ]

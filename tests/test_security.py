@@ -35,7 +35,8 @@ from PIL import Image
 from ray.data._internal.object_extensions.arrow import ArrowPythonObjectType
 
 from litevae import cache, storage
-from litevae.autoencoder import WEIGHTS, LiteVAE, fingerprint, load_autoencoder
+from litevae.any_autoencoder import fingerprint, load_autoencoder
+from litevae.autoencoder import LiteVAE
 from litevae.cache import LatentCache
 from litevae.commits import commit_shard, committed_shards, read_commit, read_commits
 from litevae.diffusion import Objective
@@ -43,6 +44,7 @@ from litevae.errors import UserError, redact
 from litevae.generation import Backbone, Inception, SqueezeNetCaffe
 from litevae.images import ImageError, ImageTransform
 from litevae.ldm import LDM, NormalizedAutoencoder, load_ldm, save_ldm
+from litevae.model_folder import WEIGHTS
 from litevae.perceptual import load_esrgan, load_lpips
 from litevae.shards import OWN_COLUMNS, QUARANTINE, latent_layout, read_quarantine, read_shard, row_schema
 from pipelines.data.config import Source

@@ -66,7 +66,7 @@ MISTAKES = {
     "evaluate: no model": (["evaluate"], "model is empty; give it, e.g. model=runs/vae/model"),
     "evaluate: hub": (
         ["evaluate", "model=stabilityai/sd-vae-ft-mse", "source.uri={place}/photos"],
-        "hf download stabilityai/sd-vae-ft-mse --local-dir sd-vae-ft-mse, then model=sd-vae-ft-mse",
+        "model=stabilityai/sd-vae-ft-mse does not exist; models are folders on disk",
     ),
     "evaluate: source": (["evaluate", VAE, "source.uri=/nowhere"], "source.uri=/nowhere does not exist"),
     "evaluate: weights": (
@@ -117,6 +117,7 @@ def answers(place):
         own = [] if any(word.startswith("root=") for word in given) else [f"root={place}/runs"]
         commands.append([*given, *own])
     environment = os.environ | {"TORCH_HOME": str(place / "torch"), "PYTHONPATH": str(REPO)}
+    environment |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(place / "hub")}
     for name in ("MLFLOW_TRACKING_URI", "MLFLOW_RUN_ID"):
         environment.pop(name, None)
     done = subprocess.run(

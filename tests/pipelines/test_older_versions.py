@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from litevae.autoencoder import fingerprint, load_autoencoder
+from litevae.any_autoencoder import fingerprint, load_autoencoder
 from litevae.cache import LatentCache
 from litevae.commits import read_commit
 from litevae.images import to_tensor

@@ -136,6 +136,16 @@ def test_the_folder_is_torch_hubs(monkeypatch, tmp_path):
         assert done.stdout.strip() == f"{torch.hub.get_dir()}/checkpoints/a", done.stderr
 
 
+@pytest.mark.usefixtures("no_home")
+def test_without_a_home_folder(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.hub, "_hub_dir", None)
+    with pytest.raises(UserError, match="there is no home folder to put it in; set TORCH_HOME or HOME"):
+        weights.fetch(weights.Weights(), FILES)
+    assert not list(tmp_path.iterdir())
+    assert "or set TORCH_HOME" in weight_files.how_to_get(VGG)
+
+
 def test_jobs_look_for_the_files_that_are_fetched(monkeypatch, tmp_path):
     """And where they are missing they say the way to get them; the digits are those that the two projects publish."""
     monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))

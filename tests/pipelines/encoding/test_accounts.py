@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from litevae import cache
-from litevae.autoencoder import load_autoencoder
+from litevae.any_autoencoder import load_autoencoder
 from litevae.cache import LatentCache
 from litevae.errors import UserError
 from pipelines.encoding import encode, maintenance, verify

@@ -15,7 +15,7 @@ import pytest
 from scipy import stats
 
 from litevae import cache
-from litevae.autoencoder import load_autoencoder
+from litevae.any_autoencoder import load_autoencoder
 from litevae.cache import LatentCache
 from litevae.errors import UserError
 from pipelines.data.decode import Lost, ShardTask, decode_shard
@@ -452,7 +452,8 @@ def test_mistakes_are_answered_without_torch_and_ray(model, folder, tmp_path):
     with at_work.claimed(f"{tmp_path}/busy"):
         done = subprocess.run(
             [sys.executable, "-c", MISTAKES],
-            input=json.dumps([*asked.values()]), cwd=REPO, env=os.environ, capture_output=True, text=True,
+            input=json.dumps([*asked.values()]), cwd=REPO, capture_output=True, text=True,
+            env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hub")},
         )  # fmt: skip
     answers = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(answers) == len(asked), done.stderr
@@ -460,8 +461,8 @@ def test_mistakes_are_answered_without_torch_and_ray(model, folder, tmp_path):
         assert (code, heavy) == (2, [])
         assert text.startswith("error: ")
         assert message in text
-    assert "hf download stabilityai/sd-vae-ft-mse --local-dir sd-vae-ft-mse, then model=sd-vae-ft-mse" in answers[1][1]
+    assert "run `hf download stabilityai/sd-vae-ft-mse` and copy the cache here" in answers[1][1]
     assert "hf download --repo-type dataset imagenet-1k --local-dir imagenet-1k" in answers[2][1]
     for _, text, _ in answers[1:3]:
-        assert "(a gated one needs `hf auth login` before)" in text
+        assert "a gated one needs `hf auth login` before" in text
     assert sorted(os.listdir(tmp_path)) == ["file"]

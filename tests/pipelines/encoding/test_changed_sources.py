@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from litevae import cache
-from litevae.autoencoder import load_autoencoder
+from litevae.any_autoencoder import load_autoencoder
 from litevae.cache import LatentCache
 from litevae.commits import committed_shards
 from litevae.errors import UserError

@@ -20,10 +20,11 @@ import torch
 from PIL import Image
 from skimage import data as photos
 
-from litevae.autoencoder import encode_latents, fingerprint, load_autoencoder
+from litevae.any_autoencoder import fingerprint, load_autoencoder
 from litevae.cache import LatentCache
 from litevae.errors import UserError
 from litevae.images import ImageError, ImageTransform, to_tensor
+from litevae.latents import encode_latents
 from pipelines.data import decode
 from pipelines.data.config import Source, Views
 from pipelines.data.open_source import open_source

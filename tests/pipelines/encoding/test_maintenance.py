@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from litevae import cache, shards, storage
-from litevae.autoencoder import load_autoencoder
+from litevae.any_autoencoder import load_autoencoder
 from litevae.cache import LatentCache
 from litevae.commits import committed_shards, read_commits
 from litevae.errors import UserError

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from ray.util.queue import Queue
 
-from litevae.autoencoder import load_autoencoder
+from litevae.any_autoencoder import load_autoencoder
 from litevae.errors import UserError
 from pipelines.experiments import paper, run_trial, search_space, sweep, trials
 from pipelines.experiments.config import Sweep

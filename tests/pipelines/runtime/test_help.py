@@ -139,7 +139,8 @@ def test_all_fields_are_in_the_long_help(words, capsys, monkeypatch):
         ("optim.lr=3", ["optim.lr"]),
         ("optim.b", ["optim.betas"]),
         ("lr", ["loss.adversarial.lr", "optim.lr"]),
-        ("latent", ["model.latent_channels"]),
+        ("latent_", ["model.latent_channels"]),
+        ("latent", ["loss.latent.weight", "loss.latent.start"]),  # a section within another
         ("--optim.lr", ["optim.lr"]),
     ],
 )

@@ -12,12 +12,13 @@ import torch
 import yaml
 from PIL import Image
 
-from litevae.autoencoder import encode_latents, fingerprint, load_autoencoder
+from litevae.any_autoencoder import fingerprint, load_autoencoder
 from litevae.cache import LatentCache
 from litevae.denoiser import null_class
 from litevae.errors import UserError
 from litevae.images import to_uint8
-from litevae.ldm import LDM, load_ldm
+from litevae.latents import encode_latents
+from litevae.ldm import LDM, NormalizedAutoencoder, load_ldm
 from litevae.pictures import grid
 from pipelines.encoding.plan import CachePlan
 from pipelines.runtime.cli import load
@@ -275,6 +276,24 @@ def test_online_images_are_cut_as_the_config_says_and_otherwise_in_each_epoch(ta
     halves = {name: np.asarray(Image.fromarray(image).resize((32, 32), Image.Resampling.BICUBIC))
               for name, image in whole.items()}  # fmt: skip
     assert all(np.array_equal(pixels, halves[name]) for name, pixels in resized.items())
+
+
+def test_a_constant_channel_is_said_and_learned_as_0(task, capsys):
+    one = task()
+    one.feed.mean[2], one.feed.std[2] = 0.1, 0.0
+    one.begin(0)
+    captured = capsys.readouterr()
+    said = "warning: the training data: constant channels of the latents, counted from 0: 2; normalised, they are 0"
+    assert (captured.out + captured.err).count(said) == 1
+    z = one.feed.latents(LatentBatch([0], latents=torch.full((1, 4, 8, 8), 0.1)))
+    expected = (0.1 - one.feed.mean) / one.feed.std
+    expected[2] = 0
+    torch.testing.assert_close(z, expected.view(1, 4, 1, 1).expand(1, 4, 8, 8))
+    seen = []
+    vae = NormalizedAutoencoder.of(load_autoencoder(one._vae), one.feed.mean, one.feed.std)
+    vae.autoencoder.decode = lambda raw, **_: seen.append(raw) or (raw,)
+    vae.decode(z)
+    torch.testing.assert_close(seen[0], torch.full((1, 4, 8, 8), 0.1))  # what is decoded is the mean again
 
 
 @pytest.mark.parametrize("mode", ["online", "write-through"])

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from litevae.errors import UserError
+from litevae.order import VERSION
 from pipelines.runtime import mlflow_run, progress, prometheus, shutdown
 from pipelines.runtime.cli import load
 from pipelines.runtime.cluster import Placement
@@ -20,6 +21,7 @@ from pipelines.runtime.schema import values_to_keep
 from pipelines.training import checkpoint, compiling, interruptions, launch, loop, may_change, optimizer, step_metrics
 from pipelines.training.config import Loop, Optimizer, TrainLDM, TrainVAE
 from pipelines.training.interruptions import StopRequest
+from pipelines.training.run_files import STATE
 from pipelines.training.worker_setup import TrainSetup
 from tests.setups import leave_checkpoint, untracked
 
@@ -39,6 +41,7 @@ class Task:
     """One weight, moved by what was drawn at random; `calls` notes what the task was asked."""
 
     digest = "of the data"
+    order = VERSION
 
     def __init__(self, clock, *stages):
         self.stages, self._clock, self.validated = list(stages), clock, "2 images of 8 px"
@@ -208,7 +211,7 @@ def test_what_is_checked_and_exported_comes_before_the_checkpoint(run, clock):
     task = Task(clock, (16, 8))
     run(task, "loop.checkpoint_every=8", "loop.val_every=16")
     last = task.calls[next(n for n, call in enumerate(task.calls) if call == ("step", 8)) + 1 :]
-    assert [name for name, *_ in last] == ["count", "check", "skipped", "export", "validate", "state"]
+    assert [name for name, *_ in last] == ["count", "check", "skipped", "validate", "export", "state"]
     assert task.of("check")[0][1].keys() == {"loss", "odd", "bad_images"}
     assert [call[1]["loss"] for call in task.of("check")] == [0.0, 8.0]
     assert float((run.folder / "model" / "weight").read_text()) == task.model.weight.item()
@@ -399,6 +402,18 @@ def test_only_rank_0_says_that_it_goes_on(run, clock, capsys):
     capsys.readouterr()
     run(Task(clock, (24, 8)), rank=1)
     assert capsys.readouterr().out == ""
+
+
+def test_a_run_of_an_earlier_version_keeps_its_order(run, clock):
+    run(Task(clock, (16, 8)))
+    path = run.folder / "checkpoint-000000000016" / STATE
+    state = checkpoint.load(str(path.parent))
+    assert state.pop("order") == VERSION
+    torch.save(state, path)
+    task = Task(clock, (32, 8))
+    run(task)
+    assert task.order == 1
+    assert checkpoint.load(str(run.folder / "checkpoint-000000000032"))["order"] == 1  # and so does the next resume
 
 
 def test_other_data_are_refused(run, clock):

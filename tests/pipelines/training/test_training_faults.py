@@ -21,10 +21,11 @@ from mlflow import MlflowClient
 from PIL import Image
 
 from litevae import cache, storage
-from litevae.autoencoder import WEIGHTS, LiteVAE
+from litevae.autoencoder import LiteVAE
 from litevae.cache import LatentCache
 from litevae.commits import _put_file, latent_statistics, read_commit
 from litevae.errors import UserError
+from litevae.model_folder import WEIGHTS
 from litevae.shards import DTYPES, finite_rows, read_shard, shard_bytes, to_stored
 from pipelines.data.open_source import open_source
 from pipelines.encoding import verify

@@ -12,8 +12,8 @@ import yaml
 from PIL import Image
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
-from litevae import losses
-from litevae.autoencoder import load_autoencoder
+from litevae import losses, order
+from litevae.any_autoencoder import load_autoencoder
 from litevae.errors import UserError
 from litevae.images import to_tensor
 from litevae.perceptual import SqueezeNetFeatures
@@ -153,7 +153,7 @@ def test_lpips_gets_images_in_minus_one_to_one(photos, tmp_path, monkeypatch):
     x = to_tensor(pixels())
     torch.manual_seed(7)
     with torch.no_grad():
-        y, posterior = ready(nets).model(x)
+        y, posterior = ready(nets).net(x)
         expected, distance = reference(x, y).mean(), SqueezeNetFeatures(path)(x, y).mean()
         total, terms = nets.objective(x, y, posterior, 0)
     torch.testing.assert_close(terms["lpips"], expected, rtol=1e-4, atol=0)
@@ -182,7 +182,7 @@ def test_ddp_gets_each_pass_and_sends_the_last(networks, monkeypatch, kind, time
     monkeypatch.setattr(ray.train.torch, "prepare_model", Noted)
     nets = networks(GAN, "optim.accumulate=4", f"loss.adversarial.kind={kind}", *DWT2)
     nets.step(pixels(), 0)
-    assert nets.net.module is nets.model
+    assert nets.net.module.model is nets.model
     assert nets.disc_net.module is nets.disc
     assert nets.net.passes == [False, False, False, True]
     assert nets.disc_net.passes == [last for last in nets.net.passes for _ in range(times)]
@@ -210,6 +210,9 @@ def test_cutmix_is_drawn_by_seed_position_and_micro_batch(networks, monkeypatch)
     assert len(set(map(tuple, rows))) == 4
     assert 12 < sum(map(sum, rows)) < 36
     assert [mixed(one, 4 * n, 0) for n in range(12)] == rows[0]
+    # The crop of the image at a position has a stream of its own, whose first number is another.
+    crops = [np.random.default_rng(order.seed_for(0, 4 * n)).random() < 0.5 for n in range(12)]
+    assert rows[0] != crops
     rare = networks(GAN, "loss.adversarial.cutmix=0.05", *DWT2)
     assert sum(mixed(rare, 4 * n, 0) for n in range(12)) < 4
 
@@ -238,7 +241,7 @@ def test_the_discriminators_step_is_the_mean_of_its_terms(networks, kind):
 
     x = to_tensor(pixels())
     torch.manual_seed(3)
-    fake = by_hand.model(x)[0].detach()
+    fake = by_hand.net(x)[0].detach()
     mask = losses.cutmix_mask(4, 32, 32)
     real, made, mixed = (by_hand.disc(images) for images in (x, fake, losses.cutmix(x, fake, mask)))
     loss = {"hinge": losses.hinge_discriminator, "logistic": losses.logistic_discriminator}[kind](real, made)
