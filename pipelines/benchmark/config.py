@@ -37,11 +37,13 @@ class Benchmark(Tracked):
         },
     )
 
-    parts: list[Literal["encoder", "decoder", "vae-step", "ldm-step", "ray", "encode", "memory", "loader"]] = Field(
+    parts: list[
+        Literal["encoder", "decoder", "vae-step", "ldm-step", "ray", "encode", "memory", "loader", "moments"]
+    ] = Field(
         ["encoder", "decoder", "vae-step", "ldm-step", "ray", "encode", "loader"],
         min_length=1,
         description="what is measured, in this order; also a,b,c; ray: what Ray Train adds to training; memory: of the "
-        "encode job's processes",
+        "encode job's processes; moments: the error of what a cache stores, by number format",
     )
     models: list[PathText] = Field(
         ["sd-vae", "taesd", "dc-ae", "S", "B", "M", "L", "pseudocode-B"],
@@ -49,11 +51,11 @@ class Benchmark(Tracked):
         description="of encoder and decoder; the first is the baseline: sd-vae, taesd, dc-ae (diffusers' classes), "
         "LiteVAE's S B M L, B as the paper's pseudocode has it, or model folders; also a,b,c",
     )
-    modes: list[Literal["eager", "channels-last", "compiled", "fast"]] = Field(
+    modes: list[Literal["eager", "channels-last", "sliced", "compiled", "fast"]] = Field(
         ["eager", "fast"],
         min_length=1,
-        description="of encoder and decoder; fast: as this project's jobs run them; compiled: "
-        "the training steps, too; also a,b,c",
+        description="of encoder and decoder; fast: as this project's jobs run them; sliced: PyTorch, channels last, "
+        "image by image; compiled: the training steps, too; also a,b,c",
     )
     batch_sizes: list[Positive] = Field([1, 32], min_length=1, description="of encoder and decoder")
     resolutions: list[Annotated[int, Field(ge=32, multiple_of=32)]] = Field(
@@ -64,7 +66,7 @@ class Benchmark(Tracked):
     )
     repeats: Positive = Field(3, description="timed runs of each contender, in turn; medians count")
     source: PathText = Field("", description="folder of JPEGs, local; empty: scikit-image's photos")
-    model: PathText = Field("", description="encode: model folder; empty: LiteVAE-S with random weights")
+    model: PathText = Field("", description="encode, moments: model folder; empty: LiteVAE-S with random weights")
     encode_images: Annotated[int, Field(ge=32)] = Field(
         256, description="encode, memory: images a run; a GPU takes thousands for a steady rate"
     )

@@ -34,7 +34,8 @@ TITLES = {"sd-vae": "SD-VAE", "taesd": "TAESD", "dc-ae": "DC-AE (f = 32)", "pseu
 GPU_SECONDS = 0.2  # duration of the forward passes that give one sample
 MODES = {
     "eager": "as PyTorch runs it",
-    "channels-last": "the same, channels last",
+    "channels-last": "PyTorch, channels last",
+    "sliced": "PyTorch, channels last, image by image",
     "compiled": "torch.compile, channels last",
     "fast": "as this project's jobs run it: native kernels, image by image, on a CPU in fp32; compile=true on a GPU",
 }
@@ -94,7 +95,7 @@ def _table(
         f"process' first batch of {largest} beyond weights and input. Limit: the least time for the convolutions' and "
         f"products' operations at {limits['matrix'] / 1e9:,.0f} GFLOP/s and their bytes at "
         f"{limits['copy'] / 1e9:,.0f} GB/s, both measured here, over the time taken; above 100 % where there are "
-        f"algorithms with fewer operations.",
+        f"algorithms with fewer operations. {'; '.join(f'{mode}: {MODES[mode]}' for mode in config.modes)}.",
         ["", "parameters", "GFLOP an image", f"images/s, batch {largest}", "times", "memory, MB", "times"]
         + [f"ms, batch {batch}" for batch in sorted(config.batch_sizes) if batch != largest]
         + ["share of the limit"],
@@ -280,6 +281,8 @@ class Contender:
         compiled = mode == "compiled" or (mode == "fast" and self.device.type == "cuda")
         if mode == "fast":
             prepare_for_inference(self.half.model, self.device, best_kernels(self.device, precision), compiled)
+        elif mode == "sliced":
+            prepare_for_inference(self.half.model, self.device, "sliced")
         elif mode in ("channels-last", "compiled"):
             self.half.model.to(memory_format=torch.channels_last)
         if compiled:

@@ -27,6 +27,7 @@ PARTS = {  # the function that measures each part; some parts need packages that
     "encode": "pipelines.benchmark.encoding:encode",
     "memory": "pipelines.benchmark.encoding:memory",
     "loader": "pipelines.benchmark.loader:loader",
+    "moments": "pipelines.benchmark.moments:moments",
 }
 
 

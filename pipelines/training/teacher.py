@@ -15,6 +15,7 @@ from litevae.any_autoencoder import fingerprint, load_autoencoder
 from litevae.distilled import FACTOR, LIMIT, DistilledVAE, limited
 from litevae.errors import UserError
 from litevae.images import ImageError, ImageTransform, to_tensor
+from litevae.inference import best_kernels, prepare_for_inference
 from litevae.latents import downsampling, encode_latents, latent_content
 from litevae.model_folder import model_config
 from litevae.pictures import reconstruction_picture
@@ -97,7 +98,8 @@ class Lessons:
 
     def __init__(self, config: TrainVAE, model: DistilledVAE, objective: AutoencoderLoss, device: torch.device):
         self.config, self.model, self.objective, self.device = config, model, objective, device
-        self.teacher = load_teacher(config).to(device)
+        # The teacher only computes its latents, in fp32; on CPUs with the native kernels, about twice as fast.
+        self.teacher = prepare_for_inference(load_teacher(config), device, best_kernels(device, "fp32"))
         self.about = {"name": Path(config.teacher).resolve().name, "fingerprint": fingerprint(config.teacher)}
         self.measured = False
 

@@ -9,12 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderTiny
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
 from litevae.autoencoder import LiteVAE
 from litevae.errors import UserError
-from pipelines.benchmark import encoding, meter, models, run
+from pipelines.benchmark import encoding, meter, models, moments, run
 from pipelines.benchmark.config import Benchmark
 from pipelines.runtime.cli import load, main
 from tests.benchmarks import images
@@ -314,6 +315,42 @@ def test_every_size_is_compiled_before_any_is_timed_on_a_gpu():
         assert models._warm(child, batches=[1, 32, 4], resolution=64, device=torch.device(device)) == 7
         asked[device] = child.asked
     assert asked == {"cpu": [("memory", 32)], "cuda": [("memory", 32), ("time", 1), ("time", 4)]}
+
+
+def test_the_error_of_moments_by_hand():
+    sigma = torch.tensor([1.0, 0.5, 2.0, 4.0]).view(1, 1, 2, 2)
+    mean, logvar = torch.zeros(1, 1, 2, 2), 2 * sigma.log()
+    found = torch.cat([torch.tensor([0.1, -0.1, 0.1, 0.4]).view(1, 1, 2, 2), logvar + 0.25], dim=1)
+    errors = moments.error_in_sigma(found, torch.cat([mean, logvar], dim=1))  # 0.1, 0.2, 0.05 and 0.1 sigma
+    assert errors["median"] == pytest.approx(0.1)
+    assert errors["largest"] == pytest.approx(0.2)
+    assert errors["logvar_median"] == errors["logvar_percentile_99"] == pytest.approx(0.25)
+
+
+def test_moments_are_compared_by_path_and_number_format(photos, tmp_path):
+    (table,) = moments.moments(setting(tmp_path, source=str(photos), resolutions=[32]))
+    median = {name: errors["median"] for name, errors in table.samples.items()}
+    plain = "PyTorch, image by image in "
+    assert {f"{plain}{a}, {b}" for a in ("fp32", "bf16") for b in ("fp32", "fp16", "bf16")} <= median.keys()
+    by_format = [median[f"{plain}fp32, {stored}"] for stored in ("fp32", "fp16", "bf16")]
+    assert by_format == sorted(by_format)
+    assert by_format[0] < 1e-4 < by_format[2]
+    assert median[f"{plain}bf16, fp32"] > by_format[1]
+    assert len(table.rows) == len(table.samples)
+
+
+def test_a_model_without_a_posterior_has_no_sigma(photos, tmp_path):
+    AutoencoderTiny().save_pretrained(tmp_path / "tiny")
+    with pytest.raises(UserError, match="has no posterior"):
+        moments.moments(setting(tmp_path, source=str(photos), model=str(tmp_path / "tiny")))
+
+
+def test_pytorch_image_by_image_is_a_mode_of_its_own():
+    batch = [models.Contender("S", mode, "encoder", "fp32", "1", "cpu") for mode in ("eager", "sliced")]
+    assert [contender.half.model.use_slicing for contender in batch] == [False, True]
+    x = batch[0].half.input(3, 32)
+    with torch.inference_mode():
+        torch.testing.assert_close(batch[1].half.run(x), batch[0].half.run(x), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.chaos
