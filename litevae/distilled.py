@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from litevae.autoencoder import LiteVAE
 from litevae.errors import UserError
 from litevae.latents import downsampling, latent_content, teacher_class
+from litevae.model_card import ModelWithCard
 from litevae.posterior import Posterior
 
 FACTOR = 8  # downsampling factor of LiteVAE's encoders
@@ -30,7 +31,7 @@ LIMIT = 0.95
 LOWEST, HIGHEST = -30.0, 20.0  # the limits of diffusers for a log-variance
 
 
-class DistilledVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
+class DistilledVAE(ModelWithCard, AutoencoderMixin, ConfigMixin):
     """An autoencoder with a LiteVAE encoder and the decoder of another autoencoder, the teacher.
 
     The encoder has learned the latents of the teacher, so the model stands where the teacher stands, and encodes with

@@ -25,6 +25,7 @@ from litevae.autoencoder import LiteVAE
 from litevae.diffusion import Scheduler
 from litevae.dit import DiT
 from litevae.errors import UserError
+from litevae.model_card import ModelWithCard
 from litevae.posterior import Posterior
 from litevae.sampling import Seed, sample_latents
 
@@ -35,7 +36,7 @@ SCHEDULERS = {"DDIMScheduler": DDIMScheduler, "DPMSolverMultistepScheduler": DPM
 PIPELINES = {False: ("LDMPipeline", "unet", "vqvae"), True: ("DiTPipeline", "transformer", "vae")}
 
 
-class NormalizedAutoencoder(ModelMixin, AutoencoderMixin, ConfigMixin):
+class NormalizedAutoencoder(ModelWithCard, AutoencoderMixin, ConfigMixin):
     """An autoencoder of normalised latents, which have mean 0 and standard deviation 1 in each channel.
 
     Diffusion models learn latents that are normalised over the data set. diffusers pipelines know only one scaling

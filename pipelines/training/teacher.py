@@ -10,7 +10,7 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-from litevae import metrics
+from litevae import hub, metrics
 from litevae.any_autoencoder import fingerprint, load_autoencoder
 from litevae.distilled import FACTOR, LIMIT, DistilledVAE, limited
 from litevae.errors import UserError
@@ -98,7 +98,8 @@ class Lessons:
     def __init__(self, config: TrainVAE, model: DistilledVAE, objective: AutoencoderLoss, device: torch.device):
         self.config, self.model, self.objective, self.device = config, model, objective, device
         self.teacher = load_teacher(config).to(device)
-        self.about = {"name": Path(config.teacher).resolve().name, "fingerprint": fingerprint(config.teacher)}
+        name = config.teacher if hub.is_name(config.teacher) else Path(config.teacher).resolve().name
+        self.about = {"name": name, "fingerprint": fingerprint(config.teacher)}
         self.measured = False
 
     @torch.no_grad()
