@@ -60,7 +60,7 @@ def facts_of_vae(
         "seed": str(config.seed),
     }
     left = [str(source.left_out)] * bool(source.left_out.total)
-    left += [f"{bad:,} that could not be read"] * bool(bad)
+    left += [f"at least {bad:,} that could not be read"] * bool(bad)
     if config.teacher:
         training["teacher"] = _named(config.teacher)
     if config.model.freeze:

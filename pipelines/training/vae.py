@@ -532,8 +532,9 @@ class VaeTask(Networks):
 
     def count(self) -> dict[str, Tensor]:
         """Return the number of unreadable images so far as a metric."""
-        self._bad = self._images.count_bad(self._world)
-        return {"bad_images": torch.tensor(float(self._bad))}
+        bad = self._images.count_bad(self._world)
+        self._bad = max(self._bad, bad)  # a stage counts anew
+        return {"bad_images": torch.tensor(float(bad))}
 
     def check(self, means: dict[str, float]) -> None:
         """Raise a UserError if there are more unreadable images than the config allows."""
