@@ -15,7 +15,7 @@ from litevae.decoder import Decoder
 from litevae.encoder import AGGREGATORS, EXTRACTORS, SIZES, Encoder
 from litevae.errors import UserError
 from litevae.layers import NORMS, ExactConv2d, bake, compute_dtype
-from litevae.model_card import ModelWithCard
+from litevae.model_card import LatentForm, ModelWithCard
 from litevae.posterior import Posterior
 from litevae.tiling import tiled
 from litevae.wavelet import LEVELS, check_wavelet, pad_to_multiple
@@ -181,6 +181,10 @@ class LiteVAE(ModelWithCard, AutoencoderMixin, ConfigMixin):
     def deterministic(self) -> bool:
         """Whether the encoder returns a latent instead of a posterior. This is so for "dwt" and "dwt-2"."""
         return isinstance(self.encoder, WaveletEncoder)
+
+    def latent_form(self) -> LatentForm:
+        """Return what the latents look like, for the model's card."""
+        return LatentForm(FACTOR, self.config.latent_channels, self.deterministic)
 
     @classmethod
     def from_preset(cls, size: str, latent_channels: int = 4, **config: Any) -> "LiteVAE":

@@ -25,7 +25,8 @@ from litevae.autoencoder import LiteVAE
 from litevae.diffusion import Scheduler
 from litevae.dit import DiT
 from litevae.errors import UserError
-from litevae.model_card import ModelWithCard
+from litevae.latents import downsampling, latent_content
+from litevae.model_card import LatentForm, ModelWithCard
 from litevae.posterior import Posterior
 from litevae.sampling import Seed, sample_latents
 
@@ -101,6 +102,11 @@ class NormalizedAutoencoder(ModelWithCard, AutoencoderMixin, ConfigMixin):
     def std(self) -> Tensor:
         """The standard deviation of the raw latents, (1, C, 1, 1)."""
         return torch.tensor(self.config.latents_std).view(1, -1, 1, 1)
+
+    def latent_form(self) -> LatentForm:
+        """Return what the latents look like, for the model's card."""
+        inner = self.autoencoder
+        return LatentForm(downsampling(inner), len(self.config.latents_mean), latent_content(inner) == "mean")
 
     @property
     def use_slicing(self) -> bool:

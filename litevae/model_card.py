@@ -6,7 +6,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
@@ -72,11 +72,29 @@ class ModelFacts:
 NOTHING = ModelFacts()
 
 
+class LatentForm(NamedTuple):
+    """What the latents of an autoencoder look like.
+
+    Attributes:
+        factor: downsampling factor.
+        channels: number of channels.
+        point: whether an image has one latent and no posterior.
+    """
+
+    factor: int
+    channels: int
+    point: bool
+
+
 class ModelWithCard(ModelMixin):
     """A model of diffusers that is uploaded with our card.
 
     diffusers' own upload writes a card that says nothing of the model, also over one that is in the folder.
     """
+
+    def latent_form(self) -> LatentForm:
+        """Return what the latents look like, for the card."""
+        raise NotImplementedError
 
     def push_to_hub(
         self,
@@ -189,13 +207,9 @@ def write_ldm_card(folder: str | Path, ldm: Any, facts: ModelFacts = NOTHING) ->
 
 
 def _autoencoder_card(model: Any, facts: ModelFacts) -> str:
-    from litevae.latents import downsampling, latent_content  # this module imports this one
-
     kind, config = type(model).__name__, model.config
     inner = getattr(model, "autoencoder", model)  # of a NormalizedAutoencoder
-    inputs, factor = inner.config.get("in_channels", 3), downsampling(inner)
-    channels = inner.config.latent_channels if inner is model else len(config.latents_mean)
-    point = latent_content(inner) == "mean"
+    inputs, (factor, channels, point) = inner.config.get("in_channels", 3), model.latent_form()
     about = {"class": f"`{kind}`" + f" around `{type(inner).__name__}`" * (inner is not model)}
     if encoder := getattr(inner, "encoder", None):
         size = inner.config.get("size")

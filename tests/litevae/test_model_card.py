@@ -129,7 +129,9 @@ def test_the_cards_code_runs(card_of, tmp_path, name):
 def test_a_students_card_says_how_near_it_is(card_of):
     model = distilled()
     assert "was not measured" in card_of(model)
-    assert f"| decoder | {count(model.teacher):,} parameters, those of the teacher's `AutoencoderTiny` |" in card_of(model)
+    assert f"| decoder | {count(model.teacher):,} parameters, those of the teacher's `AutoencoderTiny` |" in card_of(
+        model
+    )
     model.rate(0.5, {"name": "taesd", "fingerprint": "f" * 64})
     assert "R² = 0.500 " in card_of(model)
     assert "too little" in card_of(model)
