@@ -3,7 +3,7 @@
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -131,16 +131,28 @@ class ModelWithCard(ModelMixin):
             self.save_pretrained(folder, safe_serialization=safe_serialization, variant=variant)
             return _upload(self, folder, repo_id, commit_message, private, token, create_pr, subfolder, license)
 
-    def save_pretrained(self, save_directory: str | os.PathLike, *args: Any, **options: Any) -> None:
-        """Save the model as `ModelMixin.save_pretrained` does; with `push_to_hub=True` also as `push_to_hub` does."""
-        if not options.pop("push_to_hub", False):
-            super().save_pretrained(save_directory, *args, **options)
-            return
-        names = ("commit_message", "private", "token", "create_pr", "license")
-        given = {name: options.pop(name, None) for name in names}
-        repo_id = options.pop("repo_id", Path(save_directory).name)
-        super().save_pretrained(save_directory, *args, **options)
-        _upload(self, str(save_directory), repo_id, **given)
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        save_function: Callable | None = None,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str = "10GB",
+        push_to_hub: bool = False,
+        **options: Any,
+    ) -> None:
+        """Save the model as `ModelMixin.save_pretrained` does; the arguments are the same.
+
+        With `push_to_hub=True` the folder is uploaded as by `push_to_hub`, whose arguments are among the options.
+        """
+        names = ("repo_id", "commit_message", "private", "token", "create_pr", "license")
+        given = {name: options.pop(name) for name in names if push_to_hub and name in options}
+        super().save_pretrained(
+            save_directory, is_main_process, save_function, safe_serialization, variant, max_shard_size, **options
+        )
+        if push_to_hub:
+            _upload(self, str(save_directory), **{"repo_id": Path(save_directory).name} | given)
 
     def to_json_string(self) -> str:
         """Return the config as JSON, without the path of this machine that the model was loaded from."""

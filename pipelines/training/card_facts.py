@@ -2,6 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
+from typing import NamedTuple
 
 from litevae import hub, metrics
 from litevae.model_card import Metric, ModelFacts
@@ -21,7 +23,25 @@ METRICS = {  # metrics of a validation: their titles and protocols
     "teacher_psnr": ("PSNR of the teacher", _TEACHERS + metrics.PROTOCOLS["psnr"]),
     "teacher_ssim": ("SSIM of the teacher", _TEACHERS + metrics.PROTOCOLS["ssim"]),
 }
-NO_VALUES: Mapping[str, float] = {}
+
+
+class Validated(NamedTuple):
+    """What a validation measured.
+
+    Attributes:
+        values: the metrics, by name; those that are not in `METRICS` are left out of a card.
+        measured: what they were measured on and how, for people.
+        data: URI of the images.
+        kind: kind of that source.
+    """
+
+    values: Mapping[str, float] = MappingProxyType({})
+    measured: str = ""
+    data: str = ""
+    kind: str = ""
+
+
+NOTHING = Validated()
 
 
 def facts_of_vae(
@@ -30,8 +50,7 @@ def facts_of_vae(
     seen: int,
     bad: int = 0,
     unused: Sequence[str] = (),
-    values: Mapping[str, float] = NO_VALUES,
-    measured: str = "",
+    validated: Validated = NOTHING,
 ) -> ModelFacts:
     """Return what the card of an autoencoder says of its training.
 
@@ -41,8 +60,7 @@ def facts_of_vae(
         seen: images that were trained on so far.
         bad: images of the training data that could not be read, as far as they were met.
         unused: terms that are no part of the loss whatever their weights are.
-        values: the metrics of the last validation, by name; those that are not in `METRICS` are left out.
-        measured: what they were measured on and how, for people.
+        validated: the last validation.
     """
     source, data = setup.source, config.data
     begins = [sum(stage.images for stage in config.stages[:n]) for n in range(len(config.stages))]
@@ -71,11 +89,13 @@ def facts_of_vae(
         images=source.units,
         left_out=", ".join(left),
         training=training,
-        validation=setup.val.uri if setup.val else "",
-        validation_kind=setup.val.kind if setup.val else "",
-        measured=measured,
+        validation=validated.data,
+        validation_kind=validated.kind,
+        measured=validated.measured,
         metrics=[
-            Metric(name, title, values[name], protocol) for name, (title, protocol) in METRICS.items() if name in values
+            Metric(name, title, validated.values[name], protocol)
+            for name, (title, protocol) in METRICS.items()
+            if name in validated.values
         ],
         limits=[f"It was trained at {' and '.join(map(str, sides))} px."] * bool(sides),
     )

@@ -46,7 +46,7 @@ from pipelines.training import (
     vae_statistics,
     vae_validation,
 )
-from pipelines.training.card_facts import facts_of_vae
+from pipelines.training.card_facts import Validated, facts_of_vae
 from pipelines.training.config import TrainVAE
 from pipelines.training.image_feed import Images, Picture
 from pipelines.training.may_change import VAE as MAY_CHANGE
@@ -489,12 +489,12 @@ class VaeTask(Networks):
         self._rank, self._world = rank, world
         self.validated = ""
         self._setup, self._bad = setup, 0
-        self._last_validation: tuple[dict[str, float], str] = ({}, "")  # its metrics, and what they were measured on
+        self._last_validation = Validated()  # what the last validation measured
         self._statistics: dict[str, Any] | None = None  # of the latents of the trained model
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint stores: also the last validation and, of a finished run, its latents' statistics."""
-        own: dict[str, Any] = {"validation": list(self._last_validation)}
+        own: dict[str, Any] = {"validation": [dict(self._last_validation.values), *self._last_validation[1:]]}
         return super().state() | own | ({} if self._statistics is None else {"statistics": self._statistics})
 
     def load(self, state: dict[str, Any]) -> None:
@@ -502,8 +502,7 @@ class VaeTask(Networks):
         super().load(state)
         own = state.get("digest") == self.digest
         self._statistics = state.get("statistics") if own else None
-        values, measured = state.get("validation", ({}, "")) if own else ({}, "")
-        self._last_validation = values, measured
+        self._last_validation = Validated(*state.get("validation", ()) if own else ())
 
     def begin(self, stage: int) -> None:
         """Prepare images and validation at the stage's resolution, and put the model into training mode."""
@@ -555,7 +554,8 @@ class VaeTask(Networks):
         if not self._validation.images:
             return {}, None
         values, picture = self._validation.run(self.model, self.averaged())
-        self._last_validation = values, self._validation.measured(self.device)
+        assert self._val is not None
+        self._last_validation = Validated(values, self._validation.measured(self.device), self._val.uri, self._val.kind)
         self.latent_r2 = values.get("latent_r2")
         return values, picture
 
@@ -574,12 +574,8 @@ class VaeTask(Networks):
                 self.model.register_to_config(**self._statistics)
             self.model.save_pretrained(folder)
         unused = ("latent", "logvar") if self.lessons is None else ("logvar",) * self.model.deterministic
-        values, measured = self._last_validation
-        write_card(
-            folder,
-            self.model,
-            facts_of_vae(self.config, self._setup, self.seen, self._bad, unused, values, measured),
-        )
+        facts = facts_of_vae(self.config, self._setup, self.seen, self._bad, unused, self._last_validation)
+        write_card(folder, self.model, facts)
 
     def _finished(self) -> bool:
         """Return whether the model is trained and has statistics of its own. A student has those of its teacher."""

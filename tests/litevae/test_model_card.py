@@ -242,6 +242,15 @@ def test_saving_with_an_upload_keeps_the_card_too(remote, tmp_path):
     assert b"| class | `LiteVAE` |" in files(remote, "org/plain")[CARD]
 
 
+def test_a_pipeline_saves_our_part_as_it_is_told(tmp_path):
+    """diffusers looks at the signature of a part's `save_pretrained`."""
+    pipeline = litevae.LatentDiffusionPipeline(make("tiny", 0).scheduler, unet=make("tiny", 0).network, vae=small())
+    pipeline.save_pretrained(tmp_path, variant="fp16", max_shard_size="1MB")
+    assert {path.name for path in (tmp_path / "vae").iterdir()} > {
+        "diffusion_pytorch_model.safetensors.index.fp16.json"
+    }
+
+
 def test_a_subfolder_has_no_card_and_a_pipelines_card_is_not_a_models(remote, tmp_path):
     model = small()
     model.save_pretrained(tmp_path / "pipeline" / "vae")
