@@ -394,8 +394,8 @@ class LdmTask:
         return {name: partial(self._save, decay) for name, decay in names.items()}
 
     def _save(self, decay: str, folder: Path) -> None:
+        ldm = self._ldm()
         with self._averaged(decay):
-            ldm = self._ldm()
             save_ldm(folder, ldm)
         write_ldm_card(folder, ldm, facts_of_ldm(self.config, self._latents, self.seen, decay))
 
