@@ -32,7 +32,7 @@ _MODULES = {"LiteVAE": "autoencoder", "load_autoencoder": "any_autoencoder", "Di
 _MODULES["DistilledVAE"] = "distilled"
 _MODULES |= {"NormalizedAutoencoder": "ldm", "load_ldm": "ldm"}
 _MODULES["LatentDiffusionPipeline"] = "pipeline"
-_MODULES["ModelMixin"] = "autoencoder"  # diffusers looks for this in a library whose models it loads
+_MODULES["ModelMixin"] = "model_card"  # diffusers looks for this in a library whose models it loads
 
 
 def __getattr__(name: str) -> Any:

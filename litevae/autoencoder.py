@@ -7,7 +7,6 @@ import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.autoencoders.vae import AutoencoderMixin, DecoderOutput
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
-from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor
 
@@ -16,6 +15,7 @@ from litevae.decoder import Decoder
 from litevae.encoder import AGGREGATORS, EXTRACTORS, SIZES, Encoder
 from litevae.errors import UserError
 from litevae.layers import NORMS, ExactConv2d, bake, compute_dtype
+from litevae.model_card import LatentForm, ModelWithCard
 from litevae.posterior import Posterior
 from litevae.tiling import tiled
 from litevae.wavelet import LEVELS, check_wavelet, pad_to_multiple
@@ -79,7 +79,7 @@ def _build_encoder(
     return WaveletEncoder(size == "dwt-2", wavelet, in_channels)
 
 
-class LiteVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
+class LiteVAE(ModelWithCard, AutoencoderMixin, ConfigMixin):
     """LiteVAE (arXiv 2405.14477): a wavelet encoder and the SD-VAE decoder, with a downsampling factor of f = 8.
 
     The model can be passed to diffusers pipelines as `vae=`. It also offers the encoders that the paper compares
@@ -181,6 +181,10 @@ class LiteVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
     def deterministic(self) -> bool:
         """Whether the encoder returns a latent instead of a posterior. This is so for "dwt" and "dwt-2"."""
         return isinstance(self.encoder, WaveletEncoder)
+
+    def latent_form(self) -> LatentForm:
+        """Return what the latents look like, for the model's card."""
+        return LatentForm(FACTOR, self.config.latent_channels, self.deterministic)
 
     @classmethod
     def from_preset(cls, size: str, latent_channels: int = 4, **config: Any) -> "LiteVAE":

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from litevae.autoencoder import LiteVAE
 from litevae.errors import UserError
 from litevae.latents import downsampling, latent_content, teacher_class
+from litevae.model_card import LatentForm, ModelWithCard
 from litevae.posterior import Posterior
 
 FACTOR = 8  # downsampling factor of LiteVAE's encoders
@@ -30,7 +31,7 @@ LIMIT = 0.95
 LOWEST, HIGHEST = -30.0, 20.0  # the limits of diffusers for a log-variance
 
 
-class DistilledVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
+class DistilledVAE(ModelWithCard, AutoencoderMixin, ConfigMixin):
     """An autoencoder with a LiteVAE encoder and the decoder of another autoencoder, the teacher.
 
     The encoder has learned the latents of the teacher, so the model stands where the teacher stands, and encodes with
@@ -135,6 +136,10 @@ class DistilledVAE(ModelMixin, AutoencoderMixin, ConfigMixin):
     def spatial_compression_ratio(self) -> int:
         """The downsampling factor, under the name that diffusers gives it."""
         return FACTOR
+
+    def latent_form(self) -> LatentForm:
+        """Return what the latents look like, for the model's card."""
+        return LatentForm(FACTOR, self.config.latent_channels, self.deterministic)
 
     def raw(self, x: Tensor) -> Tensor:
         """Encode images (N, C, H, W) in [-1, 1] into fp32 moments (N, 2 n_z, H/8, W/8), or latents (N, n_z, H/8, W/8).

@@ -33,7 +33,12 @@ def is_name(place: str | Path) -> bool:
     if not _NAME.fullmatch(text) or os.path.lexists(text):
         return False
     # A pinned name means the same on a node where a folder has the organisation's name.
-    return bool(_COMMIT.fullmatch(text.partition("@")[2])) or not os.path.lexists(text.partition("/")[0])
+    return is_pinned(text) or not os.path.lexists(text.partition("/")[0])
+
+
+def is_pinned(place: str | Path) -> bool:
+    """Return whether a name on the Hub says the commit, as `pinned` returns it."""
+    return bool(_COMMIT.fullmatch(str(place).partition("@")[2]))
 
 
 def local_folder(place: str | Path) -> Path:

@@ -25,6 +25,8 @@ from litevae.autoencoder import LiteVAE
 from litevae.diffusion import Scheduler
 from litevae.dit import DiT
 from litevae.errors import UserError
+from litevae.latents import downsampling, latent_content
+from litevae.model_card import LatentForm, ModelWithCard
 from litevae.posterior import Posterior
 from litevae.sampling import Seed, sample_latents
 
@@ -35,7 +37,7 @@ SCHEDULERS = {"DDIMScheduler": DDIMScheduler, "DPMSolverMultistepScheduler": DPM
 PIPELINES = {False: ("LDMPipeline", "unet", "vqvae"), True: ("DiTPipeline", "transformer", "vae")}
 
 
-class NormalizedAutoencoder(ModelMixin, AutoencoderMixin, ConfigMixin):
+class NormalizedAutoencoder(ModelWithCard, AutoencoderMixin, ConfigMixin):
     """An autoencoder of normalised latents, which have mean 0 and standard deviation 1 in each channel.
 
     Diffusion models learn latents that are normalised over the data set. diffusers pipelines know only one scaling
@@ -100,6 +102,11 @@ class NormalizedAutoencoder(ModelMixin, AutoencoderMixin, ConfigMixin):
     def std(self) -> Tensor:
         """The standard deviation of the raw latents, (1, C, 1, 1)."""
         return torch.tensor(self.config.latents_std).view(1, -1, 1, 1)
+
+    def latent_form(self) -> LatentForm:
+        """Return what the latents look like, for the model's card."""
+        inner = self.autoencoder
+        return LatentForm(downsampling(inner), len(self.config.latents_mean), latent_content(inner) == "mean")
 
     @property
     def use_slicing(self) -> bool:

@@ -14,10 +14,16 @@ def autocast(device: torch.device | str, precision: str) -> AbstractContextManag
             with AMX or AVX-512 BF16), and fp32 otherwise.
     """
     kind = torch.device(device).type
-    if precision == "auto":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False) if kind == "cuda" else cpu_has_bf16()
-        precision = "bf16" if fast else "fp32"
-    return torch.autocast(kind, dtype=torch.bfloat16, enabled=precision == "bf16")
+    return torch.autocast(kind, dtype=torch.bfloat16, enabled=chosen(device, precision) == "bf16")
+
+
+def chosen(device: torch.device | str, precision: str) -> str:
+    """Return "fp32" or "bf16": what a device computes in with a precision that may be "auto" (see `autocast`)."""
+    if precision != "auto":
+        return precision
+    cuda = torch.device(device).type == "cuda"
+    fast = torch.cuda.is_bf16_supported(including_emulation=False) if cuda else cpu_has_bf16()
+    return "bf16" if fast else "fp32"
 
 
 def cpu_has_bf16() -> bool:

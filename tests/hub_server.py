@@ -159,7 +159,7 @@ def running() -> Iterator[Hub]:
 
 def use(hub: Hub, cache: Path, patch: pytest.MonkeyPatch, offline: bool = False) -> None:
     """Point huggingface_hub, in this process and in those it starts, to a Hub and to an own cache."""
-    from huggingface_hub import constants
+    from huggingface_hub import constants, hf_api
 
     from litevae import hub as names
 
@@ -167,6 +167,7 @@ def use(hub: Hub, cache: Path, patch: pytest.MonkeyPatch, offline: bool = False)
     patch.setenv("HF_HUB_CACHE", str(cache))
     patch.setenv("HF_HUB_OFFLINE", str(int(offline)))
     patch.setattr(constants, "ENDPOINT", hub.url)
+    patch.setattr(hf_api.api, "endpoint", hub.url)  # of the functions that are not methods, which diffusers calls
     patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.url + "/{repo_id}/resolve/{revision}/{filename}")
     patch.setattr(constants, "HF_HUB_CACHE", str(cache))
     patch.setattr(constants, "HF_HUB_OFFLINE", offline)

@@ -1270,4 +1270,16 @@ MUTANTS = [
         "order.seed_for(self.config.seed, images, part)",
         ("tests/pipelines/training/test_vae_task.py::test_cutmix_is_drawn_by_seed_position_and_micro_batch",),
     ),
+    Mutant(
+        "pipelines/training/first_look.py",
+        "found[name] = earlier",
+        "found[name] = hub.pinned(model)",
+        ("tests/pipelines/training/test_card_facts.py::test_a_run_keeps_the_commit_that_it_began_with",),
+    ),
+    Mutant(
+        "litevae/model_card.py",
+        'return place.rstrip("/").rpartition("/")[2]',
+        'return place.rstrip("/")',
+        ("tests/litevae/test_model_card.py::test_the_card_says_what_is_known",),
+    ),
 ]

@@ -36,6 +36,7 @@ from litevae.denoiser import build_denoiser
 from litevae.diffusion import Objective
 from litevae.images import ImageTransform, to_tensor
 from litevae.ldm import LDM, NormalizedAutoencoder, save_ldm
+from litevae.model_card import write_card
 from litevae.loader import LatentLoader
 from litevae.shards import QUARANTINE, latent_layout, row_schema, to_stored
 
@@ -43,6 +44,7 @@ folder = tempfile.mkdtemp()
 size = {"block_out_channels": [8, 8, 16, 16], "layers_per_block": 1}
 model = litevae.LiteVAE(size="S", **size).eval()
 model.save_pretrained(f"{folder}/vae")
+write_card(f"{folder}/vae", model)
 again = litevae.load_autoencoder(f"{folder}/vae")
 Image.fromarray(np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8)).save(f"{folder}/a.jpg")
 pixels = ImageTransform(32)(Path(f"{folder}/a.jpg").read_bytes()).pixels

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from litevae import storage, weight_files
+from litevae import hub, storage, weight_files
 from litevae.errors import UserError
 from pipelines.data.first_look import check_file, check_model, check_source
 from pipelines.runtime import mlflow_run, paths
@@ -12,8 +12,11 @@ from pipelines.training.config import TrainLDM, TrainVAE
 from pipelines.training.run_files import STATE, TRAINED, found_of
 
 
-def train_vae(config: TrainVAE) -> None:
+def train_vae(config: TrainVAE) -> TrainVAE:
     """Check what is known at once about a run of train_vae.
+
+    Returns:
+        The config, in which models of the Hugging Face Hub are named with their commit (see `_with_commits`).
 
     Raises:
         UserError: if the run's folder can't be written or holds another run, or if images, models, checkpoints or
@@ -24,13 +27,10 @@ def train_vae(config: TrainVAE) -> None:
     check_source(config.data.train, "data.train")
     if config.data.val.uri:
         check_source(config.data.val, "data.val")
+    config = _with_commits(config, folder)
     run_folder.check_run(folder, config, may_change.VAE)
-    if config.model.init:
-        check_model("model.init", config.model.init)
-    if config.model.init_decoder:
-        check_model("model.init_decoder", config.model.init_decoder)
-    if config.teacher:
-        check_model("teacher", config.teacher)
+    for name, model in models(config).items():
+        check_model(name, model)
     check_weights(config, folder)
     # A run with its own checkpoints no longer needs `begin`, which the other run may have deleted (`loop.keep`).
     if config.begin and not checkpoints(folder) and not os.path.isfile(os.path.join(config.begin, STATE)):
@@ -38,6 +38,38 @@ def train_vae(config: TrainVAE) -> None:
             f"begin={config.begin} is not a checkpoint folder of a run (it has no {STATE}); give a folder "
             f"such as runs/<name>/checkpoint-000000800000 (loop.keep decides how many a run keeps)"
         )
+    return config
+
+
+def models(config: TrainVAE) -> dict[str, str]:
+    """Return the models that a config names, by the dotted name of the field."""
+    given = {"model.init": config.model.init, "model.init_decoder": config.model.init_decoder}
+    return {name: model for name, model in (given | {"teacher": config.teacher}).items() if model}
+
+
+def _with_commits(config: TrainVAE, folder: str) -> TrainVAE:
+    """Return the config with the commit of each model that it names as on the Hugging Face Hub.
+
+    So all nodes see the same weights, and so does a run that is resumed: where it names the model of the run in the
+    folder without a commit, it keeps the one that this run began with.
+
+    Raises:
+        UserError: if a model can't be had.
+    """
+    before = run_folder.stored(folder) if found_of(folder, TRAINED) else {}
+    found = {}
+    for name, model in models(config).items():
+        earlier = str(before.get(name, ""))
+        if not hub.is_name(model) or model == earlier:  # a run of an older version kept the name without a commit
+            continue
+        if hub.is_pinned(earlier) and not hub.is_pinned(model) and earlier.partition("@")[0] == model.partition("@")[0]:
+            found[name] = earlier
+        else:
+            check_model(name, model)  # its message names the field
+            found[name] = hub.pinned(model)
+    inner = {name.removeprefix("model."): model for name, model in found.items() if name != "teacher"}
+    own = {"teacher": found["teacher"]} if "teacher" in found else {}
+    return config.model_copy(update={"model": config.model.model_copy(update=inner), **own})
 
 
 def train_ldm(config: TrainLDM) -> None:

@@ -24,6 +24,7 @@ from litevae.images import to_uint8
 from litevae.latents import downsampling, encode_latents, latent_content
 from litevae.ldm import LDM, NormalizedAutoencoder, save_ldm
 from litevae.loader import stream
+from litevae.model_card import write_ldm_card
 from litevae.order import VERSION
 from litevae.pictures import grid
 from litevae.precision import autocast
@@ -47,6 +48,7 @@ from pipelines.training import (
     run_lock,
     step_metrics,
 )
+from pipelines.training.card_facts import facts_of_ldm
 from pipelines.training.config import TrainLDM
 from pipelines.training.latent_feeds import CachedFeed, Feed, LatentBatch, OnlineFeed, training_transform
 from pipelines.training.may_change import LDM as MAY_CHANGE
@@ -260,7 +262,8 @@ class LdmTask:
         from ray.train.torch import prepare_model
 
         self.config, self.device, self._rank = config, device, rank
-        latents = setup.latents
+        self._latents = latents = setup.latents
+        self.seen = 0  # images, over all ranks
         self._vae, self._fingerprint, self._shape = latents.vae, latents.fingerprint, latents.shape
         self.feed = make_feed(config, setup, rank, world, device)
         self.digest, self.order = self.feed.digest, VERSION
@@ -313,6 +316,7 @@ class LdmTask:
 
     def step(self, batch: LatentBatch, images: int) -> dict[str, Tensor]:
         """Do one optimizer step after `images` images, and return its metrics."""
+        self.seen = images + self.config.batch_size
         optim, values = self.config.optim, []
         assert batch.noise is not None
         assert batch.u is not None
@@ -372,6 +376,7 @@ class LdmTask:
 
     def load(self, state: dict[str, Any]) -> None:
         """Restore what `state` returned."""
+        self.seen = state.get("images", 0)  # the loop adds it
         self.network.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
         for decay, average in self.averages.items():
@@ -389,8 +394,10 @@ class LdmTask:
         return {name: partial(self._save, decay) for name, decay in names.items()}
 
     def _save(self, decay: str, folder: Path) -> None:
+        ldm = self._ldm()
         with self._averaged(decay):
-            save_ldm(folder, self._ldm())
+            save_ldm(folder, ldm)
+        write_ldm_card(folder, ldm, facts_of_ldm(self.config, self._latents, self.seen, decay))
 
     def _averaged(self, decay: str) -> AbstractContextManager[None]:
         """Return a context in which the network has the average of this decay, if there is one."""

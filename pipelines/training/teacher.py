@@ -10,7 +10,7 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-from litevae import metrics
+from litevae import hub, metrics
 from litevae.any_autoencoder import fingerprint, load_autoencoder
 from litevae.distilled import FACTOR, LIMIT, DistilledVAE, limited
 from litevae.errors import UserError
@@ -100,7 +100,8 @@ class Lessons:
         self.config, self.model, self.objective, self.device = config, model, objective, device
         # The teacher only computes its latents, in fp32; on CPUs with the native kernels, about twice as fast.
         self.teacher = prepare_for_inference(load_teacher(config), device, best_kernels(device, "fp32"))
-        self.about = {"name": Path(config.teacher).resolve().name, "fingerprint": fingerprint(config.teacher)}
+        name = config.teacher if hub.is_name(config.teacher) else Path(config.teacher).resolve().name
+        self.about = {"name": name, "fingerprint": fingerprint(config.teacher)}
         self.measured = False
 
     @torch.no_grad()

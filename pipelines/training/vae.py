@@ -22,6 +22,7 @@ from litevae.distilled import DistilledVAE
 from litevae.errors import UserError
 from litevae.images import ImageTransform, to_tensor
 from litevae.loader import stream
+from litevae.model_card import write_card
 from litevae.model_folder import STATISTICS, model_config
 from litevae.order import VERSION
 from litevae.perceptual import SqueezeNetFeatures, WeightsMissing, load_esrgan, load_lpips
@@ -45,6 +46,7 @@ from pipelines.training import (
     vae_statistics,
     vae_validation,
 )
+from pipelines.training.card_facts import Validated, facts_of_vae
 from pipelines.training.config import TrainVAE
 from pipelines.training.image_feed import Images, Picture
 from pipelines.training.may_change import VAE as MAY_CHANGE
@@ -70,7 +72,7 @@ def train_vae(config: TrainVAE, callbacks: Sequence[Any] = ()) -> dict[str, Any]
             is working on this run.
     """
     folder = os.path.join(paths.output_path("root", config.root), config.name)
-    first_look.train_vae(config)
+    given, config = config, first_look.train_vae(config)
     if run_folder.check_run(folder, config, MAY_CHANGE) == "same":
         _check_stages(folder, config)
     source = open_source(config.data.train, "data.train")
@@ -100,6 +102,9 @@ def train_vae(config: TrainVAE, callbacks: Sequence[Any] = ()) -> dict[str, Any]
     if resumed:
         run_folder.write_config(folder, config)
     decoder = model.teacher if isinstance(model, DistilledVAE) else model.decoder
+    for name, place in first_look.models(config).items():
+        if (wanted := first_look.models(given)[name]) != place:
+            say(f"{name}={wanted} is {place} in this run")
     say(
         f"train_vae {config.name}: {source.units:,} images, encoder {config.model.encoder} "
         f"{count_parameters(model.encoder):,} + {'teacher' * bool(config.teacher) or 'decoder'} "
@@ -483,16 +488,21 @@ class VaeTask(Networks):
         self._val = setup.val
         self._rank, self._world = rank, world
         self.validated = ""
+        self._setup, self._bad = setup, 0
+        self._last_validation = Validated()  # what the last validation measured
         self._statistics: dict[str, Any] | None = None  # of the latents of the trained model
 
     def state(self) -> dict[str, Any]:
-        """Return what a checkpoint stores; of a finished run also the statistics of its latents."""
-        return super().state() | ({} if self._statistics is None else {"statistics": self._statistics})
+        """Return what a checkpoint stores: also the last validation and, of a finished run, its latents' statistics."""
+        own: dict[str, Any] = {"validation": [dict(self._last_validation.values), *self._last_validation[1:]]}
+        return super().state() | own | ({} if self._statistics is None else {"statistics": self._statistics})
 
     def load(self, state: dict[str, Any]) -> None:
-        """Restore what `state` returned. Statistics of other data are left out."""
+        """Restore what `state` returned. Statistics and metrics of a training on other data are left out."""
         super().load(state)
-        self._statistics = state.get("statistics") if state.get("digest") == self.digest else None
+        own = state.get("digest") == self.digest
+        self._statistics = state.get("statistics") if own else None
+        self._last_validation = Validated(*state.get("validation", ()) if own else ())
 
     def begin(self, stage: int) -> None:
         """Prepare images and validation at the stage's resolution, and put the model into training mode."""
@@ -521,7 +531,9 @@ class VaeTask(Networks):
 
     def count(self) -> dict[str, Tensor]:
         """Return the number of unreadable images so far as a metric."""
-        return {"bad_images": torch.tensor(float(self._images.count_bad(self._world)))}
+        bad = self._images.count_bad(self._world)
+        self._bad = max(self._bad, bad)  # a stage counts anew
+        return {"bad_images": torch.tensor(float(bad))}
 
     def check(self, means: dict[str, float]) -> None:
         """Raise a UserError if there are more unreadable images than the config allows."""
@@ -542,6 +554,8 @@ class VaeTask(Networks):
         if not self._validation.images:
             return {}, None
         values, picture = self._validation.run(self.model, self.averaged())
+        assert self._val is not None
+        self._last_validation = Validated(values, self._validation.measured(self.device), self._val.uri, self._val.kind)
         self.latent_r2 = values.get("latent_r2")
         return values, picture
 
@@ -550,7 +564,7 @@ class VaeTask(Networks):
         return {"model": self._save}
 
     def _save(self, folder: Path) -> None:
-        """Save the model, with the EMA weights if there is an EMA, as a model folder."""
+        """Save the model, with the EMA weights if there is an EMA, as a model folder with a card."""
         if self.lessons is not None and self.latent_r2 is not None:
             self.model.rate(self.latent_r2, self.lessons.about)
         with self.averaged():
@@ -559,6 +573,9 @@ class VaeTask(Networks):
                     self._statistics = self._measured()
                 self.model.register_to_config(**self._statistics)
             self.model.save_pretrained(folder)
+        unused = ("latent", "logvar") if self.lessons is None else ("logvar",) * self.model.deterministic
+        facts = facts_of_vae(self.config, self._setup, self.seen, self._bad, unused, self._last_validation)
+        write_card(folder, self.model, facts)
 
     def _finished(self) -> bool:
         """Return whether the model is trained and has statistics of its own. A student has those of its teacher."""

@@ -12,7 +12,7 @@ from litevae import metrics
 from litevae.autoencoder import LiteVAE
 from litevae.images import ImageError, ImageTransform, to_tensor
 from litevae.pictures import reconstruction_picture
-from litevae.precision import autocast
+from litevae.precision import autocast, chosen
 from pipelines.data.config import Transform
 from pipelines.data.source import Source
 from pipelines.runtime.logs import say
@@ -41,8 +41,7 @@ def closing_lines(config: TrainVAE, source: Source | None, metrics: Mapping[str,
     if source is None or not numbers:
         return []
     resolution, images = config.stages[-1].resolution, min(config.val_images, source.units)
-    how = "resized and cropped" if config.data.resize == "shorter" else "cropped, not resized"
-    text = validation_text(numbers, f"{described(images, resolution)}, {how}")
+    text = validation_text(numbers, f"{described(images, resolution)}, {_cut(config)}")
     other = [f"transform.resolution={resolution}"]
     other += ["transform.resize=none"] * (config.data.resize == "none")
     other += [f"images={images}"] * (images < source.units)
@@ -52,6 +51,11 @@ def closing_lines(config: TrainVAE, source: Source | None, metrics: Mapping[str,
         f"jobs/evaluate.py takes all images, resized to {Transform().resolution} px, in fp32; it measures the same "
         f"with {' '.join(other)}",
     ]
+
+
+def _cut(config: TrainVAE) -> str:
+    """Return how images are brought to the resolution, for people."""
+    return "resized and cropped" if config.data.resize == "shorter" else "cropped, not resized"
 
 
 class Validation:
@@ -70,7 +74,7 @@ class Validation:
         self.images = min(config.val_images, source.units) if source is not None else 0
         self._batch = max(1, config.stages[-1].batch_size // world)
         self._precision, self._compile = config.loop.precision, config.loop.compile
-        self._world = world
+        self._world, self._cut, self._resolution = world, _cut(config), resolution
         transform = ImageTransform(resolution, config.data.resize, max_pixels=config.data.max_pixels)
         pixels = []
         for unit in range(rank, self.images, world):
@@ -80,6 +84,11 @@ class Validation:
             except ImageError as error:
                 say(f"skipped unreadable validation image {source.id(unit)} ({error.reason}: {error})", "WARNING")
         self._pixels = np.stack(pixels) if pixels else np.empty((0, resolution, resolution, 3), np.uint8)
+
+    def measured(self, device: torch.device) -> str:
+        """Return what the metrics are measured on and how, for people."""
+        how = f"{self._cut} in the middle, decoded from the mean in {chosen(device, self._precision)}"
+        return f"the first {described(self.images, self._resolution)}, {how}"
 
     @torch.no_grad()
     def run(self, model: LiteVAE, averaged: AbstractContextManager[None]) -> tuple[dict[str, float], np.ndarray | None]:
