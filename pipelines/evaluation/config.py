@@ -104,6 +104,11 @@ class Evaluate(Job):
         description="the first so many of them also give the MMD of latents to a Gaussian (Table 6), in memory; 0: no",
     )
     seed: Count = Field(0, description="of the posterior's and the Gaussian's draws of that, and of its subsets")
+    equivariance_images: Count = Field(
+        0,
+        description="the first so many of them also give PSNR after latents were made smaller and rotated (EQ-VAE); 0: "
+        "no",
+    )
     batch_size: Positive = Field(16, description="images a forward pass")
     precision: Literal["auto", "fp32", "bf16"] = Field("fp32", description="auto: bf16 where hardware has it")
     lpips: Literal["vgg", "alex", "squeeze"] = Field("vgg", description="LPIPS' backbone")

@@ -24,6 +24,7 @@ from litevae import generation, hub, metrics, storage
 from litevae.any_autoencoder import fingerprint, load_autoencoder
 from litevae.autoencoder import count_parameters
 from litevae.commits import divisor
+from litevae.equivariance import SpatialTransform
 from litevae.errors import UserError
 from litevae.generation import Backbone, FeatureNetwork, FrechetStatistics, SqueezeNetCaffe
 from litevae.images import ImageTransform, to_tensor, to_uint8
@@ -41,6 +42,11 @@ from pipelines.runtime.actor_pool import pool, spread
 from pipelines.runtime.progress import Progress
 
 SMALLEST = 32  # pixels: the window of SSIM has 11, and perceptual backbones halve the size four times
+TRANSFORMS = {  # of latents and images, for the equivariance of an autoencoder
+    "half": ("half the size", SpatialTransform(0.5)),
+    "turn": ("a quarter turn", SpatialTransform(turns=1)),
+    "both": ("half the size and a quarter turn", SpatialTransform(0.5, 1)),
+}
 MAPS = 4  # rows of feature_maps.png
 DISTANCE = "mean over images of squared distances of unit-length features, averaged over positions, summed over layers"
 
@@ -207,8 +213,9 @@ def evaluate(cfg: config.Evaluate) -> dict[str, Any]:
     files = ("lpips_weights", "inception", "squeezenet", "backbone")
     known = {name: os.path.abspath(path) for name in files if (path := getattr(cfg, name))}
     cfg = cfg.model_copy(update=known | {"images": cfg.images or source.units})
-    if cfg.mmd_images > cfg.images:
-        raise UserError(f"mmd_images={cfg.mmd_images}, but {cfg.images} images are measured")
+    for name in ("mmd_images", "equivariance_images"):
+        if (asked_for := getattr(cfg, name)) > cfg.images:
+            raise UserError(f"{name}={asked_for}, but {cfg.images} images are measured")
     judges = MetricSuite(cfg)
     remarks = list(judges.remarks)
 
@@ -236,6 +243,7 @@ def evaluate(cfg: config.Evaluate) -> dict[str, Any]:
         if total.images < 2 and judges.networks:
             remarks.append("no Frechet distance: it takes at least 2 images")
         found = _artefact_and_imbalance_scores(cfg, total, factor, actors[0], remarks)
+        found += _equivariance_scores(total, side)
         if cfg.mmd_images:
             found += _mmd(cfg, total, latent_content(model) == "moments")
         transform = ImageTransform(side, cfg.transform.resize, max_pixels=cfg.transform.max_pixels)
@@ -361,6 +369,22 @@ def _artefact_and_imbalance_scores(
     return found
 
 
+def _equivariance_scores(total: Total, side: int) -> list[Score]:
+    """Return how well images are decoded from transformed latents, beside encoding the transformed image."""
+    found = []
+    for name, (title, transform) in TRANSFORMS.items():
+        for which, how in (("latents", "latents transformed"), ("images", "image transformed and then encoded")):
+            if mean := total.means.get(f"equivariance/{name}/{which}"):
+                protocol = (
+                    f"PSNR of the decoding against the transformed image; {how}, bilinear with antialiasing; "
+                    f"scale {transform.scale:g}, {transform.turns} quarter turns; {mean.count:,} images of {side} px"
+                )
+                found.append(
+                    Score(f"equivariance/{name}/{which}", f"{title}: {how} (dB)", mean.value(), None, protocol)
+                )
+    return found
+
+
 def _mmd(cfg: config.Evaluate, total: Total, moments: bool) -> list[Score]:
     """Return the MMD of the latents to a standard Gaussian."""
     raw = torch.cat(total.latents) if total.latents else torch.empty(0, 1, 1, 1)
@@ -472,9 +496,26 @@ class Evaluator:
             latent = encoded.chunk(2, dim=1)[0] if self.posterior else encoded
             result.pictures = tuple(part[:pictures].cpu() for part in (x, y, latent))
         if whole:
+            self._measure_equivariance(batch, x, encoded, result)
             self._collect_latents_and_maps(batch, x, encoded, result)
         self.maps = None
         return result
+
+    def _measure_equivariance(self, batch: PixelBatch, x: Tensor, encoded: Tensor, result: Measured) -> None:
+        """Add PSNR after transforms of latents, and after those of images, to a batch's measurements."""
+        wanted = (torch.tensor(batch.units) < self.cfg.equivariance_images).to(self.device)
+        if not wanted.any():
+            return
+        x, latent = x[wanted], (encoded.chunk(2, dim=1)[0] if self.posterior else encoded)[wanted]
+        maps = self.maps  # those of the images themselves
+        for name, (_, transform) in TRANSFORMS.items():
+            target = transform.images(x, self.factor)
+            with autocast(self.device, self.cfg.precision):
+                decoded = self.model.decode(transform.latents(latent), return_dict=False)[0]
+            for which, other in (("latents", decoded.float().clamp(-1, 1)), ("images", self._reconstruct(target)[0])):
+                values = metrics.psnr(target, other).double().cpu().numpy()
+                result.values[f"equivariance/{name}/{which}"] = values
+        self.maps = maps
 
     def _collect_latents_and_maps(self, batch: PixelBatch, x: Tensor, encoded: Tensor, result: Measured) -> None:
         """Add latents and feature maps of a batch to its measurements."""

@@ -151,6 +151,22 @@ class Adversarial(Term):
         return self
 
 
+class Equivariance(Section):
+    """Training for latents that can be scaled and rotated (EQ-VAE, arXiv 2502.09509); the paper has none."""
+
+    share: Fraction = Field(
+        0.0,
+        description="share of steps in which the latents are made smaller and rotated before they are decoded, and all "
+        "terms compare with the images that underwent the same; EQ-VAE: 0.5; 0: none",
+    )
+    smaller: Fraction = Field(
+        0.25,
+        description="share of the other steps, where `share` is not 0, whose images are made smaller before they are "
+        "encoded, as EQ-VAE does",
+    )
+    smallest: Annotated[float, Field(gt=0, le=1)] = Field(0.25, description="smallest scale of either")
+
+
 class Losses(Section):
     """Means over elements in fp32, so the same weights serve every resolution."""
 
@@ -173,6 +189,7 @@ class Losses(Section):
     adversarial: Adversarial = Field(
         Adversarial(weight=0.1, start=800_000), description="GAN; the paper leaves weight and start open: ours"
     )
+    equivariance: Equivariance = Equivariance()
     latent: Term = Field(
         Term(weight=1.0), description="with a teacher: squared error of its latents (means), in std of each channel"
     )
@@ -307,7 +324,7 @@ class TrainVAE(LongJob):
     @classmethod
     def implied(cls, values: Mapping[str, Any]) -> dict[str, Any]:
         """With a teacher, the terms on pixels are off unless they are given a weight."""
-        terms = Losses.model_fields.keys() - {"latent", "logvar"}
+        terms = Losses.model_fields.keys() - {"latent", "logvar", "equivariance"}
         return {"loss": {name: {"weight": 0.0} for name in sorted(terms)}} if values.get("teacher") else {}
 
     @model_validator(mode="after")
@@ -331,6 +348,11 @@ class TrainVAE(LongJob):
         ):
             if getattr(self.loss, name).weight:
                 raise ValueError(f"loss.{name} can't be combined with a teacher: {why}; set loss.{name}.weight=0")
+        if self.loss.equivariance.share:
+            raise ValueError(
+                "loss.equivariance can't be combined with a teacher, which has set the latents; set "
+                "loss.equivariance.share=0"
+            )
         if not self.loss.latent.weight:
             raise ValueError("with a teacher loss.latent.weight must not be 0: its latents are what is learned")
         plain = VAE()

@@ -1,6 +1,7 @@
 """Train LiteVAE on Ray Train, in stages, with reconstruction, perceptual, KL, high-frequency and adversarial losses."""
 
 import inspect
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -12,19 +13,19 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-from litevae import losses
+from litevae import losses, order
 from litevae.any_autoencoder import load_autoencoder
 from litevae.autoencoder import LiteVAE, count_parameters
 from litevae.convert import load_decoder
 from litevae.diffusion import EMA
 from litevae.discriminators import Discriminator, build_discriminator
 from litevae.distilled import DistilledVAE
+from litevae.equivariance import SpatialTransform, draw_scale, draw_transform
 from litevae.errors import UserError
 from litevae.images import ImageTransform, to_tensor
 from litevae.loader import stream
 from litevae.model_card import write_card
 from litevae.model_folder import STATISTICS, model_config
-from litevae.order import VERSION
 from litevae.perceptual import SqueezeNetFeatures, WeightsMissing, load_esrgan, load_lpips
 from litevae.posterior import Posterior
 from litevae.precision import autocast
@@ -251,12 +252,15 @@ def _check_discriminator(config: TrainVAE) -> None:
     if not config.loss.adversarial.weight:
         return
     kind, resolution = config.loss.adversarial.kind, min(stage.resolution for stage in config.stages)
+    side, what = resolution, f"a stage's resolution of {resolution}"
+    if config.loss.equivariance.share:
+        side = min(side, 8 * math.ceil(config.loss.equivariance.smallest * (resolution // 8)))
+        what = f"the {side} px that loss.equivariance.smallest makes of a stage's {resolution} px"
     try:
-        build_discriminator(kind, 1)(torch.zeros(2, 3, resolution, resolution))
+        build_discriminator(kind, 1)(torch.zeros(2, 3, side, side))
     except RuntimeError:
         raise UserError(
-            f"loss.adversarial.kind={kind} needs larger images than a stage's resolution of {resolution}: raise it, or "
-            f"take kind=unet"
+            f"loss.adversarial.kind={kind} needs larger images than {what}: raise it, or take kind=unet"
         ) from None
 
 
@@ -289,16 +293,21 @@ def _measured_step(config: TrainVAE, lpips: bool) -> forecast.Step:
 class Reconstruction(nn.Module):
     """The forward pass of a training step: images -> reconstruction and posterior.
 
-    The step needs both from one call, because DDP hooks only into `forward`.
+    The step needs both from one call, because DDP hooks only into `forward`. With a transform the reconstruction is
+    that of the transformed latents.
     """
 
     def __init__(self, model: LiteVAE):
         super().__init__()
         self.model = model
 
-    def forward(self, x: Tensor, sample_posterior: bool = True) -> tuple[Tensor, Posterior]:
+    def forward(
+        self, x: Tensor, sample_posterior: bool = True, transform: SpatialTransform | None = None
+    ) -> tuple[Tensor, Posterior]:
         posterior = self.model.encode(x, return_dict=False)[0]
         z = posterior.sample() if sample_posterior else posterior.mode()
+        if transform is not None:
+            z = transform.latents(z)
         return self.model.decode(z, return_dict=False)[0], posterior
 
 
@@ -381,11 +390,13 @@ class Networks:
                     (loss / len(parts)).backward()
                 values.append(terms | {"loss": loss})
                 continue
-            averaged = self._averaged_reconstruction(x) if self.objective.wants_averaged(images) else None
+            x, transform = self._equivariance(x, images, n)
+            averaged = self._averaged_reconstruction(x, transform) if self.objective.wants_averaged(images) else None
             with compiling.synced(self.net, n == len(parts) - 1):
                 with autocast(self.device, self.config.loop.precision):
-                    reconstruction, posterior = self.net(x)
+                    reconstruction, posterior = self.net(x, transform=transform)
                 reconstruction = reconstruction.float()
+                x = x if transform is None else transform.images(x)
                 loss, terms = self.objective(x, reconstruction, posterior, images, averaged)
                 if gan is not None:
                     weight, more = gan.term(loss, reconstruction, self._last_layer(), images)
@@ -401,6 +412,22 @@ class Networks:
         if gan is not None:
             found |= self._discriminator_step(fakes, images, adversarial.lr * factor)
         return found
+
+    def _equivariance(self, x: Tensor, images: int, part: int) -> tuple[Tensor, SpatialTransform | None]:
+        """Return micro-batch number `part`, smaller in some steps, and the transform of its latents in others.
+
+        All ranks draw the same, so that their steps take equally long.
+        """
+        config, side = self.config.loss.equivariance, x.shape[-1] // 8
+        if not config.share:
+            return x, None
+        # The last entry keeps these draws apart from those of `AdversarialLoss.discriminator_loss`.
+        random = np.random.default_rng(order.seed_for(self.config.seed, images, part, 2))
+        if random.random() < config.share:
+            return x, draw_transform(random, side, config.smallest)
+        if random.random() < config.smaller:
+            x = SpatialTransform(draw_scale(random, side, config.smallest)).images(x)
+        return x, None
 
     def _last_layer(self) -> Tensor:
         """Return the weight at which gradients are compared: of the decoder's last layer; if frozen, the encoder's."""
@@ -423,14 +450,14 @@ class Networks:
         return step_metrics.mean_of(values) | stepped
 
     @torch.no_grad()
-    def _averaged_reconstruction(self, x: Tensor) -> Tensor:
+    def _averaged_reconstruction(self, x: Tensor, transform: SpatialTransform | None = None) -> Tensor:
         """Reconstruct images with the EMA weights, in fp32 and from the posterior's mode."""
         assert self.ema is not None
         # The buffers are copied so that running means do not see the batch twice.
         state = self.ema.average | {name: buffer.clone() for name, buffer in self.model.named_buffers()}
         with compiling.uncompiled(), autocast(self.device, self.config.loop.precision):
             state = {f"model.{name}": value for name, value in state.items()}
-            return torch.func.functional_call(Reconstruction(self.model), state, (x, False))[0].float()
+            return torch.func.functional_call(Reconstruction(self.model), state, (x, False, transform))[0].float()
 
     def averaged(self) -> AbstractContextManager[None]:
         """Return a context in which the model has the weights to validate and export: the EMA's if there is an EMA."""
@@ -483,7 +510,7 @@ class VaeTask(Networks):
     def __init__(self, config: TrainVAE, setup: VaeSetup, rank: int, world: int, device: torch.device):
         super().__init__(config, setup.lpips, device)
         self.source = setup.source
-        self.digest, self.order = self.source.digest, VERSION
+        self.digest, self.order = self.source.digest, order.VERSION
         self.stages = [(stage.images, stage.batch_size) for stage in config.stages]
         self._val = setup.val
         self._rank, self._world = rank, world

@@ -307,6 +307,38 @@ def test_a_batch_is_measured_beside_bicubic(monkeypatch, posterior):
     assert worker.maps is None
 
 
+@pytest.mark.parametrize("posterior", [True, False])
+def test_equivariance_is_measured_of_the_first_images(monkeypatch, posterior):
+    worker, batch = evaluator(monkeypatch, posterior, [Network()], equivariance_images=4), batch_of([2, 3, 5, 6])
+    (found,) = worker.measure([batch], [0], True)
+    x = to_tensor(batch.pixels)[:2]  # images 2 and 3
+    pool, resize = torch.nn.functional.avg_pool2d, torch.nn.functional.interpolate
+    half = {"size": (4, 4), "mode": "bilinear", "antialias": True}
+    smaller = {"size": (2, 2), "mode": "bilinear", "antialias": True}
+    cases = {
+        "turn": (x.rot90(1, (2, 3)), pool(x, 2).rot90(1, (2, 3))),
+        "half": (resize(x, **half), resize(pool(x, 2), **smaller)),
+        "both": (resize(x, **half).rot90(1, (2, 3)), resize(pool(x, 2), **smaller).rot90(1, (2, 3))),
+    }
+    for name, (target, z) in cases.items():
+        for which, latents in (("latents", z), ("images", pool(target, 2))):
+            decoded = (resize(latents, scale_factor=2) * 2).clamp(-1, 1)
+            expected = metrics.psnr(target, decoded)
+            np.testing.assert_allclose(found.values[f"equivariance/{name}/{which}"], expected, rtol=1e-5)
+    maps = pool(to_tensor(batch.pixels), 2).repeat(1, 4, 1, 1)
+    np.testing.assert_allclose(found.values["imbalance"], metrics.imbalance(maps), rtol=1e-6)  # of whole images
+    total = reconstruction.Total([Network()])
+    total.add(found)
+    scores = reconstruction._equivariance_scores(total, 8)
+    assert [score.name for score in scores] == [
+        f"equivariance/{name}/{which}" for name in ("half", "turn", "both") for which in ("latents", "images")
+    ]
+    assert scores[0].value == pytest.approx(found.values["equivariance/half/latents"].mean())
+    assert "2 images of 8 px" in scores[0].protocol
+    (none,) = evaluator(monkeypatch).measure([batch], [0], True)
+    assert not any(name.startswith("equivariance") for name in none.values)
+
+
 def test_only_at_the_jobs_resolution_latents_and_maps_are_looked_at(monkeypatch):
     worker = evaluator(monkeypatch, networks=[Network()])
     (found,) = worker.measure([batch_of([0, 1])], [0], False)

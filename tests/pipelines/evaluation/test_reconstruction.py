@@ -385,6 +385,7 @@ def test_mistakes_are_refused_with_nothing_written(model, photos, tmp_path, caps
     refused("no weights file", backbone=str(tmp_path / "no.pth"))
     refused("resolutions=100: .* takes multiples of 8 px", resolutions=[96, 100])
     refused("mmd_images=5, but 4 images are measured", images=4, mmd_images=5)
+    refused("equivariance_images=5, but 4 images are measured", images=4, equivariance_images=5)
     assert not (tmp_path / "out").exists()
     refused("none of 1 images could be read: a.png", source={"uri": str(broken)})
     assert not (tmp_path / "out" / "metrics.json").exists()

@@ -30,6 +30,7 @@ from torchvision import models
 from litevae import losses, order
 from litevae.any_autoencoder import load_autoencoder
 from litevae.autoencoder import LiteVAE
+from litevae.equivariance import SpatialTransform, draw_transform
 from litevae.errors import UserError
 from litevae.images import ImageTransform, to_tensor
 from litevae.layers import ResBlock
@@ -37,7 +38,7 @@ from litevae.model_folder import WEIGHTS
 from pipelines.data.open_source import open_source
 from pipelines.runtime import cluster
 from pipelines.runtime.cli import load, main
-from pipelines.training import checkpoint, compiling, loop, run_folder
+from pipelines.training import checkpoint, compiling, loop, run_folder, vae
 from pipelines.training.config import TrainVAE
 from pipelines.training.image_feed import Images
 from pipelines.training.vae import MAY_CHANGE, Networks, build_model, lpips_or_warning, train_vae
@@ -479,6 +480,59 @@ def test_cutmix_is_drawn_alike_on_all_ranks_and_not_at_all_at_zero(networks, mon
     assert with_it["discriminator_gradient_norm"] != without["discriminator_gradient_norm"]
 
 
+# --- equivariance ---------------------------------------------------------------------------------------------------
+
+EQUIVARIANT = ["stages=[{resolution: 32, images: 32, batch_size: 4}]", "loss.equivariance.share=1"]
+
+
+def test_transformed_latents_are_compared_with_transformed_images(networks, monkeypatch):
+    nets = networks(*EQUIVARIANT, *gan(), "loss.ldl.weight=1", "loop.ema=0.9")
+    drawn = draw_transform(np.random.default_rng(order.seed_for(0, 4, 0, 2)), 0, 1.0)  # only turned: 32 px are 4 x 4
+    assert drawn.scale == 1.0
+    monkeypatch.setattr(vae, "draw_transform", lambda random, side, smallest: SpatialTransform(0.5, 1))
+    seen = {}
+    compare, judge = nets.objective.forward, nets.adversarial.discriminator_loss
+    monkeypatch.setattr(nets.objective, "forward", lambda *a: seen.update(compared=a) or compare(*a))
+    monkeypatch.setattr(nets.adversarial, "discriminator_loss", lambda *a: seen.update(judged=a) or judge(*a))
+    values = nets.step(batch(), 4)
+    x = to_tensor(batch()).to(memory_format=torch.channels_last)
+    expected = torch.nn.functional.interpolate(x, size=(16, 16), mode="bilinear", antialias=True).rot90(1, (2, 3))
+    target, reconstruction, _, _, averaged = seen["compared"]
+    torch.testing.assert_close(target, expected)
+    assert reconstruction.shape == averaged.shape == expected.shape
+    assert torch.equal(seen["judged"][0], target)
+    assert torch.equal(seen["judged"][1], reconstruction)
+    assert torch.isfinite(values["loss"])
+
+
+def test_the_decoder_is_given_the_transformed_latents(networks):
+    nets = networks()
+    model, x = ready(nets).model, to_tensor(batch())
+    transform = SpatialTransform(0.5, 2)
+    with torch.no_grad():
+        found, posterior = nets.net(x, False, transform)
+        z = torch.nn.functional.interpolate(model.encode(x).latent_dist.mode(), (2, 2), mode="bilinear", antialias=True)
+        expected = model.decode(z.rot90(2, (2, 3))).sample
+    torch.testing.assert_close(found, expected)
+    assert posterior.mean.shape[-2:] == (4, 4)
+
+
+def test_transforms_are_drawn_alike_on_all_ranks_and_not_at_all_at_zero(networks):
+    more = ["loss.equivariance.share=0.5", "loss.equivariance.smaller=0.5"]
+    ranks = [networks(*more) for _ in range(2)]
+    drawn = []
+    for at in range(0, 160, 4):
+        found = [nets._equivariance(torch.rand(2, 3, 32, 32), at, 0) for nets in ranks]
+        (x, transform), (other, same) = found
+        assert (x.shape, transform) == (other.shape, same)
+        drawn.append("latents" if transform else "images" if x.shape[-1] < 32 else "neither")
+    assert 10 < drawn.count("latents") < 30
+    assert 4 < drawn.count("images") < 18
+    assert drawn.count("neither") > 3
+    x = torch.rand(2, 3, 32, 32)
+    assert networks()._equivariance(x, 0, 0) == (x, None)
+
+
 # --- LDL and ESRGAN --------------------------------------------------------------------------------------------------
 
 
@@ -548,6 +602,7 @@ VARIANTS = {
     "unet": [*gan(), "loss.adversarial.cutmix=0.5", "loss.adversarial.adaptive=true", "loss.adversarial.ratio_every=3"],
     "late": [*gan("patch"), "loss.adversarial.start=8", "loss.adversarial.lecam=0.1", "optim.accumulate=2"],
     "ldl": ["loss.ldl.weight=1", "loss.adversarial.weight=0", "loop.ema=0.9"],
+    "equivariance": [*gan(), "loss.equivariance.share=0.5"],
     "batch": ["loss.ldl.weight=1", "loop.ema=0.9", "model.decoder.norm=batch", *gan("patch")],
 }
 
@@ -774,6 +829,10 @@ def test_an_unreadable_image_is_named_counted_and_replaced(photos, tmp_path, cap
         (
             ["loss.adversarial.kind=stylegan", "stages=[{resolution: 16, images: 8, batch_size: 8}]"],
             "needs larger images than a stage's resolution of 16",
+        ),
+        (
+            ["loss.adversarial.kind=stylegan", "loss.equivariance.share=0.5"],
+            "needs larger images than the 8 px that loss.equivariance.smallest makes of a stage's 32 px",
         ),
         (["loss.esrgan.weight=1", "loss.esrgan.weights=/nowhere.pth"], "no weights file at /nowhere.pth"),
         (["loss.esrgan.weight=1"], "vgg19-dcbb9e9d.pth does not exist. Put the file there"),
