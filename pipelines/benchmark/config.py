@@ -37,7 +37,9 @@ class Benchmark(Tracked):
         },
     )
 
-    parts: list[Literal["encoder", "decoder", "vae-step", "ldm-step", "ray", "encode", "memory", "loader"]] = Field(
+    parts: list[
+        Literal["encoder", "decoder", "tiling", "vae-step", "ldm-step", "ray", "encode", "memory", "loader"]
+    ] = Field(
         ["encoder", "decoder", "vae-step", "ldm-step", "ray", "encode", "loader"],
         min_length=1,
         description="what is measured, in this order; also a,b,c; ray: what Ray Train adds to training; memory: of the "
