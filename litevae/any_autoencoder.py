@@ -15,9 +15,8 @@ from safetensors import SafetensorError
 
 from litevae import hub
 from litevae.autoencoder import LiteVAE
-from litevae.distilled import DistilledVAE
+from litevae.distilled import autoencoder_class
 from litevae.errors import UserError
-from litevae.latents import teacher_class
 from litevae.model_folder import described, model_config, only_variant, weight_files
 
 
@@ -92,11 +91,6 @@ def _own_entries_expected() -> Iterator[None]:
         yield
     finally:
         logger.removeFilter(wanted)
-
-
-def autoencoder_class(name: str) -> type[ModelMixin] | None:
-    """Return the class with this name: one of litevae or an autoencoder of diffusers; None if there is none."""
-    return DistilledVAE if name == "DistilledVAE" else teacher_class(name)
 
 
 def fingerprint(folder: str | Path) -> str:

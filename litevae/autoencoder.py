@@ -1,21 +1,22 @@
 """The LiteVAE autoencoder as a diffusers model."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.autoencoders.vae import AutoencoderMixin, DecoderOutput
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.autoencoders.vae import DecoderOutput
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor
 
+from litevae.autoencoder_base import AutoencoderBase
 from litevae.baselines import SD_SIZES, SDEncoder, WaveletEncoder
 from litevae.decoder import Decoder
 from litevae.encoder import AGGREGATORS, EXTRACTORS, SIZES, Encoder
 from litevae.errors import UserError
 from litevae.layers import NORMS, ExactConv2d, bake, compute_dtype
-from litevae.model_card import LatentForm, ModelWithCard
+from litevae.model_card import LatentForm
 from litevae.posterior import Posterior
 from litevae.tiling import tiled
 from litevae.wavelet import LEVELS, check_wavelet, pad_to_multiple
@@ -79,7 +80,7 @@ def _build_encoder(
     return WaveletEncoder(size == "dwt-2", wavelet, in_channels)
 
 
-class LiteVAE(ModelWithCard, AutoencoderMixin, ConfigMixin):
+class LiteVAE(AutoencoderBase):
     """LiteVAE (arXiv 2405.14477): a wavelet encoder and the SD-VAE decoder, with a downsampling factor of f = 8.
 
     The model can be passed to diffusers pipelines as `vae=`. It also offers the encoders that the paper compares
@@ -120,18 +121,6 @@ class LiteVAE(ModelWithCard, AutoencoderMixin, ConfigMixin):
         tile_latent_min_size: The same in latent elements; it follows `tile_sample_min_size`.
         tile_overlap_factor: The part of a tile that it shares with the next one, at least.
     """
-
-    _supports_gradient_checkpointing = True  # the ResBlocks are checkpointed
-    # `device_map` puts each of these as a whole on one device.
-    _no_split_modules: ClassVar[list[str]] = [
-        "ResBlock",
-        "Attention",
-        "Upsample",
-        "NAFBlock",
-        "TransformerEncoderLayer",
-    ]
-    # Normalisations are small, and PyTorch's transformer layers read weights without calling the layers that hold them.
-    _skip_layerwise_casting_patterns: ClassVar[list[str]] = ["norm", "aggregator.layers"]
 
     @register_to_config
     def __init__(
@@ -174,7 +163,7 @@ class LiteVAE(ModelWithCard, AutoencoderMixin, ConfigMixin):
         # These two layers have the names that diffusers gives them.
         self.quant_conv = _identity_conv(2 * latent_channels, ExactConv2d) if conv1x1 else torch.nn.Identity()
         self.post_quant_conv = _identity_conv(latent_channels) if conv1x1 else _NoConv(self.decoder)
-        self.use_slicing = self.use_tiling = False
+        self.use_tiling = False
         self.tile_sample_min_size, self.tile_overlap_factor = 512, 0.25
 
     @property
@@ -243,12 +232,10 @@ class LiteVAE(ModelWithCard, AutoencoderMixin, ConfigMixin):
                 f"image size {height}x{width} is not a multiple of {FACTOR}; resize or crop it, or use "
                 f"encode(x, pad=True) and decode(z, size=({height}, {width}))"
             )
-        moments = torch.cat([self._in_tiles(self._moments, part, FACTOR, 1) for part in self._slices(x)])
+        moments = self._sliced(lambda part: self._in_tiles(self._moments, part, FACTOR, 1), x)
         if self.deterministic:
             moments = torch.cat([moments, torch.full_like(moments, -30)], dim=1)  # diffusers' lowest log-variance
-        half = self.dtype if self.dtype in (torch.float16, torch.bfloat16) else None
-        posterior = Posterior(moments, self.deterministic, half)
-        return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
+        return self._encoded(moments, return_dict)
 
     @apply_forward_hook
     def decode(
@@ -266,32 +253,10 @@ class LiteVAE(ModelWithCard, AutoencoderMixin, ConfigMixin):
             generator: Not used. It is accepted because diffusers pipelines pass one.
             size: Height and width that the images are cropped to, for latents from `encode(x, pad=True)`.
         """
-        sample = torch.cat([self._in_tiles(self._image, part, 1, FACTOR) for part in self._slices(z)])
+        sample = self._sliced(lambda part: self._in_tiles(self._image, part, 1, FACTOR), z)
         if size is not None:
             sample = sample[..., : size[0], : size[1]]
-        return DecoderOutput(sample=sample) if return_dict else (sample,)
-
-    def forward(
-        self,
-        sample: Tensor,
-        sample_posterior: bool = False,
-        return_dict: bool = True,
-        generator: torch.Generator | None = None,
-    ) -> DecoderOutput | tuple[Tensor]:
-        """Encode and decode images in one call.
-
-        Args:
-            sample: Images (N, C, H, W) in [-1, 1].
-            sample_posterior: Whether to decode a sample of the posterior; False decodes its mean.
-            return_dict: Whether to return a `DecoderOutput` instead of a tuple.
-            generator: Random generator for the sample.
-
-        Returns:
-            The reconstruction (N, C, H, W).
-        """
-        posterior = self.encode(sample).latent_dist
-        z = posterior.sample(generator) if sample_posterior else posterior.mode()
-        return self.decode(z, return_dict=return_dict)
+        return self._decoded(sample, return_dict)
 
     def bake(self) -> "LiteVAE":
         """Replace self-modulated convolutions by plain ones with equal output, in place, for inference and export."""
@@ -315,10 +280,6 @@ class LiteVAE(ModelWithCard, AutoencoderMixin, ConfigMixin):
         if not self.use_tiling or max(x.shape[-2:]) <= a * tile:
             return compute(x)
         return tiled(compute, x, tile, min(int(tile * self.tile_overlap_factor), tile - 1), (a, b))
-
-    def _slices(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Split a batch into single images if slicing is enabled (`enable_slicing` of diffusers)."""
-        return x.split(1) if self.use_slicing else (x,)
 
 
 class _NoConv(torch.nn.Identity):

@@ -1,28 +1,24 @@
-"""A LiteVAE encoder for the latents of another autoencoder, which decodes them: `DistilledVAE`."""
+"""A LiteVAE encoder for the latents of another autoencoder: `DistilledVAE`. Building autoencoders from configs."""
 
 import inspect
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import diffusers
 import torch
-from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.configuration_utils import register_to_config
 from diffusers.models.autoencoders.autoencoder_tiny import AutoencoderTinyOutput
-from diffusers.models.autoencoders.vae import (
-    AutoencoderMixin,
-    DecoderOutput,
-)
-from diffusers.models.modeling_outputs import AutoencoderKLOutput
+from diffusers.models.autoencoders.vae import DecoderOutput
 from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
-from litevae.autoencoder import LiteVAE
+from litevae.autoencoder import FACTOR, LiteVAE
+from litevae.autoencoder_base import WrappingAutoencoder
 from litevae.errors import UserError
-from litevae.latents import downsampling, latent_content, teacher_class
-from litevae.model_card import LatentForm, ModelWithCard
-from litevae.posterior import Posterior
+from litevae.latents import downsampling, latent_content
+from litevae.model_card import LatentForm
 
-FACTOR = 8  # downsampling factor of LiteVAE's encoders
 # The least R² at which a folder says that its latents are the teacher's. What the encoder does not explain then is at
 # most 5 % of the latents' variance: the error's standard deviation is at most 0.22 of the latents' own. Below it the
 # error would be visible in what is decoded, and a model of the teacher's latents would see latents that it was not
@@ -31,7 +27,7 @@ LIMIT = 0.95
 LOWEST, HIGHEST = -30.0, 20.0  # the limits of diffusers for a log-variance
 
 
-class DistilledVAE(ModelWithCard, AutoencoderMixin, ConfigMixin):
+class DistilledVAE(WrappingAutoencoder):
     """An autoencoder with a LiteVAE encoder and the decoder of another autoencoder, the teacher.
 
     The encoder has learned the latents of the teacher, so the model stands where the teacher stands, and encodes with
@@ -56,7 +52,7 @@ class DistilledVAE(ModelWithCard, AutoencoderMixin, ConfigMixin):
         UserError: if the teacher's class is not an autoencoder, or the encoder's config is wrong.
     """
 
-    _supports_gradient_checkpointing = True
+    _inside: ClassVar[str] = "teacher"
 
     @register_to_config
     def __init__(
@@ -83,10 +79,8 @@ class DistilledVAE(ModelWithCard, AutoencoderMixin, ConfigMixin):
         latent_r2: float | None = None,
     ):
         super().__init__()
-        name = str(teacher_config.get("_class_name"))
-        family = teacher_class(name)
-        if family is None:
-            raise UserError(f"{name} is neither LiteVAE nor an autoencoder of diffusers {diffusers.__version__}")
+        if teacher_config.get("_class_name") == "DistilledVAE":
+            raise UserError("DistilledVAE: the teacher is a DistilledVAE itself; give its own teacher")
         self.encoder = LiteVAE(  # only its encoder is kept, so its decoder is as small as can be
             size=size, latent_channels=latent_channels, wavelet=wavelet, downsample=downsample, extractor=extractor,
             shared_extractor=shared_extractor, levels=tuple(levels), aggregator=aggregator, vit_grid=vit_grid,
@@ -97,12 +91,11 @@ class DistilledVAE(ModelWithCard, AutoencoderMixin, ConfigMixin):
         channels = latent_channels if deterministic else 2 * latent_channels
         self.register_buffer("latent_mean", torch.zeros(channels))
         self.register_buffer("latent_std", torch.ones(channels))
-        self.teacher = family.from_config({key: value for key, value in teacher_config.items() if key[0] != "_"})
+        self.teacher = autoencoder_from(teacher_config)
         for part in ("encoder", "quant_conv"):  # what only encodes
             if hasattr(self.teacher, part):
                 setattr(self.teacher, part, nn.Identity())
         self.teacher.requires_grad_(False)
-        self.use_slicing = False
 
     @classmethod
     def of(cls, teacher: ModelMixin, **config: Any) -> "DistilledVAE":
@@ -115,14 +108,12 @@ class DistilledVAE(ModelWithCard, AutoencoderMixin, ConfigMixin):
         Raises:
             UserError: if the teacher has another downsampling factor, or its class cannot be a teacher.
         """
-        name = type(teacher).__name__
         if (factor := downsampling(teacher)) != FACTOR:
+            name = type(teacher).__name__
             raise UserError(f"a teacher must have a downsampling factor of {FACTOR}; this {name} has {factor}")
-        known = inspect.signature(type(teacher)).parameters  # AutoencoderTiny adds entries that it does not take
-        own = {key: value for key, value in teacher.config.items() if key in known} | {"_class_name": name}
         names = ("scaling_factor", "shift_factor", "latents_mean", "latents_std", "force_upcast", "latent_channels")
         taken = {key: value for key in names if (value := teacher.config.get(key)) is not None}
-        model = cls(own, deterministic=latent_content(teacher) == "mean", **taken | config)
+        model = cls(config_of(teacher), deterministic=latent_content(teacher) == "mean", **taken | config)
         kept = model.teacher.state_dict().keys()
         model.teacher.load_state_dict({key: value for key, value in teacher.state_dict().items() if key in kept})
         return model
@@ -149,6 +140,7 @@ class DistilledVAE(ModelWithCard, AutoencoderMixin, ConfigMixin):
         found = self.encoder(x)[:, : len(self.latent_std)].float()
         return found * self.latent_std.float().view(1, -1, 1, 1) + self.latent_mean.float().view(1, -1, 1, 1)
 
+    @apply_forward_hook
     def encode(self, x: Tensor, return_dict: bool = True) -> Any:
         """Encode a batch of images as the teacher does.
 
@@ -160,14 +152,13 @@ class DistilledVAE(ModelWithCard, AutoencoderMixin, ConfigMixin):
             The posterior, as `latent_dist`; for a teacher without a posterior the latents, as `latents`. With
             `return_dict=False` a tuple with only this.
         """
-        found = torch.cat([self.raw(part) for part in self._slices(x)])
-        if self.deterministic:
-            weights = next(self.encoder.parameters()).dtype
-            found = found.to(weights if weights != torch.float32 else found.dtype)
-            return AutoencoderTinyOutput(latents=found) if return_dict else (found,)
-        posterior = Posterior(found, dtype=next(self.encoder.parameters()).dtype)
-        return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
+        found = self._sliced(self.raw, x)
+        if not self.deterministic:
+            return self._encoded(found, return_dict)
+        found = found.to(self._half or found.dtype)
+        return AutoencoderTinyOutput(latents=found) if return_dict else (found,)
 
+    @apply_forward_hook
     def decode(
         self, z: Tensor, return_dict: bool = True, generator: torch.Generator | None = None
     ) -> DecoderOutput | tuple[Tensor]:
@@ -175,36 +166,8 @@ class DistilledVAE(ModelWithCard, AutoencoderMixin, ConfigMixin):
 
         `generator` is not used. It is accepted because diffusers pipelines pass one.
         """
-        sample = torch.cat([self.teacher.decode(part, return_dict=False)[0] for part in self._slices(z)])
-        return DecoderOutput(sample=sample) if return_dict else (sample,)
-
-    def forward(
-        self,
-        sample: Tensor,
-        sample_posterior: bool = False,
-        return_dict: bool = True,
-        generator: torch.Generator | None = None,
-    ) -> DecoderOutput | tuple[Tensor]:
-        """Encode and decode images (N, C, H, W) in [-1, 1].
-
-        Args:
-            sample: The images.
-            sample_posterior: Whether to decode a sample of the posterior; False decodes its mean.
-            return_dict: Whether to return a `DecoderOutput` instead of a tuple.
-            generator: Random generator for the sample.
-        """
-        (encoded,) = self.encode(sample, return_dict=False)
-        if not self.deterministic:
-            encoded = encoded.sample(generator) if sample_posterior else encoded.mode()
-        return self.decode(encoded, return_dict=return_dict)
-
-    def enable_tiling(self) -> None:
-        """Let the teacher decode in tiles. The encoder needs little memory and always sees the whole image."""
-        self.teacher.enable_tiling()
-
-    def disable_tiling(self) -> None:
-        """Let the teacher decode whole latents again."""
-        self.teacher.disable_tiling()
+        sample = self._sliced(lambda part: self.teacher.decode(part, return_dict=False)[0], z)
+        return self._decoded(sample, return_dict)
 
     def rate(self, r2: float, teacher: dict[str, str]) -> None:
         """Note in the config how much of the teacher's latents the encoder explains.
@@ -215,12 +178,36 @@ class DistilledVAE(ModelWithCard, AutoencoderMixin, ConfigMixin):
         """
         self.register_to_config(latent_r2=r2, latent_space=teacher if r2 >= LIMIT else None)
 
-    def _slices(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Split a batch into single images if slicing is enabled."""
-        return x.split(1) if self.use_slicing else (x,)
-
 
 def limited(moments: Tensor) -> Tensor:
     """Limit the log-variances, which are the second half of moments (N, 2 n_z, h, w), as diffusers does."""
     mean, logvar = moments.chunk(2, dim=1)
     return torch.cat([mean, logvar.clamp(LOWEST, HIGHEST)], dim=1)
+
+
+def autoencoder_class(name: str) -> type[ModelMixin] | None:
+    """Return the class with this name: one of litevae or an autoencoder of diffusers; None if there is none."""
+    if own := {"LiteVAE": LiteVAE, "DistilledVAE": DistilledVAE}.get(name):
+        return own
+    known = name.startswith(("Autoencoder", "AsymmetricAutoencoder", "VQModel"))
+    return getattr(diffusers, name, None) if known else None
+
+
+def autoencoder_from(config: dict[str, Any]) -> ModelMixin:
+    """Build an autoencoder with random weights from its config (see `config_of`).
+
+    Raises:
+        UserError: if the class in the config is not an autoencoder.
+    """
+    name = str(config.get("_class_name"))
+    family = autoencoder_class(name)
+    if family is None:
+        raise UserError(f"{name} is neither LiteVAE nor an autoencoder of diffusers {diffusers.__version__}")
+    return family.from_config({key: value for key, value in config.items() if key[0] != "_"})
+
+
+def config_of(model: ModelMixin) -> dict[str, Any]:
+    """Return the config from which `autoencoder_from` builds such a model, with its class as `_class_name`."""
+    known = inspect.signature(type(model)).parameters  # AutoencoderTiny adds entries that it does not take
+    own = {key: value for key, value in model.config.items() if key in known}
+    return own | {"_class_name": type(model).__name__}

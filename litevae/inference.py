@@ -10,6 +10,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor
 
 from litevae import native
+from litevae.autoencoder_base import one_by_one
 from litevae.latents import downsampling, encode_latents, latent_content
 from litevae.precision import autocast, cpu_has_bf16
 
@@ -85,11 +86,6 @@ def enable_slicing(model: ModelMixin) -> bool:
     for part in able:
         part.enable_slicing()
     return bool(able)
-
-
-def one_by_one(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Apply a function to each image of a batch, for models that have no slicing, and concatenate the results."""
-    return torch.cat([function(image) for image in x.split(1)]) if len(x) > 1 else function(x)
 
 
 class FastPath(NamedTuple):

@@ -3,21 +3,12 @@
 from typing import Literal
 from weakref import WeakKeyDictionary
 
-import diffusers
 import torch
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor
 
 from litevae.autoencoder import LiteVAE
 from litevae.errors import UserError
-
-
-def teacher_class(name: str) -> type[ModelMixin] | None:
-    """Return the class with this name, LiteVAE or an autoencoder of diffusers; None if there is no such class."""
-    if name == "LiteVAE":
-        return LiteVAE
-    known = name.startswith(("Autoencoder", "AsymmetricAutoencoder", "VQModel"))
-    return getattr(diffusers, name, None) if known else None
 
 
 def encode_latents(model: ModelMixin, x: Tensor) -> Tensor:

@@ -1,7 +1,6 @@
 """A latent diffusion model with everything that sampling needs, saved in a folder as a diffusers pipeline."""
 
 import hashlib
-import inspect
 import json
 import os
 from collections.abc import Sequence
@@ -12,22 +11,22 @@ from typing import Any, ClassVar
 import diffusers
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, UNet2DModel
-from diffusers.configuration_utils import ConfigMixin, register_to_config
-from diffusers.models.autoencoders.vae import AutoencoderMixin, DecoderOutput
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.autoencoders.vae import DecoderOutput
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils.accelerate_utils import apply_forward_hook
 from safetensors import SafetensorError
 from torch import Tensor
 
-from litevae.any_autoencoder import autoencoder_class, fingerprint
-from litevae.autoencoder import LiteVAE
+from litevae.any_autoencoder import fingerprint
+from litevae.autoencoder_base import WrappingAutoencoder
 from litevae.diffusion import Scheduler
+from litevae.distilled import autoencoder_from, config_of
 from litevae.dit import DiT
 from litevae.errors import UserError
 from litevae.latents import downsampling, latent_content
-from litevae.model_card import LatentForm, ModelWithCard
-from litevae.posterior import Posterior
+from litevae.model_card import LatentForm
 from litevae.sampling import Seed, sample_latents
 
 FORMAT = 2
@@ -37,7 +36,7 @@ SCHEDULERS = {"DDIMScheduler": DDIMScheduler, "DPMSolverMultistepScheduler": DPM
 PIPELINES = {False: ("LDMPipeline", "unet", "vqvae"), True: ("DiTPipeline", "transformer", "vae")}
 
 
-class NormalizedAutoencoder(ModelWithCard, AutoencoderMixin, ConfigMixin):
+class NormalizedAutoencoder(WrappingAutoencoder):
     """An autoencoder of normalised latents, which have mean 0 and standard deviation 1 in each channel.
 
     Diffusion models learn latents that are normalised over the data set. diffusers pipelines know only one scaling
@@ -54,9 +53,7 @@ class NormalizedAutoencoder(ModelWithCard, AutoencoderMixin, ConfigMixin):
         UserError: if the class in the config is not an autoencoder.
     """
 
-    _supports_gradient_checkpointing = True  # as far as the autoencoder inside does
-    _no_split_modules: ClassVar[list[str]] = LiteVAE._no_split_modules
-    _skip_layerwise_casting_patterns: ClassVar[list[str]] = LiteVAE._skip_layerwise_casting_patterns
+    _inside: ClassVar[str] = "autoencoder"
 
     @register_to_config
     def __init__(
@@ -68,13 +65,7 @@ class NormalizedAutoencoder(ModelWithCard, AutoencoderMixin, ConfigMixin):
     ):
         super().__init__()
         self.register_to_config(_use_default_values=[])  # see LiteVAE
-        name = str(autoencoder_config.get("_class_name"))
-        family = autoencoder_class(name)
-        if family is None:
-            raise UserError(f"{name} is neither LiteVAE nor an autoencoder of diffusers {diffusers.__version__}")
-        self.autoencoder = family.from_config(
-            {key: value for key, value in autoencoder_config.items() if key[0] != "_"}
-        )
+        self.autoencoder = autoencoder_from(autoencoder_config)
 
     @classmethod
     def of(cls, autoencoder: ModelMixin, mean: Tensor, std: Tensor) -> "NormalizedAutoencoder":
@@ -85,11 +76,8 @@ class NormalizedAutoencoder(ModelWithCard, AutoencoderMixin, ConfigMixin):
             mean: Mean of each channel of its raw latents.
             std: Standard deviation of each channel of its raw latents.
         """
-        known = inspect.signature(type(autoencoder)).parameters  # AutoencoderTiny adds entries that it does not take
-        own = {key: value for key, value in autoencoder.config.items() if key in known}
-        own["_class_name"] = type(autoencoder).__name__
         with torch.device("meta"):
-            model = cls(own, mean.tolist(), std.tolist())
+            model = cls(config_of(autoencoder), mean.tolist(), std.tolist())
         model.autoencoder = autoencoder
         return model.eval()
 
@@ -109,30 +97,9 @@ class NormalizedAutoencoder(ModelWithCard, AutoencoderMixin, ConfigMixin):
         return LatentForm(downsampling(inner), len(self.config.latents_mean), latent_content(inner) == "mean")
 
     @property
-    def use_slicing(self) -> bool:
-        """Whether the images of a batch are processed one by one."""
-        return getattr(self.autoencoder, "use_slicing", False)
-
-    @property
-    def use_tiling(self) -> bool:
-        """Whether large images are processed in tiles."""
-        return getattr(self.autoencoder, "use_tiling", False)
-
-    def enable_slicing(self) -> None:
-        """Process the images of a batch one by one, if the autoencoder inside can."""
-        self.autoencoder.enable_slicing()
-
-    def disable_slicing(self) -> None:
-        """Process a batch at once."""
-        self.autoencoder.disable_slicing()
-
-    def enable_tiling(self, *args: Any, **options: Any) -> None:
-        """Process large images in tiles; arguments are those of the autoencoder inside (`LiteVAE.enable_tiling`)."""
-        self.autoencoder.enable_tiling(*args, **options)
-
-    def disable_tiling(self) -> None:
-        """Process images as a whole."""
-        self.autoencoder.disable_tiling()
+    def deterministic(self) -> bool:
+        """Whether the posterior has zero variance, because the autoencoder inside gives one latent."""
+        return latent_content(self.autoencoder) == "mean"
 
     @apply_forward_hook
     def encode(self, x: Tensor, return_dict: bool = True, **options: Any) -> AutoencoderKLOutput | tuple[Any]:
@@ -141,14 +108,14 @@ class NormalizedAutoencoder(ModelWithCard, AutoencoderMixin, ConfigMixin):
         `options` go to the autoencoder inside, e.g. `pad=True` of LiteVAE. An autoencoder that gives one latent instead
         of a posterior has a posterior of zero variance here.
         """
-        encoded = self.autoencoder.encode(x, return_dict=False, **options)[0]
-        latent = isinstance(encoded, Tensor)
-        mean, logvar = (encoded, torch.full_like(encoded, -30)) if latent else (encoded.mean, encoded.logvar)
-        mean = (mean - self.mean.to(mean)) / self.std.to(mean)
-        logvar = logvar - 2 * self.std.to(logvar).log()
-        half = self.dtype if self.dtype in (torch.float16, torch.bfloat16) else None
-        posterior = Posterior(torch.cat([mean, logvar], dim=1), latent or encoded.deterministic, half)
-        return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
+
+        def moments(part: Tensor) -> Tensor:
+            raw = self.autoencoder.encode(part, return_dict=False, **options)[0]
+            mean, logvar = (raw, torch.full_like(raw, -30)) if isinstance(raw, Tensor) else (raw.mean, raw.logvar)
+            mean = (mean - self.mean.to(mean)) / self.std.to(mean)
+            return torch.cat([mean, logvar - 2 * self.std.to(logvar).log()], dim=1)
+
+        return self._encoded(self._sliced(moments, x), return_dict)
 
     @apply_forward_hook
     def decode(
@@ -159,20 +126,11 @@ class NormalizedAutoencoder(ModelWithCard, AutoencoderMixin, ConfigMixin):
         `generator` is not used. It is accepted because diffusers pipelines may pass one. `options` go to the
         autoencoder inside, e.g. `size` of LiteVAE.
         """
-        sample = self.autoencoder.decode(z * self.std.to(z) + self.mean.to(z), return_dict=False, **options)[0]
-        return DecoderOutput(sample=sample) if return_dict else (sample,)
 
-    def forward(
-        self,
-        sample: Tensor,
-        sample_posterior: bool = False,
-        return_dict: bool = True,
-        generator: torch.Generator | None = None,
-    ) -> DecoderOutput | tuple[Tensor]:
-        """Encode and decode images in one call; the arguments are those of `LiteVAE.forward`."""
-        posterior = self.encode(sample, return_dict=False)[0]
-        z = posterior.sample(generator) if sample_posterior else posterior.mode()
-        return self.decode(z, return_dict=return_dict)
+        def image(part: Tensor) -> Tensor:
+            return self.autoencoder.decode(part * self.std.to(z) + self.mean.to(z), return_dict=False, **options)[0]
+
+        return self._decoded(self._sliced(image, z), return_dict)
 
 
 @dataclass

@@ -38,7 +38,7 @@ class Benchmark(Tracked):
     )
 
     parts: list[
-        Literal["encoder", "decoder", "vae-step", "ldm-step", "ray", "encode", "memory", "loader", "moments"]
+        Literal["encoder", "decoder", "tiling", "vae-step", "ldm-step", "ray", "encode", "memory", "loader", "moments"]
     ] = Field(
         ["encoder", "decoder", "vae-step", "ldm-step", "ray", "encode", "loader"],
         min_length=1,

@@ -21,6 +21,7 @@ from pipelines.runtime import mlflow_run, outputs
 PARTS = {  # the function that measures each part; some parts need packages that only developers have
     "encoder": "pipelines.benchmark.models:encoder",
     "decoder": "pipelines.benchmark.models:decoder",
+    "tiling": "pipelines.benchmark.tiling:tiling",
     "vae-step": "pipelines.benchmark.training:vae_step",
     "ldm-step": "pipelines.benchmark.training:ldm_step",
     "ray": "pipelines.benchmark.jobs:ray",

@@ -15,11 +15,12 @@ import pyarrow.compute as pc
 import torch
 
 from litevae.any_autoencoder import fingerprint, load_autoencoder
+from litevae.autoencoder_base import one_by_one
 from litevae.cache import foreign
 from litevae.commits import EXAMPLES, commit_shard, merged_losses, read_commit
 from litevae.errors import UserError
 from litevae.images import to_tensor
-from litevae.inference import one_by_one, prepare_for_inference
+from litevae.inference import prepare_for_inference
 from litevae.latents import encode_latents, latent_content
 from litevae.native import NoKernels
 from litevae.precision import autocast

@@ -2,7 +2,7 @@
 
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -10,21 +10,21 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
-from litevae import hub, metrics
+from litevae import hub
 from litevae.any_autoencoder import fingerprint, load_autoencoder
-from litevae.distilled import FACTOR, LIMIT, DistilledVAE, limited
+from litevae.autoencoder import FACTOR
+from litevae.distilled import LIMIT, DistilledVAE, limited
 from litevae.errors import UserError
 from litevae.images import ImageError, ImageTransform, to_tensor
 from litevae.inference import best_kernels, prepare_for_inference
 from litevae.latents import downsampling, encode_latents, latent_content
 from litevae.model_folder import model_config
-from litevae.pictures import reconstruction_picture
 from litevae.precision import autocast
 from pipelines.data.source import Source
-from pipelines.training import compiling, ranks
+from pipelines.training import ranks
 from pipelines.training.config import TrainVAE
 from pipelines.training.vae_loss import AutoencoderLoss
-from pipelines.training.vae_validation import PICTURES, Validation
+from pipelines.training.vae_validation import Validation
 
 MEASURED = 64  # training images, evenly spaced, that give the mean and the standard deviation of the teacher's latents
 # The least standard deviation by which a channel is divided. Log-variances that hardly differ from a constant would
@@ -186,6 +186,8 @@ class TeacherValidation(Validation):
         lessons: the teacher.
     """
 
+    _whose: ClassVar[tuple[str, ...]] = ("", "teacher_")
+
     def __init__(
         self, source: Source | None, config: TrainVAE, resolution: int, rank: int, world: int, lessons: Lessons
     ):
@@ -205,42 +207,23 @@ class TeacherValidation(Validation):
             over all ranks; and a picture of this rank's first images, or None if it has no images.
         """
         channels = model.config.latent_channels
-        sums = torch.zeros(4, channels, dtype=torch.float64)  # elements, values, squares, squared errors
-        quality: dict[str, list[float]] = {"psnr": [], "ssim": [], "teacher_psnr": [], "teacher_ssim": []}
-        shown: list[list[Tensor]] = [[], [], []]
-        model.eval()
-        with averaged, compiling.uncompiled():
-            for start in range(0, len(self._pixels), self._batch):
-                pixels = torch.from_numpy(self._pixels[start : start + self._batch]).to(model.device)
-                x = to_tensor(pixels, compiling.memory_format(model.device, self._compile))
-                target = self._lessons.latents(x)[:, :channels]
-                with autocast(model.device, self._precision):
-                    mean = model.raw(x)[:, :channels]
-                wide = target.double().cpu()
-                error = (mean.double().cpu() - wide).square()
-                ones = torch.ones_like(wide)
-                sums += torch.stack([t.sum(dim=(0, 2, 3)) for t in (ones, wide, wide.square(), error)])
-                for prefix, latents in (("", mean), ("teacher_", target)):
-                    with autocast(model.device, self._precision):
-                        decoded = model.decode(latents, return_dict=False)[0]
-                    decoded = decoded.float().clamp(-1, 1)
-                    quality[f"{prefix}psnr"] += metrics.psnr(decoded, x).tolist()
-                    quality[f"{prefix}ssim"] += metrics.ssim(decoded, x).tolist()
-                    if start < PICTURES and not prefix:
-                        for column, tensor in zip(shown, (x, decoded, mean), strict=True):
-                            column.append(tensor[: PICTURES - start])
-        model.train()
-        everywhere = ranks.gathered([(sums, quality)], self._world)
-        count, value, square, error = torch.stack([part for part, _ in everywhere]).sum(dim=0)
+        self._sums = torch.zeros(4, channels, dtype=torch.float64)  # elements, values, squares, squared errors
+        means, picture = super().run(model, averaged)
+        count, value, square, error = torch.stack(ranks.gathered([self._sums], self._world)).sum(dim=0)
         spread = square - value**2 / count
-        means = {"latent_r2": float(1 - error.sum() / spread.sum())}
-        for name in quality:
-            mean_of = metrics.Mean()
-            for _, part in everywhere:
-                mean_of.add(torch.tensor(part[name], dtype=torch.float64))
-            means[name] = mean_of.value()
-        means |= {f"latent_r2_{n}": float(1 - error[n] / spread[n]) for n in range(channels)}
-        return means, reconstruction_picture(*map(torch.cat, shown)) if shown[0] else None
+        each = {f"latent_r2_{n}": float(1 - error[n] / spread[n]) for n in range(channels)}
+        return {"latent_r2": float(1 - error.sum() / spread.sum())} | means | each, picture
+
+    def _reconstruct(self, model: Any, x: Tensor) -> tuple[list[Tensor], Tensor]:
+        channels = model.config.latent_channels
+        target = self._lessons.latents(x)[:, :channels]
+        with autocast(model.device, self._precision):
+            mean = model.raw(x)[:, :channels]
+            decoded = [model.decode(latents, return_dict=False)[0] for latents in (mean, target)]
+        wide = target.double().cpu()
+        error = (mean.double().cpu() - wide).square()
+        self._sums += torch.stack([t.sum(dim=(0, 2, 3)) for t in (torch.ones_like(wide), wide, wide.square(), error)])
+        return [images.float().clamp(-1, 1) for images in decoded], mean
 
 
 def closing_line(config: TrainVAE, model: str) -> str:

@@ -2,14 +2,13 @@
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from litevae import metrics
-from litevae.autoencoder import LiteVAE
 from litevae.images import ImageError, ImageTransform, to_tensor
 from litevae.pictures import reconstruction_picture
 from litevae.precision import autocast, chosen
@@ -21,6 +20,7 @@ from pipelines.training.config import TrainVAE
 from pipelines.training.step_metrics import validation_text
 
 PICTURES = 8  # validation images in the picture of a validation
+QUALITY = {"psnr": metrics.psnr, "ssim": metrics.ssim}
 
 
 def described(images: int, resolution: int) -> str:
@@ -70,6 +70,8 @@ class Validation:
         rank, world: this rank takes the images rank, rank + world, ...
     """
 
+    _whose: ClassVar[tuple[str, ...]] = ("",)  # prefixes of the metrics of each reconstruction
+
     def __init__(self, source: Source | None, config: TrainVAE, resolution: int, rank: int, world: int):
         self.images = min(config.val_images, source.units) if source is not None else 0
         self._batch = max(1, config.stages[-1].batch_size // world)
@@ -91,7 +93,7 @@ class Validation:
         return f"the first {described(self.images, self._resolution)}, {how}"
 
     @torch.no_grad()
-    def run(self, model: LiteVAE, averaged: AbstractContextManager[None]) -> tuple[dict[str, float], np.ndarray | None]:
+    def run(self, model: Any, averaged: AbstractContextManager[None]) -> tuple[dict[str, float], np.ndarray | None]:
         """Reconstruct the images from the posterior's mode. All ranks must call this together.
 
         Args:
@@ -101,21 +103,19 @@ class Validation:
         Returns:
             `psnr` and `ssim` over all ranks, and a picture of this rank's first images, or None if it has no images.
         """
-        values: dict[str, list[float]] = {"psnr": [], "ssim": []}
+        values: dict[str, list[float]] = {f"{who}{name}": [] for who in self._whose for name in QUALITY}
         shown: list[list[Tensor]] = [[], [], []]
         model.eval()
         with averaged, compiling.uncompiled():
             for start in range(0, len(self._pixels), self._batch):
                 pixels = torch.from_numpy(self._pixels[start : start + self._batch]).to(model.device)
                 x = to_tensor(pixels, compiling.memory_format(model.device, self._compile))
-                with autocast(model.device, self._precision):
-                    posterior = model.encode(x).latent_dist
-                    reconstruction = model.decode(posterior.mode()).sample
-                reconstruction = reconstruction.float()
-                values["psnr"] += metrics.psnr(reconstruction, x).tolist()
-                values["ssim"] += metrics.ssim(reconstruction, x).tolist()
+                reconstructions, latents = self._reconstruct(model, x)
+                for who, images in zip(self._whose, reconstructions, strict=True):
+                    for name, measure in QUALITY.items():
+                        values[f"{who}{name}"] += measure(images, x).tolist()
                 if start < PICTURES:
-                    for column, tensor in zip(shown, (x, reconstruction, posterior.mode().float()), strict=True):
+                    for column, tensor in zip(shown, (x, reconstructions[0], latents), strict=True):
                         column.append(tensor[: PICTURES - start])
         model.train()
         means = {}
@@ -126,3 +126,10 @@ class Validation:
                 mean.add(torch.tensor(part[name], dtype=torch.float64))
             means[name] = mean.value()
         return means, reconstruction_picture(*map(torch.cat, shown)) if shown[0] else None
+
+    def _reconstruct(self, model: Any, x: Tensor) -> tuple[list[Tensor], Tensor]:
+        """Return reconstructions of a batch in fp32, one for each of `_whose`, and the latents to show."""
+        with autocast(model.device, self._precision):
+            posterior = model.encode(x).latent_dist
+            reconstruction = model.decode(posterior.mode()).sample
+        return [reconstruction.float()], posterior.mode().float()

@@ -254,51 +254,71 @@ def test_layerwise_casting_stores_fp8_and_computes_bf16(name):
     assert (model(x).sample - expected).abs().mean() < 0.3 * expected.std()
 
 
-def exported(part, x):
-    sides = {2: torch.export.Dim("h", min=2, max=64), 3: torch.export.Dim("w", min=2, max=64)}
-    if x.shape[1] == 3:
-        sides = {axis: 8 * dim for axis, dim in sides.items()}
-    return torch.export.export(part, (x,), dynamic_shapes=({0: torch.export.Dim("n", min=1, max=8), **sides},))
+class Call(nn.Module):
+    """A call that users make, as a module, because this is what PyTorch exports."""
+
+    def __init__(self, vae, name):
+        super().__init__()
+        self.vae, self.name = vae, name
+
+    def forward(self, x):
+        if self.name == "encode":
+            return self.vae.encode(x, return_dict=False)[0].mode()
+        return self.vae.decode(x).sample
+
+    def input(self, n, h, w):
+        """Input for latents of this size."""
+        return images(n, 3, 8 * h, 8 * w) if self.name == "encode" else torch.randn(n, 4, h, w)
+
+
+def exported(call):
+    unit = 8 if call.name == "encode" else 1
+    sides = {axis: unit * torch.export.Dim(name, min=2, max=64) for axis, name in ((2, "h"), (3, "w"))}
+    dynamic = ({0: torch.export.Dim("n", min=1, max=8), **sides},)
+    return torch.export.export(call, (call.input(2, 4, 6),), dynamic_shapes=dynamic)
+
+
+WRAPPED = pytest.mark.parametrize(
+    ("name", "wrap"),
+    [("LiteVAE-S", lambda model: model), ("VAE-Small", lambda model: model), ("1x1", normalized)],
+    ids=["LiteVAE-S", "VAE-Small", "NormalizedAutoencoder"],
+)
 
 
 @pytest.mark.slow
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["LiteVAE-S", "VAE-Small"])
-def test_an_exported_model_takes_other_sizes(name):
-    model = built(name)
-    for part, make in (
-        (model.encoder, lambda n, h, w: images(n, 3, 8 * h, 8 * w)),
-        (model.decoder, lambda n, h, w: torch.randn(n, 4, h, w)),
-    ):
-        program = exported(part, make(2, 4, 6)).module()
-        for shape in ((2, 4, 6), (1, 3, 5), (3, 20, 17)):
-            x = make(*shape)
-            torch.testing.assert_close(program(x), part(x), atol=1e-4, rtol=1e-4)
+@pytest.mark.parametrize("half", ["encode", "decode"])
+@WRAPPED
+def test_exported_calls_take_other_sizes(name, wrap, half):
+    call = Call(wrap(built(name)), half)
+    program = exported(call).module()
+    for shape in ((2, 4, 6), (1, 3, 5), (3, 20, 17)):
+        x = call.input(*shape)
+        torch.testing.assert_close(program(x), call(x), atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()
 @pytest.mark.slow
-@pytest.mark.parametrize("half", ["encoder", "decoder"])
-def test_onnxruntime_computes_the_same_at_other_sizes(tmp_path, half):
+@pytest.mark.parametrize("half", ["encode", "decode"])
+@WRAPPED
+def test_onnxruntime_computes_the_same_at_other_sizes(tmp_path, name, wrap, half):
     onnxruntime = pytest.importorskip("onnxruntime")
-    part = getattr(built("LiteVAE-S"), half)
-    x = images(2, 3, 32, 48) if half == "encoder" else torch.randn(2, 4, 4, 6)
-    program = torch.onnx.export(exported(part, x), dynamo=True)
-    program.save(tmp_path / "part.onnx")
-    session = onnxruntime.InferenceSession(tmp_path / "part.onnx", providers=["CPUExecutionProvider"])
-    for scale in (1, 2):
-        y = x.repeat(1, 1, scale, 1)[:1]
-        (found,) = session.run(None, {session.get_inputs()[0].name: y.numpy()})
-        torch.testing.assert_close(torch.tensor(found), part(y), atol=1e-3, rtol=1e-3)
+    call = Call(wrap(built(name)), half)
+    torch.onnx.export(exported(call), dynamo=True).save(tmp_path / "call.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "call.onnx", providers=["CPUExecutionProvider"])
+    for shape in ((2, 4, 6), (1, 3, 5), (3, 20, 17)):
+        x = call.input(*shape)
+        (found,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+        torch.testing.assert_close(torch.tensor(found), call(x), atol=1e-3, rtol=1e-3)
 
 
 @torch.no_grad()
 @pytest.mark.slow
-def test_encoder_and_decoder_compile_without_a_break():
-    model, x = built("LiteVAE-S"), images(1, 3, 32, 32)
-    for part, given in ((model.encoder, x), (model.decoder, torch.randn(1, 4, 4, 4))):
-        compiled = torch.compile(part, fullgraph=True)
-        torch.testing.assert_close(compiled(given), part(given), atol=1e-4, rtol=1e-4)
+@pytest.mark.parametrize("half", ["encode", "decode"])
+def test_calls_compile_without_a_break(half):
+    call = Call(built("LiteVAE-S"), half)
+    x = call.input(1, 4, 4)
+    torch.testing.assert_close(torch.compile(call, fullgraph=True)(x), call(x), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("wrap", [lambda model: model, normalized], ids=["LiteVAE", "NormalizedAutoencoder"])

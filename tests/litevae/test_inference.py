@@ -8,13 +8,13 @@ from diffusers import AsymmetricAutoencoderKL, AutoencoderDC, AutoencoderKL, Aut
 
 from litevae import inference, native, precision
 from litevae.autoencoder import LiteVAE
+from litevae.autoencoder_base import one_by_one
 from litevae.inference import (
     FastPath,
     cpu_paths,
     enable_slicing,
     latents_error,
     measure_paths,
-    one_by_one,
     prepare_for_inference,
 )
 from litevae.latents import encode_latents
