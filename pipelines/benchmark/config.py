@@ -42,8 +42,9 @@ class Benchmark(Tracked):
     ] = Field(
         ["encoder", "decoder", "vae-step", "ldm-step", "ray", "encode", "loader"],
         min_length=1,
-        description="what is measured, in this order; also a,b,c; ray: what Ray Train adds to training; memory: of the "
-        "encode job's processes; moments: the error of what a cache stores, by number format",
+        description="what is measured, in this order; also a,b,c; tiling: memory and differences of LiteVAE in tiles; "
+        "ray: what Ray Train adds to training; memory: of the encode job's processes; moments: the error of what a "
+        "cache stores, by number format",
     )
     models: list[PathText] = Field(
         ["sd-vae", "taesd", "dc-ae", "S", "B", "M", "L", "pseudocode-B"],

@@ -81,6 +81,8 @@ def facts_of_vae(
     left += [f"at least {bad:,} that could not be read"] * bool(bad)
     if config.teacher:
         training["teacher"] = _named(config.teacher)
+    if config.equivariance.share:
+        training["equivariance"] = f"latents transformed in {config.equivariance.share:g} of the steps (EQ-VAE)"
     if config.model.freeze:
         training["not trained"] = " and ".join(config.model.freeze)
     return ModelFacts(

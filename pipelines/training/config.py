@@ -189,7 +189,6 @@ class Losses(Section):
     adversarial: Adversarial = Field(
         Adversarial(weight=0.1, start=800_000), description="GAN; the paper leaves weight and start open: ours"
     )
-    equivariance: Equivariance = Equivariance()
     latent: Term = Field(
         Term(weight=1.0), description="with a teacher: squared error of its latents (means), in std of each channel"
     )
@@ -301,6 +300,7 @@ class TrainVAE(LongJob):
     data: TrainData = TrainData()
     model: VAE = VAE()
     loss: Losses = Losses()
+    equivariance: Equivariance = Equivariance()
     optim: Optimizer = Optimizer()
     teacher: PathText = Field(
         "",
@@ -324,7 +324,7 @@ class TrainVAE(LongJob):
     @classmethod
     def implied(cls, values: Mapping[str, Any]) -> dict[str, Any]:
         """With a teacher, the terms on pixels are off unless they are given a weight."""
-        terms = Losses.model_fields.keys() - {"latent", "logvar", "equivariance"}
+        terms = Losses.model_fields.keys() - {"latent", "logvar"}
         return {"loss": {name: {"weight": 0.0} for name in sorted(terms)}} if values.get("teacher") else {}
 
     @model_validator(mode="after")
@@ -348,10 +348,9 @@ class TrainVAE(LongJob):
         ):
             if getattr(self.loss, name).weight:
                 raise ValueError(f"loss.{name} can't be combined with a teacher: {why}; set loss.{name}.weight=0")
-        if self.loss.equivariance.share:
+        if self.equivariance.share:
             raise ValueError(
-                "loss.equivariance can't be combined with a teacher, which has set the latents; set "
-                "loss.equivariance.share=0"
+                "equivariance can't be combined with a teacher, which has set the latents; set equivariance.share=0"
             )
         if not self.loss.latent.weight:
             raise ValueError("with a teacher loss.latent.weight must not be 0: its latents are what is learned")

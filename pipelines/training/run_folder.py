@@ -28,6 +28,7 @@ EARLIER_DEFAULTS: dict[str, Any] = {"data.decode": "pillow", "loss.lpips.require
 # The first ones had nothing to do before; they are listed here since a trial of a sweep is named without them.
 EARLIER_DEFAULTS |= {"teacher": "", "loss.latent.weight": 1.0, "loss.latent.start": 0}
 EARLIER_DEFAULTS |= {"loss.logvar.weight": 0.1, "loss.logvar.start": 0, "model.init_decoder": "", "model.freeze": []}
+EARLIER_DEFAULTS |= {"equivariance.share": 0.0, "equivariance.smaller": 0.25, "equivariance.smallest": 0.25}
 LENGTHS = ("stages", "images")  # fields that may only grow once something was trained
 
 

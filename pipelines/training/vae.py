@@ -253,9 +253,9 @@ def _check_discriminator(config: TrainVAE) -> None:
         return
     kind, resolution = config.loss.adversarial.kind, min(stage.resolution for stage in config.stages)
     side, what = resolution, f"a stage's resolution of {resolution}"
-    if config.loss.equivariance.share:
-        side = min(side, 8 * math.ceil(config.loss.equivariance.smallest * (resolution // 8)))
-        what = f"the {side} px that loss.equivariance.smallest makes of a stage's {resolution} px"
+    if config.equivariance.share:
+        side = min(side, 8 * math.ceil(config.equivariance.smallest * (resolution // 8)))
+        what = f"the {side} px that equivariance.smallest makes of a stage's {resolution} px"
     try:
         build_discriminator(kind, 1)(torch.zeros(2, 3, side, side))
     except RuntimeError:
@@ -418,7 +418,7 @@ class Networks:
 
         All ranks draw the same, so that their steps take equally long.
         """
-        config, side = self.config.loss.equivariance, x.shape[-1] // 8
+        config, side = self.config.equivariance, x.shape[-1] // 8
         if not config.share:
             return x, None
         # The last entry keeps these draws apart from those of `AdversarialLoss.discriminator_loss`.
