@@ -187,7 +187,7 @@ def test_accumulated_micro_batches_are_one_batch(networks, parts):
     for accumulate in (1, parts):
         nets = ready(networks(*FAIR, f"optim.accumulate={accumulate}"))
         forward = nets.net.forward
-        nets.net.forward = lambda x, forward=forward: forward(x, sample_posterior=False)
+        nets.net.forward = lambda x, transform, forward=forward: forward(x, False, transform)
         steps.append(gradients(nets, batch()))
     close(*steps)
 
